@@ -1,0 +1,106 @@
+"""w8a8: the linear layers of PyTorch language models in 8-bit integers.
+
+    result = w8a8.quantize(model)       # in place
+    print(result.coverage)              # what was quantised, what was not, and why not
+    w8a8.save(model, "directory")       # a directory that transformers and vLLM load
+    model = w8a8.load("directory")      # or anybody's compressed-tensors W8A8
+
+Names are imported when they are first used, so that `import w8a8` needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from w8a8 import affine, functional, kernels
+    from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
+    from w8a8.checkpoint import load, save
+    from w8a8.coverage import Coverage
+    from w8a8.errors import W8A8Error
+    from w8a8.experiment import study
+    from w8a8.linear import QuantLinear, ledger
+    from w8a8.pipeline import Result, quantize, simulate
+    from w8a8.scheme import (
+        PRESETS,
+        PerChannel,
+        PerColumn,
+        PerGroup,
+        PerTensor,
+        PerToken,
+        QuantSpec,
+        Scheme,
+    )
+
+_HOME = {
+    "QParams": "affine",
+    "QTensor": "affine",
+    "dequantize": "affine",
+    "fake_quantize": "affine",
+    "l2_error": "affine",
+    "qparams": "affine",
+    "sqnr_db": "affine",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "Coverage": "coverage",
+    "W8A8Error": "errors",
+    "study": "experiment",
+    "QuantLinear": "linear",
+    "ledger": "linear",
+    "Result": "pipeline",
+    "quantize": "pipeline",
+    "simulate": "pipeline",
+    "PRESETS": "scheme",
+    "PerChannel": "scheme",
+    "PerColumn": "scheme",
+    "PerGroup": "scheme",
+    "PerTensor": "scheme",
+    "PerToken": "scheme",
+    "QuantSpec": "scheme",
+    "Scheme": "scheme",
+}
+_MODULES = ("affine", "functional", "kernels")
+
+__all__ = [
+    "PRESETS",
+    "Coverage",
+    "PerChannel",
+    "PerColumn",
+    "PerGroup",
+    "PerTensor",
+    "PerToken",
+    "QParams",
+    "QTensor",
+    "QuantLinear",
+    "QuantSpec",
+    "Result",
+    "Scheme",
+    "W8A8Error",
+    "affine",
+    "dequantize",
+    "fake_quantize",
+    "functional",
+    "kernels",
+    "l2_error",
+    "ledger",
+    "load",
+    "qparams",
+    "quantize",
+    "save",
+    "simulate",
+    "sqnr_db",
+    "study",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"w8a8.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"w8a8.{name}")
+    raise AttributeError(f"module 'w8a8' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

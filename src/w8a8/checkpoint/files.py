@@ -1,0 +1,119 @@
+"""The files of a model's directory: found, parsed, and checked to be whole.  Nothing is executed."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from w8a8.checkpoint.layout import QuantizationConfig, from_json
+from w8a8.errors import CheckpointError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """The local directory of a model: itself, or the hub's files, downloaded or from the cache.
+
+    Raises:
+        CheckpointError: no such directory, and no such repository within reach.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise CheckpointError(f"{path} has no {CONFIG}: it is not a model's directory")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; a model is a directory or a hub id")
+    try:
+        found = Path(snapshot_download(str(source), allow_patterns=_DOWNLOADED))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: there is no such directory, and the hub did not give it ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); check the path or the id"
+        ) from error
+    return resolve(found)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, expected an object")
+    return data
+
+
+def read_quantization(directory: Path) -> QuantizationConfig | None:
+    """What config.json says of the quantisation; None for a float model.
+
+    Raises:
+        CheckpointError: config.json is not readable, or describes something unknown here.
+    """
+    config = read_json(directory / CONFIG)
+    data = config.get("quantization_config", config.get("compression_config"))  # the second is the older name
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{directory / CONFIG}: quantization_config is {data!r}, expected an object")
+    return from_json(data, str(directory / CONFIG))
+
+
+def tensor_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files, each with the tensors that the index promises (None where there is no index).
+
+    Raises:
+        CheckpointError: there are none; the index is torn, points outside the directory or to nothing.
+    """
+    index = directory / INDEX
+    if not index.exists():
+        if not (directory / SINGLE).exists():
+            raise CheckpointError(
+                f"{directory} has neither {SINGLE} nor {INDEX}: there are no weights to load (pickles are never read)"
+            )
+        return {directory / SINGLE: None}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map is missing or not a map from tensor to file")
+    promises: dict[Path, set[str]] = {}
+    for tensor, file in weight_map.items():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {tensor} is said to be in {file!r}, which is not a file of this directory")
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{index}: {tensor} is said to be in {file}, which is missing; download it again")
+        promises.setdefault(directory / file, set()).add(tensor)
+    return dict(promises)
+
+
+@contextlib.contextmanager
+def opened(path: Path, promised: set[str] | None) -> Iterator[Any]:
+    """A safetensors file; `get_tensor` maps, it does not copy.
+
+    Raises:
+        CheckpointError: the file is torn, or lacks a tensor that the index promises.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            missing = (promised or set()) - set(file.keys())
+            if missing:
+                raise CheckpointError(f"{path}: {min(missing)} is missing, though the index says it is here")
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is torn or not a safetensors file ({path.stat().st_size:,} bytes): {error}; copy it again"
+        ) from error

@@ -1,0 +1,252 @@
+"""What a compressed-tensors directory says of itself: the `quantization_config` of its config.json.
+
+The format is `int-quantized` of the compressed-tensors project (github.com/vllm-project/compressed-tensors):
+for each quantised linear layer the tensors `weight` int8 (N, K), `weight_scale`, `weight_zero_point` where
+asymmetric, and `input_scale`, `input_zero_point` where activations are static.  `config_groups` holds the
+schemes, each with the `targets` it is for; `ignore` takes layers out again.  A target is a module's name,
+its class name, or "re:" and a regular expression matched from the start of the name.
+
+Parsing is strict: a field that would change the numbers and is not understood is an error that names it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from w8a8.errors import CheckpointError, SchemeError
+from w8a8.scheme import (
+    MAX_CODE_BITS,
+    Granularity,
+    PerChannel,
+    PerColumn,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    QuantSpec,
+    Scheme,
+)
+
+FORMAT = "int-quantized"
+_NAIVE = "naive-quantized"  # the same tensors under an older name
+
+
+@dataclass(frozen=True)
+class Group:
+    """A scheme and the targets it is for."""
+
+    targets: tuple[str, ...]
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """The groups in their order, and the layers that stay float."""
+
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...]
+
+    def scheme_for(self, name: str, kind: str) -> Scheme | None:
+        """The scheme of a layer, or None: it is float.
+
+        Args:
+            name: The module's dotted name.
+            kind: Its class name in the float model, "Linear".
+        """
+        if any(_matches(target, name, kind) for target in self.ignore):
+            return None
+        by_rank = sorted(
+            (
+                (_rank(target), group)
+                for group in self.groups
+                for target in group.targets
+                if _matches(target, name, kind)
+            ),
+            key=lambda found: found[0],
+        )
+        return by_rank[0][1].scheme if by_rank else None
+
+
+def to_json(config: QuantizationConfig) -> dict[str, Any]:
+    """The `quantization_config` that goes into config.json.
+
+    Raises:
+        SchemeError: the format has no word for a scheme.
+    """
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": list(group.targets),
+                "weights": _args(group.scheme.weights, dynamic=False),
+                "input_activations": (
+                    None
+                    if group.scheme.activations is None
+                    else _args(group.scheme.activations, dynamic=group.scheme.activations.dynamic)
+                ),
+                "output_activations": None,
+            }
+            for i, group in enumerate(config.groups)
+        },
+        "ignore": list(config.ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """Read a `quantization_config`.
+
+    Args:
+        data: The parsed JSON object.
+        where: The file, for messages.
+
+    Raises:
+        CheckpointError: another method or format, or a scheme that is unknown here; the path in the JSON
+            is named.
+    """
+    method = data.get("quant_method", "compressed-tensors" if "config_groups" in data else None)
+    if method != "compressed-tensors":
+        raise CheckpointError(
+            f"{where}: quant_method is {method!r}, this version reads 'compressed-tensors'; "
+            "load the directory with transformers"
+        )
+    groups = data.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise CheckpointError(f"{where}: quantization_config.config_groups is {groups!r}, expected at least one group")
+    if data.get("kv_cache_scheme") is not None:
+        raise CheckpointError(f"{where}: quantization_config.kv_cache_scheme: a quantised cache is unknown here")
+    known = (FORMAT, _NAIVE, "mixed-precision")
+    if data.get("format") not in (*known, "dense", None):
+        raise CheckpointError(
+            f"{where}: quantization_config.format is {data['format']!r}, this version reads {FORMAT!r} (8-bit W8A8)"
+        )
+    parsed = []
+    for key, group in groups.items():
+        path = f"{where}: quantization_config.config_groups.{key}"
+        if not isinstance(group, Mapping):
+            raise CheckpointError(f"{path} is {group!r}, expected an object")
+        if group.get("format") not in (*known, None):
+            raise CheckpointError(f"{path}.format is {group['format']!r}, this version reads {FORMAT!r}")
+        if group.get("output_activations") is not None:
+            raise CheckpointError(f"{path}.output_activations: quantised outputs are unknown here")
+        weights = _spec(group.get("weights"), f"{path}.weights", weight=True)
+        if weights is None:
+            raise CheckpointError(f"{path}.weights is null: a group without quantised weights is unknown here")
+        activations = _spec(group.get("input_activations"), f"{path}.input_activations", weight=False)
+        parsed.append(Group(_strings(group.get("targets"), f"{path}.targets"), _scheme(weights, activations, path)))
+    return QuantizationConfig(tuple(parsed), _strings(data.get("ignore") or [], f"{where}: quantization_config.ignore"))
+
+
+def check_writable(scheme: Scheme) -> None:
+    """Raise `SchemeError` where compressed-tensors has no word for a scheme."""
+    if scheme.weights.bits > MAX_CODE_BITS:
+        raise SchemeError(
+            f"{scheme}: weights of more than {MAX_CODE_BITS} bits are simulated only and have no file format"
+        )
+    for spec in (scheme.weights, scheme.activations):
+        if spec is not None:
+            _strategy(spec.granularity, weight=spec is scheme.weights)
+
+
+def _args(spec: QuantSpec, *, dynamic: bool) -> dict[str, Any]:
+    group = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
+    return {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": _strategy(spec.granularity, weight=not isinstance(spec.granularity, PerToken)),
+        "group_size": group,
+        "dynamic": dynamic,
+        "actorder": None,
+        "block_structure": None,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _strategy(granularity: Granularity, *, weight: bool) -> str:
+    match granularity:
+        case PerTensor():
+            return "tensor"
+        case PerChannel() if weight:
+            return "channel"
+        case PerGroup():
+            return "group"
+        case PerToken():
+            return "token"
+        case PerColumn() | PerChannel():
+            operand = "weights" if weight else "activations"
+            raise SchemeError(
+                f"{granularity!r} {operand} have no place in a compressed-tensors file: they exist in simulation "
+                "only; save a model in a scheme that integers can run"
+            )
+
+
+def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
+    if args is None:
+        return None
+    if not isinstance(args, Mapping):
+        raise CheckpointError(f"{path} is {args!r}, expected an object")
+    if args.get("type", "int") != "int":
+        raise CheckpointError(f"{path}.type is {args['type']!r}, this version runs 'int'")
+    bits = args.get("num_bits", 8)
+    if not isinstance(bits, int) or not 2 <= bits <= MAX_CODE_BITS:
+        raise CheckpointError(f"{path}.num_bits is {bits!r}, this version runs 2..{MAX_CODE_BITS}")
+    if args.get("actorder") not in (None, "weight", "static"):  # those two leave the groups in place
+        raise CheckpointError(f"{path}.actorder is {args['actorder']!r}: reordered groups are unknown here")
+    if args.get("block_structure") is not None:
+        raise CheckpointError(f"{path}.block_structure is {args['block_structure']!r}: blocks are unknown here")
+    dynamic = args.get("dynamic", False)
+    if not isinstance(dynamic, bool):
+        raise CheckpointError(f"{path}.dynamic is {dynamic!r}, this version runs true and false")
+    strategy, size = args.get("strategy"), args.get("group_size")
+    if strategy is None:
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    granularity: Granularity
+    if strategy == "tensor":
+        granularity = PerTensor()
+    elif strategy == "channel" and weight:
+        granularity = PerChannel()
+    elif strategy == "token" and not weight:
+        granularity = PerToken()
+    elif strategy == "group" and weight and isinstance(size, int) and size > 0:
+        granularity = PerGroup(size)
+    else:
+        allowed = "'tensor', 'channel' and 'group' with a group_size" if weight else "'tensor' and 'token'"
+        raise CheckpointError(
+            f"{path}: strategy {strategy!r} with group_size {size!r} is unknown, this version runs {allowed}"
+        )
+    return QuantSpec(bits, granularity, bool(args.get("symmetric", True)), dynamic=weight or dynamic)
+
+
+def _scheme(weights: QuantSpec, activations: QuantSpec | None, path: str) -> Scheme:
+    try:
+        return Scheme(weights, activations)
+    except SchemeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _strings(value: Any, path: str) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
+        raise CheckpointError(f"{path} is {value!r}, expected a list of strings")
+    for target in value:
+        if target.startswith("re:"):
+            try:
+                re.compile(target[3:])
+            except re.error as error:
+                raise CheckpointError(f"{path}: {target!r} is not a regular expression: {error}") from error
+    return tuple(value)
+
+
+def _matches(target: str, name: str, kind: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in (name, kind)
+
+
+def _rank(target: str) -> int:
+    """A name or an expression is meant before a class of modules."""
+    return 1 if target == "Linear" else 0

@@ -1,0 +1,139 @@
+"""Save a quantised model as a compressed-tensors directory, all of it or nothing.
+
+Everything is written into a hidden directory beside the target, which takes the target's name at the end:
+a crash leaves no directory that looks complete.  Sharding, tied weights, the generation config and the
+names that other software expects are transformers' `save_pretrained`.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from w8a8.checkpoint.files import CONFIG
+from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
+from w8a8.errors import CheckpointError, ModelError
+from w8a8.linear import is_conv1d, quant_linears
+from w8a8.scheme import Scheme
+
+
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model that transformers, vLLM and `w8a8.load` read.
+
+    Args:
+        model: A transformers model with `QuantLinear` layers.  Not modified.
+        directory: Where to; made, parents too.
+        tokenizer: Saved beside the model where given.
+        overwrite: Replace a checkpoint that is there already.
+        max_shard_size: Files larger than this are split.
+
+    Raises:
+        ModelError: not a transformers model, or nothing in it is quantised.
+        SchemeError: the file format has no word for a layer's scheme.
+        CheckpointError: the directory exists and may not be overwritten.
+    """
+    target = Path(directory)
+    quantization = describe(model)
+    check_target(target, overwrite=overwrite)
+    with _appearing(target) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        config = json.loads((partial / CONFIG).read_text())
+        config["quantization_config"] = to_json(quantization)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def describe(model: nn.Module) -> QuantizationConfig:
+    """The groups and the ignored layers of a model.
+
+    Where every plain linear layer has one scheme the target is "Linear", as other tools write it; with
+    several schemes, and for layers that were a `Conv1D`, layers are listed by name.
+
+    Raises:
+        ModelError: not a transformers model, or nothing in it is quantised.
+        SchemeError: the file format has no word for a scheme.
+    """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise ModelError(f"expected a transformers model with a config, found {type(model).__name__}")
+    by_scheme: dict[Scheme, list[str]] = {}
+    was_conv1d = False
+    for name, layer in quant_linears(model):
+        check_writable(layer.scheme)
+        by_scheme.setdefault(layer.scheme, []).append(name)
+        was_conv1d |= layer.was_conv1d
+    if not by_scheme:
+        raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
+    left = tuple(name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
+    if len(by_scheme) == 1 and not was_conv1d:
+        return QuantizationConfig((Group(("Linear",), next(iter(by_scheme))),), left)
+    return QuantizationConfig(tuple(Group(tuple(names), scheme) for scheme, names in by_scheme.items()), left)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raise `CheckpointError` where the target may not be written."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give the name of a directory to make")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} exists and is not empty; choose another name, or overwrite it (--force)")
+    if not (target / CONFIG).exists():
+        raise CheckpointError(
+            f"{target} is not a checkpoint (it has no {CONFIG}), so it is not overwritten; choose another name"
+        )
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A directory to fill, which takes the target's name when the block ends well and vanishes otherwise."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        _sync(partial)
+        _replace(target, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(target: Path, partial: Path) -> None:
+    """Give `partial` the name `target`; what was there is put aside first, and back if that fails."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+    target.rename(old / target.name)
+    try:
+        partial.rename(target)
+    except OSError:
+        (old / target.name).rename(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old)
+
+
+def _sync(directory: Path) -> None:
+    """Have the files on the disk before the name says that they are there."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

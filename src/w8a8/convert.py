@@ -1,0 +1,218 @@
+"""The walk: find the linear layers of a model, choose among them, and swap them in place.
+
+Choosing.  A pattern is an exact name or a glob over the dotted module names; a `*` crosses dots.  A pattern
+that matches no linear layer is an error.  Three kinds of layer are not taken by a glob, only by their exact
+name in `include`:
+
+- the output head (`lm_head`, or what the model calls its output embedding): files with a float head are
+  what vLLM and transformers load;
+- a layer whose weight is shared with another module (OPT's head is its embedding): quantising it makes a
+  copy, and the two are no longer one.
+
+And some are never taken: subclasses of `nn.Linear`, which may do something else in `forward` or be read by
+their parent without it; layers with hooks, which a swap would drop.  All these are reported with the reason.
+
+Swapping.  Every new layer is made before the first old one is replaced, so that a failure half-way leaves
+the model as it was; `swapped` puts the old layers back at its end.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from w8a8 import kernels
+from w8a8.errors import PatternError, SchemeError, W8A8Error, closest
+from w8a8.linear import QuantLinear, is_conv1d, quant_linears
+from w8a8.scheme import Scheme
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, name) after each step of a long walk."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of choosing: names to quantise, and why each other linear layer stays float.
+
+    `untied` maps a chosen layer whose weight is shared to the module it shares with.
+    """
+
+    chosen: tuple[str, ...]
+    reasons: dict[str, str]
+    untied: dict[str, str]
+
+
+def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Selection:
+    """Choose the layers to quantise.
+
+    Args:
+        model: Any module.  Not modified.
+        include: Exact names or globs; a layer must match one.
+        exclude: Exact names or globs; a layer must match none.
+
+    Raises:
+        PatternError: a pattern matches no linear layer; the message lists the closest names.
+        SchemeError: nothing is left to quantise.
+    """
+    include, exclude = _as_list(include, "include"), _as_list(exclude, "exclude")
+    if isinstance(model, nn.Linear) or is_conv1d(model):
+        raise SchemeError(
+            "the model is itself one linear layer, which has no place to be swapped in: use QuantLinear.from_float"
+        )
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    _check_patterns(model, linears, include, exclude)
+    shared = _shared_weights(model, linears)
+    heads = _heads(model, linears)
+    chosen, untied, reasons = [], {}, {}
+    for name, linear in linears.items():
+        named = name in include
+        reason = _never(linear)
+        if reason is None and not any(fnmatchcase(name, p) for p in include):
+            reason = "not matched by include"
+        if reason is None:
+            reason = next((f"excluded by {p!r}" for p in exclude if fnmatchcase(name, p)), None)
+        if reason is None and name in shared and not named:
+            reason = f"its weight is tied to {shared[name]}; include={name!r} quantises a copy of it"
+        if reason is None and name in heads and not named:
+            reason = f"the output head stays float by default; include={name!r} quantises it"
+        if reason is not None:
+            reasons[name] = reason
+            continue
+        chosen.append(name)
+        if name in shared:
+            untied[name] = shared[name]
+    if not chosen:
+        raise SchemeError(_nothing_left(model, reasons))
+    return Selection(tuple(chosen), reasons, untied)
+
+
+def build(
+    model: nn.Module,
+    selection: Selection,
+    scheme: Scheme,
+    *,
+    simulated: bool = False,
+    kernel: str = kernels.AUTO,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, QuantLinear]:
+    """Make the new layers.  The model is not modified.
+
+    Raises:
+        W8A8Error: as `QuantLinear.from_float`, with a note that names the layer.
+    """
+    layers = {}
+    for done, name in enumerate(selection.chosen, start=1):
+        try:
+            layers[name] = QuantLinear.from_float(
+                model.get_submodule(name), scheme, simulated=simulated, kernel=kernel, strict=strict
+            )
+        except W8A8Error as error:
+            error.add_note(f"while quantising {name}")
+            raise
+        if progress is not None:
+            progress(done, len(selection.chosen), name)
+    return layers
+
+
+def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put the layers in the places of those of the same names; the model is changed.
+
+    A module that is reached by several names is replaced under all of them.
+
+    Returns:
+        The old modules under the same names: `swap` them to undo.
+    """
+    old = {name: model.get_submodule(name) for name in layers}
+    replacement = {id(old[name]): layers[name] for name in layers}
+    places = [
+        (parent, key, replacement[id(child)])
+        for parent in list(model.modules())
+        for key, child in parent._modules.items()
+        if id(child) in replacement
+    ]
+    for parent, key, layer in places:
+        parent._modules[key] = layer
+    return old
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`swap` for the length of a `with` block."""
+    old = swap(model, layers)
+    try:
+        yield
+    finally:
+        swap(model, old)
+
+
+def _as_list(patterns: Sequence[str], argument: str) -> list[str]:
+    if isinstance(patterns, str):
+        raise PatternError(f"{argument}={patterns!r} is a string; give a list of patterns: [{patterns!r}]")
+    return list(patterns)
+
+
+def _check_patterns(model: nn.Module, linears: dict[str, nn.Module], include: list[str], exclude: list[str]) -> None:
+    quantized = {name for name, _ in quant_linears(model)}
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if any(fnmatchcase(name, pattern) for name in linears):
+                continue
+            if any(fnmatchcase(name, pattern) for name in quantized):
+                if pattern == "*":
+                    raise SchemeError(_nothing_left(model, {}))
+                raise PatternError(f"{argument}: {pattern!r} matches only layers that are quantised already")
+            if not linears:
+                raise SchemeError(_nothing_left(model, {}))
+            children = [name for name in linears if name.startswith(pattern + ".")]
+            hint = f"it is a module that holds {len(children)} of them: {pattern + '.*'!r}" if children else ""
+            raise PatternError(
+                f"{argument}: {pattern!r} matches none of the model's {len(linears)} linear layers; "
+                + (hint or closest(pattern, linears))
+            )
+
+
+def _nothing_left(model: nn.Module, reasons: dict[str, str]) -> str:
+    done = sum(1 for _ in quant_linears(model))
+    if done:
+        return f"there is nothing to quantise: {done} layers are quantised already, load the float model to start again"
+    if not reasons:
+        return f"there is nothing to quantise: {type(model).__name__} has no nn.Linear and no Conv1D"
+    name, reason = next(iter(reasons.items()))
+    return f"there is nothing to quantise: all {len(reasons)} linear layers are left out, {name}: {reason}"
+
+
+def _never(linear: nn.Module) -> str | None:
+    """Why this layer cannot be replaced, however it is named."""
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
+        return f"{type(linear).__name__} is a subclass of nn.Linear that may do something else"
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    if any(hooks) or hasattr(linear, "_hf_hook"):
+        return "it has hooks, which a swap would drop; remove them first"
+    return None
+
+
+def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """For each linear layer whose weight another module holds too: that module's name."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    shared = {}
+    for name, linear in linears.items():
+        others = [owner for owner in owners.get(id(linear.weight), ()) if owner != name]
+        if others:
+            shared[name] = others[0]
+    return shared
+
+
+def _heads(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
+    """The names of the output heads."""
+    heads = {name for name in linears if name.rpartition(".")[2] == "lm_head"}
+    output = getattr(model, "get_output_embeddings", None)
+    if callable(output):
+        head = output()
+        heads |= {name for name, linear in linears.items() if linear is head}
+    return heads

@@ -1,0 +1,178 @@
+"""Coverage: what of a model is quantised, what is not, and why not.  Nothing is left out silently.
+
+Counted per module that holds parameters (or is a `QuantLinear`), each once even where it has several names:
+
+- parameters: elements of weights and biases, as the float model would count them;
+- bytes: what they take as they are now (codes, scales, sums and biases for a quantised layer);
+- multiply-adds per token: N * K of a linear layer; of a tied output head too, though the embedding owns the
+  parameter; of fused expert weights the share that one token passes through
+  (num_experts_per_tok / num_experts, from the model's config).  Attention's own products between tokens
+  and elementwise work are not counted.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from w8a8.linear import Mode, QuantLinear, is_conv1d
+
+
+@dataclass(frozen=True)
+class ModuleCoverage:
+    """One module that holds parameters.  `reason` says why it is float; None for a quantised one."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    bytes: int
+    macs: int
+    scheme: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over modules; `macs` are multiply-adds per token."""
+
+    modules: int
+    parameters: int
+    bytes: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Every parameter-holding module of a model, quantised or left, in the model's order."""
+
+    modules: tuple[ModuleCoverage, ...]
+
+    @property
+    def quantized(self) -> tuple[ModuleCoverage, ...]:
+        """The modules that became `QuantLinear`."""
+        return tuple(m for m in self.modules if m.reason is None)
+
+    @property
+    def left(self) -> tuple[ModuleCoverage, ...]:
+        """The modules that stayed float, each with its reason."""
+        return tuple(m for m in self.modules if m.reason is not None)
+
+    def totals(self) -> dict[str, Totals]:
+        """Sums for `"quantized"`, `"float"` and `"all"`."""
+        groups = {"quantized": self.quantized, "float": self.left, "all": self.modules}
+        return {
+            name: Totals(
+                len(group), sum(m.parameters for m in group), sum(m.bytes for m in group), sum(m.macs for m in group)
+            )
+            for name, group in groups.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "totals": {name: asdict(totals) for name, totals in self.totals().items()},
+            "modules": [asdict(m) for m in self.modules],
+        }
+
+    def __str__(self) -> str:
+        totals = self.totals()
+        done, every = totals["quantized"], totals["all"]
+        lines = [
+            f"{done.modules} of {every.modules} modules quantised: "
+            f"{_share(done.parameters, every.parameters)} of the parameters, "
+            f"{_share(done.macs, every.macs)} of the multiply-adds; {every.bytes / 1e6:.2f} MB in all"
+        ]
+        reasons: dict[str, list[ModuleCoverage]] = {}
+        for module in self.left:
+            reasons.setdefault(module.reason or "", []).append(module)
+        for reason, modules in reasons.items():
+            names = ", ".join(m.name for m in modules[:3]) + (", ..." if len(modules) > 3 else "")
+            lines.append(
+                f"  float: {names} ({len(modules)}, {sum(m.parameters for m in modules):,} parameters): {reason}"
+            )
+        return "\n".join(lines)
+
+
+def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
+    """Look at a model as it is.
+
+    Args:
+        model: Any module.  Not modified.
+        reasons: Why the selection left a linear layer alone, by its name; other modules give their own.
+    """
+    found = []
+    seen: set[int] = set()  # parameters counted so far: a tied one belongs to its first owner
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            found.append(_quantized(name, module))
+            continue
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        tied = len(own) < sum(1 for _ in module.parameters(recurse=False))
+        if not own and not tied:
+            continue
+        seen.update(map(id, own))
+        found.append(_float(name, module, own, reasons.get(name), model))
+    return Coverage(tuple(found))
+
+
+def _quantized(name: str, layer: QuantLinear) -> ModuleCoverage:
+    macs = layer.out_features * layer.in_features
+    return ModuleCoverage(
+        name=name,
+        kind="QuantLinear" if layer.mode is Mode.INTEGER else f"QuantLinear ({layer.mode.value})",
+        shape=(layer.out_features, layer.in_features),
+        parameters=macs + (0 if layer.bias is None else layer.out_features),
+        bytes=sum(b.numel() * b.element_size() for b in layer.buffers()),
+        macs=macs,
+        scheme=layer.scheme.name,
+        reason=None,
+    )
+
+
+def _float(
+    name: str, module: nn.Module, own: list[nn.Parameter], reason: str | None, model: nn.Module
+) -> ModuleCoverage:
+    weight = getattr(module, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else tuple(next(module.parameters(False)).shape)
+    experts = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    macs = 0
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        macs = shape[0] * shape[1]
+    elif experts:
+        shape = tuple(experts[0].shape)
+        macs = round(sum(p.numel() for p in experts) * _active_share(model, shape[0]))
+    return ModuleCoverage(
+        name=name or "(root)",
+        kind=type(module).__name__,
+        shape=shape,
+        parameters=sum(p.numel() for p in own),
+        bytes=sum(p.numel() * p.element_size() for p in own),
+        macs=macs,
+        scheme=None,
+        reason=reason or _why_float(module, bool(experts)),
+    )
+
+
+def _why_float(module: nn.Module, has_experts: bool) -> str:
+    """What kind of module this is, where no linear layer was to be chosen."""
+    if has_experts:
+        return "fused 3-D expert parameters (E, out, in), not an nn.Linear: not quantised by this version"
+    if isinstance(module, nn.Embedding):
+        return "a lookup table, no product"
+    if "norm" in type(module).__name__.lower():
+        return "a normalisation, elementwise"
+    if isinstance(module, nn.Linear) or is_conv1d(module):
+        return "not selected"
+    return "not a linear layer"
+
+
+def _active_share(model: nn.Module, experts: int) -> float:
+    """The share of the experts that one token passes through; all of them where the config does not say."""
+    config = getattr(model, "config", None)
+    per_token = getattr(config, "num_experts_per_tok", None)
+    return per_token / experts if isinstance(per_token, int) else 1.0
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"

@@ -1,0 +1,67 @@
+"""The family of errors: every user's mistake is a `W8A8Error`.
+
+Each is also the built-in error it resembles (`ValueError`, `OSError`, ...), so that code which does not
+know this package still catches it.  A message has four parts: what was asked, what was found, where, and
+the way out.  The function that finds the fault raises with its numbers; whoever walks a model or a
+directory adds the place with `add_note`.  Our own mistakes are bare `assert`s and are not in here.
+"""
+
+import difflib
+import sys
+from collections.abc import Iterable
+
+
+class W8A8Error(Exception):
+    """A mistake that the user can mend.  `explain` gives the message with its notes."""
+
+    if sys.version_info < (3, 11):  # pragma: no cover - add_note came with 3.11
+
+        def add_note(self, note: str) -> None:
+            self.__notes__ = [*getattr(self, "__notes__", ()), note]
+
+    def explain(self) -> str:
+        """The message and the places that were added on the way up, one per line."""
+        return "\n  ".join([str(self), *getattr(self, "__notes__", ())])
+
+
+class SchemeError(W8A8Error, ValueError):
+    """A request that makes no sense, does not fit the tensor, or cannot run the way it was asked to."""
+
+
+class NonFiniteError(W8A8Error, ValueError):
+    """A NaN or an infinity where a scale has to be computed."""
+
+
+class PatternError(W8A8Error, ValueError):
+    """A name or glob that matches no linear layer of the model."""
+
+
+class KernelError(W8A8Error, RuntimeError):
+    """The kernel that was asked for cannot run here, or not on this input."""
+
+
+class ModelError(W8A8Error, ValueError):
+    """A model that cannot be used the way it was asked to."""
+
+
+class CheckpointError(W8A8Error, OSError):
+    """A directory that is missing, torn, untruthful, in the way, or in a format unknown here."""
+
+    __str__ = Exception.__str__
+
+
+class TextError(W8A8Error, OSError):
+    """A text that is missing, unreadable or too short for what was asked."""
+
+    __str__ = Exception.__str__
+
+
+def closest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
+    """`", closest: a, b"` for an unknown name, or the first known ones where nothing is close."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=limit, cutoff=0.3)
+    if near:
+        return "closest: " + ", ".join(near)
+    if not known:
+        return "there are none"
+    return "known: " + ", ".join(known[:limit]) + (", ..." if len(known) > limit else "")

@@ -1,0 +1,20 @@
+"""Kernels: the ways to run one integer linear layer, all equal to the bit.
+
+`available()` says which of them this machine has and why not the others; `int8_linear` is the op.
+"""
+
+from w8a8.kernels.ops import calls, forget, int8_linear
+from w8a8.kernels.request import Kernel, LinearRequest
+from w8a8.kernels.select import AUTO, KERNELS, available, check_name
+
+__all__ = [
+    "AUTO",
+    "KERNELS",
+    "Kernel",
+    "LinearRequest",
+    "available",
+    "calls",
+    "check_name",
+    "forget",
+    "int8_linear",
+]

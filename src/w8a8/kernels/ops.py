@@ -1,0 +1,107 @@
+"""The one op: a linear layer in integers, declared once, whatever kernel runs it.
+
+    w8a8::int8_linear(x, weight, ...) -> y
+
+Its arithmetic is the contract (docs/design.md), which leaves no rounding open: every kernel returns the
+same bits.  PyTorch sees one opaque op, so that `torch.compile(fullgraph=True)` passes over it; the kernel
+is picked inside, when the input is known, by `w8a8.kernels.select`, and written into the ledger there.
+
+Inference only: asking for a gradient is an error rather than a wrong number.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w8a8.errors import SchemeError
+from w8a8.kernels.request import LinearRequest
+from w8a8.kernels.select import select
+
+_LIBRARY = torch.library.Library("w8a8", "DEF")
+_LIBRARY.define(
+    "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias, "
+    "Tensor? input_scale, Tensor? input_zero_point, int bits, bool per_token, bool symmetric, "
+    "str kernel, bool strict, int layer) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_LEDGER: dict[int, Counter[str]] = {}
+
+
+def calls(layer: int) -> dict[str, int]:
+    """How often each kernel ran for the layer of this number."""
+    return dict(_LEDGER.get(layer, {}))
+
+
+def forget(layer: int) -> None:
+    """Drop the layer's entries from the ledger."""
+    _LEDGER.pop(layer, None)
+
+
+def _int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bits: int,
+    per_token: bool,
+    symmetric: bool,
+    kernel: str,
+    strict: bool,
+    layer: int,
+) -> Tensor:
+    _check(x, weight)
+    request = LinearRequest(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        weight_scale,
+        weight_sum,
+        bias,
+        input_scale,
+        input_zero_point,
+        bits,
+        per_token,
+        symmetric,
+    )
+    if request.x.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    chosen = select(kernel, request, strict=strict)
+    y = chosen.linear(request)
+    _LEDGER.setdefault(layer, Counter())[chosen.name] += 1
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    _check(x, weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise SchemeError(
+            f"the input has shape {tuple(x.shape)}, the weight (N, K) is {tuple(weight.shape)}: "
+            f"the last axis of the input must be {weight.shape[1]}"
+        )
+
+
+def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Nothing is kept for a backward that does not exist."""
+
+
+def _no_gradient(ctx: Any, gradient: Tensor) -> Tensor:
+    raise SchemeError(
+        "a gradient was asked of an integer layer, which has none; run it under torch.no_grad(), "
+        "or train the float model and quantise it afterwards"
+    )
+
+
+_LIBRARY.impl("int8_linear", _int8_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("w8a8::int8_linear", _fake, lib=_LIBRARY)
+torch.library.register_autograd("w8a8::int8_linear", _no_gradient, setup_context=_no_setup, lib=_LIBRARY)
+
+int8_linear = torch.ops.w8a8.int8_linear.default

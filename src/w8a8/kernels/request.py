@@ -1,0 +1,89 @@
+"""What a kernel is given: one call of one integer linear layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from w8a8.affine import QParams, QTensor, quantize_tokens
+from w8a8.scheme import PerTensor, PerToken, QuantSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRequest:
+    """The operands of one call, checked by the op before a kernel sees them.
+
+    x: (M, K) float, M > 0, any strides.
+    weight: (N, K) int8, row-major, as in the file.
+    weight_scale: (1,), (N, 1) or (N, G) float32.
+    weight_sum: (N, G) int32, the sums of the codes along K (G = 1 without groups): what the shift to
+        unsigned codes and the zero point of an activation are corrected with.
+    bias: (N,) any float dtype, or None.
+    input_scale, input_zero_point: one element each, for a static activation grid; else None.
+    bits, per_token, symmetric: the activation's `QuantSpec`.
+    """
+
+    x: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    weight_sum: Tensor
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bits: int
+    per_token: bool
+    symmetric: bool
+
+    @property
+    def groups(self) -> int:
+        """G, 1 where a scale covers the whole of K."""
+        return self.weight_sum.shape[1]
+
+    def quantize_input(self) -> QTensor:
+        """Codes (M, K) int8, scale (M, 1) and zero point (M, 1) or None of the activation."""
+        static = None if self.input_scale is None else QParams(self.input_scale, self.input_zero_point)
+        granularity = PerToken() if self.per_token else PerTensor()
+        return quantize_tokens(
+            self.x, QuantSpec(self.bits, granularity, self.symmetric, dynamic=static is None), static
+        )
+
+    def rescale(self, accumulate: Callable[[int, slice], Tensor], sx: Tensor) -> Tensor:
+        """From integer sums to the output, in the order that the contract fixes.
+
+        Args:
+            accumulate: The sums (M, N) int32 of group g over the slice of K that is its.
+            sx: (M, 1) float32.
+
+        Returns:
+            (M, N) in the dtype of `x`: each product and sum rounded on its own in float32, one cast.
+        """
+        size = self.x.shape[1] // self.groups
+        y: Tensor | None = None
+        for g in range(self.groups):
+            acc = accumulate(g, slice(g * size, (g + 1) * size))
+            sw = self.weight_scale if self.weight_scale.ndim == 1 else self.weight_scale[:, g]
+            part = acc.to(torch.float32).mul_(sx).mul_(sw)
+            y = part if y is None else y.add_(part)
+        assert y is not None, "a layer has at least one group"
+        if self.bias is not None:
+            y.add_(self.bias.to(y.dtype))
+        return y.to(self.x.dtype)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run the op.
+
+    name: What the ledger calls it.
+    about: One line for people.
+    unavailable_because: Why this machine cannot run it at all, or None; asked once.
+    refuses: Why it cannot run this very request, or None; asked at every call, so it is cheap.
+    linear: The request's output, (M, N) in the dtype of x.
+    """
+
+    name: str
+    about: str
+    unavailable_because: Callable[[], str | None]
+    refuses: Callable[[LinearRequest], str | None]
+    linear: Callable[[LinearRequest], Tensor]

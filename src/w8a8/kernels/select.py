@@ -1,0 +1,54 @@
+"""Which kernel runs: the registry, in order of preference, and the one place where a fallback happens."""
+
+import warnings
+from functools import cache
+
+from w8a8.errors import KernelError, closest
+from w8a8.kernels.reference import REFERENCE
+from w8a8.kernels.request import Kernel, LinearRequest
+from w8a8.kernels.torch_cpu import TORCH_CPU
+
+AUTO = "auto"
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (TORCH_CPU, REFERENCE)}
+
+
+@cache
+def unavailable_because(name: str) -> str | None:
+    """Why this machine cannot run the kernel at all, or None; found out once."""
+    return KERNELS[name].unavailable_because()
+
+
+def available() -> dict[str, str | None]:
+    """Every kernel in order of preference: None where it can run here, else the reason why not."""
+    return {name: unavailable_because(name) for name in KERNELS}
+
+
+def check_name(name: str) -> None:
+    """Raise `KernelError` for a kernel that does not exist."""
+    if name != AUTO and name not in KERNELS:
+        raise KernelError(f"unknown kernel {name!r} ({closest(name, KERNELS)}); use {AUTO!r}, {', '.join(KERNELS)}")
+
+
+def select(name: str, request: LinearRequest, *, strict: bool) -> Kernel:
+    """The kernel for a request: the one that was asked for, or the first that can.
+
+    Raises:
+        KernelError: `strict`, and the kernel that was asked for cannot run this.
+    """
+    if name != AUTO:
+        reason = _cannot(name, request)
+        if reason is None:
+            return KERNELS[name]
+        if strict:
+            raise KernelError(f"kernel {name!r} was asked for with strict=True and cannot run: {reason}")
+        _warn_once(name, reason)
+    return next(kernel for kernel in KERNELS.values() if _cannot(kernel.name, request) is None)
+
+
+def _cannot(name: str, request: LinearRequest) -> str | None:
+    return unavailable_because(name) or KERNELS[name].refuses(request)
+
+
+@cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(f"kernel {name!r} cannot run ({reason}); another runs instead, see the ledger", stacklevel=2)

@@ -1,0 +1,85 @@
+"""oneDNN's integer product through `torch._int_mm`: the fast path without native code.
+
+The weight is passed as `weight.t()`, a view: the row-major (N, K) of the file is what oneDNN likes best
+for one row and costs a few per cent in the middle (docs/log.md has the numbers).
+
+On x86 the product wants unsigned activations: the signed codes are shifted by 128 (one `xor`), and
+128 * sum_k qw[n, k] is taken off afterwards.  int32 wraps around on the way without harm, as the true sum
+fits.
+
+Exactness is probed, not assumed: without VNNI (or its kin on other machines) oneDNN multiplies pairs with
+a saturating 16-bit add, and large codes come out wrong.  Where the probe fails, the kernel is unavailable.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from w8a8.kernels.request import Kernel, LinearRequest
+
+
+@cache
+def _left_dtype() -> torch.dtype | None:
+    """uint8 or int8, whichever left side this machine multiplies exactly; None if neither."""
+    for dtype in (torch.uint8, torch.int8):
+        if _is_exact(dtype):
+            return dtype
+    return None
+
+
+def _is_exact(dtype: torch.dtype) -> bool:
+    """Whether a product of the largest codes, which saturates a 16-bit add, comes out right."""
+    k = 256
+    info = torch.iinfo(dtype)
+    for rows in (1, 32):  # one row and many take different kernels
+        for left, right in ((info.max, 127), (info.max, -127), (info.min, -127)):
+            x = torch.full((rows, k), left, dtype=dtype)
+            w = torch.full((48, k), right, dtype=torch.int8)
+            try:
+                acc = torch._int_mm(x, w.t())
+            except RuntimeError:  # this build has no product for the dtype
+                return False
+            if not bool((acc == left * right * k).all()):
+                return False
+    return True
+
+
+def _unavailable_because() -> str | None:
+    if _left_dtype() is None:
+        return "torch._int_mm is not exact here: without VNNI, oneDNN's int8 product saturates pairs of codes"
+    return None
+
+
+def _refuses(request: LinearRequest) -> str | None:
+    if request.x.device.type != "cpu" or request.weight.device.type != "cpu":
+        return f"it runs on CPU tensors, the input is on {request.x.device}"
+    if request.x.shape[1] == 0 or request.weight.shape[0] == 0:
+        return "oneDNN takes no empty operands"
+    return None
+
+
+def _linear(request: LinearRequest) -> Tensor:
+    qx = request.quantize_input()
+    left, shift = qx.codes, qx.zero_point
+    if _left_dtype() is torch.uint8:
+        left = left.bitwise_xor_(-128).view(torch.uint8)  # code + 128
+        shift = None if shift is None else shift + 128
+
+    def accumulate(g: int, k: slice) -> Tensor:
+        acc = torch._int_mm(left[:, k], request.weight[:, k].t())
+        wsum = request.weight_sum[:, g]
+        if shift is not None:
+            return acc.addcmul_(shift, wsum, value=-1)
+        return acc.sub_(wsum, alpha=128) if left.dtype is torch.uint8 else acc
+
+    return request.rescale(accumulate, qx.scale)
+
+
+TORCH_CPU = Kernel(
+    name="torch_cpu",
+    about="oneDNN's int8 product through torch._int_mm",
+    unavailable_because=_unavailable_because,
+    refuses=_refuses,
+    linear=_linear,
+)

@@ -1,0 +1,401 @@
+"""QuantLinear: the layer that takes the place of `nn.Linear`.
+
+What it computes is one of three things, and `mode` says which:
+
+- INTEGER: the activation is quantised, codes are multiplied and summed as integers, the sum is scaled.
+- SIMULATED: float arithmetic that shows what a scheme costs, for every scheme.  Where integers could run
+  the scheme, the float arithmetic is done on the codes in pieces small enough to be exact, so that the
+  simulation returns the integer layer's very bits.  Elsewhere operands are quantised and dequantised and
+  multiplied in float32.
+- WEIGHT_ONLY: the activation stays float; the int8 weight is dequantised and multiplied in its dtype.
+
+The buffers carry the names and shapes of a compressed-tensors file, so that `state_dict` is the file:
+
+    weight             (N, K) int8 codes; where a simulated grid is wider than 8 bits, its float32 values,
+                       and then there is no weight_scale and no weight_zero_point
+    weight_scale       (1,), (N, 1), (N, G) or, per column, (1, K) float32
+    weight_zero_point  as weight_scale, int32; only where simulated weights are asymmetric
+    bias               (N,) in the dtype of the float layer
+    input_scale        (1,) float32, and input_zero_point (1,) int32: only where activations are static
+
+`weight_sum` (N, G) int32 is derived from the weight and stays out of the state dict.
+"""
+
+import enum
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from w8a8 import kernels
+from w8a8.affine import (
+    QParams,
+    QTensor,
+    dequantize,
+    fake_quantize,
+    fake_quantize_tokens,
+    quantize,
+)
+from w8a8.errors import SchemeError
+from w8a8.kernels import reference
+from w8a8.scheme import (
+    MAX_CODE_BITS,
+    Granularity,
+    PerChannel,
+    PerColumn,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+)
+
+_LAYER_NUMBERS = itertools.count()
+
+
+class Mode(enum.Enum):
+    """What the layer computes; see the module's docstring."""
+
+    INTEGER = "integer"
+    SIMULATED = "simulated"
+    WEIGHT_ONLY = "weight-only"
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantised weight.  Made by `from_float`, or empty, to be filled from a file.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        scheme: What to quantise and how.
+        bias: The dtype of the bias, or None: no bias.
+        simulated: Ask for float arithmetic, see `Mode`.
+        kernel: The kernel to run, or "auto": the first one that can.
+        strict: Raise where the kernel that was asked for cannot run, instead of running another.
+        device: Where the empty buffers are made; "meta" makes none.
+        was_conv1d: The float layer was transformers' `Conv1D`, which other loaders do not take for linear.
+
+    Raises:
+        SchemeError: the scheme cannot be executed and is not to be simulated; K is too large for int32
+            sums or does not divide into groups.
+        KernelError: no kernel has this name.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_sum: Tensor
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: torch.dtype | None,
+        simulated: bool = False,
+        kernel: str = kernels.AUTO,
+        strict: bool = False,
+        device: torch.device | str | None = None,
+        was_conv1d: bool = False,
+    ) -> None:
+        super().__init__()
+        kernels.check_name(kernel)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self.mode = _mode(scheme, in_features, simulated=simulated)
+        self.kernel = kernel
+        self.strict = strict
+        self.was_conv1d = was_conv1d
+        spec, activations = scheme.weights, scheme.activations
+
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        scale_shape = _scale_shape(spec.granularity, out_features, in_features)
+        has_codes = spec.bits <= MAX_CODE_BITS
+        static = activations is not None and not activations.dynamic
+        buffers = {
+            "weight": empty(torch.int8 if has_codes else torch.float32, out_features, in_features),
+            "weight_scale": empty(torch.float32, *scale_shape) if has_codes else None,
+            "weight_zero_point": empty(torch.int32, *scale_shape) if has_codes and not spec.symmetric else None,
+            "bias": None if bias is None else empty(bias, out_features),
+            "input_scale": empty(torch.float32, 1) if static else None,
+            "input_zero_point": (
+                empty(torch.int32, 1) if activations is not None and static and not activations.symmetric else None
+            ),
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+        groups = scale_shape[1] if isinstance(spec.granularity, PerGroup) else 1
+        self.register_buffer("weight_sum", empty(torch.int32, out_features, groups), persistent=False)
+        self._take_number()
+
+    @classmethod
+    @torch.no_grad()
+    def from_float(
+        cls,
+        linear: nn.Module,
+        scheme: Scheme | str = "w8a8",
+        *,
+        simulated: bool = False,
+        kernel: str = kernels.AUTO,
+        strict: bool = False,
+        input_params: QParams | None = None,
+    ) -> "QuantLinear":
+        """Quantise a float layer, once.
+
+        Args:
+            linear: `nn.Linear`, or transformers' `Conv1D`, whose weight is (K, N).  Not modified, not kept.
+            scheme: A scheme or a preset's name.
+            simulated, kernel, strict: As for the class.
+            input_params: The grid of the activation, one element each, where the scheme's is static.
+
+        Returns:
+            A new layer on the device of `linear`, in evaluation mode or not, as `linear` is.
+
+        Raises:
+            SchemeError: not such a layer; the scheme does not fit it; a static scheme without its grid.
+            NonFiniteError: the weight holds a NaN or an infinity.
+        """
+        scheme = Scheme.of(scheme)
+        weight, bias = float_operands(linear)
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            scheme,
+            bias=None if bias is None else bias.dtype,
+            simulated=simulated,
+            kernel=kernel,
+            strict=strict,
+            device="meta",
+            was_conv1d=is_conv1d(linear),
+        )
+        spec = scheme.weights
+        if spec.bits > MAX_CODE_BITS:
+            layer.weight = fake_quantize(weight.to(torch.float32), spec)
+        else:
+            q = quantize(weight, spec)
+            layer.weight = q.codes
+            layer.weight_scale = q.scale.reshape(layer.weight_scale.shape)
+            if q.zero_point is not None:
+                layer.weight_zero_point = q.zero_point.reshape(layer.weight_scale.shape)
+        layer.bias = None if bias is None else bias.detach().clone()
+        layer._set_input_params(input_params)
+        layer.update_weight_sum()
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output.
+
+        Args:
+            x: (..., K), any float dtype and strides.  Not modified.
+
+        Returns:
+            (..., N) in the dtype of `x`.  A token with a NaN or an infinity comes out as NaN.
+
+        Raises:
+            SchemeError: the last axis is not K.
+            KernelError: `strict`, and the kernel that was asked for cannot run this input.
+        """
+        if self.mode is Mode.INTEGER:
+            y: Tensor = kernels.int8_linear(*self._operands(x), self.kernel, self.strict, self._number)
+            return y
+        if self.mode is Mode.WEIGHT_ONLY:
+            return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
+        return self._simulate(x)
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight that the codes stand for, a new (N, K) float32 tensor."""
+        if self.weight.dtype is torch.float32:
+            return self.weight.clone()
+        return dequantize(QTensor(self.weight, self.weight_scale, self.weight_zero_point))
+
+    def update_weight_sum(self) -> None:
+        """Derive `weight_sum` from the weight anew: after the weight's buffer was written by other means."""
+        groups = self.weight_sum.shape[1]
+        if self.weight.is_meta or self.mode is not Mode.INTEGER:
+            self.weight_sum = self.weight.new_zeros((self.out_features, groups), dtype=torch.int32)
+            return
+        # sum(dtype=int64) of int8 converts block by block; a sum of K codes fits int32
+        self.weight_sum = self.weight.unflatten(1, (groups, -1)).sum(-1, dtype=torch.int32)
+
+    def kernel_calls(self) -> dict[str, int]:
+        """The layer's page of the ledger: how often each kernel ran."""
+        return kernels.calls(self._number)
+
+    def extra_repr(self) -> str:
+        runs = f"kernel={self.kernel}" if self.mode is Mode.INTEGER else self.mode.value
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme.name}, {runs}"
+        )
+
+    def _operands(self, x: Tensor) -> tuple[Any, ...]:
+        activations = self.scheme.activations
+        assert activations is not None, "an integer layer has integer activations"
+        return (
+            x,
+            self.weight,
+            self.weight_scale,
+            self.weight_sum,
+            self.bias,
+            self.input_scale,
+            self.input_zero_point,
+            activations.bits,
+            isinstance(activations.granularity, PerToken),
+            activations.symmetric,
+        )
+
+    def _simulate(self, x: Tensor) -> Tensor:
+        """Float arithmetic: exact where integers could run the scheme, ordinary float32 elsewhere."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise SchemeError(f"the input has shape {tuple(x.shape)}, its last axis must be {self.in_features}")
+        rows = x.reshape(-1, self.in_features)
+        if self.scheme.integer_executable:
+            request = kernels.LinearRequest(rows, *self._operands(x)[1:])
+            y = reference.linear(request)
+        else:
+            spec = self.scheme.activations
+            static = None if self.input_scale is None else QParams(self.input_scale, self.input_zero_point)
+            values = rows.to(torch.float32) if spec is None else fake_quantize_tokens(rows, spec, static)
+            y = F.linear(values, self.dequantized_weight(), _cast(self.bias, torch.float32)).to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _set_input_params(self, params: QParams | None) -> None:
+        activations = self.scheme.activations
+        if activations is None or activations.dynamic:
+            if params is not None:
+                raise SchemeError(f"input_params were given, but the activations are not static: {self.scheme}")
+            return
+        if params is None:
+            raise SchemeError(
+                f"static activations need their grid: {self.scheme}; give input_params=QParams(scale, zero_point) "
+                "measured on calibration data, or use a dynamic scheme"
+            )
+        if params.scale.numel() != 1 or (params.zero_point is None) != activations.symmetric:
+            raise SchemeError(
+                f"input_params have {params.scale.numel()} scales and "
+                f"{'no' if params.zero_point is None else 'a'} zero point; {self.scheme} takes one scale and "
+                f"{'no' if activations.symmetric else 'a'} zero point"
+            )
+        self.input_scale = params.scale.detach().to(self.weight.device, torch.float32, copy=True).reshape(1)
+        if params.zero_point is not None:
+            self.input_zero_point = params.zero_point.detach().to(self.weight.device, torch.int32, copy=True).reshape(1)
+
+    def _take_number(self) -> None:
+        self._number = next(_LAYER_NUMBERS)
+        weakref.finalize(self, kernels.forget, self._number)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy has its own page in the ledger
+        super().__setstate__(state)
+        self._take_number()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLinear":
+        """Move with the model, but keep the grid float32 through `.half()` and `.to(dtype)`."""
+        before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            assert after is not None, "a move does not drop buffers"
+            if after.dtype is not buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Refuse a float weight, which a plain copy would truncate to integers without a word."""
+        given = state_dict.get(prefix + "weight")
+        if given is not None and given.dtype is not self.weight.dtype:
+            error_msgs.append(
+                f"{prefix}weight is {given.dtype}, this QuantLinear holds {self.weight.dtype}: "
+                "load the float weights into the float model and quantise that"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.update_weight_sum()
+
+
+def float_operands(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight as (N, K), a view, and the bias of `nn.Linear` or transformers' `Conv1D`.
+
+    Raises:
+        SchemeError: the module is neither; its weight is not there (meta) or not float.
+    """
+    if isinstance(linear, nn.Linear):
+        weight, bias = linear.weight.detach(), linear.bias
+    elif is_conv1d(linear):
+        conv: Any = linear
+        weight, bias = conv.weight.detach().t(), conv.bias
+    else:
+        raise SchemeError(f"expected nn.Linear or transformers' Conv1D, found {type(linear).__name__}")
+    if weight.is_meta:
+        raise SchemeError("the weight is on the meta device: it has no values yet; load the model first")
+    return weight, bias
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' `Conv1D` (GPT-2), told without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def quant_linears(model: nn.Module) -> Iterable[tuple[str, QuantLinear]]:
+    """Name and layer of every `QuantLinear` in the model, each once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
+
+
+def ledger(model: nn.Module) -> dict[str, dict[str, int]]:
+    """How often each kernel ran, for every integer layer of the model by name."""
+    return {name: layer.kernel_calls() for name, layer in quant_linears(model) if layer.mode is Mode.INTEGER}
+
+
+def _mode(scheme: Scheme, k: int, *, simulated: bool) -> Mode:
+    weights, activations = scheme.weights, scheme.activations
+    if isinstance(weights.granularity, PerGroup) and k % weights.granularity.size:
+        raise SchemeError(f"K={k} does not divide into groups of {weights.granularity.size}")
+    if simulated:
+        return Mode.SIMULATED
+    if activations is None and weights.bits <= MAX_CODE_BITS:
+        return Mode.WEIGHT_ONLY
+    if scheme.not_executable_because is not None:
+        raise SchemeError(f"{scheme} cannot run in integers: {scheme.not_executable_because}")
+    assert activations is not None, "weight-only schemes have left above"
+    reach = activations.qmax - activations.qmin if not activations.symmetric else activations.qmax
+    limit = 2**31 // (reach * weights.qmax)
+    if k >= limit:
+        raise SchemeError(f"K={k} could overflow the int32 sum, which holds K < {limit} here; use simulated=True")
+    return Mode.INTEGER
+
+
+def _scale_shape(granularity: Granularity, n: int, k: int) -> tuple[int, ...]:
+    match granularity:
+        case PerTensor():
+            return (1,)
+        case PerColumn():
+            return (1, k)
+        case PerGroup(size):
+            return (n, k // size)
+        case PerChannel() | PerToken():
+            return (n, 1)
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)

@@ -1,0 +1,190 @@
+"""The main jobs, each one call: `quantize`, `simulate`, and opening a model by name."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from w8a8 import convert, kernels
+from w8a8.checkpoint import load
+from w8a8.checkpoint.files import read_quantization, resolve
+from w8a8.convert import Progress
+from w8a8.coverage import Coverage, coverage
+from w8a8.errors import ModelError
+from w8a8.linear import ledger
+from w8a8.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `quantize` and `simulate` did.
+
+    model: The model that was given, changed in place.
+    scheme: The scheme of the new layers.
+    coverage: What is quantised, what is not, and why not.
+    untied: Layers whose weight was shared and is now a copy of its own, each with the module it shared with.
+    """
+
+    model: nn.Module
+    scheme: Scheme
+    coverage: Coverage
+    untied: dict[str, str]
+
+    def ledger(self) -> dict[str, dict[str, int]]:
+        """How often each kernel has run so far, per layer."""
+        return ledger(self.model)
+
+
+def quantize(
+    model: nn.Module,
+    scheme: Scheme | str = "w8a8",
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    kernel: str = kernels.AUTO,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Turn the linear layers of a model into int8 layers, in place.
+
+    `nn.Linear` and transformers' `Conv1D` are taken.  The output head and layers with a tied weight are
+    only taken where `include` holds their exact name; a tied head becomes a copy of its own, and the
+    config's `tie_word_embeddings` is then set to False.
+
+    Args:
+        model: Any module; changed only if everything succeeds.
+        scheme: A scheme that integers can run, a weight-only one, or a preset's name.
+        include: Exact names or globs over dotted names.  ("*", "lm_head") is everything and the head.
+        exclude: Exact names or globs that stay float.
+        kernel: The kernel to run, or "auto": the first that can.
+        strict: Raise where the kernel that was asked for cannot run, instead of running another.
+        progress: Called as progress(done, total, name).
+
+    Returns:
+        The model, and what was done to it.
+
+    Raises:
+        SchemeError: the scheme cannot be executed (the message says why and what to use), does not fit a
+            layer, or there is nothing to quantise.
+        PatternError: a pattern matches no linear layer.
+        NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
+        KernelError: no kernel has this name.
+    """
+    return _convert(model, scheme, include, exclude, simulated=False, kernel=kernel, strict=strict, progress=progress)
+
+
+def simulate(
+    model: nn.Module,
+    scheme: Scheme | str = "w8a8",
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Result:
+    """Show what any scheme costs, in float arithmetic, in place.
+
+    For a scheme that integers can run the outputs are those of `quantize`, bit for bit.
+
+    Args:
+        model, include, exclude, progress: As for `quantize`.
+        scheme: Any scheme, up to 16 bits.
+
+    Returns:
+        The model, and what was done to it.
+
+    Raises:
+        SchemeError, PatternError, NonFiniteError: as `quantize`.
+    """
+    return _convert(
+        model, scheme, include, exclude, simulated=True, kernel=kernels.AUTO, strict=False, progress=progress
+    )
+
+
+def _convert(
+    model: nn.Module,
+    scheme: Scheme | str,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    *,
+    simulated: bool,
+    kernel: str,
+    strict: bool,
+    progress: Progress | None,
+) -> Result:
+    scheme = Scheme.of(scheme)
+    kernels.check_name(kernel)
+    selection = convert.select(model, include, exclude)
+    layers = convert.build(
+        model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict, progress=progress
+    )
+    convert.swap(model, layers)
+    config = getattr(model, "config", None)
+    if selection.untied and getattr(config, "tie_word_embeddings", False):
+        assert config is not None, "it has an attribute"
+        config.tie_word_embeddings = False  # or loading would tie the head to the embedding again
+    return Result(model, scheme, coverage(model, selection.reasons), selection.untied)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model by name: itself, its tokenizer, where its files are, and whether they hold codes."""
+
+    model: Any
+    tokenizer: Any
+    directory: Path
+    quantized: bool
+
+
+def open_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> OpenedModel:
+    """Open a causal language model, float or quantised, from a directory or the hub.
+
+    Args:
+        source: A local directory or a hub id.
+        dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
+        device: Where the model goes.
+
+    Raises:
+        CheckpointError: missing, torn, or in a format unknown here.
+        ModelError: unknown dtype or device; the float model is not one that transformers can open.
+    """
+    directory = resolve(source)
+    quantized = read_quantization(directory) is not None
+    wanted = _dtype(dtype)
+    if quantized:
+        model = load(directory)
+        if wanted is not None:
+            model.to(wanted)
+    else:
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype if wanted is None else wanted, use_safetensors=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(f"{directory}: transformers cannot open it as a causal language model: {error}") from error
+    return OpenedModel(_moved(model.eval(), device), _tokenizer(directory), directory, quantized)
+
+
+def _moved(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch says either for a device it does not have
+        raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The tokenizer, or None where the directory has none."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ModelError(f"unknown dtype {name!r}; use one of {', '.join(known)}")
+    return known[name]
