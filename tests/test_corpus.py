@@ -47,9 +47,7 @@ def words(text: str) -> list[str]:
     return text.casefold().split()
 
 
-def test_texts_are_long_enough_to_train_and_score_a_small_model(
-    training: list[str], held_out: list[str]
-) -> None:
+def test_texts_are_long_enough_to_train_and_score_a_small_model(training: list[str], held_out: list[str]) -> None:
     assert sum(map(len, training)) > 1_000_000
     assert 100_000 < sum(map(len, held_out)) < 200_000
 
@@ -75,9 +73,7 @@ def test_no_held_out_docstring_is_in_the_training_text(training: list[str], held
     assert not {" ".join(words(text)) for text in training} & {" ".join(words(text)) for text in held_out}
 
 
-def test_no_long_run_of_held_out_words_is_in_a_training_docstring(
-    training: list[str], held_out: list[str]
-) -> None:
+def test_no_long_run_of_held_out_words_is_in_a_training_docstring(training: list[str], held_out: list[str]) -> None:
     def runs(texts: list[str]) -> set[str]:
         listed = [words(text) for text in texts]
         return {" ".join(w[i : i + SHARED_WORDS]) for w in listed for i in range(len(w) - SHARED_WORDS + 1)}
@@ -95,9 +91,7 @@ def test_docstrings_are_distinct_trimmed_and_not_tiny(training: list[str], held_
             assert not any(line.endswith((" ", "\t")) for line in text.split("\n"))
 
 
-def test_texts_are_the_same_in_another_process_that_strips_docstrings(
-    training: list[str], held_out: list[str]
-) -> None:
+def test_texts_are_the_same_in_another_process_that_strips_docstrings(training: list[str], held_out: list[str]) -> None:
     script = """if True:
         import hashlib, sys
         from w8a8.corpus import held_out_text, training_text
@@ -133,15 +127,9 @@ def test_third_parties_tests_and_files_that_do_not_parse_are_not_read(small_libr
             small_library / folder / "package" / "module.py",
             f"A docstring found in {folder}, which is skipped.",
         )
-    (small_library / "template.py").write_text(
-        '"""A docstring in a file that is no Python."""\nclass {name}:\n'
-    )
-    (small_library / "odd.py").write_bytes(
-        b"# coding: klingon\n'A docstring in a file that cannot be decoded.'\n"
-    )
-    (small_library / "escape.py").write_text(
-        "def f():\n    '''A docstring with the invalid escape \\d is read.'''\n"
-    )
+    (small_library / "template.py").write_text('"""A docstring in a file that is no Python."""\nclass {name}:\n')
+    (small_library / "odd.py").write_bytes(b"# coding: klingon\n'A docstring in a file that cannot be decoded.'\n")
+    (small_library / "escape.py").write_text("def f():\n    '''A docstring with the invalid escape \\d is read.'''\n")
     write(small_library / "email" / "message.py", "A docstring in a file of a package, which is read.")
     assert training_text().split(SEPARATOR) == [
         "A docstring in a file of a package, which is read.",

@@ -336,6 +336,8 @@ def _range(view: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         shape = [1 if d in dims else n for d, n in enumerate(view.shape)]
         zero = torch.zeros(shape, dtype=torch.float32, device=view.device)
         return zero, zero
+    if not dims:  # a scale of its own for each element; amin would take no axes for all axes
+        return view.to(torch.float32), view.to(torch.float32)
     lo, hi = view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
     return lo.to(torch.float32), hi.to(torch.float32)
 

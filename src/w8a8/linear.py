@@ -224,8 +224,8 @@ class QuantLinear(nn.Module):
         if self.weight.is_meta or self.mode is not Mode.INTEGER:
             self.weight_sum = self.weight.new_zeros((self.out_features, groups), dtype=torch.int32)
             return
-        # sum(dtype=int64) of int8 converts block by block; a sum of K codes fits int32
-        self.weight_sum = self.weight.unflatten(1, (groups, -1)).sum(-1, dtype=torch.int32)
+        grouped = self.weight.view(self.out_features, groups, self.in_features // groups)
+        self.weight_sum = grouped.sum(-1, dtype=torch.int32)
 
     def kernel_calls(self) -> dict[str, int]:
         """The layer's page of the ledger: how often each kernel ran."""
@@ -258,7 +258,7 @@ class QuantLinear(nn.Module):
         """Float arithmetic: exact where integers could run the scheme, ordinary float32 elsewhere."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise SchemeError(f"the input has shape {tuple(x.shape)}, its last axis must be {self.in_features}")
-        rows = x.reshape(-1, self.in_features)
+        rows = x.reshape(x.shape[:-1].numel(), self.in_features)
         if self.scheme.integer_executable:
             request = kernels.LinearRequest(rows, *self._operands(x)[1:])
             y = reference.linear(request)
@@ -295,13 +295,13 @@ class QuantLinear(nn.Module):
         weakref.finalize(self, kernels.forget, self._number)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy has its own page in the ledger
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take_number()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLinear":
         """Move with the model, but keep the grid float32 through `.half()` and `.to(dtype)`."""
         before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
             after = self._buffers[name]
             assert after is not None, "a move does not drop buffers"

@@ -59,8 +59,7 @@ def load(
             "load it with transformers and call w8a8.quantize"
         )
     files = tensor_files(directory)
-    model = empty_model(directory)
-    _insert_quant_linears(model, quantization, directory, simulated=simulated, kernel=kernel, strict=strict)
+    model = empty_model(directory, quantization, simulated=simulated, kernel=kernel, strict=strict)
     _fill(model, files)
     model.config.__dict__.pop("quantization_config", None)  # what transformers would act upon; w8a8.save writes it
     if (directory / GENERATION_CONFIG).exists():
@@ -68,11 +67,12 @@ def load(
     return model.eval()
 
 
-def empty_model(directory: Path) -> Any:
-    """The float model of the directory with parameters on the meta device and real buffers.
+def empty_model(directory: Path, quantization: QuantizationConfig | None, **options: Any) -> Any:
+    """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
 
     Raises:
-        CheckpointError: config.json names no architecture that transformers has.
+        CheckpointError: config.json names no architecture that transformers has, or targets that match nothing.
+        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
@@ -85,7 +85,11 @@ def empty_model(directory: Path) -> Any:
             f"{directory / CONFIG}: architectures is {names}, transformers {transformers.__version__} has none of them"
         )
     with init_empty_weights(include_buffers=False):
-        return kind(config)
+        model = kind._from_config(config)  # in the dtype that the config states
+    model.tie_weights()
+    if quantization is not None:
+        _insert_quant_linears(model, quantization, directory, **options)
+    return model
 
 
 def _insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, directory: Path, **options: Any) -> None:

@@ -57,7 +57,7 @@ def _int8_linear(
 ) -> Tensor:
     _check(x, weight)
     request = LinearRequest(
-        x.reshape(-1, x.shape[-1]),
+        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
         weight,
         weight_scale,
         weight_sum,

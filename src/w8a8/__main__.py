@@ -1,0 +1,5 @@
+"""`python -m w8a8`."""
+
+from w8a8.cli import main
+
+main()

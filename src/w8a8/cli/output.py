@@ -1,0 +1,86 @@
+"""What commands print: tables on a terminal, JSON where asked, progress on standard error."""
+
+import contextlib
+import dataclasses
+import enum
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from w8a8.scheme import PerChannel, PerColumn, PerGroup, PerTensor, PerToken
+
+Progress = Callable[[int, int, str], None]
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, enums and paths as JSON values; NaN, which JSON has not, as null."""
+    if isinstance(value, PerTensor | PerChannel | PerColumn | PerToken | PerGroup):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table; columns after the first that look like numbers are aligned to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [list(row) for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        cells = [row[i] for row in rows if row[i]]
+        numbers = bool(cells) and all(cell[0].isdigit() or cell[0] in "-+" for cell in cells)
+        table.add_column(column, justify="right" if i and numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width).print(table)
+
+
+def print_line(text: str = "") -> None:
+    """Plain text on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Progress]:
+    """A bar on standard error where that is a terminal; else silence."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{label}: {what}")
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,91 @@
+"""Small models that are made here, since no hub is reachable; nothing is downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from one seed, with one thread: the machine may be busy."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    """Grouped-query attention, an untied head, K = 100 in the down projection."""
+    options = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).eval()
+
+
+def opt(**changes: Any) -> OPTForCausalLM:
+    """Biases everywhere, the head tied to the embedding."""
+    options = {
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "ffn_dim": 100,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "word_embed_proj_dim": 48,
+        "dropout": 0.0,
+    }
+    return OPTForCausalLM(OPTConfig(**{**options, **changes})).eval()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """Conv1D everywhere, one of them square, the head tied."""
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64)).eval()
+
+
+def mixtral() -> MixtralForCausalLM:
+    """Mixture of experts, whose weights transformers 5 fuses into 3-D parameters."""
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=64,
+        )
+    ).eval()
+
+
+MODELS: dict[str, Callable[[], Any]] = {"llama": llama, "opt": opt, "gpt2": gpt2, "mixtral": mixtral}
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,287 @@
+"""Every kernel against an oracle in Python's integers and numpy's float32, bit for bit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from w8a8 import kernels
+from w8a8.affine import QParams
+from w8a8.errors import KernelError, SchemeError
+from w8a8.kernels import reference, select, torch_cpu
+from w8a8.linear import QuantLinear
+from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+
+SCHEMES = [
+    Scheme(QuantSpec(bits, weights), QuantSpec(bits, activations, symmetric))
+    for bits in (8, 4)
+    for weights in (PerChannel(), PerTensor(), PerGroup(20))
+    for activations in (PerToken(), PerTensor())
+    for symmetric in (True, False)
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def layer(scheme, k=100, n=33, *, bias=True, **options):
+    return QuantLinear.from_float(nn.Linear(k, n, bias=bias), scheme, **options)
+
+
+def oracle(q: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+    """The contract in Python's integers and single float32 operations."""
+    f32 = np.float32
+    request = kernels.LinearRequest(x.reshape(-1, x.shape[-1]), *q._operands(x)[1:])
+    tokens = request.quantize_input()
+    qx, sx = tokens.codes.numpy().astype(object), tokens.scale.numpy()
+    zx = (
+        np.zeros(len(qx), dtype=object) if tokens.zero_point is None else tokens.zero_point.numpy()[:, 0].astype(object)
+    )
+    qw = q.weight.numpy().astype(object)
+    n, k = qw.shape
+    sw = np.broadcast_to(
+        q.weight_scale.numpy().reshape(-1, q.weight_sum.shape[1] if q.weight_scale.ndim == 2 else 1),
+        (n, q.weight_sum.shape[1]),
+    )
+    size = k // sw.shape[1]
+    y = np.empty((len(qx), n), dtype=f32)
+    for m in range(len(qx)):
+        for row in range(n):
+            total = None
+            for g in range(sw.shape[1]):
+                piece = slice(g * size, (g + 1) * size)
+                acc = int(((qx[m, piece] - zx[m]) * qw[row, piece]).sum())
+                part = f32(f32(f32(acc) * sx[m, 0]) * sw[row, g])
+                total = part if total is None else f32(total + part)
+            y[m, row] = total if q.bias is None else f32(total + f32(q.bias[row].item()))
+    return torch.from_numpy(y).to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_kernel_is_the_contract_bit_for_bit(scheme, kernel):
+    q = layer(scheme, kernel=kernel, strict=True)
+    x = torch.randn(5, 100) * 2
+    assert torch.equal(q(x), oracle(q, x))
+    assert q.kernel_calls() == {kernel: 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (1, 100, 33), (17, 100, 7), (2, 1040, 64), (33, 64, 100)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_kernels_agree_on_odd_shapes_and_dtypes(m, k, n, symmetric, dtype):
+    scheme = Scheme(QuantSpec(8, PerChannel()), QuantSpec(8, PerToken(), symmetric))
+    linear = nn.Linear(k, n).to(dtype)
+    x = (torch.randn(m, k) * 3).to(dtype)
+    outputs = {name: QuantLinear.from_float(linear, scheme, kernel=name, strict=True)(x) for name in kernels.KERNELS}
+    for y in outputs.values():
+        assert y.dtype is dtype
+        assert torch.equal(y, outputs["reference"])
+    assert torch.equal(outputs["reference"], oracle(QuantLinear.from_float(linear, scheme), x))
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_many_random_cases_agree_with_the_reference(kernel):
+    """Shapes, strides, schemes and extreme values, a few hundred of them."""
+    generator = np.random.default_rng(7)
+    for case in range(250):
+        m, n, groups, size = (int(generator.integers(1, hi)) for hi in (40, 70, 4, 90))
+        k = groups * size
+        weights = [PerChannel(), PerTensor(), PerGroup(size)][case % 3]
+        activations = QuantSpec(int(generator.integers(2, 9)), [PerToken(), PerTensor()][case % 2], bool(case % 5))
+        linear = nn.Linear(k, n, bias=case % 4 != 0)
+        wide = torch.randn(m, 2 * k) * 10.0 ** float(generator.integers(-30, 30))
+        x = [wide[:, :k], wide[:, ::2], wide[:, :k].t().contiguous().t(), wide[:, :k].to(torch.bfloat16)][case % 4]
+        scheme = Scheme(QuantSpec(8, weights), activations)
+        y = QuantLinear.from_float(linear, scheme, kernel=kernel, strict=True)(x)
+        expected = QuantLinear.from_float(linear, scheme, kernel="reference")(x)
+        assert torch.equal(y, expected), (case, m, k, n, scheme)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_largest_sums_do_not_overflow_or_saturate(kernel, symmetric):
+    k = 65_000  # close to the limit with a zero point: 2**31 / (255 * 127)
+    scheme = Scheme(QuantSpec(8, PerTensor()), QuantSpec(8, PerTensor(), symmetric))
+    linear = nn.Linear(k, 2, bias=False)
+    nn.init.ones_(linear.weight)
+    linear.weight.data[1] = -1
+    y = QuantLinear.from_float(linear, scheme, kernel=kernel, strict=True)(torch.ones(3, k))
+    torch.testing.assert_close(y, torch.tensor([[k, -k]] * 3, dtype=torch.float32), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_codes_of_minus_128_from_other_peoples_files_are_taken(kernel):
+    q = layer("w8a8", kernel=kernel, strict=True)
+    q.weight.fill_(-128)
+    q.update_weight_sum()
+    x = torch.randn(4, 100)
+    assert torch.equal(q(x), oracle(q, x))
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-tensor"])
+def test_a_bad_token_makes_its_own_output_nan_and_no_other(name, bad, kernel):
+    q = layer(name, kernel=kernel, strict=True)
+    x = torch.randn(2, 3, 100)
+    good = x.reshape(6, 100)[[0, 1, 2, 3, 5]]
+    x[1, 1, 7] = bad
+    y = q(x).reshape(6, 33)
+    assert y[4].isnan().all()
+    assert torch.equal(y[[0, 1, 2, 3, 5]], q(good))
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_zero_and_subnormal_rows_are_exact(kernel):
+    q = layer("w8a8", kernel=kernel, strict=True)
+    x = torch.zeros(3, 100)
+    x[1] = 1e-42
+    assert torch.equal(q(x), q.bias.expand(3, 33))
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_static_grid_is_used_as_it_is(kernel, symmetric):
+    scheme = Scheme(QuantSpec(8, PerChannel()), QuantSpec(8, PerTensor(), symmetric, dynamic=False))
+    zero_point = None if symmetric else torch.tensor([-3], dtype=torch.int32)
+    q = layer(scheme, kernel=kernel, strict=True, input_params=QParams(torch.tensor([0.01]), zero_point))
+    x = torch.randn(4, 100)  # beyond 1.27: clamped
+    assert torch.equal(q(x), oracle(q, x))
+
+
+@pytest.mark.parametrize("shape", [(0, 100), (2, 0, 100), (100,), (1, 100), (2, 3, 4, 100)])
+def test_any_leading_shape_and_no_tokens_at_all(shape):
+    q = layer("w8a8")
+    x = torch.randn(shape)
+    y = q(x)
+    assert y.shape == (*shape[:-1], 33)
+    assert torch.equal(y.reshape(-1, 33), q(x.reshape(-1, 100)))
+
+
+def test_no_inputs_at_all_gives_the_bias():
+    q = QuantLinear(0, 3, Scheme.of("w8a8"), bias=torch.float32)
+    q.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    q.weight_scale.fill_(1.0)
+    q.update_weight_sum()
+    assert q(torch.empty(2, 0)).tolist() == [[1, 2, 3]] * 2
+
+
+def test_a_wrong_last_axis_names_both_shapes():
+    with pytest.raises(SchemeError, match=r"input has shape \(2, 99\), the weight \(N, K\) is \(33, 100\)"):
+        layer("w8a8")(torch.randn(2, 99))
+
+
+def test_the_exact_product_is_exact_at_its_bound():
+    a = torch.full((1, 5000), 255.0)
+    b = torch.full((2, 5000), -128, dtype=torch.int8)
+    assert reference.exact_product(a, b).tolist() == [[-255 * 128 * 5000] * 2]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-tensor"])
+def test_opcheck_passes(name):
+    q = layer(name)
+    results = torch.library.opcheck(kernels.int8_linear, (*q._operands(torch.randn(2, 3, 100)), "auto", False, 0))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_the_op_compiles_without_a_graph_break():
+    model = nn.Sequential(layer("w8a8"), nn.ReLU(), layer("w8a8-asym", k=33, n=8))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 100)
+    assert torch.equal(compiled(x), model(x))
+
+
+def test_a_gradient_is_refused_in_words():
+    x = torch.randn(2, 100, requires_grad=True)
+    y = layer("w8a8")(x)
+    with pytest.raises(SchemeError, match="a gradient was asked of an integer layer"):
+        y.sum().backward()
+
+
+def test_available_lists_every_kernel_in_order_with_its_reason():
+    assert list(kernels.available()) == list(kernels.KERNELS)
+    assert kernels.available()["reference"] is None
+
+
+@pytest.fixture
+def no_torch_cpu(monkeypatch):
+    monkeypatch.setattr(select, "unavailable_because", lambda name: "no VNNI" if name == "torch_cpu" else None)
+    select._warn_once.cache_clear()
+    yield
+    select._warn_once.cache_clear()
+
+
+@pytest.mark.usefixtures("no_torch_cpu")
+def test_strict_raises_where_the_kernel_cannot_run():
+    q = layer("w8a8", kernel="torch_cpu", strict=True)
+    with pytest.raises(KernelError, match="'torch_cpu' was asked for with strict=True and cannot run: no VNNI"):
+        q(torch.randn(2, 100))
+    assert q.kernel_calls() == {}
+
+
+@pytest.mark.usefixtures("no_torch_cpu")
+def test_without_strict_another_runs_with_one_warning_and_the_ledger_says_which():
+    q = layer("w8a8", kernel="torch_cpu")
+    with pytest.warns(UserWarning, match=r"'torch_cpu' cannot run \(no VNNI\)"):
+        q(torch.randn(2, 100))
+    q(torch.randn(2, 100))  # a second warning would be an error here
+    assert q.kernel_calls() == {"reference": 2}
+
+
+@pytest.mark.usefixtures("no_torch_cpu")
+def test_auto_takes_the_next_kernel_without_a_warning():
+    q = layer("w8a8")
+    q(torch.randn(2, 100))
+    assert q.kernel_calls() == {"reference": 1}
+
+
+def test_an_unknown_kernel_lists_the_known():
+    with pytest.raises(KernelError, match=r"unknown kernel 'torch_gpu' \(closest: torch_cpu\)"):
+        layer("w8a8", kernel="torch_gpu")
+
+
+def test_a_product_that_saturates_makes_torch_cpu_unavailable(monkeypatch):
+    """What oneDNN does without VNNI: signed codes are shifted, and pairs of products are added in 16 bits."""
+
+    def saturating(a, b):
+        shift = 128 if a.dtype is torch.int8 else 0
+        products = (a.to(torch.int32) + shift)[:, :, None] * b.to(torch.int32)[None]
+        pairs = products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1)
+        return (pairs.sum(1) - shift * b.sum(0)).to(torch.int32)
+
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    torch_cpu._left_dtype.cache_clear()
+    try:
+        assert "saturates" in torch_cpu._unavailable_because()
+    finally:
+        torch_cpu._left_dtype.cache_clear()
+
+
+def test_the_signed_product_is_used_where_only_that_is_exact(monkeypatch):
+    real = torch._int_mm
+
+    def signed_only(a, b):
+        if a.dtype is torch.uint8:
+            raise RuntimeError("expected int8")
+        return real(a, b)
+
+    x = torch.randn(5, 100)
+    scheme = Scheme.of("w8a8-asym")
+    q = layer(scheme, kernel="torch_cpu", strict=True)
+    expected = q(x)
+    monkeypatch.setattr(torch, "_int_mm", signed_only)
+    torch_cpu._left_dtype.cache_clear()
+    try:
+        assert torch_cpu._left_dtype() is torch.int8
+        assert torch.equal(q(x), expected)
+        symmetric = layer("w8a8", kernel="torch_cpu", strict=True)
+        assert torch.equal(symmetric(x), oracle(symmetric, x))
+    finally:
+        torch_cpu._left_dtype.cache_clear()
+
+
+def test_torch_cpu_refuses_what_is_not_on_the_cpu():
+    q = layer("w8a8").to("meta")
+    request = kernels.LinearRequest(*q._operands(torch.empty(2, 100, device="meta")))
+    assert "on meta" in torch_cpu.TORCH_CPU.refuses(request)
