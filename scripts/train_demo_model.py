@@ -85,9 +85,7 @@ class Recipe:
 
 def main() -> None:
     """Train, save, load again, compare, log."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "src" / "w8a8" / "demo_model")
     parser.add_argument("--log", type=Path, default=ROOT / "docs" / "demo_model.log")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
@@ -133,9 +131,7 @@ def main() -> None:
     log.line(f"held-out perplexity, unigram model of the training text: {unigram_perplexity:.2f}")
     log.line(f"held-out perplexity, float32 as trained:      {float32_perplexity:.4f}")
     log.line(f"held-out perplexity, float16 as loaded again: {float16_perplexity:.4f}")
-    log.line(
-        f"{loaded.num_parameters()} parameters, {size} bytes in {len(list(arguments.out.iterdir()))} files"
-    )
+    log.line(f"{loaded.num_parameters()} parameters, {size} bytes in {len(list(arguments.out.iterdir()))} files")
     log.line(f"greedy:  {continuation(loaded, loaded_tokenizer, 'Return True if', sampled=False)!r}")
     log.line(f"sampled: {continuation(loaded, loaded_tokenizer, 'Return True if', sampled=True)!r}")
     log.line("")
@@ -217,9 +213,7 @@ def document_starts(tokenizer: PreTrainedTokenizerFast, stretches: list[str]) ->
     return torch.tensor([i for i, (begin, _) in enumerate(offsets) if begin in begins])
 
 
-def train(
-    train_ids: Tensor, starts: Tensor, validation_ids: Tensor, recipe: Recipe, log: Log
-) -> OPTForCausalLM:
+def train(train_ids: Tensor, starts: Tensor, validation_ids: Tensor, recipe: Recipe, log: Log) -> OPTForCausalLM:
     """The model with the weights that had the lowest validation loss, in float32."""
     torch.manual_seed(recipe.seed)
     model = new_model(recipe)
@@ -246,9 +240,7 @@ def train(
         if step % recipe.validate_every == 0 or step == recipe.steps:
             validation_loss = loss_nats(model, validation_ids, recipe.window)
             count = (step - 1) % recipe.validate_every + 1
-            log.timed(
-                f"step {step:5d}  train loss {running / count:.4f}  validation loss {validation_loss:.4f}"
-            )
+            log.timed(f"step {step:5d}  train loss {running / count:.4f}  validation loss {validation_loss:.4f}")
             running = 0.0
             if validation_loss < best_loss:
                 best_loss = validation_loss
@@ -353,9 +345,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str, *, sampled: bool) -> s
     torch.manual_seed(0)
     ids = encode(tokenizer, prompt)[None]
     options = {"do_sample": True, "temperature": 0.8, "top_p": 0.95} if sampled else {"do_sample": False}
-    written = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_length=ids.shape[1] + 60, **options
-    )
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=ids.shape[1] + 60, **options)
     return str(tokenizer.decode(written[0]))
 
 

@@ -7,7 +7,7 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
 - multiply-adds per token: N * K of a linear layer; of a tied output head too, though the embedding owns the
   parameter; of fused expert weights the share that one token passes through
   (num_experts_per_tok / num_experts, from the model's config).  Attention's own products between tokens
-  and elementwise work are not counted.
+  and elementwise work are not counted, nor are convolutions.
 """
 
 from dataclasses import asdict, dataclass
@@ -135,7 +135,8 @@ def _float(
 ) -> ModuleCoverage:
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else tuple(next(module.parameters(False)).shape)
-    experts = [p for p in module.parameters(recurse=False) if p.ndim == 3]
+    convolution = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)  # 3-D too
+    experts = [] if convolution else [p for p in module.parameters(recurse=False) if p.ndim == 3]
     macs = 0
     if isinstance(module, nn.Linear) or is_conv1d(module):
         macs = shape[0] * shape[1]

@@ -80,6 +80,7 @@ def to_json(config: QuantizationConfig) -> dict[str, Any]:
         "config_groups": {
             f"group_{i}": {
                 "targets": list(group.targets),
+                "format": FORMAT,
                 "weights": _args(group.scheme.weights, dynamic=False),
                 "input_activations": (
                     None
@@ -160,10 +161,6 @@ def _args(spec: QuantSpec, *, dynamic: bool) -> dict[str, Any]:
         "strategy": _strategy(spec.granularity, weight=not isinstance(spec.granularity, PerToken)),
         "group_size": group,
         "dynamic": dynamic,
-        "actorder": None,
-        "block_structure": None,
-        "observer": None if dynamic else "minmax",
-        "observer_kwargs": {},
     }
 
 

@@ -49,7 +49,9 @@ def save(
     quantization = describe(model)
     check_target(target, overwrite=overwrite)
     with _appearing(target) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
+        # names as in the model: transformers 5 would split fused experts again, and then fails to load
+        # the result with compressed-tensors ("Ckpt contains: 0", transformers 5.23)
+        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config = json.loads((partial / CONFIG).read_text())

@@ -1,0 +1,196 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoTokenizer
+
+import w8a8
+from tests.conftest import gpt2, llama, opt
+from w8a8.errors import CheckpointError, ModelError, SchemeError
+from w8a8.scheme import PerColumn, PerToken, QuantSpec, Scheme
+
+
+def test_the_directory_has_what_others_expect(tmp_path):
+    model = w8a8.quantize(llama()).model
+    w8a8.save(model, tmp_path / "deep" / "out")
+    config = json.loads((tmp_path / "deep/out/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config["quantization_config"]["format"] == "int-quantized"
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    tensors = load_file(tmp_path / "deep/out/model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    assert tensors[f"{name}.weight"].dtype is torch.int8
+    assert tensors[f"{name}.weight_scale"].shape == (64, 1)
+    assert tensors[f"{name}.weight_scale"].dtype is torch.float32
+    assert not [key for key in tensors if "zero_point" in key or "weight_sum" in key]
+    assert (tmp_path / "deep/out/generation_config.json").exists()
+    assert sorted(os.listdir(tmp_path / "deep")) == ["out"]
+
+
+def test_big_files_are_sharded_with_an_index(tmp_path):
+    model = w8a8.quantize(llama()).model
+    w8a8.save(model, tmp_path / "out", max_shard_size="40KB")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(w8a8.load(tmp_path / "out")(tokens).logits, model(tokens).logits)
+
+
+def test_the_tokenizer_goes_along(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(Path(w8a8.__file__).parent / "demo_model")
+    w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out", tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again("Return a list.")["input_ids"] == tokenizer("Return a list.")["input_ids"]
+
+
+def test_what_exists_is_not_overwritten_unasked(tmp_path):
+    model = w8a8.quantize(llama()).model
+    out = tmp_path / "out"
+    w8a8.save(model, out)
+    (out / "mark").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        w8a8.save(model, out)
+    assert (out / "mark").exists()
+    w8a8.save(model, out, overwrite=True)
+    assert not (out / "mark").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_is_no_checkpoint_is_never_overwritten(tmp_path):
+    model = w8a8.quantize(llama()).model
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint \(it has no config.json\)"):
+        w8a8.save(model, tmp_path, overwrite=True)
+    with pytest.raises(CheckpointError, match="is a file"):
+        w8a8.save(model, tmp_path / "thesis.txt", overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_empty_directory_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")
+    assert (tmp_path / "out/config.json").exists()
+
+
+def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(tmp_path):
+    w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")
+    model = w8a8.load(tmp_path / "out")
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        w8a8.save(model, tmp_path / "out", overwrite=True)
+        assert torch.equal(model(tokens).logits, expected)
+        assert torch.equal(w8a8.load(tmp_path / "out")(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_leaves_nothing_new_and_the_old_as_it_was(tmp_path, monkeypatch, existing):
+    model = w8a8.quantize(llama()).model
+    out = tmp_path / "out"
+    if existing:
+        w8a8.save(model, out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()} if existing else None
+
+    def full_disk(*_args, **_options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(model.generation_config, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        w8a8.save(model, out, overwrite=True)
+    assert os.listdir(tmp_path) == (["out"] if existing else [])
+    if existing:
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_a_failing_rename_brings_the_old_directory_back(tmp_path, monkeypatch):
+    model = w8a8.quantize(llama()).model
+    out = tmp_path / "out"
+    w8a8.save(model, out)
+    (out / "mark").write_text("old")
+    rename = Path.rename
+
+    def fails_for_the_new(self, target):
+        if ".partial-" in self.name:
+            raise OSError("rename failed")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new)
+    with pytest.raises(OSError, match="rename failed"):
+        w8a8.save(model, out, overwrite=True)
+    assert (out / "mark").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_killed_process_leaves_no_directory_that_looks_complete(tmp_path):
+    code = f"""
+import os, signal
+import w8a8
+from tests.conftest import llama
+from w8a8.checkpoint import writer
+writer._sync = lambda directory: os.kill(os.getpid(), signal.SIGKILL)  # everything is written, nothing renamed
+w8a8.save(w8a8.quantize(llama()).model, {str(tmp_path / "out")!r})
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert all(name.startswith(".out.partial-") for name in os.listdir(tmp_path))
+
+
+def test_several_schemes_are_written_by_name(tmp_path):
+    model = llama()
+    w8a8.quantize(model, "w8a8-asym", include=["*.mlp.*"])
+    w8a8.quantize(model, "w8a8", include=["*.self_attn.*"], exclude=["*.o_proj"])
+    w8a8.save(model, tmp_path / "out")
+    loaded = w8a8.load(tmp_path / "out")
+    assert loaded.model.layers[0].mlp.up_proj.scheme.name == "w8a8-asym"
+    assert loaded.model.layers[0].self_attn.q_proj.scheme.name == "w8a8"
+    assert isinstance(loaded.model.layers[0].self_attn.o_proj, nn.Linear)
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_an_untied_head_is_saved_and_loaded(tmp_path):
+    model = w8a8.quantize(opt(), include=["*", "lm_head"]).model
+    w8a8.save(model, tmp_path / "out")
+    loaded = w8a8.load(tmp_path / "out")
+    assert loaded.lm_head.weight.dtype is torch.int8
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o2", "w8a16"])
+@pytest.mark.parametrize("make", [llama, opt, gpt2])
+def test_a_saved_model_loads_with_equal_tensors_and_logits(tmp_path, make, scheme):
+    model = w8a8.quantize(make(), scheme).model
+    w8a8.save(model, tmp_path / "out")
+    loaded = w8a8.load(tmp_path / "out")
+    for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other
+        assert a.dtype is b.dtype
+        assert torch.equal(a, b)
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
+    column = w8a8.simulate(llama(), Scheme(QuantSpec(8, PerColumn()), QuantSpec(8, PerToken()))).model
+    with pytest.raises(SchemeError, match="exist in simulation only"):
+        w8a8.save(column, tmp_path / "out")
+    with pytest.raises(ModelError, match="nothing in this LlamaForCausalLM is quantised"):
+        w8a8.save(llama(), tmp_path / "out")
+    plain = nn.Sequential(nn.Linear(4, 4))
+    w8a8.quantize(plain)
+    with pytest.raises(ModelError, match="expected a transformers model"):
+        w8a8.save(plain, tmp_path / "out")
+    assert os.listdir(tmp_path) == []

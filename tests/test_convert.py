@@ -1,0 +1,189 @@
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import gpt2, llama, mixtral, opt
+from w8a8.convert import build, select, swap, swapped
+from w8a8.errors import NonFiniteError, PatternError, SchemeError
+from w8a8.linear import QuantLinear, quant_linears
+from w8a8.scheme import PerGroup, QuantSpec, Scheme
+
+W8A8 = Scheme.of("w8a8")
+
+
+def test_every_linear_but_the_head_is_chosen_by_default():
+    chosen = select(llama())
+    assert len(chosen.chosen) == 14
+    assert "lm_head" not in chosen.chosen
+    assert chosen.reasons == {"lm_head": "the output head stays float by default; include='lm_head' quantises it"}
+
+
+def test_a_glob_never_takes_the_head_and_its_name_does():
+    assert "lm_head" not in select(llama(), include=["*"]).chosen
+    assert "lm_head" in select(llama(), include=["*", "lm_head"]).chosen
+    assert select(llama(), include=["lm_head"]).chosen == ("lm_head",)
+
+
+def test_a_tied_weight_is_taken_only_by_name_and_then_reported():
+    model = opt()
+    plain = select(model)
+    assert plain.untied == {}
+    assert plain.reasons["lm_head"].startswith("its weight is tied to model.decoder.embed_tokens")
+    named = select(model, include=["*", "lm_head"])
+    assert named.untied == {"lm_head": "model.decoder.embed_tokens"}
+
+
+def test_two_linears_that_share_a_weight_stay_together():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    found = select(model)
+    assert found.chosen == ("1",)
+    assert "tied to 2" in found.reasons["0"]
+    assert "tied to 0" in found.reasons["2"]
+
+
+def test_a_head_of_another_name_is_known_by_the_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.embed_out = nn.Linear(8, 8), nn.Linear(8, 9)
+
+        def get_output_embeddings(self):
+            return self.embed_out
+
+    assert select(Model()).chosen == ("body",)
+
+
+def test_exclude_takes_names_and_globs():
+    found = select(llama(), exclude=["*.down_proj", "model.layers.0.self_attn.q_proj"])
+    assert len(found.chosen) == 14 - 2 - 1
+    assert found.reasons["model.layers.1.mlp.down_proj"] == "excluded by '*.down_proj'"
+
+
+def test_include_narrows_and_says_so():
+    found = select(llama(), include=["*.mlp.*"])
+    assert len(found.chosen) == 6
+    assert found.reasons["model.layers.0.self_attn.q_proj"] == "not matched by include"
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_lists_the_closest(argument):
+    with pytest.raises(PatternError, match=rf"{argument}: 'lm_hed' matches none .* closest: lm_head"):
+        select(llama(), **{argument: ["lm_hed"]})
+
+
+def test_the_name_of_a_container_is_answered_with_a_glob():
+    with pytest.raises(PatternError, match=r"a module that holds 7 of them: 'model.layers.0.\*'"):
+        select(llama(), exclude=["model.layers.0"])
+
+
+def test_a_string_is_not_a_list_of_patterns():
+    with pytest.raises(PatternError, match=r"give a list of patterns: \['lm_head'\]"):
+        select(llama(), include="lm_head")
+
+
+def test_subclasses_and_hooked_layers_are_left_with_their_reason():
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(Special(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].register_forward_hook(lambda *_: None)
+    found = select(model)
+    assert found.chosen == ("2",)
+    assert "Special is a subclass" in found.reasons["0"]
+    assert "hooks" in found.reasons["1"]
+
+
+def test_attention_that_reads_its_projection_without_calling_it_still_works():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    found = select(model)
+    assert "NonDynamicallyQuantizableLinear" in found.reasons["self_attn.out_proj"]
+    x = torch.randn(1, 5, 16)
+    swap(model, build(model, found, W8A8))
+    model.train()  # the fused path of torch reads float weights
+    for dropout in (m for m in model.modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.0
+    assert model(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.LayerNorm(4)), "Sequential has no nn.Linear and no Conv1D"),
+        (nn.Linear(4, 4), "itself one linear layer"),
+        (nn.Sequential(QuantLinear.from_float(nn.Linear(4, 4))), "1 layers are quantised already"),
+    ],
+)
+def test_nothing_to_quantise_is_an_error(model, message):
+    with pytest.raises(SchemeError, match=message):
+        select(model)
+
+
+def test_everything_excluded_is_an_error_that_names_a_reason():
+    with pytest.raises(SchemeError, match=r"all 2 linear layers are left out, 0: excluded by '\*'"):
+        select(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), exclude=["*"])
+
+
+def test_a_pattern_for_quantised_layers_says_so():
+    model = nn.Sequential(QuantLinear.from_float(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with pytest.raises(PatternError, match="'0' matches only layers that are quantised already"):
+        select(model, include=["0"])
+
+
+def test_a_partly_quantised_model_can_be_quantised_further():
+    model = llama()
+    for pattern, scheme in (("*.mlp.*", "w8a8"), ("*.self_attn.*", "w8a8-asym")):
+        swap(model, build(model, select(model, include=[pattern]), Scheme.of(scheme)))
+    assert {layer.scheme.name for _, layer in quant_linears(model)} == {"w8a8", "w8a8-asym"}
+
+
+def test_a_failure_half_way_leaves_the_model_and_names_the_layer():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 7] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"nan at index \(3, 7\)") as caught:
+        build(model, select(model), W8A8)
+    assert "while quantising model.layers.1.mlp.up_proj" in caught.value.explain()
+    assert not list(quant_linears(model))
+
+
+def test_groups_that_do_not_divide_name_the_layer():
+    model = llama()
+    with pytest.raises(SchemeError, match="K=100") as caught:
+        build(model, select(model), Scheme(QuantSpec(8, PerGroup(64)), W8A8.activations))
+    assert "down_proj" in caught.value.explain()
+
+
+def test_a_module_with_two_names_is_replaced_under_both():
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared})})
+    found = select(model)
+    assert found.chosen == ("a",)
+    swap(model, build(model, found, W8A8))
+    assert isinstance(model["a"], QuantLinear)
+    assert model["b"]["c"] is model["a"]
+
+
+def test_swapped_puts_everything_back_even_after_an_error():
+    model = opt()
+    before = dict(model.named_modules())
+    layers = build(model, select(model), W8A8)
+    with pytest.raises(RuntimeError, match="inside"), swapped(model, layers):  # noqa: PT012
+        assert len(list(quant_linears(model))) == 12
+        raise RuntimeError("inside")
+    assert dict(model.named_modules()) == before
+
+
+def test_conv1d_models_are_walked():
+    assert len(select(gpt2()).chosen) == 8
+
+
+def test_the_router_of_a_mixture_of_experts_is_no_linear():
+    assert all("self_attn" in name for name in select(mixtral()).chosen)
+
+
+def test_progress_is_told_layer_by_layer():
+    model, steps = llama(), []
+    build(model, select(model), W8A8, progress=lambda *step: steps.append(step))
+    assert steps[0] == (1, 14, "model.layers.0.self_attn.q_proj")
+    assert steps[-1][:2] == (14, 14)

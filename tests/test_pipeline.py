@@ -1,0 +1,164 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import w8a8
+from tests.conftest import MODELS, gpt2, llama, opt
+from w8a8.errors import CheckpointError, KernelError, ModelError, NonFiniteError, PatternError, SchemeError
+from w8a8.linear import Mode, quant_linears
+from w8a8.pipeline import open_model
+from w8a8.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
+
+
+def relative_error(y, expected):
+    return float((y - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_quantised_model_stays_near_the_float_one(name, tokens):
+    model = MODELS[name]()
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        result = w8a8.quantize(model)
+        assert result.model is model
+        assert relative_error(model(tokens).logits, expected) < 0.03
+    assert all(sum(kernels.values()) == 1 for kernels in result.ledger().values())
+    assert list(result.ledger()) == [name for name, _ in quant_linears(model)]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-tensor", "w8a8-o1", "w8a8-o2"])
+def test_simulated_and_integer_logits_are_the_same_bits(scheme, tokens):
+    model = opt()
+    simulated = w8a8.simulate(copy.deepcopy(model), scheme).model
+    integer = w8a8.quantize(model, scheme).model
+    with torch.inference_mode():
+        assert torch.equal(simulated(tokens).logits, integer(tokens).logits)
+
+
+def test_all_kernels_give_the_same_logits(tokens):
+    model = llama()
+    logits = []
+    for kernel in w8a8.kernels.KERNELS:
+        result = w8a8.quantize(copy.deepcopy(model), kernel=kernel, strict=True)
+        with torch.inference_mode():
+            logits.append(result.model(tokens).logits)
+        assert {k for kernels in result.ledger().values() for k in kernels} == {kernel}
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+
+
+def test_generation_with_a_cache_works_in_integers(tokens):
+    model = w8a8.quantize(llama()).model
+    out = model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, 29)
+
+
+def test_a_bfloat16_model_keeps_its_dtype(tokens):
+    model = w8a8.quantize(llama().to(torch.bfloat16)).model
+    with torch.inference_mode():
+        assert model(tokens).logits.dtype is torch.bfloat16
+
+
+def test_an_untied_head_is_told_and_the_config_follows(tokens):
+    model = opt()
+    with torch.inference_mode():
+        expected = model(tokens).logits
+    embedding = model.model.decoder.embed_tokens.weight
+    before = embedding.clone()
+    result = w8a8.quantize(model, include=["*", "lm_head"])
+    assert result.untied == {"lm_head": "model.decoder.embed_tokens"}
+    assert model.config.tie_word_embeddings is False
+    assert torch.equal(embedding, before)
+    with torch.inference_mode():
+        assert relative_error(model(tokens).logits, expected) < 0.03
+
+
+def test_a_tied_head_that_was_not_named_stays_tied():
+    model = opt()
+    w8a8.quantize(model)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+
+
+def test_schemes_that_cannot_run_are_refused_with_the_way_out():
+    model = llama()
+    column = Scheme(QuantSpec(8, PerColumn()), QuantSpec(8, PerToken()))
+    with pytest.raises(SchemeError, match=r"per-column weights: .* use PerChannel\(\) for the weights, or simulate"):
+        w8a8.quantize(model, column)
+    channel = Scheme(QuantSpec(8, PerChannel()), QuantSpec(8, PerChannel()))
+    with pytest.raises(SchemeError, match=r"per-channel activations: .* use PerToken\(\)"):
+        w8a8.quantize(model, channel)
+    assert not list(quant_linears(model))
+    assert w8a8.simulate(model, column).scheme is column
+
+
+def test_weight_only_is_not_integer_but_runs():
+    result = w8a8.quantize(gpt2(), "w8a16")
+    assert {layer.mode for _, layer in quant_linears(result.model)} == {Mode.WEIGHT_ONLY}
+    assert result.ledger() == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"scheme": "w4a4"}, SchemeError),
+        ({"include": ["nothing"]}, PatternError),
+        ({"exclude": ["nothing"]}, PatternError),
+        ({"kernel": "cuda"}, KernelError),
+    ],
+)
+def test_bad_requests_change_nothing(options, error):
+    model = llama()
+    before = dict(model.named_modules())
+    with pytest.raises(error):
+        w8a8.quantize(model, **options)
+    assert dict(model.named_modules()) == before
+
+
+def test_a_bad_weight_in_the_last_layer_changes_nothing():
+    model = opt()
+    with torch.no_grad():
+        model.model.decoder.layers[-1].fc2.weight[0, 0] = float("inf")
+    before = dict(model.named_modules())
+    with pytest.raises(NonFiniteError, match=r"inf at index \(0, 0\)"):
+        w8a8.quantize(model)
+    assert dict(model.named_modules()) == before
+
+
+def test_any_module_with_linears_can_be_quantised():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.randn(5, 8)
+    expected = model(x).detach()
+    w8a8.quantize(model)
+    assert relative_error(model(x), expected) < 0.03
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path / "float")
+    w8a8.save(w8a8.quantize(model).model, tmp_path / "int8")
+    return tmp_path
+
+
+def test_opening_tells_float_and_quantised_apart(saved):
+    assert not open_model(saved / "float").quantized
+    opened = open_model(str(saved / "int8"), dtype="bfloat16")
+    assert opened.quantized
+    assert opened.tokenizer is None
+    assert opened.model.model.norm.weight.dtype is torch.bfloat16
+    assert next(quant_linears(opened.model))[1].weight_scale.dtype is torch.float32
+    assert open_model(saved / "float", dtype="float16").model.dtype is torch.float16
+
+
+def test_opening_badly_is_explained(saved):
+    with pytest.raises(ModelError, match="unknown dtype 'int8'; use one of auto, float32"):
+        open_model(saved / "float", dtype="int8")
+    with pytest.raises(ModelError, match="device 'nowhere' cannot be used"):
+        open_model(saved / "float", device="nowhere")
+    (saved / "float" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="transformers cannot open it"):
+        open_model(saved / "float")
+    with pytest.raises(CheckpointError, match="there is no such directory, and the hub did not give it"):
+        open_model("nobody/nothing")
