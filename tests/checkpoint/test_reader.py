@@ -90,11 +90,9 @@ def test_a_mixture_of_experts_keeps_its_float_experts(tmp_path):
     model = w8a8.quantize(mixtral()).model
     ids = torch.randint(0, 96, (2, 16))
     w8a8.save(model, tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"experts.0.w1.weight has no place in MixtralForCausalLM"):
-        w8a8.load(tmp_path / "out")
-    assert (
-        relative_error(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids), logits(model, ids)) < 0.03
-    )
+    assert torch.equal(logits(w8a8.load(tmp_path / "out"), ids), logits(model, ids))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative_error(logits(theirs, ids), logits(model, ids)) < 0.03
 
 
 def test_conv1d_models_come_back(tmp_path):
@@ -228,10 +226,10 @@ def test_a_truncated_file_is_named(directory, keep):
 
 def test_missing_weights_or_config_are_named(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor .*pickles are never read"):
+    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor .*pickles are never read"):
         w8a8.load(directory)
     (directory / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="has no config.json"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
         w8a8.load(directory)
     with pytest.raises(CheckpointError, match="is a file; a model is a directory"):
         w8a8.load(directory / "pytorch_model.bin")
