@@ -10,7 +10,6 @@ import copy
 import statistics
 import tempfile
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
@@ -60,10 +59,14 @@ class DemoReport:
     sample: str
 
 
+def demo_directory() -> Path:
+    """The transformers directory of the shipped model, float16."""
+    return Path(__file__).parent / "demo_model"
+
+
 def demo_model() -> OpenedModel:
     """The shipped model in float32, with its tokenizer."""
-    with as_file(files("w8a8") / "demo_model") as directory:
-        return open_model(directory, dtype="float32")
+    return open_model(demo_directory(), dtype="float32")
 
 
 def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None) -> DemoReport:

@@ -210,11 +210,11 @@ def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _kl(p: Tensor, q: Tensor) -> float:
-    """The sum over rows of KL(p || q), from logits (T, V)."""
+    """The sum over rows of KL(p || q), from logits (T, V).  In float64: it is a difference of near equals."""
     total = 0.0
     for p_rows, q_rows in zip(p.split(_ROWS), q.split(_ROWS), strict=True):
-        log_p, log_q = p_rows.to(torch.float32).log_softmax(-1), q_rows.to(torch.float32).log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+        log_p, log_q = p_rows.to(torch.float64).log_softmax(-1), q_rows.to(torch.float64).log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
     return total
 
 

@@ -1,0 +1,45 @@
+# The two commands of a newcomer are `make demo` and `make test`; both set up .venv first, once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check docs-check bench package clean
+
+# torch first and by its exact pin, so that no other requirement brings another build of it
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/w8a8 demo
+
+test: $(VENV)/.installed
+	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+
+# what needs no running model: format, lint, types, and that imports point down
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layers.py
+
+# every Python block of the README and of docs/ runs; tables made by bench/ are those of its results
+docs-check: $(VENV)/.installed
+	$(BIN)/pytest tests/test_docs.py
+
+bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python bench/demo.py
+	$(BIN)/python bench/linear.py
+
+package: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,0 +1,229 @@
+"""The command as a user calls it: what it prints, what it writes, how it fails."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import w8a8
+from tests.conftest import llama
+from w8a8.cli import main
+from w8a8.corpus import held_out_text
+from w8a8.demo import demo_model
+
+THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor" / "llama-w8a8"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command; returns exit code, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["w8a8", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def demo_dir():
+    return demo_model().directory
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(held_out_text()[:6000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, demo_dir):
+    """The shipped model, quantised once."""
+    path = tmp_path_factory.mktemp("quantized") / "out"
+    opened = demo_model()
+    w8a8.quantize(opened.model)
+    w8a8.save(opened.model, path, opened.tokenizer)
+    return path
+
+
+def test_help_names_every_command_and_the_scoring_rules(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    for command in ("quantize", "eval", "inspect", "study", "generate", "schemes", "doctor", "demo"):
+        assert command in out
+    _, out, _ = call("eval", "--help")
+    assert "first token of a window is not scored" in " ".join(out.split())
+
+
+def test_quantize_writes_a_directory_that_evaluates(call, tmp_path, demo_dir, text):
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out")
+    assert code == 0
+    assert "Coverage" in out
+    assert "tied to model.decoder.embed_tokens" in out
+    assert (tmp_path / "out/tokenizer.json").exists()
+    code, out, _ = call("eval", tmp_path / "out", "--text", text, "--against", demo_dir, "--dtype", "float32", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert abs(result["perplexity_ratio"]["mean"] - 1) < 0.01
+    assert result["top1_agreement"]["mean"] > 0.95
+
+
+def test_quantize_tells_json_what_it_did(call, tmp_path, demo_dir):
+    arguments = ["--scheme", "w8a8-asym", "--include", "*", "--include", "lm_head", "--exclude", "*.fc2", "--json"]
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments)
+    assert code == 0
+    result = json.loads(out)
+    assert result["scheme"] == "w8a8-asym"
+    assert result["untied"] == {"lm_head": "model.decoder.embed_tokens"}
+    left = {m["name"]: m["reason"] for m in result["coverage"]["modules"] if m["reason"]}
+    assert left["model.decoder.layers.0.fc2"] == "excluded by '*.fc2'"
+    assert w8a8.load(tmp_path / "out").lm_head.weight.dtype is torch.int8
+
+
+def test_quantize_prints_what_was_untied(call, tmp_path, demo_dir):
+    _, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", "--include", "lm_head")
+    assert "lm_head was tied to model.decoder.embed_tokens and is now an int8 copy" in out
+
+
+def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
+    out = tmp_path / "out"
+    assert call("quantize", demo_dir, "-o", out)[0] == 0
+    code, _, err = call("quantize", demo_dir, "-o", out)
+    assert code == 2
+    assert err.startswith(f"w8a8: {out} exists and is not empty")
+    assert call("quantize", demo_dir, "-o", out, "--force", "--scheme", "w8a8-o1")[0] == 0
+    assert w8a8.load(out).model.decoder.layers[0].fc1.scheme.name == "w8a8-o1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "MODEL", "-o", "OUT", "--scheme", "w8a9"), "unknown scheme 'w8a9' (closest: w8a8"),
+        (("quantize", "MODEL", "-o", "OUT", "--include", "*.nothing"), "'*.nothing' matches none"),
+        (("quantize", "MODEL", "-o", "OUT", "--dtype", "int4"), "unknown dtype 'int4'"),
+        (("quantize", "nobody/nothing", "-o", "OUT"), "the hub did not give it"),
+        (("eval", "MODEL", "--text", "/nowhere"), "--text /nowhere cannot be read as UTF-8"),
+        (("eval", "MODEL", "--text", "TEXT", "--seq-len", "100000"), "seq_len=100000 is out of range"),
+        (("eval", "MODEL", "--text", "TEXT", "--stride", "5000"), "stride=5000 is out of range"),
+        (("study", "MODEL", "--text", "TEXT", "--bits", "1"), "bits=1 is out of range"),
+        (("generate", "MODEL", ""), "the prompt has 0 tokens"),
+        (("inspect", "/nowhere/at/all"), "the hub did not give it"),
+        (("eval", "MODEL", "--text", "TEXT", "--device", "nowhere"), "device 'nowhere' cannot be used"),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(call, tmp_path, demo_dir, text, arguments, message):
+    places = {"MODEL": demo_dir, "OUT": tmp_path / "out", "TEXT": text}
+    code, out, err = call(*(places.get(a, a) for a in arguments))
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_exit_with_2_too(call):
+    assert call("quantize")[0] == 2
+    assert call("nonsense")[0] == 2
+
+
+def test_a_torn_directory_names_file_and_place(call, tmp_path, text):
+    shutil.copytree(THEIRS, tmp_path / "d")
+    path = tmp_path / "d/model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+    code, _, err = call("eval", tmp_path / "d", "--text", text)
+    assert code == 2
+    assert f"{path} is torn" in err
+
+
+def test_eval_alone_prints_a_table_and_json(call, quantized, text):
+    code, out, _ = call("eval", quantized, "--text", text, "--seq-len", 64, "--stride", 32, "--max-tokens", 300)
+    assert code == 0
+    assert "perplexity" in out
+    assert "windows of 64, 32 apart" in out
+    _, out, _ = call("eval", quantized, "--text", text, "--seq-len", 64, "--max-tokens", 300, "--json")
+    assert json.loads(out)["seq_len"] == 64
+    assert json.loads(out)["stride"] == 64
+
+
+def test_eval_against_prints_both(call, quantized, demo_dir, text):
+    code, out, _ = call(
+        "eval", quantized, "--text", text, "--against", demo_dir, "--max-tokens", 300, "--dtype", "float32"
+    )
+    assert code == 0
+    for line in ("model perplexity", "reference perplexity", "perplexity, model / reference", "same most likely token"):
+        assert line in out
+
+
+def test_one_window_has_null_for_its_interval(call, quantized, text):
+    _, out, _ = call("eval", quantized, "--text", text, "--max-tokens", 50, "--json")
+    assert json.loads(out)["perplexity"]["low"] is None
+
+
+def test_inspect_reads_float_and_quantised_models_without_weights(call, demo_dir, quantized, tmp_path):
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(demo_dir / name, tmp_path / name)  # no weights at all
+    code, out, _ = call("inspect", tmp_path)
+    assert code == 0
+    assert "`w8a8 quantize` takes it" in out
+    found = json.loads(call("inspect", tmp_path, "--json")[1])
+    assert found["quantized"] is False
+    assert found["totals"]["all"]["bytes"] == 2 * found["totals"]["all"]["parameters"]  # float16, as the config says
+    found = json.loads(call("inspect", quantized, "--json")[1])
+    assert found["quantized"] is True
+    assert found["schemes"][0]["activations"]["granularity"] == "token"
+    assert found["totals"]["quantized"]["modules"] > 20
+
+
+def test_study_prints_the_grid_and_names_the_best(call, demo_dir, text):
+    arguments = ("study", demo_dir, "--text", text, "--max-tokens", 64, "--bits", 8, "--include", "*.fc1")
+    code, out, _ = call(*arguments)
+    assert code == 0
+    assert "Best that runs in integers: weights int8" in out
+    assert out.count("│ 8 ") == 36
+    result = json.loads(call(*arguments, "--json")[1])
+    assert len(result["cells"]) == 36
+    assert result["best_executable"]["executable"] is True
+    assert sum(cell["executable"] for cell in result["cells"]) == 8
+
+
+def test_generate_goes_on_from_the_prompt(call, quantized):
+    code, out, _ = call("generate", quantized, "Return a", "--max-new-tokens", 5)
+    assert code == 0
+    assert out.startswith("Return a")
+    sampled = json.loads(call("generate", quantized, "Return a", "--temperature", 1.0, "--seed", 3, "--json")[1])
+    assert sampled["prompt"] == "Return a"
+    assert sampled["new_tokens"] > 0
+
+
+def test_schemes_and_doctor_list_what_there_is(call):
+    _, out, _ = call("schemes")
+    assert "w8a8-asym" in out
+    assert json.loads(call("schemes", "--json")[1])["w8a16"]["not_executable_because"].startswith(
+        "the activations stay float"
+    )
+    _, out, _ = call("doctor")
+    assert "reference" in out
+    assert json.loads(call("doctor", "--json")[1])["kernels"][-1]["available"] is True
+
+
+def test_demo_prints_its_table_and_sample(call):
+    code, out, _ = call("demo", "--max-tokens", 512)
+    assert code == 0
+    assert "w8a8-o2" in out
+    assert "w8a8 goes on from 'Return a new'" in out
+    assert len(json.loads(call("demo", "--max-tokens", 512, "--json")[1])["rows"]) == 7
+
+
+def test_a_model_without_tokenizer_says_so(call, tmp_path, text):
+    llama().save_pretrained(tmp_path / "m")
+    code, _, err = call("eval", tmp_path / "m", "--text", text)
+    assert code == 2
+    assert "has no tokenizer" in err

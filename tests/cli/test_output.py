@@ -1,0 +1,33 @@
+import math
+import sys
+from pathlib import Path
+
+from w8a8.cli.output import plain, print_table, progress
+from w8a8.linear import Mode
+from w8a8.scheme import PerGroup, QuantSpec
+
+
+def test_plain_values_are_json_values():
+    assert plain({"a": (1, math.nan, math.inf, Path("x"), Mode.INTEGER)}) == {"a": [1, None, None, "x", "integer"]}
+    assert plain(QuantSpec(4, PerGroup(32)))["granularity"] == "group32"
+
+
+def test_a_table_shows_every_cell(capsys):
+    print_table("Title", ("name", "value"), [("a", "1"), ("b[x]", "-2")])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("Title", "name", "value", "b[x]", "-2"))
+
+
+def test_progress_is_silent_where_nobody_watches(capsys):
+    with progress("work") as step:
+        step(1, 2, "x")
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_draws_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("work") as step:
+        step(1, 2, "layer")
+    assert "work" in capsys.readouterr().err

@@ -1,0 +1,25 @@
+import torch
+
+from w8a8 import diagnosis, kernels
+from w8a8.diagnosis import diagnose
+
+
+def test_versions_machine_and_kernels_are_told():
+    found = diagnose()
+    assert found.versions["torch"] == torch.__version__
+    assert found.machine["processor"]
+    assert [k.name for k in found.kernels] == list(kernels.KERNELS)
+    assert found.kernels[-1].available
+
+
+def test_what_is_missing_is_told_with_its_reason(monkeypatch):
+    monkeypatch.setattr(kernels, "available", lambda: {"torch_cpu": "no VNNI", "reference": None})
+    monkeypatch.setattr(diagnosis, "_PACKAGES", ("nobodys-package",))
+    found = diagnose()
+    assert found.versions["nobodys-package"] == "not installed"
+    assert (found.kernels[0].available, found.kernels[0].reason) == (False, "no VNNI")
+
+
+def test_the_processor_is_named_without_linux_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(diagnosis, "Path", lambda _: tmp_path / "nothing")
+    assert diagnosis._processor()

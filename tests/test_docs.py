@@ -1,0 +1,53 @@
+"""The README and docs are true: their Python blocks run, their tables are those of bench/results."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+sys.path.insert(0, str(ROOT / "bench"))
+
+
+def blocks():
+    for page in PAGES:
+        for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)):
+            yield pytest.param(code, id=f"{page.name}-{i}")
+
+
+@pytest.mark.parametrize("code", blocks())
+def test_every_python_block_runs(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "block", "exec"), {"__name__": "block"})
+    capsys.readouterr()
+
+
+def test_the_readme_shows_the_ten_line_example():
+    (first, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len([line for line in first.splitlines() if line.strip()]) <= 12
+    assert all(name in first for name in ("w8a8.quantize", "w8a8.save", "w8a8.load", "coverage"))
+
+
+def test_the_readmes_table_is_the_benchs_result():
+    from demo import table
+
+    result = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    assert table(result) in (ROOT / "README.md").read_text()
+
+
+def test_the_file_tree_of_the_readme_is_the_tree():
+    shown = set(re.findall(r"^\s*(?:├|└|│|\s)*──\s+(\S+\.py)\b", (ROOT / "README.md").read_text(), re.MULTILINE))
+    assert shown
+    missing = [name for name in shown if not list((ROOT / "src").rglob(name)) and not list(ROOT.rglob(f"bench/{name}"))]
+    assert missing == []
+    top = {p.name for p in (ROOT / "src/w8a8").glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert top <= shown
+
+
+def test_every_relative_link_leads_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

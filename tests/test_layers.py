@@ -1,0 +1,73 @@
+"""Imports point down: every module may import from layers below its own, and from nowhere else."""
+
+import ast
+from pathlib import Path
+
+import w8a8
+
+LAYERS = [
+    {"errors"},
+    {"scheme"},
+    {"affine"},
+    {"functional"},
+    {"kernels"},
+    {"linear"},
+    {"convert", "coverage"},
+    {"checkpoint", "evaluate", "corpus"},
+    {"pipeline", "experiment"},
+    {"generation", "diagnosis"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+SOURCE = Path(w8a8.__file__).parent
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def layer_of(module: str) -> str:
+    return module.removeprefix("w8a8.").split(".")[0]
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """Line and layer of everything that a file imports from this package, at any depth of the code."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            if node.module == "w8a8":
+                found += [(node.lineno, alias.name) for alias in node.names if alias.name != "__version__"]
+            elif node.module.startswith("w8a8."):
+                found.append((node.lineno, layer_of(node.module)))
+        elif isinstance(node, ast.Import):
+            found += [(node.lineno, layer_of(a.name)) for a in node.names if a.name.startswith("w8a8.")]
+    return found
+
+
+def files() -> list[tuple[Path, str]]:
+    return [
+        (path, layer_of(".".join(path.relative_to(SOURCE).with_suffix("").parts)))
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path != SOURCE / "__init__.py"
+    ]
+
+
+def test_every_module_has_a_layer():
+    assert {layer for _, layer in files()} == set(RANK)
+
+
+def test_imports_point_down():
+    wrong = [
+        f"{path.relative_to(SOURCE)}:{line} imports {imported}"
+        for path, layer in files()
+        for line, imported in imports(path)
+        if imported != layer and RANK[imported] >= RANK[layer]
+    ]
+    assert wrong == []
+
+
+def test_the_check_sees_an_upward_import(tmp_path):
+    bad = tmp_path / "affine.py"
+    bad.write_text(
+        "def f():\n    from w8a8.linear import QuantLinear\nfrom w8a8 import pipeline\nimport w8a8.cli.output\n"
+    )
+    assert [layer for _, layer in sorted(imports(bad))] == ["linear", "pipeline", "cli"]
+    assert all(RANK[layer] > RANK["affine"] for _, layer in imports(bad))
