@@ -143,7 +143,8 @@ def test_docstrings_come_in_the_order_of_the_page_without_their_indentation(smal
         "class Second:\n"
         '    """Second, the class, which has a docstring of its own."""\n'
         "    async def third(self):\n"
-        '        """Third, the method, which has a docstring of its own.\n\n            Indented.\n\n        Not indented.\n        """\n'
+        '        """Third, the method, which has a docstring of its own.\n\n'
+        '            Indented.\n\n        Not indented.\n        """\n'
         "if True:\n"
         "    def fourth():\n"
         '        """Fourth, a function which is only defined sometimes."""\n'
@@ -176,7 +177,8 @@ def test_missing_sources_are_named_with_their_place_and_a_way_out(
     with pytest.raises(TextError) as caught:
         text()
     message = str(caught.value)
-    assert isinstance(caught.value, OSError) and isinstance(caught.value, W8A8Error)
+    assert isinstance(caught.value, OSError)
+    assert isinstance(caught.value, W8A8Error)
     assert "asked for the docstrings" in message
     assert all(name in message for name in HELD_OUT)
     assert str(nowhere) in message
