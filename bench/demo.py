@@ -15,7 +15,7 @@ RESULT = Path(__file__).parent / "results" / "demo.json"
 def table(result: dict[str, Any]) -> str:
     """The table as Markdown."""
     lines = [
-        "| scheme | simulated perplexity | integer perplexity | change | same top token | weights on disk |",
+        "| scheme | simulated perplexity | perplexity, saved and loaded | change | same top token | weights on disk |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in result["report"]["rows"]:
@@ -31,7 +31,6 @@ def table(result: dict[str, Any]) -> str:
 def measure() -> dict[str, Any]:
     """Run the demo."""
     from machine import describe_machine
-
     from w8a8.cli.output import plain
     from w8a8.demo import run_demo
 

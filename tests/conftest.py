@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # the machine may be busy, and the models are tiny
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,10 +24,9 @@ from transformers import (
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """Every test starts from one seed, with one thread: the machine may be busy."""
+    """Every test starts from one seed and leaves the number of threads as it was."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -15,7 +15,9 @@ def test_every_linear_but_the_head_is_chosen_by_default():
     chosen = select(llama())
     assert len(chosen.chosen) == 14
     assert "lm_head" not in chosen.chosen
-    assert chosen.reasons == {"lm_head": "the output head stays float by default; include='lm_head' quantises it"}
+    assert chosen.reasons == {
+        "lm_head": "the output head stays float by default; 'lm_head' in include, by its name, quantises it"
+    }
 
 
 def test_a_glob_never_takes_the_head_and_its_name_does():

@@ -74,9 +74,9 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
         if reason is None:
             reason = next((f"excluded by {p!r}" for p in exclude if fnmatchcase(name, p)), None)
         if reason is None and name in shared and not named:
-            reason = f"its weight is tied to {shared[name]}; include={name!r} quantises a copy of it"
+            reason = f"its weight is tied to {shared[name]}; {name!r} in include, by its name, quantises a copy of it"
         if reason is None and name in heads and not named:
-            reason = f"the output head stays float by default; include={name!r} quantises it"
+            reason = f"the output head stays float by default; {name!r} in include, by its name, quantises it"
         if reason is not None:
             reasons[name] = reason
             continue

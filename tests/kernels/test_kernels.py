@@ -110,6 +110,16 @@ def test_the_largest_sums_do_not_overflow_or_saturate(kernel, symmetric):
     torch.testing.assert_close(y, torch.tensor([[k, -k]] * 3, dtype=torch.float32), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_the_number_of_threads_changes_nothing(kernel, threads):
+    q = layer("w8a8-asym", k=512, n=300, kernel=kernel, strict=True)
+    x = torch.randn(3, 512)
+    expected = q(x)
+    torch.set_num_threads(threads)
+    assert torch.equal(q(x), expected)
+
+
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
 def test_codes_of_minus_128_from_other_peoples_files_are_taken(kernel):
     q = layer("w8a8", kernel=kernel, strict=True)
