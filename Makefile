@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check docs-check bench package clean
+.PHONY: demo test test-all check docs-check bench package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
@@ -20,6 +20,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+
+# the tests, and the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu
+test-all: test
+	$(MAKE) -C tests/native check sanitize arm
 
 # what needs no running model: format, lint, types, and that imports point down
 check: $(VENV)/.installed

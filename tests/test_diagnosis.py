@@ -10,14 +10,19 @@ def test_versions_machine_and_kernels_are_told():
     assert found.machine["processor"]
     assert [k.name for k in found.kernels] == list(kernels.KERNELS)
     assert found.kernels[-1].available
+    assert found.machine["native kernel runs"]
+    assert found.machine["native kernel's threads"].startswith("openmp")
 
 
 def test_what_is_missing_is_told_with_its_reason(monkeypatch):
-    monkeypatch.setattr(kernels, "available", lambda: {"torch_cpu": "no VNNI", "reference": None})
+    monkeypatch.setattr(
+        kernels, "available", lambda: {"native": "not built", "torch_cpu": "no VNNI", "reference": None}
+    )
     monkeypatch.setattr(diagnosis, "_PACKAGES", ("nobodys-package",))
     found = diagnose()
     assert found.versions["nobodys-package"] == "not installed"
-    assert (found.kernels[0].available, found.kernels[0].reason) == (False, "no VNNI")
+    assert (found.kernels[0].available, found.kernels[0].reason) == (False, "not built")
+    assert "native kernel runs" not in found.machine
 
 
 def test_the_processor_is_named_without_linux_too(monkeypatch, tmp_path):

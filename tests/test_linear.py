@@ -194,7 +194,7 @@ def test_moving_to_another_device_moves_everything():
 
 def test_the_layer_tells_scheme_and_kernel():
     linear = nn.Linear(100, 33)
-    assert "bias=True, scheme=w8a8, kernel=auto" in repr(QuantLinear.from_float(linear, "w8a8"))
+    assert "bias=True, scheme=w8a8, kernel=native (auto)" in repr(QuantLinear.from_float(linear, "w8a8"))
     assert "scheme=w8a8, simulated" in repr(QuantLinear.from_float(linear, "w8a8", simulated=True))
     assert "kernel=reference" in repr(QuantLinear.from_float(linear, "w8a8", kernel="reference"))
 

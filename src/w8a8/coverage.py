@@ -3,7 +3,7 @@
 Counted per module that holds parameters (or is a `QuantLinear`), each once even where it has several names:
 
 - parameters: elements of weights and biases, as the float model would count them;
-- bytes: what they take as they are now (codes, scales, sums and biases for a quantised layer);
+- bytes: what they take in memory as they are now (codes, packed or not, scales, sums and biases);
 - multiply-adds per token: N * K of a linear layer; of a tied output head too, though the embedding owns the
   parameter; of fused expert weights the share that one token passes through
   (num_experts_per_tok / num_experts, from the model's config).  Attention's own products between tokens

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from w8a8 import __version__, kernels
+from w8a8.kernels import native
+from w8a8.kernels.native import NATIVE
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "compressed-tensors")
 
@@ -42,6 +44,11 @@ def diagnose() -> Diagnosis:
         "cores, and threads torch uses": f"{os.cpu_count()}, {torch.get_num_threads()}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
     }
+    if kernels.available()[NATIVE.name] is None:
+        sets = [name if usable else f"({name})" for name, usable in native.instruction_sets().items()]
+        machine["native kernel runs"] = native.instruction_set()
+        machine["native kernel has (not this CPU)"] = ", ".join(sets)
+        machine["native kernel's threads"] = native.threading()
     statuses = (
         KernelStatus(name, kernels.KERNELS[name].about, reason is None, reason)
         for name, reason in kernels.available().items()

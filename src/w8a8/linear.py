@@ -19,6 +19,9 @@ The buffers carry the names and shapes of a compressed-tensors file, so that `st
     input_scale        (1,) float32, and input_zero_point (1,) int32: only where activations are static
 
 `weight_sum` (N, G) int32 is derived from the weight and stays out of the state dict.
+
+Where the native kernel runs the layer, the codes lie packed for it (`packed_weight`) instead of row-major: in memory
+they exist once.  `layer.weight` and the state dict are then row-major copies, made when asked for.
 """
 
 import enum
@@ -41,7 +44,7 @@ from w8a8.affine import (
     quantize,
 )
 from w8a8.errors import SchemeError
-from w8a8.kernels import reference
+from w8a8.kernels import native, reference
 from w8a8.scheme import (
     MAX_CODE_BITS,
     Granularity,
@@ -87,6 +90,7 @@ class QuantLinear(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     weight_sum: Tensor
+    packed_weight: Tensor | None
     weight_zero_point: Tensor | None
     bias: Tensor | None
     input_scale: Tensor | None
@@ -136,6 +140,7 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, buffer)
         groups = scale_shape[1] if isinstance(spec.granularity, PerGroup) else 1
         self.register_buffer("weight_sum", empty(torch.int32, out_features, groups), persistent=False)
+        self.register_buffer("packed_weight", None, persistent=False)
         self._take_number()
 
     @classmethod
@@ -180,16 +185,15 @@ class QuantLinear(nn.Module):
         )
         spec = scheme.weights
         if spec.bits > MAX_CODE_BITS:
-            layer.weight = fake_quantize(weight.to(torch.float32), spec)
+            layer.set_codes(fake_quantize(weight.to(torch.float32), spec))
         else:
             q = quantize(weight, spec)
-            layer.weight = q.codes
+            layer.set_codes(q.codes)
             layer.weight_scale = q.scale.reshape(layer.weight_scale.shape)
             if q.zero_point is not None:
                 layer.weight_zero_point = q.zero_point.reshape(layer.weight_scale.shape)
         layer.bias = None if bias is None else bias.detach().clone()
         layer._set_input_params(input_params)
-        layer.update_weight_sum()
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -206,8 +210,7 @@ class QuantLinear(nn.Module):
             KernelError: `strict`, and the kernel that was asked for cannot run this input.
         """
         if self.mode is Mode.INTEGER:
-            y: Tensor = kernels.int8_linear(*self._operands(x), self.kernel, self.strict, self._number)
-            return y
+            return kernels.int8_linear(*self._operands(x), self.in_features, self.kernel, self.strict, self._number)
         if self.mode is Mode.WEIGHT_ONLY:
             return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
         return self._simulate(x)
@@ -218,21 +221,48 @@ class QuantLinear(nn.Module):
             return self.weight.clone()
         return dequantize(QTensor(self.weight, self.weight_scale, self.weight_zero_point))
 
-    def update_weight_sum(self) -> None:
-        """Derive `weight_sum` from the weight anew: after the weight's buffer was written by other means."""
+    def set_codes(self, codes: Tensor) -> None:
+        """Take a weight: derive its sums, and pack it where the native kernel is to run the layer.
+
+        Args:
+            codes: (N, K) int8, row-major; float32 where a simulated grid is wider than 8 bits.  Kept, not copied,
+                unless it is packed.
+        """
+        self._buffers["packed_weight"] = None
+        self._buffers["weight"] = codes
         groups = self.weight_sum.shape[1]
-        if self.weight.is_meta or self.mode is not Mode.INTEGER:
-            self.weight_sum = self.weight.new_zeros((self.out_features, groups), dtype=torch.int32)
-            return
-        grouped = self.weight.view(self.out_features, groups, self.in_features // groups)
-        self.weight_sum = grouped.sum(-1, dtype=torch.int32)
+        if codes.is_meta or self.mode is not Mode.INTEGER:
+            self.weight_sum = codes.new_zeros((self.out_features, groups), dtype=torch.int32)
+        elif self._packs(codes):
+            self._buffers["packed_weight"], self.weight_sum = native.pack(codes)
+            del self._buffers["weight"]
+        else:
+            grouped = codes.view(self.out_features, groups, self.in_features // groups)
+            self.weight_sum = grouped.sum(-1, dtype=torch.int32)
+
+    def _packs(self, codes: Tensor) -> bool:
+        activations = self.scheme.activations
+        assert activations is not None, "an integer layer has integer activations"
+        groups = self.weight_sum.shape[1]
+        return (
+            codes.device.type == "cpu"
+            and native.can_pack(self.out_features, self.in_features, groups, symmetric=activations.symmetric)
+            and kernels.first_choice(self.kernel) == native.NATIVE.name
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and (packed := self._buffers.get("packed_weight")) is not None:
+            return kernels.unpack(packed, self.out_features, self.in_features)
+        return super().__getattr__(name)
 
     def kernel_calls(self) -> dict[str, int]:
         """The layer's page of the ledger: how often each kernel ran."""
         return kernels.calls(self._number)
 
     def extra_repr(self) -> str:
-        runs = f"kernel={self.kernel}" if self.mode is Mode.INTEGER else self.mode.value
+        runs = self.mode.value
+        if self.mode is Mode.INTEGER:
+            runs = f"kernel={kernels.first_choice(self.kernel)}" + (" (auto)" if self.kernel == kernels.AUTO else "")
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme.name}, {runs}"
@@ -241,9 +271,10 @@ class QuantLinear(nn.Module):
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
         activations = self.scheme.activations
         assert activations is not None, "an integer layer has integer activations"
+        packed = self.packed_weight
         return (
             x,
-            self.weight,
+            self.weight if packed is None else packed,
             self.weight_scale,
             self.weight_sum,
             self.bias,
@@ -253,6 +284,11 @@ class QuantLinear(nn.Module):
             isinstance(activations.granularity, PerToken),
             activations.symmetric,
         )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.packed_weight is not None:
+            destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _simulate(self, x: Tensor) -> Tensor:
         """Float arithmetic: exact where integers could run the scheme, ordinary float32 elsewhere."""
@@ -280,6 +316,8 @@ class QuantLinear(nn.Module):
                 f"static activations need their grid: {self.scheme}; give input_params=QParams(scale, zero_point) "
                 "measured on calibration data, or use a dynamic scheme"
             )
+        if not bool((torch.isfinite(params.scale) & (params.scale > 0)).all()):
+            raise SchemeError(f"input_params have the scale {params.scale.tolist()}, which is not positive and finite")
         if params.scale.numel() != 1 or (params.zero_point is None) != activations.symmetric:
             raise SchemeError(
                 f"input_params have {params.scale.numel()} scales and "
@@ -300,6 +338,9 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLinear":
         """Move with the model, but keep the grid float32 through `.half()` and `.to(dtype)`."""
+        probe = fn(torch.empty(0, dtype=torch.int8, device=self.weight_sum.device))
+        if self.packed_weight is not None and probe.device.type != "cpu":
+            self._buffers["weight"], self._buffers["packed_weight"] = self.weight, None
         before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -307,6 +348,8 @@ class QuantLinear(nn.Module):
             assert after is not None, "a move does not drop buffers"
             if after.dtype is not buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
+        if self.packed_weight is None and self.weight_sum.device.type == "cpu":  # moved here, perhaps
+            self.set_codes(self.weight)
         return self
 
     def _load_from_state_dict(
@@ -320,17 +363,20 @@ class QuantLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Refuse a float weight, which a plain copy would truncate to integers without a word."""
+        holds = torch.int8 if self.scheme.weights.bits <= MAX_CODE_BITS else torch.float32
         given = state_dict.get(prefix + "weight")
-        if given is not None and given.dtype is not self.weight.dtype:
+        if given is not None and given.dtype is not holds:
             error_msgs.append(
-                f"{prefix}weight is {given.dtype}, this QuantLinear holds {self.weight.dtype}: "
+                f"{prefix}weight is {given.dtype}, this QuantLinear holds {holds}: "
                 "load the float weights into the float model and quantise that"
             )
             return
+        if self.packed_weight is not None:
+            self._buffers["weight"], self._buffers["packed_weight"] = self.weight, None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.update_weight_sum()
+        self.set_codes(self.weight)
 
 
 def float_operands(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

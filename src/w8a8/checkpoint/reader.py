@@ -1,8 +1,8 @@
 """Load a compressed-tensors directory and run it in int8.
 
 transformers decompresses such a directory to float.  Here the model is built without memory (parameters on
-the meta device), its linear layers become empty `QuantLinear`, and the tensors are mapped from the files:
-the int8 weights are never copied and never float.
+the meta device), its linear layers become empty `QuantLinear`, and the tensors are mapped from the files: the
+weights are never float, and never copied but for the native kernel, which packs them as it reads them.
 
 Everything is checked before it is used: the index points into the directory, the files are whole, each
 tensor has the shape and dtype that the config promises, none is missing and none is left over.
@@ -26,6 +26,7 @@ from w8a8.linear import QuantLinear, is_conv1d, quant_linears
 from w8a8.scheme import PerGroup
 
 _SCALES = ("weight_scale", "input_scale")
+_DERIVED = (".weight_sum", ".packed_weight")
 _ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 
 
@@ -43,8 +44,9 @@ def load(
         simulated, kernel, strict: As for `QuantLinear`.
 
     Returns:
-        The transformers model of the directory's architecture, in evaluation mode.  Its int8 weights are
-        mapped from the files, which must stay; float tensors have the dtype of the file.
+        The transformers model of the directory's architecture, in evaluation mode.  Tensors are mapped from the
+        files, which must stay; where the native kernel runs, it packs the int8 weights as it reads them, once.
+        Float tensors have the dtype of the file.
 
     Raises:
         CheckpointError: the directory is missing, not quantised, torn or untruthful; file and tensor are
@@ -134,7 +136,7 @@ def _fill(model: Any, files: dict[Path, set[str] | None]) -> None:
                     _check_superfluous(model, modules.get(prefix), key, tensor, f"{path}: {name}")
     model.tie_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    missing = [name for name, t in tensors if t.is_meta and not name.endswith(".weight_sum")]
+    missing = [name for name, t in tensors if t.is_meta and not name.endswith(_DERIVED)]
     if missing:
         raise CheckpointError(
             f"{', '.join(str(path) for path in files)}: {len(missing)} tensors are missing: "
@@ -142,7 +144,7 @@ def _fill(model: Any, files: dict[Path, set[str] | None]) -> None:
             + (", ..." if len(missing) > 4 else "")
         )
     for _, layer in quant_linears(model):
-        layer.update_weight_sum()
+        layer.set_codes(layer.weight)
 
 
 def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
@@ -173,6 +175,10 @@ def _checked(layer: QuantLinear, key: str, tensor: Tensor, where: str) -> Tensor
     if key in _ZERO_POINTS:
         if tensor.is_floating_point() or tensor.is_complex():
             raise CheckpointError(f"{where} is {_describe(tensor)}, expected an integer zero point")
+        spec = layer.scheme.weights if key == "weight_zero_point" else layer.scheme.activations
+        assert spec is not None, "activations without a grid have no zero point"
+        if bool(((tensor < spec.qmin) | (tensor > spec.qmax)).any()):
+            raise CheckpointError(f"{where} holds a zero point outside {spec.qmin}..{spec.qmax}")
         return tensor.to(torch.int32).reshape(want.shape)
     if not tensor.is_floating_point():
         raise CheckpointError(f"{where} is {_describe(tensor)}, expected a float scale")

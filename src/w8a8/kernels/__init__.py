@@ -4,8 +4,8 @@
 """
 
 from w8a8.kernels.ops import calls, forget, int8_linear
-from w8a8.kernels.request import Kernel, LinearRequest
-from w8a8.kernels.select import AUTO, KERNELS, available, check_name
+from w8a8.kernels.request import Kernel, LinearRequest, unpack
+from w8a8.kernels.select import AUTO, KERNELS, available, check_name, first_choice
 
 __all__ = [
     "AUTO",
@@ -15,6 +15,8 @@ __all__ = [
     "available",
     "calls",
     "check_name",
+    "first_choice",
     "forget",
     "int8_linear",
+    "unpack",
 ]

@@ -23,10 +23,11 @@ _LIBRARY = torch.library.Library("w8a8", "DEF")
 _LIBRARY.define(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias, "
     "Tensor? input_scale, Tensor? input_zero_point, int bits, bool per_token, bool symmetric, "
-    "str kernel, bool strict, int layer) -> Tensor",
+    "int in_features, str kernel, bool strict, int layer) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+_IN_FEATURES = 6  # its place after weight_sum
 _LEDGER: dict[int, Counter[str]] = {}
 
 
@@ -51,11 +52,12 @@ def _int8_linear(
     bits: int,
     per_token: bool,
     symmetric: bool,
+    in_features: int,
     kernel: str,
     strict: bool,
     layer: int,
 ) -> Tensor:
-    _check(x, weight)
+    _check(x, weight_sum, in_features)
     request = LinearRequest(
         x.reshape(x.shape[:-1].numel(), x.shape[-1]),
         weight,
@@ -69,23 +71,23 @@ def _int8_linear(
         symmetric,
     )
     if request.x.shape[0] == 0:
-        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+        return x.new_empty((*x.shape[:-1], request.out_features))
     chosen = select(kernel, request, strict=strict)
     y = chosen.linear(request)
     _LEDGER.setdefault(layer, Counter())[chosen.name] += 1
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], request.out_features)
 
 
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    _check(x, weight)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, *rest: Any) -> Tensor:
+    _check(x, weight_sum, rest[_IN_FEATURES])
+    return x.new_empty((*x.shape[:-1], weight_sum.shape[0]))
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+def _check(x: Tensor, weight_sum: Tensor, in_features: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != in_features:
         raise SchemeError(
-            f"the input has shape {tuple(x.shape)}, the weight (N, K) is {tuple(weight.shape)}: "
-            f"the last axis of the input must be {weight.shape[1]}"
+            f"the input has shape {tuple(x.shape)}, the weight (N, K) is ({weight_sum.shape[0]}, {in_features}): "
+            f"the last axis of the input must be {in_features}"
         )
 
 
@@ -104,4 +106,29 @@ _LIBRARY.impl("int8_linear", _int8_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("w8a8::int8_linear", _fake, lib=_LIBRARY)
 torch.library.register_autograd("w8a8::int8_linear", _no_gradient, setup_context=_no_setup, lib=_LIBRARY)
 
-int8_linear = torch.ops.w8a8.int8_linear.default
+_op = torch.ops.w8a8.int8_linear.default
+
+
+def int8_linear(x: Tensor, *operands: Any) -> Tensor:
+    """Run the op: directly in eager inference, through PyTorch's dispatcher wherever that has something to do.
+
+    The dispatcher of a Python op takes some 30 us a call, longer than a small layer's product.  It is needed where
+    somebody looks on: under `torch.compile`, tracing and dispatch modes, for tensor subclasses, and to refuse a
+    gradient.
+
+    Args:
+        x: (..., K), any float dtype and strides.
+        operands: The rest of the schema, in its order.
+
+    Returns:
+        (..., N) in the dtype of `x`.
+    """
+    watched = (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+    y: Tensor = _op(x, *operands) if watched else _int8_linear(x, *operands)
+    return y

@@ -39,7 +39,8 @@ def linear(request: LinearRequest) -> Tensor:
     codes = qx.codes.to(torch.float32)
     if qx.zero_point is not None:
         codes -= qx.zero_point
-    return request.rescale(lambda g, k: exact_product(codes[:, k], request.weight[:, k]), qx.scale)
+    weight = request.row_major()
+    return request.rescale(lambda g, k: exact_product(codes[:, k], weight[:, k]), qx.scale)
 
 
 REFERENCE = Kernel(

@@ -15,7 +15,7 @@ class LinearRequest:
     """The operands of one call, checked by the op before a kernel sees them.
 
     x: (M, K) float, M > 0, any strides.
-    weight: (N, K) int8, row-major, as in the file.
+    weight: (N, K) int8, row-major, as in the file; or (P, S, 32, 4), packed (`w8a8.kernels.native`).
     weight_scale: (1,), (N, 1) or (N, G) float32.
     weight_sum: (N, G) int32, the sums of the codes along K (G = 1 without groups): what the shift to
         unsigned codes and the zero point of an activation are corrected with.
@@ -34,6 +34,22 @@ class LinearRequest:
     bits: int
     per_token: bool
     symmetric: bool
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weight lies in panels."""
+        return self.weight.ndim == 4
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight_sum.shape[0]
+
+    def row_major(self) -> Tensor:
+        """The weight as (N, K): itself, or a copy that is made for this call."""
+        if not self.is_packed:
+            return self.weight
+        return unpack(self.weight, self.out_features, self.x.shape[1])
 
     @property
     def groups(self) -> int:
@@ -69,6 +85,12 @@ class LinearRequest:
         if self.bias is not None:
             y.add_(self.bias.to(y.dtype))
         return y.to(self.x.dtype)
+
+
+def unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    """Panels as row-major codes: (P, S, 32, 4) -> a new (N, K) int8, on any device."""
+    panels, steps, width, four = packed.shape
+    return packed.permute(0, 2, 1, 3).reshape(panels * width, steps * four)[:n, :k].contiguous()
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,24 @@
 import warnings
 from functools import cache
 
+import torch
+
 from w8a8.errors import KernelError, closest
+from w8a8.kernels.native import NATIVE
 from w8a8.kernels.reference import REFERENCE
 from w8a8.kernels.request import Kernel, LinearRequest
 from w8a8.kernels.torch_cpu import TORCH_CPU
 
 AUTO = "auto"
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (TORCH_CPU, REFERENCE)}
+
+
+def _has_amx() -> bool:
+    """Whether this CPU has matrix tiles, which oneDNN's product uses and the native kernel does not."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+_ORDER = (TORCH_CPU, NATIVE, REFERENCE) if _has_amx() else (NATIVE, TORCH_CPU, REFERENCE)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ORDER}
 
 
 @cache
@@ -21,6 +32,19 @@ def unavailable_because(name: str) -> str | None:
 def available() -> dict[str, str | None]:
     """Every kernel in order of preference: None where it can run here, else the reason why not."""
     return {name: unavailable_because(name) for name in KERNELS}
+
+
+def first_choice(name: str) -> str:
+    """The kernel that will run as long as it takes the input: the one asked for, or the first one here.
+
+    The first time that the native kernel is missing where it would be the choice, a warning says how to get it.
+    """
+    if name != AUTO and unavailable_because(name) is None:
+        return name
+    reason = unavailable_because(NATIVE.name)
+    if reason is not None and name in (AUTO, NATIVE.name):
+        _warn_once(NATIVE.name, reason)
+    return next(kernel for kernel in KERNELS if unavailable_because(kernel) is None)
 
 
 def check_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""oneDNN's integer product through `torch._int_mm`: the fast path without native code.
+"""oneDNN's integer product through `torch._int_mm`: the fast path without native code, and with AMX.
 
 The weight is passed as `weight.t()`, a view: the row-major (N, K) of the file is what oneDNN likes best
 for one row and costs a few per cent in the middle (docs/log.md has the numbers).
@@ -54,7 +54,7 @@ def _unavailable_because() -> str | None:
 def _refuses(request: LinearRequest) -> str | None:
     if request.x.device.type != "cpu" or request.weight.device.type != "cpu":
         return f"it runs on CPU tensors, the input is on {request.x.device}"
-    if request.x.shape[1] == 0 or request.weight.shape[0] == 0:
+    if request.x.shape[1] == 0 or request.out_features == 0:
         return "oneDNN takes no empty operands"
     return None
 
@@ -66,8 +66,10 @@ def _linear(request: LinearRequest) -> Tensor:
         left = left.bitwise_xor_(-128).view(torch.uint8)  # code + 128
         shift = None if shift is None else shift + 128
 
+    weight = request.row_major()
+
     def accumulate(g: int, k: slice) -> Tensor:
-        acc = torch._int_mm(left[:, k], request.weight[:, k].t())
+        acc = torch._int_mm(left[:, k], weight[:, k].t())
         wsum = request.weight_sum[:, g]
         if shift is not None:
             return acc.addcmul_(shift, wsum, value=-1)

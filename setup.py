@@ -1,0 +1,35 @@
+"""The native kernel: plain C++17, no torch, no Python API; the rest of the project is in pyproject.toml.
+
+`optional`: where there is no compiler, or it fails, the package installs without the kernel, and `w8a8 doctor` says so.
+"""
+
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+CSRC = Path("src/w8a8/kernels/csrc")
+
+setup(
+    ext_modules=[
+        Extension(
+            "w8a8.kernels._native",
+            sources=sorted(str(path) for path in CSRC.glob("*.cpp")),
+            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            # the contract has no fused multiply-add and no shortcut through a reciprocal
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fno-fast-math",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-fvisibility=hidden",
+                "-pthread",
+            ],
+            extra_link_args=["-pthread"],
+            libraries=["dl"],
+            language="c++",
+            optional=True,
+        )
+    ]
+)

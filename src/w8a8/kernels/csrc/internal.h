@@ -1,0 +1,218 @@
+// What the files of this directory share.  Nothing here is seen from outside.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "w8a8.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define W8A8_X86 1
+#endif
+#if defined(__aarch64__)
+#define W8A8_ARM 1
+// Old clang declares the dot-product intrinsics only where the whole file may use them.
+#if !defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD)
+#define W8A8_ARM_DOT 1
+#endif
+#endif
+
+// Functions between BEGIN and END may use the named instructions; the rest of the file may not.  A whole file compiled
+// with -mavx512f would be simpler, but inline functions of the standard library compiled there could be the copy that
+// the linker keeps for everyone, and then an old CPU stops with SIGILL.
+#define W8A8_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define W8A8_TARGET_BEGIN(isa) \
+  W8A8_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define W8A8_TARGET_END W8A8_PRAGMA(clang attribute pop)
+#else
+#define W8A8_TARGET_BEGIN(isa) W8A8_PRAGMA(GCC push_options) W8A8_PRAGMA(GCC target(isa))
+#define W8A8_TARGET_END W8A8_PRAGMA(GCC pop_options)
+#endif
+
+namespace w8a8 {
+
+constexpr int kPanel = W8A8_PANEL;
+constexpr int kMaxRows = 14;                     // the tallest register tile of any instruction set
+constexpr int64_t kPanelStep = kPanel * 4;       // bytes of one panel for four values of k
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline size_t dtype_bytes(int dtype) { return dtype == W8A8_F32 ? 4 : 2; }
+inline const char *row_of(const void *x, int dtype, int64_t ld, int64_t m) {
+  return static_cast<const char *>(x) + m * ld * static_cast<int64_t>(dtype_bytes(dtype));
+}
+
+// How the left side lies in memory: which integer the product instruction wants.
+enum class Left { kU8, kS8, kS16 };   // code + 128, code, code widened
+inline int left_bytes(Left l) { return l == Left::kS16 ? 2 : 1; }
+inline int left_offset(Left l) { return l == Left::kU8 ? 128 : 0; }
+
+// What is needed of a row before its codes can be computed.
+struct RowRange {
+  float lo, hi;        // widened to hold zero; only valid where `absbits` is that of a finite number
+  uint32_t absbits;    // the largest bit pattern without the sign: order of magnitude, infinity and NaN in one integer
+  bool finite() const { return absbits < 0x7f800000u; }
+};
+
+// A grid: how x becomes a code.
+struct Grid {
+  float scale;
+  int32_t zero_point;
+  int32_t qmin, qmax;
+};
+
+// Where the int32 sums of one tile go.
+struct Finish {
+  const w8a8_layer *layer;
+  const float *sx;       // (M,)
+  const int32_t *zx;     // (M,)
+  int32_t offset;        // what the left side was shifted by
+  int dtype;
+  void *y;
+  int64_t ldy;
+};
+
+// sums[r * kPanel + c] = left[r, :] . panel[:, c] over ksteps groups of four k.
+// `ahead` is memory the caller will want next: `ahead_lines` (1..8) cache lines of it are prefetched per four ksteps.
+using TileFn = void (*)(const void *left, int64_t ld_bytes, const int8_t *panel, int64_t ksteps, int32_t *sums,
+                        const int8_t *ahead, int ahead_lines);
+
+// The prefetch of a tile, spread evenly over its steps: a burst would take all of the core's miss buffers at once.  Where
+// a tile makes several passes over its panel, each pass fetches its part.
+class Ahead {
+ public:
+  Ahead(const int8_t *from, int lines, int64_t ksteps, int passes = 1, int pass = 0) : twice_(lines >= 8 && passes == 1) {
+    int64_t period = 1;   // steps from one line to the next, a power of two
+    while (period * 2 * lines <= 4 * passes) period *= 2;
+    mask_ = period - 1;
+    at_ = from + pass * (ksteps / period) * 64;
+  }
+  inline __attribute__((always_inline)) void step(int64_t s) {
+    if (twice_) {
+      __builtin_prefetch(at_, 0, 2);
+      __builtin_prefetch(at_ + 64, 0, 2);
+      at_ += 128;
+    } else if ((s & mask_) == 0) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += 64;
+    }
+  }
+
+ private:
+  const int8_t *at_;
+  int64_t mask_;
+  bool twice_;
+};
+
+struct Isa {
+  const char *name;
+  bool (*usable)();
+  Left left;
+  int max_rows;
+  int stream_rows;             // up to so many rows a tile reads its panel once, from front to back
+  TileFn tile[kMaxRows + 1];   // by number of rows
+  RowRange (*range)(const void *row, int dtype, int64_t k, bool asym);
+  // Writes round_up(k, 4) codes at least, at most round_up(k, 64).
+  void (*codes)(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
+  // Columns [n0, n0 + cols) of rows [m0, m0 + rows); sums has row stride ld.
+  void (*finish)(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+  double (*peak)(int64_t rounds);   // runs `rounds` rounds of the product instruction, returns operations done
+};
+
+const Isa &isa();   // the one in use
+
+extern const Isa kPortable;
+#ifdef W8A8_X86
+extern const Isa kAvx2, kAvxVnni, kAvx512Vnni256, kAvx512Vnni;
+#endif
+#ifdef W8A8_ARM_DOT
+extern const Isa kNeonDot;
+#endif
+
+// Shared by instruction sets that do not bring their own.
+RowRange portable_range(const void *row, int dtype, int64_t k, bool asym);
+void portable_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
+void portable_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+#ifdef W8A8_X86
+RowRange avx2_range(const void *row, int dtype, int64_t k, bool asym);
+void avx2_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
+void avx2_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+#endif
+
+// Quotients beyond any grid are brought into the range of the conversion to int32; the clamp to the grid follows.
+constexpr float kBound = 512.0f;
+
+// --- scalar conversions -------------------------------------------------------------------------------------------
+
+inline float bits_float(uint32_t b) {
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+inline uint32_t float_bits(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  return b;
+}
+
+inline float from_bf16(uint16_t h) { return bits_float(static_cast<uint32_t>(h) << 16); }
+inline uint16_t to_bf16(float f) {   // round to nearest even; one NaN
+  uint32_t b = float_bits(f);
+  if ((b & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
+  return static_cast<uint16_t>((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+
+inline float from_f16(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, exp = (h >> 10) & 31u, man = h & 0x3ffu;
+  if (exp == 31) return bits_float(sign | 0x7f800000u | (man << 13));
+  if (exp == 0) {   // subnormal: man * 2**-24, exact
+    const float v = static_cast<float>(man) * 0x1p-24f;
+    return bits_float(float_bits(v) | sign);
+  }
+  return bits_float(sign | ((exp + 112u) << 23) | (man << 13));
+}
+inline uint16_t to_f16(float f) {   // round to nearest even; subnormals kept; one NaN
+  const uint32_t b = float_bits(f), sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
+  if (a > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (a >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);   // 65520 and more round to infinity
+  if (a < 0x38800000u) {   // below 2**-14: adding 0.5 leaves the 2**-24 grid in the low bits, rounded by the adder
+    const uint32_t r = float_bits(bits_float(a) + 0.5f) - 0x3f000000u;
+    return static_cast<uint16_t>(sign | r);
+  }
+  const uint32_t r = a + 0xfffu + ((a >> 13) & 1u);
+  return static_cast<uint16_t>(sign | ((r - 0x38000000u) >> 13));
+}
+
+inline float load_one(const void *row, int dtype, int64_t i) {
+  if (dtype == W8A8_F32) return static_cast<const float *>(row)[i];
+  const uint16_t h = static_cast<const uint16_t *>(row)[i];
+  return dtype == W8A8_BF16 ? from_bf16(h) : from_f16(h);
+}
+inline void store_one(void *row, int dtype, int64_t i, float v) {
+  if (dtype == W8A8_F32) static_cast<float *>(row)[i] = v;
+  else static_cast<uint16_t *>(row)[i] = dtype == W8A8_BF16 ? to_bf16(v) : to_f16(v);
+}
+
+// The contract holds in the default floating-point mode; a caller may have asked for flushed subnormals
+// (torch.set_flush_denormal) or another rounding.  Costs some ten nanoseconds per thread and call.
+class DefaultFloat {
+ public:
+#if defined(W8A8_X86)
+  DefaultFloat() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloat() { _mm_setcsr(saved_); }
+ private:
+  unsigned saved_;
+#elif defined(W8A8_ARM)
+  DefaultFloat() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~DefaultFloat() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+ private:
+  uint64_t saved_;
+#endif
+};
+
+}  // namespace w8a8

@@ -1,0 +1,204 @@
+// AArch64 with the dot-product extension (ARMv8.2 and later: Neoverse N1, Graviton 2, every Apple M): sdot multiplies
+// 16 signed by 16 signed bytes and adds fours of them to four int32.  Signed on both sides, so no shift by 128.
+#include "internal.h"
+
+#ifdef W8A8_ARM_DOT
+#include <arm_neon.h>
+
+#include <algorithm>
+#ifdef __linux__
+#include <sys/auxv.h>
+#ifndef HWCAP_ASIMDDP
+#define HWCAP_ASIMDDP (1 << 20)
+#endif
+#endif
+
+#ifdef __clang__
+#define W8A8_DOT "dotprod"
+#else
+#define W8A8_DOT "arch=armv8.2-a+dotprod"
+#endif
+
+namespace w8a8 {
+namespace {
+
+bool usable() {
+#ifdef __linux__
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;   // macOS: every arm64 machine
+#endif
+}
+
+W8A8_TARGET_BEGIN(W8A8_DOT)
+
+template <int DT>
+inline float32x4_t load4(const void *row, int64_t i) {
+  if (DT == W8A8_F32) return vld1q_f32(static_cast<const float *>(row) + i);
+  const uint16x4_t h = vld1_u16(static_cast<const uint16_t *>(row) + i);
+  if (DT == W8A8_F16) return vcvt_f32_f16(vreinterpret_f16_u16(h));
+  return vreinterpretq_f32_u32(vshll_n_u16(h, 16));
+}
+
+template <int DT>
+inline float32x4_t load4_tail(const void *row, int64_t i, int64_t k) {   // zeros beyond the row
+  float v[4] = {};
+  for (int j = 0; j < 4 && i + j < k; ++j) v[j] = load_one(row, DT, i + j);
+  return vld1q_f32(v);
+}
+
+template <int DT>
+RowRange range_dt(const void *row, int64_t k) {
+  float32x4_t lo = vdupq_n_f32(0), hi = lo;
+  uint32x4_t bits = vdupq_n_u32(0);
+  const uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu);
+  auto see = [&](float32x4_t v) {
+    lo = vminq_f32(lo, v), hi = vmaxq_f32(hi, v);
+    bits = vmaxq_u32(bits, vandq_u32(vreinterpretq_u32_f32(v), magnitude));
+  };
+  int64_t i = 0;
+  for (; i + 4 <= k; i += 4) see(load4<DT>(row, i));
+  if (i < k) see(load4_tail<DT>(row, i, k));
+  return {vminvq_f32(lo), vmaxvq_f32(hi), vmaxvq_u32(bits)};
+}
+
+RowRange range(const void *row, int dtype, int64_t k, bool) {
+  if (dtype == W8A8_F32) return range_dt<W8A8_F32>(row, k);
+  if (dtype == W8A8_BF16) return range_dt<W8A8_BF16>(row, k);
+  return range_dt<W8A8_F16>(row, k);
+}
+
+template <int DT>
+void codes_dt(const void *row, int64_t k, const Grid &g, int offset, uint8_t *out) {
+  const float32x4_t scale = vdupq_n_f32(g.scale);
+  const int32x4_t zero = vdupq_n_s32(g.zero_point), low = vdupq_n_s32(g.qmin), high = vdupq_n_s32(g.qmax);
+  const int32x4_t shift = vdupq_n_s32(offset);
+  // The conversion rounds half to even and saturates, the addition saturates: no bound on x / scale is needed.
+  auto code = [&](float32x4_t v) {
+    const int32x4_t q = vqaddq_s32(vcvtnq_s32_f32(vdivq_f32(v, scale)), zero);
+    return vmovn_s32(vaddq_s32(vmaxq_s32(vminq_s32(q, high), low), shift));
+  };
+  int64_t i = 0;
+  for (; i + 8 <= k; i += 8) {
+    const int16x8_t q = vcombine_s16(code(load4<DT>(row, i)), code(load4<DT>(row, i + 4)));
+    vst1_u8(out + i, vreinterpret_u8_s8(vmovn_s16(q)));
+  }
+  if (i < k) {
+    const int16x8_t q = vcombine_s16(code(load4_tail<DT>(row, i, k)), code(load4_tail<DT>(row, i + 4, k)));
+    vst1_u8(out + i, vreinterpret_u8_s8(vmovn_s16(q)));
+  }
+}
+
+void codes(const void *row, int dtype, int64_t k, const Grid &g, Left, int offset, void *out) {
+  uint8_t *o = static_cast<uint8_t *>(out);
+  if (dtype == W8A8_F32) codes_dt<W8A8_F32>(row, k, g, offset, o);
+  else if (dtype == W8A8_BF16) codes_dt<W8A8_BF16>(row, k, g, offset, o);
+  else codes_dt<W8A8_F16>(row, k, g, offset, o);
+}
+
+void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
+  const w8a8_layer &w = *f.layer;
+  const int whole = cols / 4 * 4;
+  for (int r = 0; r < rows; ++r) {
+    const int64_t m = m0 + r;
+    const int32x4_t shift = vdupq_n_s32(f.offset + f.zx[m]);
+    const float32x4_t sx = vdupq_n_f32(f.sx[m]);
+    for (int c = 0; c < whole; c += 4) {
+      const int64_t n = n0 + c;
+      const int32x4_t acc = vmlsq_s32(vld1q_s32(sums + r * ld + c), vld1q_s32(w.colsum + n), shift);
+      float32x4_t v = vmulq_f32(vcvtq_f32_s32(acc), sx);
+      v = vmulq_f32(v, w.scale_stride ? vld1q_f32(w.scale + n) : vdupq_n_f32(w.scale[0]));
+      if (w.bias) v = vaddq_f32(v, vld1q_f32(w.bias + n));
+      if (f.dtype == W8A8_F32) {
+        vst1q_f32(static_cast<float *>(f.y) + m * f.ldy + n, v);
+      } else if (f.dtype == W8A8_F16) {
+        vst1_u16(static_cast<uint16_t *>(f.y) + m * f.ldy + n, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+      } else {
+        const uint32x4_t b = vreinterpretq_u32_f32(v);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(b, 16), vdupq_n_u32(1));
+        const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(vaddq_u32(b, vdupq_n_u32(0x7fff)), odd), 16);
+        const uint32x4_t number = vceqq_f32(v, v);
+        const uint16x4_t h = vmovn_u32(vbslq_u32(number, rounded, vdupq_n_u32(0x7fc0)));
+        vst1_u16(static_cast<uint16_t *>(f.y) + m * f.ldy + n, h);
+      }
+    }
+  }
+  if (whole < cols) portable_finish(f, sums + whole, ld, m0, rows, n0 + whole, cols - whole);
+}
+
+// MR rows by V registers of four columns in a pass.  Rows are padded to whole cache lines, so 16 codes can always be read.
+template <int MR, int V>
+void tile(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, int32_t *sums, const int8_t *ahead,
+          int ahead_lines) {
+  constexpr int kPasses = kPanel / (4 * V);
+  const int8_t *left = static_cast<const int8_t *>(left_);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    int32x4_t acc[MR][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] = vdupq_n_s32(0);
+    const int8_t *b = panel + 16 * V * pass, *a = left;
+    Ahead fetch(ahead, ahead_lines, ksteps, kPasses, pass);
+    int64_t s = 0;
+    for (; s + 4 <= ksteps; s += 4, a += 16) {
+      int8x16_t av[MR];
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) av[r] = vld1q_s8(a + r * ld);
+      // The lane is part of the instruction, so the four steps are written out.
+#define W8A8_STEP(LANE)                                                                               \
+  {                                                                                                   \
+    fetch.step(s + LANE);                                                                             \
+    W8A8_PRAGMA(GCC unroll 8)                                                                         \
+    for (int v = 0; v < V; ++v) {                                                                     \
+      const int8x16_t bv = vld1q_s8(b + 16 * v);                                                      \
+      W8A8_PRAGMA(GCC unroll 8)                                                                       \
+      for (int r = 0; r < MR; ++r) acc[r][v] = vdotq_laneq_s32(acc[r][v], bv, av[r], LANE);           \
+    }                                                                                                 \
+    b += kPanelStep;                                                                                  \
+  }
+      W8A8_STEP(0) W8A8_STEP(1) W8A8_STEP(2) W8A8_STEP(3)
+#undef W8A8_STEP
+    }
+    for (; s < ksteps; ++s, a += 4, b += kPanelStep)
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        int32_t four;
+        std::memcpy(&four, a + r * ld, 4);
+        const int8x16_t one = vreinterpretq_s8_s32(vdupq_n_s32(four));
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] = vdotq_s32(acc[r][v], vld1q_s8(b + 16 * v), one);
+      }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) vst1q_s32(sums + r * kPanel + 4 * (V * pass + v), acc[r][v]);
+  }
+}
+
+double peak(int64_t rounds) {
+  int32x4_t acc[16];
+  int8x16_t a = vdupq_n_s8(3), b = vdupq_n_s8(5);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) acc[i] = vdupq_n_s32(0);
+  for (int64_t n = 0; n < rounds; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      acc[i] = vdotq_s32(acc[i], a, b);
+      __asm__ volatile("" : "+w"(acc[i]));
+    }
+  }
+  return static_cast<double>(rounds) * 16 * 16 * 2;
+}
+
+W8A8_TARGET_END
+
+}  // namespace
+
+// At most 3 x 8 or 6 x 4 sums beside the codes and one register of weights: 31 of 32.
+const Isa kNeonDot = {"neon_dot", usable, Left::kS8, 6, 3,
+                      {nullptr, tile<1, 8>, tile<2, 8>, tile<3, 8>, tile<4, 4>, tile<5, 4>, tile<6, 4>},
+                      range, codes, finish, peak};
+
+}  // namespace w8a8
+#endif

@@ -1,0 +1,97 @@
+// Weights from the file's layout to panels and back, and their column sums.
+//
+// A panel is 32 output columns by all of K: [K/4][32][4].  Four consecutive k of one column are the four bytes that one
+// product instruction adds up; 32 columns are 128 bytes, two cache lines, read in order from beginning to end.
+#include <algorithm>
+
+#include "internal.h"
+#include "parallel.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace w8a8 {
+namespace {
+
+template <class Fn>
+void for_each_panel(int64_t panels, int threads, const Fn &fn) {
+  struct Loop {
+    const Fn *fn;
+    std::atomic<int64_t> next{0};
+    int64_t panels;
+  } loop;
+  loop.fn = &fn, loop.panels = panels;
+  if (threads <= 0) threads = default_threads();
+  run_on_threads(
+      [](void *data) {
+        Loop &l = *static_cast<Loop *>(data);
+        for (int64_t p; (p = l.next.fetch_add(1, std::memory_order_relaxed)) < l.panels;) (*l.fn)(p);
+      },
+      &loop, static_cast<int>(std::min<int64_t>(threads, panels)));
+}
+
+}  // namespace
+}  // namespace w8a8
+
+using namespace w8a8;
+
+extern "C" int64_t w8a8_packed_bytes(int64_t n, int64_t k) {
+  return n < 0 || k < 0 ? 0 : div_up(n, kPanel) * div_up(k, 4) * kPanelStep;
+}
+
+extern "C" int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int8_t *packed, int32_t *colsum,
+                         int32_t threads) {
+  if (n < 0 || k < 0 || (n > 1 && ldw < k)) return W8A8_BAD_ARGUMENT;
+  const int64_t ksteps = div_up(k, 4), panel_bytes = ksteps * kPanelStep;
+  for_each_panel(div_up(n, kPanel), threads, [=](int64_t p) {
+    int8_t *panel = packed + p * panel_bytes;
+    for (int c = 0; c < kPanel; ++c) {
+      const int64_t col = p * kPanel + c;
+      int8_t *to = panel + 4 * c;
+      if (col >= n) {
+        for (int64_t s = 0; s < ksteps; ++s) std::memset(to + s * kPanelStep, 0, 4);
+        continue;
+      }
+      const int8_t *from = w + col * ldw;
+      for (int64_t s = 0; s < k / 4; ++s) std::memcpy(to + s * kPanelStep, from + 4 * s, 4);
+      if (k % 4) {
+        int8_t *last = to + (ksteps - 1) * kPanelStep;
+        std::memset(last, 0, 4);
+        std::memcpy(last, from + k / 4 * 4, static_cast<size_t>(k % 4));
+      }
+      int64_t sum = 0;
+      for (int64_t i = 0; i < k; ++i) sum += from[i];
+      colsum[col] = static_cast<int32_t>(sum);
+    }
+  });
+  return W8A8_OK;
+}
+
+extern "C" int w8a8_unpack(const int8_t *packed, int64_t n, int64_t k, int8_t *w, int64_t ldw, int32_t threads) {
+  if (n < 0 || k < 0 || (n > 1 && ldw < k)) return W8A8_BAD_ARGUMENT;
+  const int64_t panel_bytes = div_up(k, 4) * kPanelStep;
+  for_each_panel(div_up(n, kPanel), threads, [=](int64_t p) {
+    const int64_t end = std::min<int64_t>(n, (p + 1) * kPanel);
+    for (int64_t col = p * kPanel; col < end; ++col) {
+      const int8_t *from = packed + p * panel_bytes + 4 * (col % kPanel);
+      int8_t *to = w + col * ldw;
+      for (int64_t s = 0; s < k / 4; ++s) std::memcpy(to + 4 * s, from + s * kPanelStep, 4);
+      if (k % 4) std::memcpy(to + k / 4 * 4, from + k / 4 * kPanelStep, static_cast<size_t>(k % 4));
+    }
+  });
+  return W8A8_OK;
+}
+
+extern "C" int w8a8_advise_huge(void *data, int64_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 4096;   // only whole pages of the caller's own may be named
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data), end = begin + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (bytes <= 0 || last <= first) return W8A8_BAD_ARGUMENT;
+  return madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE) == 0 ? W8A8_OK : W8A8_BAD_ARGUMENT;
+#else
+  (void)data, (void)bytes;
+  return W8A8_BAD_ARGUMENT;
+#endif
+}

@@ -1,0 +1,64 @@
+// A parallel loop on threads that somebody else owns.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace w8a8 {
+
+// Calls fn(data) on up to `threads` threads at once, the calling one among them, and returns when all calls have
+// returned.  How many calls really happen is the runtime's choice, at least one; the callee shares the work out itself.
+void run_on_threads(void (*fn)(void *), void *data, int threads);
+
+// What `threads = 0` means: the OpenMP setting of the calling thread.
+int default_threads();
+
+const char *parallel_name();
+
+// Hands the indices [0, total) to whoever asks.  Every worker owns a contiguous share, so that memory is read in long
+// runs, and takes from the others' when its own is used up, so that a thread that was descheduled holds nobody up.
+// Nothing waits for a thread that has not started: any number of workers, one included, finishes the work.
+class Shares {
+ public:
+  static constexpr int kMax = 64;
+
+  void reset(int64_t total, int workers) {
+    workers_ = workers < 1 ? 1 : workers > kMax ? kMax : workers;
+    total_ = total;
+    left_.store(total, std::memory_order_relaxed);
+    for (int i = 0; i < workers_; ++i) {
+      share_[i].next.store(total * i / workers_, std::memory_order_relaxed);
+      share_[i].end = total * (i + 1) / workers_;
+    }
+  }
+
+  // The next index for this worker, or -1.
+  int64_t take(int worker) {
+    for (int i = 0; i < workers_; ++i) {
+      Share &s = share_[(worker + i) % workers_];
+      if (s.next.load(std::memory_order_relaxed) >= s.end) continue;
+      const int64_t got = s.next.fetch_add(1, std::memory_order_relaxed);
+      if (got < s.end) return got;
+    }
+    return -1;
+  }
+
+  void done() { left_.fetch_sub(1, std::memory_order_release); }
+  bool all_done() const { return left_.load(std::memory_order_acquire) == 0; }
+  int64_t total() const { return total_; }
+
+  // Until every index taken by anyone is done.  They were taken by running threads, so this ends.
+  void wait() const;
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  Share share_[kMax];
+  alignas(64) std::atomic<int64_t> left_{0};
+  int workers_ = 1;
+  int64_t total_ = 0;
+};
+
+}  // namespace w8a8

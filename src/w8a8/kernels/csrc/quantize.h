@@ -1,0 +1,39 @@
+// From rows of floats to rows of codes: the first half of every entry point.
+#pragma once
+
+#include "internal.h"
+#include "parallel.h"
+
+namespace w8a8 {
+
+struct Quantize {
+  const Isa *isa;
+  const void *x;
+  int dtype, mode, bits;
+  float x_scale;
+  int32_t x_zero_point;
+  int64_t m, k, ldx;
+  Left left;             // how the codes are stored
+  int offset;
+  char *codes;           // row stride ld_bytes; each row has room for round_up(k, 64) codes
+  int64_t ld_bytes;
+  float *sx;             // (M,)
+  int32_t *zx;           // (M,)
+  RowRange *ranges;      // (M,), only read and written where the whole tensor shares a dynamic scale
+
+  bool asym() const { return mode & 1; }
+  bool shared_dynamic() const { return mode == W8A8_TENSOR_SYM || mode == W8A8_TENSOR_ASYM; }
+};
+
+// First pass over row m, needed for shared_dynamic() only.  Rows are independent.
+void measure_row(const Quantize &q, int64_t m);
+
+// The grid that all rows share, from the ranges of all rows or from what was given; unused for per-token modes.
+Grid shared_grid(const Quantize &q);
+
+// Codes, scale and zero point of row m.  Rows are independent.
+void quantize_row(const Quantize &q, int64_t m, const Grid &shared);
+
+bool valid(int dtype, int mode, int bits, float x_scale, int32_t x_zero_point);
+
+}  // namespace w8a8

@@ -1,0 +1,119 @@
+/* w8a8: int8 linear layers on a CPU.  Plain C, so that ctypes, a torch shim or anything else can call it.
+ *
+ * Shapes: M tokens, N out features, K in features.
+ *
+ * What is computed (the arithmetic contract, bit for bit, in float32):
+ *
+ *     acc[m, n] = sum_k (qx[m, k] - zx[m]) * qw[n, k]            exact in int32
+ *     y = float32(acc) * sx[m];  y = y * sw[n];  y = y + bias[n]  three roundings, no fused multiply-add
+ *
+ * then one cast to the dtype of x.  Every instruction set gives the same bits.
+ *
+ * A row of x that holds a NaN or an infinity gives a NaN row of y, and no other; where the whole tensor shares one
+ * dynamic scale, such rows take no part in the shared range.
+ *
+ * Threads: any number of threads may call at once.  The library starts no thread of its own while an OpenMP runtime is
+ * loaded in the process: it borrows that one (torch's).
+ */
+#ifndef W8A8_H
+#define W8A8_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define W8A8_API __attribute__((visibility("default")))
+#define W8A8_ABI 1       /* raised whenever a struct or a signature below changes */
+#define W8A8_PANEL 32    /* output columns in one panel of packed weights */
+
+enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
+
+enum w8a8_mode {
+  W8A8_TOKEN_SYM = 0,   /* one scale per row, from the row */
+  W8A8_TOKEN_ASYM = 1,
+  W8A8_TENSOR_SYM = 2,  /* one scale for all rows, from all rows */
+  W8A8_TENSOR_ASYM = 3,
+  W8A8_STATIC_SYM = 4,  /* one scale for all rows, given in the layer */
+  W8A8_STATIC_ASYM = 5
+};
+
+enum w8a8_status {
+  W8A8_OK = 0,
+  W8A8_BAD_ARGUMENT = -1,   /* unknown dtype or mode, bits outside 2..8, a negative size, layers that differ in K ... */
+  W8A8_K_TOO_LARGE = -2,    /* the sum over K might not fit in int32 */
+  W8A8_NO_MEMORY = -3
+};
+
+/* One linear layer.  The caller owns the struct and all it points to; nothing here is written. */
+typedef struct w8a8_layer {
+  const int8_t *packed;    /* w8a8_pack's output */
+  const float *scale;      /* weight scale, (N,), or (1,) with scale_stride 0 */
+  const int32_t *colsum;   /* sum over K of the weight codes, (N,): w8a8_pack's second output */
+  const float *bias;       /* (N,) or null */
+  int64_t n, k;
+  int32_t scale_stride;    /* 1 per channel, 0 per tensor */
+  int32_t mode;            /* enum w8a8_mode */
+  int32_t bits;            /* of the activation grid, 2..8 */
+  int32_t x_zero_point;    /* STATIC_ASYM only */
+  float x_scale;           /* STATIC_* only */
+} w8a8_layer;
+
+/* y[i] = x @ layer[i].T for `count` layers that read the same x in the same mode; x is quantised once.
+ * x: (M, K), row stride ldx in elements, inner stride 1.  y[i]: (M, N_i), row stride ldy[i], the dtype of x.
+ * threads: how many to use at most; 0 asks the OpenMP runtime (omp_get_max_threads of the calling thread). */
+W8A8_API int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, const void *x, int32_t dtype, int64_t m,
+                              int64_t ldx, void *const *y, const int64_t *ldy, int32_t threads);
+
+/* The same for one layer. */
+W8A8_API int w8a8_linear(const w8a8_layer *layer, const void *x, int32_t dtype, int64_t m, int64_t ldx, void *y,
+                         int64_t ldy, int32_t threads);
+
+/* Weights (N, K) row-major with row stride ldw -> panels [ceil(N/32)][ceil(K/4)][32][4], zeros where there is no weight.
+ * The layout is the same for every instruction set.  colsum: (N,) out.  64-byte aligned `packed` is faster, not required. */
+W8A8_API int64_t w8a8_packed_bytes(int64_t n, int64_t k);
+W8A8_API int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int8_t *packed, int32_t *colsum,
+                       int32_t threads);
+W8A8_API int w8a8_unpack(const int8_t *packed, int64_t n, int64_t k, int8_t *w, int64_t ldw, int32_t threads);
+
+/* Asks the system for large pages under freshly allocated memory, before anything is written there: worth it for packed
+ * weights of 2 MiB and more (one row then runs 1.05 to 1.2 times as fast on Zen 4).  A wish: returns 0 where it was taken. */
+W8A8_API int w8a8_advise_huge(void *data, int64_t bytes);
+
+/* Only the first half of a linear: codes (M, K) and one scale and zero point per row (equal in all rows for TENSOR and
+ * STATIC).  A row that is not finite gets codes 0 and scale NaN.  offset is added to every code and the sum is stored
+ * modulo 256: 0 gives int8 codes, 128 the unsigned ones that u8 x s8 products want. */
+W8A8_API int w8a8_quantize_rows(const void *x, int32_t dtype, int64_t m, int64_t k, int64_t ldx, int32_t mode,
+                                int32_t bits, float x_scale, int32_t x_zero_point, int32_t offset, uint8_t *codes,
+                                int64_t ldq, float *scale, int32_t *zero_point, int32_t threads);
+
+/* Only the second half: int32 sums of someone else's product (torch._int_mm) -> y.  acc (M, N), row stride lda, holds
+ * sum_k (qx + offset) * qw; the layer's `packed` is not read. */
+W8A8_API int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t lda, int64_t m, int32_t offset,
+                         const float *scale, const int32_t *zero_point, int32_t dtype, void *y, int64_t ldy,
+                         int32_t threads);
+
+/* Which instruction set runs.  Names: portable, avx2, avxvnni, avx512vnni256, avx512vnni, neon_dot.
+ * At load: the best one this CPU has, or the one in the environment variable W8A8_ISA where that is set and possible.
+ * w8a8_isa_use(name) switches the whole process; null or "" goes back to the best.  Returns W8A8_BAD_ARGUMENT for a
+ * name that is unknown or that this CPU cannot run.  w8a8_isa_use_env() reads W8A8_ISA again. */
+W8A8_API const char *w8a8_isa_name(void);
+W8A8_API int w8a8_isa_count(void);
+W8A8_API const char *w8a8_isa_at(int i, int *usable);   /* all that were compiled in, best last */
+W8A8_API int w8a8_isa_use(const char *name);
+W8A8_API int w8a8_isa_use_env(void);
+
+/* How the parallel loop is run: "openmp <path of the runtime>", "threads" (our own) or "serial". */
+W8A8_API const char *w8a8_parallel_name(void);
+W8A8_API int w8a8_abi(void);
+
+/* The ceilings of this machine, for the bench: int8 operations per second (a multiply and an add are two) of the
+ * instruction set in use, and bytes per second of a plain read of `bytes` bytes.  Each runs for about `seconds`. */
+W8A8_API double w8a8_peak_ops(double seconds, int32_t threads);
+W8A8_API double w8a8_peak_read(const void *data, int64_t bytes, double seconds, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,223 @@
+"""What only the native kernel has: packing, instruction sets, threads, and being absent."""
+
+import copy
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import w8a8
+from tests.conftest import llama
+from w8a8.errors import KernelError
+from w8a8.kernels import native, unpack
+from w8a8.linear import QuantLinear, quant_linears
+from w8a8.scheme import PerGroup, PerToken, QuantSpec, Scheme
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 3), (32, 4), (33, 101), (100, 64), (2048, 2048)])
+def test_packing_is_undone_by_unpacking_and_pads_with_zeros(shape):
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
+    packed, sums = native.pack(weight)
+    assert torch.equal(unpack(packed, *shape), weight)
+    assert torch.equal(sums, weight.sum(1, keepdim=True, dtype=torch.int32))
+    assert int(packed.abs().sum(dtype=torch.int64)) == int(weight.abs().sum(dtype=torch.int64))
+    assert packed.data_ptr() % 64 == 0
+
+
+def test_a_strided_weight_is_packed_by_its_values():
+    weight = torch.randint(-127, 128, (40, 30), dtype=torch.int8).t()
+    assert torch.equal(unpack(native.pack(weight)[0], 30, 40), weight)
+
+
+def test_the_codes_are_in_memory_once():
+    q = QuantLinear.from_float(nn.Linear(96, 64))
+    assert [name for name, b in q.named_buffers() if b.dtype is torch.int8] == ["packed_weight"]
+    row_major = QuantLinear.from_float(nn.Linear(96, 64), kernel="torch_cpu")
+    assert [name for name, b in row_major.named_buffers() if b.dtype is torch.int8] == ["weight"]
+
+
+def test_the_state_dict_is_row_major_whichever_kernel_runs():
+    linear = nn.Linear(100, 33)
+    a, b = (QuantLinear.from_float(linear, kernel=kernel).state_dict() for kernel in ("native", "torch_cpu"))
+    assert list(a) == list(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_packed_layer_loads_copies_moves_and_casts():
+    first, second = QuantLinear.from_float(nn.Linear(100, 33)), QuantLinear.from_float(nn.Linear(100, 33))
+    x = torch.randn(3, 100)
+    expected = first(x)
+    second.load_state_dict(first.state_dict())
+    assert second.packed_weight is not None
+    assert torch.equal(second(x), expected)
+    assert torch.equal(copy.deepcopy(first)(x), expected)
+    weight = first.weight
+    meta = copy.deepcopy(first).to("meta")
+    assert meta.packed_weight is None
+    assert meta.weight.shape == (33, 100)
+    assert first.double().packed_weight is not None
+    assert torch.equal(first.float()(x), expected)
+    assert torch.equal(first.weight, weight)
+
+
+def test_what_the_kernel_has_not_is_run_by_another_and_said():
+    grouped = Scheme(QuantSpec(8, PerGroup(20)), QuantSpec(8, PerToken()))
+    q = QuantLinear.from_float(nn.Linear(100, 33), grouped, kernel="native", strict=True)
+    with pytest.raises(KernelError, match="it has no groups along K"):
+        q(torch.randn(2, 100))
+    q = QuantLinear.from_float(nn.Linear(100, 33, dtype=torch.float64), kernel="native", strict=True)
+    with pytest.raises(KernelError, match=r"it takes float32, bfloat16 and float16, not torch\.float64"):
+        q(torch.randn(2, 100, dtype=torch.float64))
+    q = QuantLinear.from_float(nn.Linear(100, 33, dtype=torch.float64))
+    reference = QuantLinear.from_float(nn.Linear(100, 33), kernel="reference")
+    reference.load_state_dict(q.state_dict())
+    x = torch.randn(2, 100, dtype=torch.float64)
+    assert torch.equal(q(x), reference.double()(x))
+    assert "native" not in q.kernel_calls()
+
+
+def test_a_k_near_the_limit_falls_back():
+    assert native.can_pack(4, 132_104, 1, symmetric=True)
+    assert not native.can_pack(4, 132_105, 1, symmetric=True)
+    assert native.can_pack(4, 65_793, 1, symmetric=False)
+    assert not native.can_pack(4, 65_794, 1, symmetric=False)
+    q = QuantLinear.from_float(nn.Linear(133_000, 2, bias=False))
+    assert q.packed_weight is None
+    q(torch.ones(1, 133_000))
+    assert "native" not in q.kernel_calls()
+
+
+def test_instruction_sets_can_be_forced_and_the_impossible_is_refused():
+    sets = native.instruction_sets()
+    assert sets["portable"]
+    native.use_instruction_set("portable")
+    assert native.instruction_set() == "portable"
+    native.use_instruction_set(None)
+    assert native.instruction_set() == [name for name, usable in sets.items() if usable][-1]
+    with pytest.raises(KernelError, match="instruction set 'mmx' cannot be used"):
+        native.use_instruction_set("mmx")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_environment_forces_an_instruction_set():
+    code = "from w8a8.kernels import native; print(native.instruction_set())"
+    assert run(code, W8A8_ISA="portable").stdout == "portable\n"
+    wrong = run(code, W8A8_ISA="mmx")
+    assert wrong.returncode == 1
+    assert "W8A8_ISA is 'mmx', which this CPU cannot run" in wrong.stderr
+
+
+def test_torchs_own_threads_are_borrowed():
+    code = (
+        "import torch\nfrom w8a8.kernels import native\nprint(native.threading())\n"
+        "print(sum('gomp' in line and line.rstrip().endswith(('.so', '.so.1')) and ' 00000000 ' in line "
+        "for line in open('/proc/self/maps')))"
+    )
+    name, runtimes = run(code).stdout.splitlines()
+    assert name.startswith("openmp ")
+    assert "torch" in name
+    assert runtimes == "1"
+
+
+def test_several_python_threads_may_call_at_once():
+    q = QuantLinear.from_float(nn.Linear(256, 300))
+    inputs = [torch.randn(m, 256) for m in (1, 3, 17, 40)]
+    expected = [q(x) for x in inputs]
+    torch.set_num_threads(2)
+    wrong = []
+
+    def work(i):
+        wrong.extend(i for _ in range(50) if not torch.equal(q(inputs[i]), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_forked_child_may_call():
+    code = """
+import os, torch, w8a8
+from torch import nn
+from w8a8.linear import QuantLinear
+torch.set_num_threads(2)
+q = QuantLinear.from_float(nn.Linear(512, 512))
+x = torch.randn(64, 512)
+expected = q(x)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if torch.allclose(q(x), expected, rtol=0, atol=0) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    done = run(code, OMP_NUM_THREADS="2")
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_subnormals_are_kept_whatever_the_process_asked_for():
+    q = QuantLinear.from_float(nn.Linear(64, 40, bias=False))
+    x = torch.full((1, 64), 3e-38)
+    expected = q(x)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(q(x), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def absent(monkeypatch):
+    """As on a machine where nothing was compiled."""
+    monkeypatch.setattr(native, "__file__", str(ROOT / "nowhere" / "native.py"))
+    native._library.cache_clear()
+    yield
+    monkeypatch.undo()
+    native._library.cache_clear()
+
+
+@pytest.mark.usefixtures("absent")
+def test_where_it_was_not_built_the_reason_says_how_to_get_it():
+    assert "install a C++17 compiler" in native.unavailable_because()
+    with pytest.raises(KernelError, match="the native kernel is not available: it was not built"):
+        native.instruction_set()
+
+
+def test_a_file_that_is_no_library_is_a_reason_not_a_crash(tmp_path, monkeypatch):
+    (tmp_path / "_native.so").write_text("not a library")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native._library.cache_clear()
+    try:
+        assert "_native.so cannot be loaded" in native.unavailable_because()
+    finally:
+        monkeypatch.undo()
+        native._library.cache_clear()
+
+
+def test_a_compiled_model_gives_the_same_bits():
+    model = w8a8.quantize(llama()).model
+    ids = torch.randint(0, 96, (1, 8))
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+    layer = next(quant_linears(model))[1]
+    x = torch.randn(5, layer.in_features)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+        assert torch.equal(model(ids, use_cache=False).logits, expected)

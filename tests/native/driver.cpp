@@ -1,0 +1,265 @@
+// Every kernel of every instruction set this machine can run, against naive loops.  Built plain, with the sanitizers
+// (ASan + UBSan, TSan) and for AArch64 under qemu: no Python and no torch in the process, so what they report is ours.
+//
+//     driver [cases] [seed]        exit status 0: all equal
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../csrc/internal.h"
+
+using namespace w8a8;
+
+namespace {
+
+// --- the contract, as plainly as it can be written --------------------------------------------------------------------
+
+struct Naive {
+  std::vector<int> codes;   // (M, K)
+  std::vector<float> sx;
+  std::vector<int> zx;
+};
+
+float safe_scale(float span, int steps) {
+  if (span == 0) return 1;
+  return std::max(span / static_cast<float>(steps), std::numeric_limits<float>::min());
+}
+
+Naive naive_quantize(const std::vector<float> &x, int64_t m, int64_t k, int mode, int bits, float scale, int zero) {
+  const int qmax = (1 << (bits - 1)) - 1, qmin = -qmax - 1;
+  const bool asym = mode & 1;
+  Naive out{std::vector<int>(static_cast<size_t>(m * k)), {}, {}};
+  std::vector<float> lo(static_cast<size_t>(m)), hi(lo);
+  std::vector<char> finite(static_cast<size_t>(m), 1);
+  float all_lo = 0, all_hi = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    const size_t r = static_cast<size_t>(i);
+    for (int64_t j = 0; j < k; ++j) {
+      const float v = x[static_cast<size_t>(i * k + j)];
+      if (!std::isfinite(v)) finite[r] = 0;
+      else lo[r] = std::min(lo[r], v), hi[r] = std::max(hi[r], v);
+    }
+    if (finite[r]) all_lo = std::min(all_lo, lo[r]), all_hi = std::max(all_hi, hi[r]);
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    const size_t r = static_cast<size_t>(i);
+    const bool shared = mode == W8A8_TENSOR_SYM || mode == W8A8_TENSOR_ASYM;
+    const float l = shared ? all_lo : lo[r], h = shared ? all_hi : hi[r];
+    float s = scale;
+    int z = asym ? zero : 0;
+    if (mode < W8A8_STATIC_SYM && asym) {
+      s = safe_scale(h - l, qmax - qmin);
+      z = static_cast<int>(std::clamp(std::nearbyint(static_cast<float>(qmin) - l / s), static_cast<float>(qmin),
+                                      static_cast<float>(qmax)));
+    } else if (mode < W8A8_STATIC_SYM) {
+      s = safe_scale(std::max(-l, h), qmax);
+    }
+    for (int64_t j = 0; j < k; ++j) {
+      const size_t e = static_cast<size_t>(i * k + j);
+      const float q = std::nearbyint(x[e] / s) + static_cast<float>(z);
+      out.codes[e] = finite[r] ? static_cast<int>(std::clamp(q, static_cast<float>(asym ? qmin : -qmax),
+                                                             static_cast<float>(qmax)))
+                               : 0;
+    }
+    out.sx.push_back(finite[r] ? s : std::numeric_limits<float>::quiet_NaN());
+    out.zx.push_back(finite[r] ? z : 0);
+  }
+  return out;
+}
+
+bool same(const void *a, const void *b, int dtype) {
+  const float va = load_one(a, dtype, 0), vb = load_one(b, dtype, 0);
+  return (std::isnan(va) && std::isnan(vb)) || std::memcmp(a, b, dtype_bytes(dtype)) == 0;
+}
+
+// --- one random case ---------------------------------------------------------------------------------------------------
+
+struct Random {
+  std::mt19937_64 engine;
+  template <class T>
+  T pick(std::initializer_list<T> l) { return l.begin()[engine() % l.size()]; }
+  int below(int n) { return static_cast<int>(engine() % static_cast<uint64_t>(n)); }
+  float normal() { return std::normal_distribution<float>()(engine); }
+  float uniform() { return std::uniform_real_distribution<float>()(engine); }
+};
+
+#define CHECK(what)                                                                                              \
+  if (!(what)) {                                                                                                 \
+    std::printf("FAILED %s: isa %s seed %llu m %d n %d k %d dtype %d mode %d bits %d threads %d\n", #what,       \
+                isa().name, static_cast<unsigned long long>(seed), m, n, k, dtype, mode, bits, threads);          \
+    return false;                                                                                                \
+  }
+
+bool one_case(uint64_t seed) {
+  Random rnd{std::mt19937_64(seed)};
+  const int m = rnd.pick({0, 1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 17, 29, 40}), n = rnd.pick({0, 1, 7, 16, 31, 32, 33, 64, 100});
+  const int k = rnd.pick({0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 100, 128, 200, 513});
+  const int dtype = rnd.below(3), mode = rnd.below(6), bits = rnd.pick({8, 8, 8, 2, 3, 4, 7});
+  const int threads = rnd.pick({0, 1, 2, 3, 7}), pad = rnd.pick({0, 0, 1, 5});
+  const float x_scale = std::exp2(rnd.normal() * 4) * (rnd.below(8) ? 1.0f : 0x1p-110f);
+  const int zero = rnd.below(1 << bits) - (1 << (bits - 1));
+  const float order = std::exp2(static_cast<float>(rnd.pick({0, 0, 0, 10, -10, -130, 120})));
+
+  // Exactly as large as promised, on the heap: a byte read or written beyond is seen by ASan.
+  const size_t item = dtype_bytes(dtype);
+  const int64_t ldx = k + pad, ldy = n + pad;
+  const size_t x_items = m ? static_cast<size_t>((m - 1) * ldx + k) : 0, y_items = m ? static_cast<size_t>((m - 1) * ldy + n) : 0;
+  std::vector<char> x(x_items * item), y(y_items * item, 42), want(y);
+  std::vector<float> xf(static_cast<size_t>(m * k));
+  for (int i = 0; i < m; ++i)
+    for (int j = 0; j < k; ++j) {
+      float v = rnd.normal() * order;
+      if (rnd.below(5) == 0) v = 0;
+      if (rnd.below(400) == 0) v = rnd.pick({INFINITY, -INFINITY, std::nanf("")});
+      store_one(x.data(), dtype, i * ldx + j, v);
+      xf[static_cast<size_t>(i * k + j)] = load_one(x.data(), dtype, i * ldx + j);
+    }
+  std::vector<int8_t> w(static_cast<size_t>(n * k));
+  const bool extreme = rnd.below(10) == 0;
+  for (auto &v : w) v = static_cast<int8_t>(extreme ? -128 : rnd.below(256) - 128);
+  std::vector<float> sw(static_cast<size_t>(n)), bias(sw);
+  for (auto &v : sw) v = rnd.uniform();
+  for (auto &v : bias) v = rnd.normal();
+  const bool with_bias = rnd.below(2), per_tensor = n > 0 && rnd.below(4) == 0;
+
+  std::vector<int8_t> packed(static_cast<size_t>(w8a8_packed_bytes(n, k))), back(w.size());
+  std::vector<int32_t> colsum(static_cast<size_t>(n));
+  CHECK(w8a8_pack(w.data(), k, n, k, packed.data(), colsum.data(), threads) == W8A8_OK)
+  CHECK(w8a8_unpack(packed.data(), n, k, back.data(), k, threads) == W8A8_OK)
+  CHECK(w == back)
+
+  const Naive q = naive_quantize(xf, m, k, mode, bits, x_scale, zero);
+  std::vector<int32_t> acc(static_cast<size_t>(m * n));
+  for (int i = 0; i < m; ++i)
+    for (int j = 0; j < n; ++j) {
+      int64_t sum = 0, raw = 0;
+      for (int e = 0; e < k; ++e) {
+        const int code = q.codes[static_cast<size_t>(i * k + e)], weight = w[static_cast<size_t>(j * k + e)];
+        sum += (code - q.zx[static_cast<size_t>(i)]) * weight, raw += code * weight;
+      }
+      acc[static_cast<size_t>(i * n + j)] = static_cast<int32_t>(raw);
+      float v = static_cast<float>(static_cast<int32_t>(sum)) * q.sx[static_cast<size_t>(i)];
+      v = v * sw[static_cast<size_t>(per_tensor ? 0 : j)];
+      if (with_bias) v = v + bias[static_cast<size_t>(j)];
+      store_one(want.data(), dtype, i * ldy + j, v);
+    }
+
+  const w8a8_layer layer = {packed.data(), sw.data(), colsum.data(), with_bias ? bias.data() : nullptr, n, k,
+                            !per_tensor, mode, bits, zero, x_scale};
+  CHECK(w8a8_linear(&layer, x.data(), dtype, m, ldx, y.data(), ldy, threads) == W8A8_OK)
+  for (size_t e = 0; e < y_items; ++e) CHECK(same(&y[e * item], &want[e * item], dtype))   // the gaps too
+
+  std::vector<uint8_t> codes(static_cast<size_t>(m * k));
+  std::vector<float> sx(static_cast<size_t>(m));
+  std::vector<int32_t> zx(static_cast<size_t>(m));
+  CHECK(w8a8_quantize_rows(x.data(), dtype, m, k, ldx, mode, bits, x_scale, zero, 0, codes.data(), k, sx.data(),
+                           zx.data(), threads) == W8A8_OK)
+  for (size_t e = 0; e < codes.size(); ++e) CHECK(static_cast<int8_t>(codes[e]) == q.codes[e])
+  std::fill(y.begin(), y.end(), 42);
+  CHECK(w8a8_finish(&layer, acc.data(), n, m, 0, sx.data(), zx.data(), dtype, y.data(), ldy, threads) == W8A8_OK)
+  for (size_t e = 0; e < y_items; ++e) CHECK(same(&y[e * item], &want[e * item], dtype))
+
+  // Three layers on one x.
+  const w8a8_layer *three[3] = {&layer, &layer, &layer};
+  std::vector<char> y1(y.size()), y2(y.size()), y3(y.size());
+  void *ys[3] = {y1.data(), y2.data(), y3.data()};
+  const int64_t lds[3] = {ldy, ldy, ldy};
+  CHECK(w8a8_linear_many(three, 3, x.data(), dtype, m, ldx, ys, lds, threads) == W8A8_OK)
+  for (int i = 0; i < m; ++i)
+    for (int j = 0; j < n; ++j) {
+      const size_t e = static_cast<size_t>(i * ldy + j) * item;
+      for (void *one : ys) CHECK(same(static_cast<char *>(one) + e, &want[e], dtype))
+    }
+  return true;
+}
+
+bool every_f16_and_bf16() {
+  for (int i = 0; i < 65536; ++i) {
+    const uint16_t h = static_cast<uint16_t>(i);
+    const float a = from_f16(h), b = from_bf16(h);
+    if (!std::isnan(a) && to_f16(a) != h) return false;
+    if (!std::isnan(b) && to_bf16(b) != h) return false;
+  }
+  return true;
+}
+
+// A grid of quotients around every half, the places where a reciprocal could round to another code.
+bool halves(uint64_t seed) {
+  std::mt19937_64 engine(seed);
+  constexpr int kRow = 4096;
+  std::vector<float> x(kRow), scale(1);
+  std::vector<uint8_t> codes(kRow);
+  std::vector<int32_t> zero(1);
+  const float s = bits_float(static_cast<uint32_t>((engine() % (230u << 23)) + (12u << 23)));   // 2**-115 .. 2**115
+  for (int i = 0; i < kRow; ++i) {
+    const float half = static_cast<float>(static_cast<int>(engine() % 260) - 130) + 0.5f;
+    const float near = half * s;   // and up to four floats away from it
+    x[static_cast<size_t>(i)] = bits_float(float_bits(near) + static_cast<uint32_t>(engine() % 9) - 4u);
+  }
+  w8a8_quantize_rows(x.data(), W8A8_F32, 1, kRow, kRow, W8A8_STATIC_SYM, 8, s, 0, 0, codes.data(), kRow, scale.data(),
+                     zero.data(), 1);
+  for (int i = 0; i < kRow; ++i) {
+    const float q = std::clamp(std::nearbyint(x[static_cast<size_t>(i)] / s), -127.0f, 127.0f);
+    if (static_cast<int8_t>(codes[static_cast<size_t>(i)]) != static_cast<int>(q)) {
+      std::printf("FAILED half: isa %s x %a scale %a\n", isa().name, static_cast<double>(x[static_cast<size_t>(i)]),
+                  static_cast<double>(s));
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
+  const uint64_t seed0 = argc > 2 ? static_cast<uint64_t>(std::atoll(argv[2])) : 0;
+  if (!every_f16_and_bf16()) return std::puts("FAILED float16 conversions"), 1;
+  for (int i = 0; i < w8a8_isa_count(); ++i) {
+    int usable = 0;
+    const char *name = w8a8_isa_at(i, &usable);
+    if (!usable) {
+      std::printf("%-14s not on this CPU\n", name);
+      continue;
+    }
+    if (w8a8_isa_use(name) != W8A8_OK) return 1;
+    for (int c = 0; c < cases; ++c)
+      if (!one_case(seed0 + static_cast<uint64_t>(c)) || !halves(seed0 + static_cast<uint64_t>(c))) return 1;
+    // Several callers at once, each with threads of its own.
+    std::vector<std::thread> callers;
+    std::atomic<bool> ok{true};
+    for (int t = 0; t < 4; ++t)
+      callers.emplace_back([&, t] {
+        for (int c = 0; c < cases / 8; ++c)
+          if (!one_case(seed0 + 1000000u * static_cast<uint64_t>(t + 1) + static_cast<uint64_t>(c))) ok = false;
+      });
+    for (auto &t : callers) t.join();
+    if (!ok) return 1;
+    std::printf("%-14s %d cases and %d quotients equal (%s)\n", name, cases + cases / 8 * 4, cases * 4096,
+                w8a8_parallel_name());
+    std::fflush(stdout);
+  }
+  w8a8_isa_use(nullptr);
+  // A forked child has none of the parent's threads and must still finish.
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    bool ok = true;
+    for (int c = 0; c < 20; ++c) ok = one_case(static_cast<uint64_t>(c)) && ok;
+    _exit(ok ? 0 : 1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  std::printf("forked child: %s\n", status == 0 ? "equal" : "FAILED");
+  return status != 0;
+}
