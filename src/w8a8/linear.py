@@ -53,6 +53,7 @@ from w8a8.scheme import (
     PerGroup,
     PerTensor,
     PerToken,
+    QuantSpec,
     Scheme,
 )
 
@@ -119,6 +120,7 @@ class QuantLinear(nn.Module):
         self.strict = strict
         self.was_conv1d = was_conv1d
         spec, activations = scheme.weights, scheme.activations
+        self._grid = () if activations is None else _grid(activations)
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -210,7 +212,7 @@ class QuantLinear(nn.Module):
             KernelError: `strict`, and the kernel that was asked for cannot run this input.
         """
         if self.mode is Mode.INTEGER:
-            return kernels.int8_linear(*self._operands(x), self.in_features, self.kernel, self.strict, self._number)
+            return kernels.int8_linear(*self._operands(x), self.kernel, self.strict, self._number)
         if self.mode is Mode.WEIGHT_ONLY:
             return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
         return self._simulate(x)
@@ -269,20 +271,19 @@ class QuantLinear(nn.Module):
         )
 
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
-        activations = self.scheme.activations
-        assert activations is not None, "an integer layer has integer activations"
-        packed = self.packed_weight
+        """The op's operands, past `nn.Module.__getattr__`, which would take longer than a small layer's product."""
+        buffers = self._buffers
+        packed = buffers["packed_weight"]
         return (
             x,
-            self.weight if packed is None else packed,
-            self.weight_scale,
-            self.weight_sum,
-            self.bias,
-            self.input_scale,
-            self.input_zero_point,
-            activations.bits,
-            isinstance(activations.granularity, PerToken),
-            activations.symmetric,
+            buffers["weight"] if packed is None else packed,
+            buffers["weight_scale"],
+            buffers["weight_sum"],
+            buffers["bias"],
+            buffers["input_scale"],
+            buffers["input_zero_point"],
+            *self._grid,
+            self.in_features,
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -296,7 +297,7 @@ class QuantLinear(nn.Module):
             raise SchemeError(f"the input has shape {tuple(x.shape)}, its last axis must be {self.in_features}")
         rows = x.reshape(x.shape[:-1].numel(), self.in_features)
         if self.scheme.integer_executable:
-            request = kernels.LinearRequest(rows, *self._operands(x)[1:])
+            request = kernels.LinearRequest(rows, *self._operands(x)[1:-1])
             y = reference.linear(request)
         else:
             spec = self.scheme.activations
@@ -429,6 +430,11 @@ def _mode(scheme: Scheme, k: int, *, simulated: bool) -> Mode:
     if k >= limit:
         raise SchemeError(f"K={k} could overflow the int32 sum, which holds K < {limit} here; use simulated=True")
     return Mode.INTEGER
+
+
+def _grid(spec: QuantSpec) -> tuple[int, bool, bool]:
+    """What the op is told of the activation: bits, per token, symmetric."""
+    return spec.bits, isinstance(spec.granularity, PerToken), spec.symmetric
 
 
 def _scale_shape(granularity: Granularity, n: int, k: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@
 #include <thread>
 #include <vector>
 
-#include "../csrc/internal.h"
+#include "internal.h"
 
 using namespace w8a8;
 

@@ -146,6 +146,17 @@ def threading() -> str:
     return str(_loaded().parallel_name().decode())
 
 
+def peak_int8_ops(seconds: float) -> float:
+    """The ceiling of products: int8 operations per second in registers, a multiply and an add being two."""
+    return float(_loaded().peak_ops(seconds, torch.get_num_threads()))
+
+
+def peak_read(memory: Tensor, seconds: float = 1e-6) -> float:
+    """The ceiling of memory: bytes per second of a plain read of a contiguous tensor; one pass at least."""
+    size = memory.numel() * memory.element_size()
+    return float(_loaded().peak_read(memory.data_ptr(), size, seconds, torch.get_num_threads()))
+
+
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Row-major codes as panels.
 

@@ -9,7 +9,7 @@ is picked inside, when the input is known, by `w8a8.kernels.select`, and written
 Inference only: asking for a gradient is an error rather than a wrong number.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ _LIBRARY.define(
 )
 
 _IN_FEATURES = 6  # its place after weight_sum
-_LEDGER: dict[int, Counter[str]] = {}
+_LEDGER: defaultdict[int, Counter[str]] = defaultdict(Counter)
 
 
 def calls(layer: int) -> dict[str, int]:
@@ -59,7 +59,7 @@ def _int8_linear(
 ) -> Tensor:
     _check(x, weight_sum, in_features)
     request = LinearRequest(
-        x.reshape(x.shape[:-1].numel(), x.shape[-1]),
+        x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), in_features),
         weight,
         weight_scale,
         weight_sum,
@@ -74,8 +74,8 @@ def _int8_linear(
         return x.new_empty((*x.shape[:-1], request.out_features))
     chosen = select(kernel, request, strict=strict)
     y = chosen.linear(request)
-    _LEDGER.setdefault(layer, Counter())[chosen.name] += 1
-    return y.view(*x.shape[:-1], request.out_features)
+    _LEDGER[layer][chosen.name] += 1
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], request.out_features)
 
 
 def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, *rest: Any) -> Tensor:

@@ -60,17 +60,18 @@ def select(name: str, request: LinearRequest, *, strict: bool) -> Kernel:
         KernelError: `strict`, and the kernel that was asked for cannot run this.
     """
     if name != AUTO:
-        reason = _cannot(name, request)
+        reason = unavailable_because(name) or KERNELS[name].refuses(request)
         if reason is None:
             return KERNELS[name]
         if strict:
             raise KernelError(f"kernel {name!r} was asked for with strict=True and cannot run: {reason}")
         _warn_once(name, reason)
-    return next(kernel for kernel in KERNELS.values() if _cannot(kernel.name, request) is None)
+    return next(kernel for kernel in _usable() if kernel.refuses(request) is None)
 
 
-def _cannot(name: str, request: LinearRequest) -> str | None:
-    return unavailable_because(name) or KERNELS[name].refuses(request)
+@cache
+def _usable() -> tuple[Kernel, ...]:
+    return tuple(kernel for name, kernel in KERNELS.items() if unavailable_because(name) is None)
 
 
 @cache

@@ -1,0 +1,227 @@
+"""One linear layer, float32 in and float32 out: ours through `QuantLinear.forward` against what PyTorch offers.
+
+    python bench/linear.py [--rows 1,4,16] [--shapes 768x768,4096x4096] [--seconds 1] [--peers float32,bf16,...]
+
+All in one process, interleaved call by call, the weights rotating over enough copies to leave the caches at few rows.
+Medians and interquartile ranges per cell go to bench/results/linear.json; the two ceilings (int8 products in registers,
+a plain read of memory) are measured in every round beside them.
+
+Peers: float32 and bfloat16 `F.linear`; torch.ao dynamic with the engines x86 and onednn (activations per tensor, so its
+work is less than ours); torchao's Int8DynamicActivationInt8Weight (per token), eager, and compiled with freezing and
+max-autotune where --peers names it (minutes a cell); optimum-quanto with calibrated int8 activations.  `torch_cpu` is
+our own fallback, which returns the same bits.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from machine import describe_machine
+from w8a8.kernels import native
+from w8a8.linear import QuantLinear
+
+RESULT = Path(__file__).parent / "results" / "linear.json"
+SHAPES = (
+    (768, 768),
+    (3072, 768),
+    (768, 3072),
+    (2048, 2048),
+    (8192, 2048),
+    (2048, 8192),
+    (4096, 4096),
+    (11008, 4096),
+    (4096, 11008),
+)
+ROWS = (1, 4, 16, 64, 256, 1024, 2048)
+ROTATED = 96 << 20  # bytes of int8 weights in rotation: three times the last cache here
+FEWEST = 5  # rounds of a cell
+
+Layer = Callable[[Tensor], Tensor]
+
+
+def _torch_ao(linear: nn.Linear, engine: str) -> Layer:
+    import torch.ao.nn.quantized.dynamic as dynamic
+    from torch.ao.quantization import per_channel_dynamic_qconfig
+
+    torch.backends.quantized.engine = engine
+    linear.qconfig = per_channel_dynamic_qconfig
+    quantized = dynamic.Linear.from_float(linear)
+
+    def run(x: Tensor) -> Tensor:
+        torch.backends.quantized.engine = engine
+        return quantized(x)
+
+    return run
+
+
+def _torchao(linear: nn.Linear) -> nn.Module:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = nn.Sequential(linear).eval()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
+def _torchao_compiled(linear: nn.Linear) -> Layer:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    return torch.compile(_torchao(linear), mode="max-autotune")
+
+
+def _quanto(linear: nn.Linear) -> Layer:
+    from optimum.quanto import Calibration, freeze, qint8, quantize
+
+    model = nn.Sequential(linear).eval()
+    quantize(model, weights=qint8, activations=qint8)
+    with Calibration():
+        model(torch.randn(64, linear.in_features))
+    freeze(model)
+    return lambda x: model(x).dequantize()
+
+
+def _bf16(linear: nn.Linear) -> Layer:
+    weight = linear.weight.to(torch.bfloat16)
+    return lambda x: nn.functional.linear(x.to(torch.bfloat16), weight).to(torch.float32)
+
+
+PEERS: dict[str, Callable[[nn.Linear], Layer]] = {
+    "ours": lambda linear: QuantLinear.from_float(linear, kernel="native", strict=True),
+    "torch_cpu": lambda linear: QuantLinear.from_float(linear, kernel="torch_cpu", strict=True),
+    "float32": lambda linear: linear,
+    "bf16": _bf16,
+    "torch.ao x86": lambda linear: _torch_ao(linear, "x86"),
+    "torch.ao onednn": lambda linear: _torch_ao(linear, "onednn"),
+    "torchao": _torchao,
+    "torchao compiled": _torchao_compiled,
+    "quanto": _quanto,
+}
+BYTES = {"float32": 4, "bf16": 2}
+SLOW = 12.0  # a peer that takes so many times as long as ours is called a third as often
+
+
+def copy_of(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return linear.eval()
+
+
+def cell(layers: dict[str, list[Layer]], n: int, k: int, m: int, seconds: float, memory: Tensor) -> dict[str, Any]:
+    """Measure one shape at one number of rows."""
+    x = torch.randn(m, k)
+    times: dict[str, list[float]] = {name: [] for name in layers}
+    peak, read = [], []
+    for copies in layers.values():
+        copies[0](x)
+        copies[-1](x)
+    start, rounds = time.perf_counter(), 0
+    while rounds < FEWEST or time.perf_counter() - start < seconds:
+        peak.append(native.peak_int8_ops(1e-3))
+        read.append(native.peak_read(memory))
+        for name, copies in layers.items():
+            slow = rounds >= 2 and statistics.median(times[name]) > SLOW * statistics.median(times["ours"])
+            if slow and rounds % 3:
+                continue
+            for call in range(1 if m * n * k > 1e9 else 3):
+                layer = copies[(3 * rounds + call) % len(copies)]
+                begin = time.perf_counter()
+                layer(x)
+                times[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return {
+        "n": n,
+        "k": k,
+        "m": m,
+        "rounds": rounds,
+        "peak_int8_gops": statistics.median(peak) / 1e9,
+        "read_gb_per_s": statistics.median(read) / 1e9,
+        "median_ms": {name: 1e3 * statistics.median(t) for name, t in times.items()},
+        "quartiles_ms": {name: [1e3 * q for q in _quartiles(t)] for name, t in times.items()},
+    }
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
+
+
+def share_of_ceiling(record: dict[str, Any]) -> str:
+    """Of the product's ceiling where there are many rows, of the read's where there are few."""
+    ms, n, k, m = record["median_ms"]["ours"], record["n"], record["k"], record["m"]
+    if m > 8:
+        return f"{100 * 2 * m * n * k / (ms * 1e6) / record['peak_int8_gops']:.0f} % of the product"
+    return f"{100 * n * k / (ms * 1e6) / record['read_gb_per_s']:.0f} % of the read"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every cell as Markdown: our median, and how many times as long each peer takes."""
+    peers = [name for name in result["peers"] if name != "ours"]
+    lines = [
+        "| rows | N x K | ours, ms | ceiling reached | " + " | ".join(peers) + " |",
+        "|---:|---|---:|---|" + "---:|" * len(peers),
+    ]
+    for r in sorted(result["cells"], key=lambda r: (r["m"], r["n"] * r["k"], r["n"])):
+        ours = r["median_ms"]["ours"]
+        ratios = " | ".join(f"{r['median_ms'][p] / ours:.2f}x" for p in peers)
+        lines.append(f"| {r['m']} | {r['n']} x {r['k']} | {ours:.4f} | {share_of_ceiling(r)} | {ratios} |")
+    return "\n".join(lines)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Geometric means over the cells, by rows and over all, of peer / ours."""
+    peers = [name for name in result["peers"] if name != "ours"]
+    int8 = [name for name in peers if name not in ("float32", "bf16", "torch_cpu")]
+    columns = {p: [p] for p in peers} | {"best int8 peer": int8}
+    rows = sorted({r["m"] for r in result["cells"]})
+    lines = ["| rows | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for label, chosen in [*((str(m), [m]) for m in rows), ("all", rows), ("worst cell", rows)]:
+        cells = [r for r in result["cells"] if r["m"] in chosen]
+        entries = []
+        for names in columns.values():
+            ratios = [min(r["median_ms"][p] for p in names) / r["median_ms"]["ours"] for r in cells]
+            value = min(ratios) if label == "worst cell" else math.exp(statistics.fmean(map(math.log, ratios)))
+            entries.append(f"{value:.2f}x")
+        lines.append(f"| {label} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(map(str, ROWS)))
+    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each cell, at least")
+    parser.add_argument("--peers", default=",".join(name for name in PEERS if name != "torchao compiled"))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")  # deprecations of the peers
+    peers = list(dict.fromkeys(["ours", *arguments.peers.split(",")]))
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
+    memory = torch.ones(256 << 20, dtype=torch.int8)
+    cells = []
+    with torch.no_grad():
+        for n, k in shapes:
+            weight = torch.randn(n, k) * 0.02
+            copies = max(1, min(96, math.ceil(ROTATED / (n * k))))
+            layers = {p: [PEERS[p](copy_of(weight)) for _ in range(max(1, copies // BYTES.get(p, 1)))] for p in peers}
+            for m in map(int, arguments.rows.split(",")):
+                cells.append(cell(layers, n, k, m, arguments.seconds, memory))
+                ours = cells[-1]["median_ms"]["ours"]
+                ratios = "  ".join(f"{p} {t / ours:.2f}x" for p, t in cells[-1]["median_ms"].items() if p != "ours")
+                print(f"{n} x {k}, {m} rows: {ours:.4f} ms, {share_of_ceiling(cells[-1])}; {ratios}", flush=True)
+    result = {"machine": describe_machine(), "peers": peers, "cells": cells}
+    arguments.output.parent.mkdir(exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n" + summary(result))
+
+
+if __name__ == "__main__":
+    main()
