@@ -1,5 +1,6 @@
 """The README and docs are true: their Python blocks run, their tables are those of bench/results."""
 
+import importlib
 import json
 import re
 import sys
@@ -31,11 +32,16 @@ def test_the_readme_shows_the_ten_line_example():
     assert all(name in first for name in ("w8a8.quantize", "w8a8.save", "w8a8.load", "coverage"))
 
 
-def test_the_readmes_table_is_the_benchs_result():
-    from demo import table
+@pytest.mark.parametrize("name", ["demo", "model"])
+def test_the_readmes_tables_are_the_benchs_results(name):
+    result = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    assert importlib.import_module(name).table(result) in (ROOT / "README.md").read_text()
 
-    result = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
-    assert table(result) in (ROOT / "README.md").read_text()
+
+def test_the_performance_page_is_made_from_the_results():
+    report = importlib.import_module("report")
+    results = (json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text()) for name in ("linear", "model"))
+    assert report.page(*results) == report.PAGE.read_text()
 
 
 def test_the_file_tree_of_the_readme_is_the_tree():

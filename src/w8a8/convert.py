@@ -24,7 +24,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from w8a8 import kernels
-from w8a8.errors import PatternError, SchemeError, W8A8Error, closest
+from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears
 from w8a8.scheme import Scheme
 
@@ -57,14 +57,14 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
         SchemeError: nothing is left to quantise.
     """
     include, exclude = _as_list(include, "include"), _as_list(exclude, "exclude")
-    if isinstance(model, nn.Linear) or is_conv1d(model):
+    if _is_linear(model):
         raise SchemeError(
             "the model is itself one linear layer, which has no place to be swapped in: use QuantLinear.from_float"
         )
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    linears = {name: m for name, m in model.named_modules() if _is_linear(m)}
     _check_patterns(model, linears, include, exclude)
     shared = _shared_weights(model, linears)
-    heads = _heads(model, linears)
+    output = heads(model)
     chosen, untied, reasons = [], {}, {}
     for name, linear in linears.items():
         named = name in include
@@ -75,7 +75,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
             reason = next((f"excluded by {p!r}" for p in exclude if fnmatchcase(name, p)), None)
         if reason is None and name in shared and not named:
             reason = f"its weight is tied to {shared[name]}; {name!r} in include, by its name, quantises a copy of it"
-        if reason is None and name in heads and not named:
+        if reason is None and name in output and not named:
             reason = f"the output head stays float by default; {name!r} in include, by its name, quantises it"
         if reason is not None:
             reasons[name] = reason
@@ -115,6 +115,30 @@ def build(
         if progress is not None:
             progress(done, len(selection.chosen), name)
     return layers
+
+
+def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
+    """The patterns of `include`, and with head="int8" the names of the model's output heads.
+
+    Raises:
+        ModelError: `head` is neither "float" nor "int8", or the model has no head to quantise.
+    """
+    patterns = _as_list(include, "include")
+    if head == "float":
+        return patterns
+    if head != "int8":
+        raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
+    names = heads(model)
+    if not names:
+        raise ModelError(f"head='int8' was asked for, and {type(model).__name__} has no float output head to quantise")
+    return [*patterns, *names]
+
+
+def untie(model: nn.Module, selection: Selection) -> None:
+    """After a tied head was quantised: have the config say so, or loading would tie it to the embedding again."""
+    config = getattr(model, "config", None)
+    if config is not None and selection.untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
 
 
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -208,11 +232,16 @@ def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str
     return shared
 
 
-def _heads(model: nn.Module, linears: dict[str, nn.Module]) -> set[str]:
-    """The names of the output heads."""
-    heads = {name for name in linears if name.rpartition(".")[2] == "lm_head"}
+def heads(model: nn.Module) -> list[str]:
+    """The names of the float output heads: `lm_head`, or what the model calls its output embedding."""
     output = getattr(model, "get_output_embeddings", None)
-    if callable(output):
-        head = output()
-        heads |= {name for name, linear in linears.items() if linear is head}
-    return heads
+    head = output() if callable(output) else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and (module is head or name.rpartition(".")[2] == "lm_head")
+    ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)

@@ -46,6 +46,7 @@ def quantize(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    head: str = "float",
     kernel: str = kernels.AUTO,
     strict: bool = False,
     progress: Progress | None = None,
@@ -61,6 +62,7 @@ def quantize(
         scheme: A scheme that integers can run, a weight-only one, or a preset's name.
         include: Exact names or globs over dotted names.  ("*", "lm_head") is everything and the head.
         exclude: Exact names or globs that stay float.
+        head: "int8" takes the output head too, as naming it in `include` does; files are then not what vLLM reads.
         kernel: The kernel to run, or "auto": the first that can.
         strict: Raise where the kernel that was asked for cannot run, instead of running another.
         progress: Called as progress(done, total, name).
@@ -72,9 +74,11 @@ def quantize(
         SchemeError: the scheme cannot be executed (the message says why and what to use), does not fit a
             layer, or there is nothing to quantise.
         PatternError: a pattern matches no linear layer.
+        ModelError: `head` is unknown, or there is none to quantise.
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
+    include = convert.with_head(model, include, head)
     return _convert(model, scheme, include, exclude, simulated=False, kernel=kernel, strict=strict, progress=progress)
 
 
@@ -123,10 +127,7 @@ def _convert(
         model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict, progress=progress
     )
     convert.swap(model, layers)
-    config = getattr(model, "config", None)
-    if selection.untied and getattr(config, "tie_word_embeddings", False):
-        assert config is not None, "it has an attribute"
-        config.tie_word_embeddings = False  # or loading would tie the head to the embedding again
+    convert.untie(model, selection)
     return Result(model, scheme, coverage(model, selection.reasons), selection.untied)
 
 
@@ -140,23 +141,28 @@ class OpenedModel:
     quantized: bool
 
 
-def open_model(source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu") -> OpenedModel:
+def open_model(
+    source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu", head: str = "float"
+) -> OpenedModel:
     """Open a causal language model, float or quantised, from a directory or the hub.
 
     Args:
         source: A local directory or a hub id.
         dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
         device: Where the model goes.
+        head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
 
     Raises:
         CheckpointError: missing, torn, or in a format unknown here.
-        ModelError: unknown dtype or device; the float model is not one that transformers can open.
+        ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that transformers can open.
     """
     directory = resolve(source)
     quantized = read_quantization(directory) is not None
     wanted = _dtype(dtype)
+    if not quantized and head != "float":
+        raise ModelError(f"head={head!r} was asked for, but {directory} holds a float model; quantise it first")
     if quantized:
-        model = load(directory)
+        model = load(directory, head=head)
         if wanted is not None:
             model.to(wanted)
     else:

@@ -18,10 +18,10 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from w8a8 import kernels
+from w8a8 import convert, kernels
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG, opened, read_quantization, resolve, tensor_files
 from w8a8.checkpoint.layout import QuantizationConfig
-from w8a8.errors import CheckpointError, SchemeError
+from w8a8.errors import CheckpointError, ModelError, SchemeError
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears
 from w8a8.scheme import PerGroup
 
@@ -33,6 +33,7 @@ _ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 def load(
     source: str | os.PathLike[str],
     *,
+    head: str = "float",
     simulated: bool = False,
     kernel: str = kernels.AUTO,
     strict: bool = False,
@@ -41,6 +42,8 @@ def load(
 
     Args:
         source: A local directory, or the id of a repository on the Hugging Face hub.
+        head: "int8" quantises the output head as it is loaded, in the scheme of the file's first group, whatever the
+            file holds; a tied head becomes a copy of its own.  "float" leaves it as the file has it.
         simulated, kernel, strict: As for `QuantLinear`.
 
     Returns:
@@ -51,8 +54,11 @@ def load(
     Raises:
         CheckpointError: the directory is missing, not quantised, torn or untruthful; file and tensor are
             named.
+        ModelError: `head` is neither "float" nor "int8".
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
+    if head not in ("float", "int8"):
+        raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
     directory = resolve(source)
     quantization = read_quantization(directory)
     if quantization is None:
@@ -63,6 +69,11 @@ def load(
     files = tensor_files(directory)
     model = empty_model(directory, quantization, simulated=simulated, kernel=kernel, strict=strict)
     _fill(model, files)
+    if head == "int8" and convert.heads(model):  # none where the file's own head is int8
+        selection = convert.select(model, convert.heads(model))
+        scheme = quantization.groups[0].scheme
+        convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
+        convert.untie(model, selection)
     model.config.__dict__.pop("quantization_config", None)  # what transformers would act upon; w8a8.save writes it
     if (directory / GENERATION_CONFIG).exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)

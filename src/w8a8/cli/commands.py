@@ -36,6 +36,10 @@ Include = Annotated[
 ]
 Exclude = Annotated[list[str], typer.Option("--exclude", help="Layers to leave: exact name or glob, repeatable.")]
 
+Head = Annotated[
+    str, typer.Option("--head", help="The output head: float, or int8 at run time whatever the file holds.")
+]
+
 _SCORING = (
     "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
     "overlap (--stride makes them overlap); the first token of a window is not scored, nor is one that an earlier "
@@ -65,6 +69,7 @@ def quantize(
     scheme: Annotated[str, typer.Option("--scheme", help="A preset; `w8a8 schemes` lists them.")] = "w8a8",
     include: Include = ["*"],  # noqa: B006 - typer wants a list, and copies it
     exclude: Exclude = [],  # noqa: B006
+    head: Annotated[str, typer.Option("--head", help="The output head: float, which vLLM reads, or int8.")] = "float",
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -78,7 +83,7 @@ def quantize(
     check_target(output, overwrite=force)
     opened = _open(model, dtype=dtype)
     with progress("quantising") as step:
-        result = pipeline.quantize(opened.model, wanted, include=include, exclude=exclude, progress=step)
+        result = pipeline.quantize(opened.model, wanted, include=include, exclude=exclude, head=head, progress=step)
     save(opened.model, output, opened.tokenizer, overwrite=force)
     if as_json:
         print_json(
@@ -106,6 +111,7 @@ def evaluate(
     seq_len: SeqLen = None,
     stride: Annotated[int | None, typer.Option("--stride", min=1, help="Distance of the windows' starts.")] = None,
     max_tokens: MaxTokens = None,
+    head: Head = "float",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
@@ -114,7 +120,7 @@ def evaluate(
     from w8a8 import evaluate as scoring
 
     content = _read(text)
-    opened = _open(model, dtype=dtype, device=device)
+    opened = _open(model, dtype=dtype, device=device, head=head)
     ids = scoring.encode(opened.tokenizer, content)[:max_tokens]
     length = seq_len or _default_length(opened.model)
     if against is None:
@@ -228,6 +234,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How far to go on.")] = 64,
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    head: Head = "float",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     as_json: Json = False,
@@ -235,7 +242,7 @@ def generate(
     """Let a model go on from a prompt."""
     from w8a8.generation import continue_text
 
-    opened = _open(model, dtype=dtype, device=device)
+    opened = _open(model, dtype=dtype, device=device, head=head)
     result = continue_text(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         print_json(result)
@@ -330,11 +337,11 @@ def demo(
     print_line(f"\nw8a8 goes on from {report.prompt!r}:\n{report.sample}")
 
 
-def _open(model: str, *, dtype: str = "auto", device: str = "cpu") -> Any:
+def _open(model: str, *, dtype: str = "auto", device: str = "cpu", head: str = "float") -> Any:
     from w8a8.pipeline import open_model
 
     _quiet_transformers()
-    return open_model(model, dtype=dtype, device=device)
+    return open_model(model, dtype=dtype, device=device, head=head)
 
 
 def _quiet_transformers() -> None:
