@@ -153,10 +153,9 @@ def main() -> None:
         model = MODELS[model_name]().eval()
         vocabulary = model.config.vocab_size
         variants = {name: VARIANTS[name](model).eval() for name in chosen}
-        jobs = {
-            f"decode, batch {b}": decode(variants, b, vocabulary, arguments.seconds)
-            for b in map(int, arguments.batch.split(","))
-        }
+        jobs = {}
+        for batch in map(int, arguments.batch.split(",")):
+            jobs[f"decode, batch {batch}"] = decode(variants, batch, vocabulary, arguments.seconds)
         jobs[f"prefill {PREFILL}"] = prefill(variants, vocabulary, arguments.seconds)
         for job, times in jobs.items():
             rates = {name: 1 / statistics.median(values) for name, values in times.items()}

@@ -26,11 +26,11 @@ def page(layers: dict[str, Any], models: dict[str, Any]) -> str:
         _HEAD
         + "## One linear layer, float32 in and out, through `QuantLinear.forward`\n\n"
         + _where(layers)
-        + "Geometric means of the ratios over the nine shapes, by rows. torch.ao's layers quantise activations per tensor, "
-        "which is less work; torchao's per token; quanto's are calibrated; `torch_cpu` is our own fallback.\n\n"
+        + "Geometric means of the ratios over the nine shapes, by rows. torch.ao's layers quantise activations per "
+        "tensor, which is less work; torchao's per token; quanto's are calibrated; `torch_cpu` is our own fallback.\n\n"
         + linear.summary(layers)
-        + "\n\nEvery cell. The ceiling is that of int8 products in registers from 16 rows up, and of a plain read of memory "
-        "below; more than 100 % means that weights stayed in a cache.\n\n"
+        + "\n\nEvery cell. The ceiling is that of int8 products in registers from 16 rows up, and of a plain read of "
+        "memory below; more than 100 % means that weights stayed in a cache.\n\n"
         + linear.table(layers)
         + "\n\n## A whole model in transformers, eager, random weights, tokens per second\n\n"
         + _where(models)

@@ -154,7 +154,8 @@ def open_model(
 
     Raises:
         CheckpointError: missing, torn, or in a format unknown here.
-        ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that transformers can open.
+        ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that
+            transformers can open.
     """
     directory = resolve(source)
     quantized = read_quantization(directory) is not None
