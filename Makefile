@@ -36,14 +36,21 @@ check: $(VENV)/.installed
 docs-check: $(VENV)/.installed
 	$(BIN)/pytest tests/test_docs.py
 
+# every figure in README and docs; a quarter of an hour on a machine with nothing else to do
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/linear.py
+	$(BIN)/python bench/model.py
+	$(BIN)/python bench/report.py
 
+# a source distribution, and a wheel built from it; the wheel must hold the native kernel and the demo model
 package: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check build
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m zipfile -l dist/*.whl | grep -q 'w8a8/kernels/_native'
+	$(BIN)/python -m zipfile -l dist/*.whl | grep -q 'w8a8/demo_model/model.safetensors'
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

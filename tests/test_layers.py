@@ -9,7 +9,7 @@ LAYERS = [
     {"errors"},
     {"scheme"},
     {"affine"},
-    {"functional"},
+    {"functional", "tokens"},
     {"kernels"},
     {"linear"},
     {"convert", "coverage"},

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from w8a8.affine import QParams, fake_quantize, fake_quantize_tokens
+from w8a8.affine import QParams, fake_quantize
 from w8a8.errors import SchemeError
 from w8a8.linear import Mode, QuantLinear, ledger
 from w8a8.scheme import (
@@ -21,6 +21,7 @@ from w8a8.scheme import (
     QuantSpec,
     Scheme,
 )
+from w8a8.tokens import fake_quantize_tokens
 
 TOKEN = QuantSpec(granularity=PerToken())
 EXECUTABLE = [name for name, p in PRESETS.items() if p.scheme.integer_executable]
@@ -220,6 +221,10 @@ def test_static_activations_need_their_grid():
         QuantLinear.from_float(linear, static, input_params=QParams(torch.ones(2), None))
     with pytest.raises(SchemeError, match="not static"):
         QuantLinear.from_float(linear, "w8a8", input_params=QParams(torch.ones(1), None))
+    with pytest.raises(SchemeError, match=r"the zero point 200, outside -128\.\.127"):
+        QuantLinear.from_float(linear, static, input_params=QParams(torch.tensor(0.1), torch.tensor(200)))
+    with pytest.raises(SchemeError, match="which is not positive and finite"):
+        QuantLinear.from_float(linear, static, input_params=QParams(torch.tensor(-0.1), torch.tensor(0)))
     params = QParams(torch.tensor(0.1), torch.tensor(3))
     q = QuantLinear.from_float(linear, static, input_params=params)
     assert set(q.state_dict()) == {"weight", "weight_scale", "bias", "input_scale", "input_zero_point"}

@@ -88,10 +88,10 @@ def qparams(x: Tensor, spec: QuantSpec, operand: Operand = Operand.WEIGHT, *, sm
     """
     _check(x, spec, operand)
     view = _grouped(x, spec.granularity)
-    lo, hi = _range(view, _reduced_dims(view, spec.granularity, operand))
+    lo, hi = value_range(view, _reduced_dims(view, spec.granularity, operand))
     if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
         raise NonFiniteError(_first_bad(x))
-    params = _params(lo, hi, spec, smallest_range)
+    params = grid_of_range(lo, hi, spec, smallest_range)
     if not bool(torch.isfinite(params.scale).all()):
         raise NonFiniteError(
             f"the range {lo.min().item():.4g} .. {hi.max().item():.4g} is wider than float32 can hold; "
@@ -131,7 +131,7 @@ def quantize(
     params = _own_or_given(x, spec, operand, params)
     codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     for block, scale, zero_point, out in _blocks(x, params, spec, codes):
-        _round(block, scale, zero_point, spec, out)
+        round_to_codes(block, scale, zero_point, spec, out)
     return QTensor(codes, params.scale, params.zero_point)
 
 
@@ -196,79 +196,11 @@ def fake_quantize(
             f"out= is {_describe(out)}, the input is {_describe(x)}: they must agree in shape, dtype and device"
         )
     for block, scale, zero_point, target in _blocks(x, params, spec, out):
-        values = _round(block, scale, zero_point, spec)
+        values = round_to_codes(block, scale, zero_point, spec)
         if zero_point is not None:
             values.sub_(zero_point)
         target.copy_(values.mul_(scale))
     return out
-
-
-@torch.no_grad()
-def quantize_tokens(x: Tensor, spec: QuantSpec, params: QParams | None = None) -> QTensor:
-    """Quantise the input of a layer at run time, where a bad token may spoil itself but no other.
-
-    A token with a NaN or an infinity takes no part in any statistic and gets the scale NaN, which makes
-    its whole output NaN, as a float layer would.
-
-    Args:
-        x: (M, K), any float dtype.  Not modified.
-        spec: At most 8 bits, per token or per tensor.
-        params: The fixed grid of a static scheme (one element each); dynamic ones measure `x`.
-
-    Returns:
-        int8 codes (M, K); scale (M, 1) float32 for every granularity; zero point (M, 1) int32 or None.
-        The codes of a bad token are arbitrary.
-    """
-    grid = _token_grid(x, spec, params)
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    _round(x, grid.scale, grid.zero_point, spec, codes)
-    return QTensor(codes, grid.scale, grid.zero_point)
-
-
-@torch.no_grad()
-def fake_quantize_tokens(x: Tensor, spec: QuantSpec, params: QParams | None = None) -> Tensor:
-    """Simulate the input of a layer at run time; a bad token becomes NaN and spoils no other.
-
-    Args:
-        x: (M, K), any float dtype.  Not modified.
-        spec: Per token, per tensor or per channel, up to 16 bits.
-        params: The fixed grid of a static scheme (one element each); dynamic ones measure `x`.
-
-    Returns:
-        (M, K) float32.
-    """
-    if isinstance(spec.granularity, PerChannel):
-        lo, hi = _row_range(x)
-        y = x.to(torch.float32).masked_fill(~(torch.isfinite(lo) & torch.isfinite(hi)), torch.nan)
-        good = torch.isfinite(lo).squeeze(-1) & torch.isfinite(hi).squeeze(-1)
-        y[good] = fake_quantize(y[good], spec, Operand.ACTIVATION)
-        return y
-    grid = _token_grid(x, spec, params)
-    values = _round(x, grid.scale, grid.zero_point, spec)
-    if grid.zero_point is not None:
-        values.sub_(grid.zero_point)
-    return values.mul_(grid.scale)
-
-
-def _row_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each token, (M, 1) float32; zero where K is 0."""
-    return _range(x, (x.ndim - 1,))
-
-
-def _token_grid(x: Tensor, spec: QuantSpec, params: QParams | None) -> QParams:
-    """The grid of each token, (M, 1); its scale is NaN where the token is not finite."""
-    lo, hi = _row_range(x)
-    bad = ~(torch.isfinite(lo) & torch.isfinite(hi))  # (M, 1)
-    if params is None:
-        if isinstance(spec.granularity, PerTensor) and x.shape[0]:
-            lo = lo.masked_fill(bad, 0.0).amin(0, keepdim=True)  # (1, 1)
-            hi = hi.masked_fill(bad, 0.0).amax(0, keepdim=True)
-        params = _params(lo, hi, spec)
-    scale = params.scale.reshape(-1, 1).expand(x.shape[0], 1).masked_fill(bad, torch.nan)
-    zero_point = params.zero_point
-    if zero_point is not None:
-        zero_point = zero_point.reshape(-1, 1).expand(x.shape[0], 1)
-    return QParams(scale, zero_point)
 
 
 def l2_error(x: Tensor, y: Tensor) -> float:
@@ -304,8 +236,8 @@ def sqnr_db(x: Tensor, y: Tensor) -> float:
     return float(20 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 
-def _params(lo: Tensor, hi: Tensor, spec: QuantSpec, smallest_range: float = 0.0) -> QParams:
-    """The grid of a float32 range; NaN stays NaN."""
+def grid_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, smallest_range: float = 0.0) -> QParams:
+    """The grid that holds float32 ranges lo..hi, in their shape; where a range is NaN the scale is."""
     if spec.symmetric:
         width, steps = torch.maximum(-lo, hi), spec.qmax
     else:
@@ -321,8 +253,10 @@ def _params(lo: Tensor, hi: Tensor, spec: QuantSpec, smallest_range: float = 0.0
     return QParams(scale, zero_point.nan_to_num(0.0).to(torch.int32))
 
 
-def _round(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, out: Tensor | None = None) -> Tensor:
-    """Codes of one block as float32, or written into `out`."""
+def round_to_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec, out: Tensor | None = None
+) -> Tensor:
+    """The codes of `x` on a grid that broadcasts against it: new float32, or written into `out`."""
     codes = torch.div(x.to(torch.float32), scale).round_()  # half to even
     if zero_point is not None:
         codes.add_(zero_point)
@@ -330,8 +264,8 @@ def _round(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec,
     return codes if out is None else out.copy_(codes)
 
 
-def _range(view: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value over `dims`, kept as axes of 1; zero where there are none."""
+def value_range(view: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value over `dims` as float32, kept as axes of 1; zero where there are no values."""
     if any(view.shape[d] == 0 for d in dims):
         shape = [1 if d in dims else n for d, n in enumerate(view.shape)]
         zero = torch.zeros(shape, dtype=torch.float32, device=view.device)
@@ -409,7 +343,7 @@ def _own_or_given(x: Tensor, spec: QuantSpec, operand: Operand, params: QParams 
         )
     if params.zero_point is not None and params.zero_point.shape != want:
         raise SchemeError(f"zero_point has shape {tuple(params.zero_point.shape)}, the scale {tuple(want)}")
-    lo, hi = _range(view, tuple(range(view.ndim)))
+    lo, hi = value_range(view, tuple(range(view.ndim)))
     if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
         raise NonFiniteError(_first_bad(x))
     return params

@@ -40,7 +40,6 @@ from w8a8.affine import (
     QTensor,
     dequantize,
     fake_quantize,
-    fake_quantize_tokens,
     quantize,
 )
 from w8a8.errors import SchemeError
@@ -56,6 +55,7 @@ from w8a8.scheme import (
     QuantSpec,
     Scheme,
 )
+from w8a8.tokens import fake_quantize_tokens
 
 _LAYER_NUMBERS = itertools.count()
 
@@ -319,6 +319,12 @@ class QuantLinear(nn.Module):
             )
         if not bool((torch.isfinite(params.scale) & (params.scale > 0)).all()):
             raise SchemeError(f"input_params have the scale {params.scale.tolist()}, which is not positive and finite")
+        zero_point = params.zero_point
+        if zero_point is not None and bool(((zero_point < activations.qmin) | (zero_point > activations.qmax)).any()):
+            raise SchemeError(
+                f"input_params have the zero point {zero_point.tolist()}, "
+                f"outside {activations.qmin}..{activations.qmax}"
+            )
         if params.scale.numel() != 1 or (params.zero_point is None) != activations.symmetric:
             raise SchemeError(
                 f"input_params have {params.scale.numel()} scales and "
