@@ -107,6 +107,11 @@ def test_vocabularies_must_agree():
         compare(llama(), llama(vocab_size=80), torch.randint(0, 80, (20,)), seq_len=16)
 
 
+def test_token_ids_of_another_vocabulary_are_refused():
+    with pytest.raises(ModelError, match=r"token id 95, LlamaForCausalLM knows 0\.\.79"):
+        compare(llama(), llama(vocab_size=80), torch.tensor([1, 95, 3]), seq_len=16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,11 +2,14 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import w8a8
 from tests.conftest import MODELS, gpt2, llama, opt
 from w8a8.errors import CheckpointError, KernelError, ModelError, NonFiniteError, PatternError, SchemeError
+from w8a8.evaluate import perplexity
 from w8a8.linear import Mode, quant_linears
 from w8a8.pipeline import open_model
 from w8a8.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
@@ -162,3 +165,27 @@ def test_opening_badly_is_explained(saved):
         open_model(saved / "float")
     with pytest.raises(CheckpointError, match="there is no such directory, and the hub did not give it"):
         open_model("nobody/nothing")
+
+
+def test_a_file_that_lacks_weights_is_not_filled_with_random_ones(saved):
+    path = saved / "float" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"], tensors["lm_head.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"2 weights of LlamaForCausalLM are not in the files .* lm_head.weight"):
+        open_model(saved / "float")
+
+
+def test_a_model_is_opened_in_the_class_that_its_config_names(tmp_path):
+    config = BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    opened = open_model(tmp_path / "bert")
+    assert type(opened.model) is BertModel
+    w8a8.quantize(opened.model)
+    w8a8.save(opened.model, tmp_path / "out")
+    ids = torch.arange(10)[None]
+    loaded = w8a8.load(tmp_path / "out")
+    with torch.inference_mode():
+        assert torch.equal(loaded(ids).last_hidden_state, opened.model(ids).last_hidden_state)
+    with pytest.raises(ModelError, match="BertModel predicts no tokens"):
+        perplexity(loaded, ids[0], seq_len=8)

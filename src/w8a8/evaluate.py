@@ -185,13 +185,22 @@ def _windows(model: Any, ids: Tensor, seq_len: int, stride: int | None) -> list[
         raise ModelError(f"stride={stride} is out of range: 1..seq_len={seq_len}")
     if ids.ndim != 1 or ids.numel() < 2:
         raise TextError(f"the text has {ids.numel()} tokens; scoring needs two or more")
+    vocabulary, largest = getattr(model.config, "vocab_size", None), int(ids.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise ModelError(
+            f"the text has the token id {largest}, {type(model).__name__} knows 0..{vocabulary - 1}: "
+            "it was encoded with the tokenizer of another model"
+        )
     return list(windows(ids.numel(), seq_len, stride or seq_len))
 
 
 @torch.inference_mode()
 def _logits(model: Any, ids: Tensor, start: int) -> Tensor:
     """(T, V) for one window."""
-    logits: Tensor = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
+    out = model(input_ids=ids[None].to(model.device), use_cache=False)
+    if getattr(out, "logits", None) is None or out.logits.ndim != 3:
+        raise ModelError(f"{type(model).__name__} predicts no tokens: only a causal language model can be scored")
+    logits: Tensor = out.logits[0]
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(
             f"the logits of the window at token {start} are not finite; "

@@ -13,6 +13,7 @@ from torch import nn
 from w8a8 import convert, kernels
 from w8a8.checkpoint import load
 from w8a8.checkpoint.files import read_quantization, resolve
+from w8a8.checkpoint.reader import architecture
 from w8a8.convert import Progress
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError
@@ -144,7 +145,7 @@ class OpenedModel:
 def open_model(
     source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu", head: str = "float"
 ) -> OpenedModel:
-    """Open a causal language model, float or quantised, from a directory or the hub.
+    """Open a model, float or quantised, in the class that its config names, from a directory or the hub.
 
     Args:
         source: A local directory or a hub id.
@@ -155,7 +156,7 @@ def open_model(
     Raises:
         CheckpointError: missing, torn, or in a format unknown here.
         ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that
-            transformers can open.
+            transformers can open, or its files lack weights.
     """
     directory = resolve(source)
     quantized = read_quantization(directory) is not None
@@ -167,13 +168,25 @@ def open_model(
         if wanted is not None:
             model.to(wanted)
     else:
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype if wanted is None else wanted, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ModelError(f"{directory}: transformers cannot open it as a causal language model: {error}") from error
+        model = _open_float(directory, dtype if wanted is None else wanted)
     return OpenedModel(_moved(model.eval(), device), _tokenizer(directory), directory, quantized)
+
+
+def _open_float(directory: Path, dtype: torch.dtype | str) -> Any:
+    """The float model of the class that its config names, all of whose weights are in the files."""
+    kind, _ = architecture(directory)
+    try:
+        model, told = kind.from_pretrained(directory, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{directory}: transformers cannot open it: {error}") from error
+    missing = sorted(told["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{directory}: {len(missing)} weights of {kind.__name__} are not in the files and would be random: "
+            + ", ".join(missing[:3])
+            + (", ..." if len(missing) > 3 else "")
+        )
+    return model
 
 
 def _moved(model: Any, device: str) -> Any:

@@ -194,3 +194,17 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     with pytest.raises(ModelError, match="expected a transformers model"):
         w8a8.save(plain, tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path):
+    model = w8a8.quantize(llama()).model
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match=r"cannot be made: .*file is a file; choose another place"):
+        w8a8.save(model, tmp_path / "file" / "deep" / "out")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_directory_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(CheckpointError, match="a directory that may not be written"):
+        w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")

@@ -80,12 +80,11 @@ def load(
     return model.eval()
 
 
-def empty_model(directory: Path, quantization: QuantizationConfig | None, **options: Any) -> Any:
-    """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
+def architecture(directory: Path) -> tuple[Any, Any]:
+    """The model class that config.json names, and the config.
 
     Raises:
-        CheckpointError: config.json names no architecture that transformers has, or targets that match nothing.
-        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
+        CheckpointError: config.json is not one that transformers reads, or names no class that it has.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
@@ -97,6 +96,17 @@ def empty_model(directory: Path, quantization: QuantizationConfig | None, **opti
         raise CheckpointError(
             f"{directory / CONFIG}: architectures is {names}, transformers {transformers.__version__} has none of them"
         )
+    return kind, config
+
+
+def empty_model(directory: Path, quantization: QuantizationConfig | None, **options: Any) -> Any:
+    """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
+
+    Raises:
+        CheckpointError: config.json names no architecture that transformers has, or targets that match nothing.
+        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
+    """
+    kind, config = architecture(directory)
     with init_empty_weights(include_buffers=False):
         model = kind._from_config(config)  # in the dtype that the config states
     model.tie_weights()

@@ -87,6 +87,10 @@ def describe(model: nn.Module) -> QuantizationConfig:
 
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Raise `CheckpointError` where the target may not be written."""
+    obstacle = next(parent for parent in target.absolute().parents if parent.exists())
+    if not obstacle.is_dir() or not os.access(obstacle, os.W_OK):
+        kind = "a directory that may not be written" if obstacle.is_dir() else "a file"
+        raise CheckpointError(f"{target} cannot be made: {obstacle} is {kind}; choose another place")
     if not target.exists():
         return
     if not target.is_dir():
