@@ -22,7 +22,9 @@ def blocks():
 @pytest.mark.parametrize("code", list(blocks()))
 def test_every_python_block_runs(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "block", "exec"), {"__name__": "block"})
+    names = {"__name__": "block"}
+    exec(compile(code, "block", "exec"), names)
+    assert names["w8a8"].__name__ == "w8a8"
     capsys.readouterr()
 
 
