@@ -1,12 +1,14 @@
 """How to call `torch._int_mm`, and how to find the range of a row: the choices in kernels/torch_cpu.py and affine.py.
 
-    python bench/int_mm.py
+    python bench/int_mm.py             the times
+    python bench/int_mm.py --exact     whether the product is exact; try it under ONEDNN_MAX_CPU_ISA=AVX2
 
 Signed or unsigned left side, the row-major weight as a view or as a transposed copy; medians of interleaved calls, in
 microseconds.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -37,7 +39,17 @@ def print_row(label: str, medians: Mapping[str, float]) -> None:
     print(f"| {label} | " + " | ".join(f"{t:.0f} ({t / best:.2f}x)" for t in medians.values()) + " |")
 
 
+def print_exactness() -> None:
+    """The largest codes, summed 64 times, against what they should give."""
+    for dtype, left in ((torch.uint8, 255), (torch.int8, 127)):
+        x, w = torch.full((3, 64), left, dtype=dtype), torch.full((5, 64), 127, dtype=torch.int8)
+        print(f"{dtype} {left} x 127, 64 times: {torch._int_mm(x, w.t())[0, 0]:,}, exactly {64 * left * 127:,}")
+
+
 def main() -> None:
+    if "--exact" in sys.argv:
+        print_exactness()
+        return
     print(describe_machine(), "\n")
     print("| N x K x M | s8, view | s8, copy | u8, view | u8, copy |\n|---|---:|---:|---:|---:|")
     for n, k in SHAPES:

@@ -258,7 +258,7 @@ def test_what_is_not_a_linear_layer_is_refused():
         QuantLinear.from_float(nn.LayerNorm(8))
     with pytest.raises(SchemeError, match="no values yet; load the model first"):
         QuantLinear.from_float(nn.Linear(8, 8, device="meta"))
-    with pytest.raises(SchemeError, match="its last axis must be 8"):
+    with pytest.raises(SchemeError, match="the last axis of the input must be 8"):
         QuantLinear.from_float(nn.Linear(8, 8), "w8a8", simulated=True)(torch.randn(2, 9))
 
 
@@ -275,3 +275,11 @@ def test_the_ledger_of_a_model_names_its_integer_layers():
 def test_the_training_flag_is_carried_over():
     assert not QuantLinear.from_float(nn.Linear(4, 4).eval()).training
     assert QuantLinear.from_float(nn.Linear(4, 4)).training
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+@pytest.mark.parametrize("name", ["w8a8", "w8a16"])
+def test_an_integer_input_is_refused_instead_of_cut_to_integers(name, simulated):
+    q = QuantLinear.from_float(nn.Linear(8, 4), name, simulated=simulated)
+    with pytest.raises(SchemeError, match=r"the input is torch\.int64, a linear layer takes float tensors"):
+        q(torch.ones(2, 8, dtype=torch.int64))

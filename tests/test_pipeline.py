@@ -189,3 +189,20 @@ def test_a_model_is_opened_in_the_class_that_its_config_names(tmp_path):
         assert torch.equal(loaded(ids).last_hidden_state, opened.model(ids).last_hidden_state)
     with pytest.raises(ModelError, match="BertModel predicts no tokens"):
         perplexity(loaded, ids[0], seq_len=8)
+
+
+def test_torn_float_files_and_tokenizers_are_named(saved):
+    path = saved / "float" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="float: transformers cannot open it"):
+        open_model(saved / "float")
+    path.write_bytes(whole)
+    (saved / "float" / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ModelError, match="float: transformers cannot read its tokenizer"):
+        open_model(saved / "float")
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, found str: load the model first"):
+        w8a8.quantize("facebook/opt-125m")

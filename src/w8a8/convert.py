@@ -55,7 +55,10 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     Raises:
         PatternError: a pattern matches no linear layer; the message lists the closest names.
         SchemeError: nothing is left to quantise.
+        ModelError: `model` is not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
     include, exclude = _as_list(include, "include"), _as_list(exclude, "exclude")
     if _is_linear(model):
         raise SchemeError(

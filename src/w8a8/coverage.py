@@ -58,6 +58,13 @@ class Coverage:
         """The modules that stayed float, each with its reason."""
         return tuple(m for m in self.modules if m.reason is not None)
 
+    def left_by_reason(self) -> dict[str, list[ModuleCoverage]]:
+        """The modules that stayed float, grouped."""
+        groups: dict[str, list[ModuleCoverage]] = {}
+        for module in self.left:
+            groups.setdefault(module.reason or "", []).append(module)
+        return groups
+
     def totals(self) -> dict[str, Totals]:
         """Sums for `"quantized"`, `"float"` and `"all"`."""
         groups = {"quantized": self.quantized, "float": self.left, "all": self.modules}
@@ -83,10 +90,7 @@ class Coverage:
             f"{_share(done.parameters, every.parameters)} of the parameters, "
             f"{_share(done.macs, every.macs)} of the multiply-adds; {every.bytes / 1e6:.2f} MB in all"
         ]
-        reasons: dict[str, list[ModuleCoverage]] = {}
-        for module in self.left:
-            reasons.setdefault(module.reason or "", []).append(module)
-        for reason, modules in reasons.items():
+        for reason, modules in self.left_by_reason().items():
             names = ", ".join(m.name for m in modules[:3]) + (", ..." if len(modules) > 3 else "")
             lines.append(
                 f"  float: {names} ({len(modules)}, {sum(m.parameters for m in modules):,} parameters): {reason}"

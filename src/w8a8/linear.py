@@ -208,11 +208,12 @@ class QuantLinear(nn.Module):
             (..., N) in the dtype of `x`.  A token with a NaN or an infinity comes out as NaN.
 
         Raises:
-            SchemeError: the last axis is not K.
+            SchemeError: the last axis is not K, or `x` is not float.
             KernelError: `strict`, and the kernel that was asked for cannot run this input.
         """
         if self.mode is Mode.INTEGER:
             return kernels.int8_linear(*self._operands(x), self.kernel, self.strict, self._number)
+        kernels.check_input(x, self.out_features, self.in_features)
         if self.mode is Mode.WEIGHT_ONLY:
             return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
         return self._simulate(x)
@@ -293,8 +294,6 @@ class QuantLinear(nn.Module):
 
     def _simulate(self, x: Tensor) -> Tensor:
         """Float arithmetic: exact where integers could run the scheme, ordinary float32 elsewhere."""
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise SchemeError(f"the input has shape {tuple(x.shape)}, its last axis must be {self.in_features}")
         rows = x.reshape(x.shape[:-1].numel(), self.in_features)
         if self.scheme.integer_executable:
             request = kernels.LinearRequest(rows, *self._operands(x)[1:-1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from w8a8 import convert, kernels
@@ -177,7 +178,7 @@ def _open_float(directory: Path, dtype: torch.dtype | str) -> Any:
     kind, _ = architecture(directory)
     try:
         model, told = kind.from_pretrained(directory, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{directory}: transformers cannot open it: {error}") from error
     missing = sorted(told["missing_keys"])
     if missing:
@@ -200,7 +201,10 @@ def _tokenizer(directory: Path) -> Any:
     """The tokenizer, or None where the directory has none."""
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(directory)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory}: transformers cannot read its tokenizer: {error}; copy it again") from error
 
 
 def _dtype(name: str) -> torch.dtype | None:

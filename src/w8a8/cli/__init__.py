@@ -18,7 +18,3 @@ def main() -> None:
     except W8A8Error as error:
         sys.stderr.write(f"w8a8: {error.explain()}\n")
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -379,11 +379,9 @@ def _show_coverage(found: Any) -> None:
         for name, part in totals.items()
     ]
     print_table("Coverage", ("", "modules", "parameters", "", "bytes", "multiply-adds per token", ""), rows)
-    reasons: dict[str, list[str]] = {}
-    for module in found.left:
-        reasons.setdefault(module.reason, []).append(module.name)
-    for reason, names in reasons.items():
-        shown = ", ".join(names[:3]) + (f", ... ({len(names)})" if len(names) > 3 else "")
+    for reason, modules in found.left_by_reason().items():
+        names = ", ".join(m.name for m in modules[:3])
+        shown = names + (f", ... ({len(modules)})" if len(modules) > 3 else "")
         print_line(f"  float: {shown}: {reason}")
 
 

@@ -3,7 +3,7 @@
 `available()` says which of them this machine has and why not the others; `int8_linear` is the op.
 """
 
-from w8a8.kernels.ops import calls, forget, int8_linear
+from w8a8.kernels.ops import calls, check_input, forget, int8_linear
 from w8a8.kernels.request import Kernel, LinearRequest, unpack
 from w8a8.kernels.select import AUTO, KERNELS, available, check_name, first_choice
 
@@ -14,6 +14,7 @@ __all__ = [
     "LinearRequest",
     "available",
     "calls",
+    "check_input",
     "check_name",
     "first_choice",
     "forget",

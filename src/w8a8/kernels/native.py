@@ -6,8 +6,7 @@ dot product, or plain C++.  The environment variable W8A8_ISA forces one by name
 
 The weight is packed: panels of 32 output columns, in which the four bytes that one instruction adds up lie side by
 side.  A packed weight is a tensor (P, S, 32, 4), P = ceil(N / 32), S = ceil(K / 4), padded with zeros; it takes the
-place of the row-major one.  Measured against row-major codes it is 4 to 15 % faster from 16 rows up, and twice as
-fast at four (docs/log.md).
+place of the row-major one, which was slower from four rows up when both were tried (docs/log.md).
 
 Threads are those of torch's own OpenMP runtime, which is looked up in the process; no second one is loaded.
 """

@@ -57,7 +57,7 @@ def _int8_linear(
     strict: bool,
     layer: int,
 ) -> Tensor:
-    _check(x, weight_sum, in_features)
+    check_input(x, weight_sum.shape[0], in_features)
     request = LinearRequest(
         x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), in_features),
         weight,
@@ -79,16 +79,19 @@ def _int8_linear(
 
 
 def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, *rest: Any) -> Tensor:
-    _check(x, weight_sum, rest[_IN_FEATURES])
+    check_input(x, weight_sum.shape[0], rest[_IN_FEATURES])
     return x.new_empty((*x.shape[:-1], weight_sum.shape[0]))
 
 
-def _check(x: Tensor, weight_sum: Tensor, in_features: int) -> None:
+def check_input(x: Tensor, out_features: int, in_features: int) -> None:
+    """Raise `SchemeError` where `x` is not float, or its last axis is not K."""
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise SchemeError(
-            f"the input has shape {tuple(x.shape)}, the weight (N, K) is ({weight_sum.shape[0]}, {in_features}): "
+            f"the input has shape {tuple(x.shape)}, the weight (N, K) is ({out_features}, {in_features}): "
             f"the last axis of the input must be {in_features}"
         )
+    if not x.is_floating_point():
+        raise SchemeError(f"the input is {x.dtype}, a linear layer takes float tensors; convert it with .float()")
 
 
 def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -112,7 +115,7 @@ _op = torch.ops.w8a8.int8_linear.default
 def int8_linear(x: Tensor, *operands: Any) -> Tensor:
     """Run the op: directly in eager inference, through PyTorch's dispatcher wherever that has something to do.
 
-    The dispatcher adds 5 to 8 us to a call of 12 (docs/log.md).  It is needed where somebody looks on: under
+    The dispatcher takes about half as long again (bench/overhead.py).  It is needed where somebody looks on: under
     `torch.compile`, tracing and dispatch modes, for tensor subclasses, and to refuse a gradient.
 
     Args:
