@@ -79,8 +79,9 @@ class Calibration:
 
         Args:
             source: One of
-                - a list of texts; the path of a .txt or .jsonl file; the name of a data set on the hub, with
-                  ":split" behind it or not, where `datasets` is installed: these need the tokenizer;
+                - a list of texts, or of mappings with a "text" (rows of a data set); the path of a .txt or .jsonl
+                  file; the name of a data set on the hub, with ":split" behind it or not, where `datasets` is
+                  installed: these need the tokenizer;
                 - token ids, (n, T) or (T,), of an integer dtype;
                 - an iterable of model inputs: mappings (keyword arguments), tensors or tuples (positional).
                   They are kept, since they are passed more than once, and neither copied nor changed;
@@ -117,6 +118,8 @@ class Calibration:
             return cls._of_windows(windows, batch_size, f"token ids of shape {tuple(source.shape)}, seed {seed}")
         if isinstance(source, Iterable):
             items = list(source)
+            if tokenizer is not None and items and all(isinstance(item, Mapping) and "text" in item for item in items):
+                items = [item["text"] for item in items]
             if items and all(isinstance(item, str) for item in items):
                 windows = windows_of_texts(items, tokenizer, samples or SAMPLES, length, seed)
                 return cls._of_windows(windows, batch_size, f"{len(items)} texts, seed {seed}")
