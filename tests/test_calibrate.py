@@ -1,4 +1,6 @@
 import copy
+import gc
+import itertools
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import BatchEncoding
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
 from w8a8.affine import qparams
-from w8a8.calibrate import Calibration, call, collect, static_grids
+from w8a8.calibrate import Calibration, _Shared, call, collect, static_grids
 from w8a8.errors import CalibrationError, NonFiniteError, SchemeError
 from w8a8.linear import quant_linears
 from w8a8.observers import OBSERVERS, AbsMax, MinMax, Percentile
@@ -86,8 +88,9 @@ def test_samples_of_model_inputs_are_taken_from_the_front():
     calibration = Calibration.of(ids(), samples=2)
     assert len(calibration) == 2
     assert calibration.first() is calibration.batches[0]
-    assert calibration.description == "2 of 3 batches of model inputs"
+    assert calibration.description == "2 batches of model inputs"
     assert len(Calibration.of(ids(batches=200))) == 200
+    assert len(Calibration.of((ids(1)[0] for _ in itertools.count()), samples=5)) == 5
 
 
 @pytest.mark.parametrize(
@@ -220,6 +223,29 @@ def test_readers_of_one_tensor_share_one_measurement(monkeypatch):
     assert len(measured) == 3
     assert {observer.absmax.item() for observer in found.values()} == {found[names[0]].absmax.item()}
     assert all(observer.tokens == 72 for observer in found.values())
+
+
+def test_what_was_measured_is_forgotten_with_its_tensor():
+    shared = _Shared()
+    x = torch.ones(2, 3)
+    shared.measured(x)["found"] = 1
+    assert shared.measured(x) == {"found": 1}
+    del x
+    gc.collect()
+    assert not shared._found
+
+
+def test_a_module_that_reads_no_tensor_is_named():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Identity()
+
+        def forward(self, x):
+            return self.a(None)
+
+    with pytest.raises(CalibrationError, match="a was called without a tensor"):
+        collect(Model(), Calibration.of([torch.ones(2, 4)]), {"a": AbsMax()})
 
 
 def test_a_tensor_that_was_changed_in_between_is_measured_again():
@@ -377,7 +403,7 @@ def test_a_layer_that_reads_nothing_is_named_and_nothing_is_guessed():
 
     model = Model()
     batch = [torch.ones(2, 4)]
-    with pytest.raises(CalibrationError, match=r"1 of 2 layers read no token .*: unused; calibrated on 1 of 1 batches"):
+    with pytest.raises(CalibrationError, match=r"1 of 2 layers read no token .*: unused; calibrated on 1 batches"):
         w8a8.quantize(model, "w8a8-static", calibration=batch)
     assert isinstance(model.used, nn.Linear)
     w8a8.quantize(model, "w8a8-static", calibration=batch, exclude=["unused"])

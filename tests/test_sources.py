@@ -161,9 +161,7 @@ def test_a_data_set_that_cannot_be_used_is_named(hub, tokenizer, name, message):
 
 def test_without_datasets_the_way_out_is_told(monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        CalibrationError, match=r"takes the package 'datasets', .*: pip install datasets, or give the path"
-    ):
+    with pytest.raises(CalibrationError, match=r"package 'datasets', .*: pip install datasets, or give the path"):
         Calibration.of("some/texts", tokenizer)
 
 

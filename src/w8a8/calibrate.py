@@ -20,7 +20,8 @@ fit the device, and as much memory for activations as there are batches; whole f
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -117,13 +118,7 @@ class Calibration:
             windows = windows_of_ids(source.to(torch.int64), samples or SAMPLES, length, seed)
             return cls._of_windows(windows, batch_size, f"token ids of shape {tuple(source.shape)}, seed {seed}")
         if isinstance(source, Iterable):
-            items = list(source)
-            if tokenizer is not None and items and all(isinstance(item, Mapping) and "text" in item for item in items):
-                items = [item["text"] for item in items]
-            if items and all(isinstance(item, str) for item in items):
-                windows = windows_of_texts(items, tokenizer, samples or SAMPLES, length, seed)
-                return cls._of_windows(windows, batch_size, f"{len(items)} texts, seed {seed}")
-            return cls._of_inputs(items, samples)
+            return cls._of_items(iter(source), tokenizer, samples, length, batch_size, seed)
         if callable(source):
             return cls((), f"the loop {getattr(source, '__name__', type(source).__name__)}", loop=source)
         raise CalibrationError(
@@ -149,17 +144,26 @@ class Calibration:
         return cls(batches, f"{len(windows)} windows, {tokens:,} tokens, of {where}")
 
     @classmethod
-    def _of_inputs(cls, items: Sequence[Any], samples: int | None) -> "Calibration":
-        if not items:
+    def _of_items(
+        cls, items: Iterator[Any], tokenizer: Any, samples: int | None, length: int, batch_size: int, seed: int
+    ) -> "Calibration":
+        """Of texts all, to draw among them; of model inputs no more than are asked for."""
+        first = next(items, None)
+        if first is None:
             raise CalibrationError("the calibration data is empty: it gave no batch; a generator can be read only once")
-        for i, item in enumerate(items):
-            if not isinstance(item, Mapping | Tensor | tuple):
+        rows = tokenizer is not None and isinstance(first, Mapping) and "text" in first
+        if rows or isinstance(first, str):
+            texts = [item["text"] if rows else item for item in chain([first], items)]
+            windows = windows_of_texts(texts, tokenizer, samples or SAMPLES, length, seed)
+            return cls._of_windows(windows, batch_size, f"{len(texts)} texts, seed {seed}")
+        batches = list(islice(chain([first], items), samples))
+        for i, batch in enumerate(batches):
+            if not isinstance(batch, Mapping | Tensor | tuple):
                 raise CalibrationError(
-                    f"batch {i} of the calibration data is of type {type(item).__name__}: a batch is a mapping "
+                    f"batch {i} of the calibration data is of type {type(batch).__name__}: a batch is a mapping "
                     "(keyword arguments), a tensor or a tuple (positional arguments) for the model"
                 )
-        taken = items[:samples]
-        return cls(taken, f"{len(taken)} of {len(items)} batches of model inputs")
+        return cls(batches, f"{len(batches)} batches of model inputs")
 
     def __len__(self) -> int:
         """The number of batches; 0 for a loop, whose length only the loop knows."""
@@ -345,7 +349,7 @@ class _Shared:
         key, version = id(x), x._version
         entry = self._found.get(key)
         if entry is None or entry[0]() is not x or entry[1] != version:
-            entry = (weakref.ref(x), version, {})
+            entry = (weakref.ref(x, lambda _: self._found.pop(key, None)), version, {})
             self._found[key] = entry
         return entry[2]
 
@@ -363,9 +367,11 @@ class _Shared:
 
 def _hook(name: str, statistics: Sequence[Statistic], shared: _Shared) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
-        measured = shared.measured(args[0] if args else x)
-        x = shared.counted(x)
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None:
+            raise CalibrationError(f"{name} was called without a tensor: only what reads one can be observed")
+        measured = shared.measured(x)
+        x = shared.counted(x.detach())
         try:
             for statistic in statistics:
                 if not isinstance(statistic, Observer):

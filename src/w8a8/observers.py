@@ -236,30 +236,47 @@ def _ranked(counts: Tensor, rank: Tensor | int, upper: Tensor) -> Tensor:
 
 def _best(seen: Histogram, spec: QuantSpec, ranges: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Of some ranges lo..hi, (C,) each, that of the least error in each channel; the first of equals."""
+    edges = seen.edges()[:, 1:]  # what lies below the window is zero, and has no error
+    negative, positive = seen.counts[:, 0, 1:], seen.counts[:, 1, 1:]
+    halves = (positive + negative,) if spec.symmetric else (positive, negative)
     best_lo, best_hi = ranges[0]
-    least = _squared_error(seen, spec, best_lo, best_hi)
-    for lo, hi in ranges[1:]:
-        error = _squared_error(seen, spec, lo, hi)
+    least = torch.full_like(edges[:, 0], math.inf)
+    for lo, hi in ranges:
+        grid = grid_of_range(lo, hi, spec)
+        steps = edges / grid.scale.to(torch.float64)[:, None]  # (C, bins + 1)
+        error = torch.zeros_like(least)
+        for counts, last in zip(halves, _reach(grid, spec), strict=False):
+            error += (counts * _mean_squares(steps, last)).sum(-1)
+        error *= grid.scale.to(torch.float64) ** 2
         better = error < least
         least = torch.where(better, error, least)
         best_lo, best_hi = torch.where(better, lo, best_lo), torch.where(better, hi, best_hi)
     return best_lo, best_hi
 
 
-def _squared_error(seen: Histogram, spec: QuantSpec, lo: Tensor, hi: Tensor) -> Tensor:
-    """The summed squared error of quantising what a histogram holds on the grid of a range; (C,) float64."""
-    grid = grid_of_range(lo, hi, spec)
-    scale = grid.scale.to(torch.float64)[:, None]
-    zero = 0 if grid.zero_point is None else grid.zero_point.to(torch.float64)[:, None]
-    steps = seen.edges()[:, 1:] / scale  # (C, bins + 1): what lies below the window is zero, and has no error
-    width = steps.diff().clamp(min=torch.finfo(torch.float64).tiny)  # 0 where a bin has no float32 in it
-    total = torch.zeros_like(scale)
-    for counts, last in ((seen.counts[:, 1], spec.qmax - zero), (seen.counts[:, 0], zero - spec.qmin)):
-        # the integral of (u - nearest(u))**2 from 0 to t, nearest(u) an integer of at most `last`
-        nearest = torch.minimum(steps.round(), torch.as_tensor(last, dtype=torch.float64, device=steps.device))
-        integral = nearest / 12 + (steps - nearest) ** 3 / 3
-        total += (counts[:, 1:] * integral.diff() / width).sum(-1, keepdim=True)
-    return (total * scale**2).squeeze(-1)
+def _reach(grid: QParams, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """How many steps a grid goes up from zero, and down, float64 (C, 1)."""
+    zero_point = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
+    zero_point = zero_point.to(torch.float64)[:, None]
+    return spec.qmax - zero_point, zero_point - spec.qmin
+
+
+def _mean_squares(steps: Tensor, last: Tensor) -> Tensor:
+    """The mean of (u - nearest(u))**2 between neighbouring edges, nearest(u) an integer of at most `last`.
+
+    Its integral from 0 to t is nearest / 12 + (t - nearest)**3 / 3.
+
+    Args:
+        steps: Edges of magnitudes, in steps of the grid, (C, bins + 1).
+        last: (C, 1).
+
+    Returns:
+        (C, bins); 0 where a bin has no float32 in it.
+    """
+    nearest = torch.minimum(steps.round(), last)
+    beyond = steps - nearest
+    integral = (beyond * beyond).mul_(beyond).div_(3).add_(nearest, alpha=1 / 12)
+    return integral.diff().div_(steps.diff().clamp_(min=torch.finfo(torch.float64).tiny))
 
 
 OBSERVERS: dict[str, type[Observer]] = {"absmax": AbsMax, "minmax": MinMax, "percentile": Percentile, "mse": MSE}
