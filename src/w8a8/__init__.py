@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from w8a8 import affine, functional, kernels
+    from w8a8 import affine, functional, kernels, observers
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
+    from w8a8.calibrate import Calibration, collect
     from w8a8.checkpoint import load, save
     from w8a8.coverage import Coverage
     from w8a8.errors import W8A8Error
     from w8a8.experiment import study
     from w8a8.linear import QuantLinear, ledger
+    from w8a8.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
     from w8a8.pipeline import Result, quantize, simulate
+    from w8a8.reservoir import Reservoir
     from w8a8.scheme import (
         PRESETS,
         PerChannel,
@@ -41,6 +44,8 @@ _HOME = {
     "l2_error": "affine",
     "qparams": "affine",
     "sqnr_db": "affine",
+    "Calibration": "calibrate",
+    "collect": "calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
     "Coverage": "coverage",
@@ -48,9 +53,15 @@ _HOME = {
     "study": "experiment",
     "QuantLinear": "linear",
     "ledger": "linear",
+    "MSE": "observers",
+    "OBSERVERS": "observers",
+    "AbsMax": "observers",
+    "MinMax": "observers",
+    "Percentile": "observers",
     "Result": "pipeline",
     "quantize": "pipeline",
     "simulate": "pipeline",
+    "Reservoir": "reservoir",
     "PRESETS": "scheme",
     "PerChannel": "scheme",
     "PerColumn": "scheme",
@@ -60,24 +71,32 @@ _HOME = {
     "QuantSpec": "scheme",
     "Scheme": "scheme",
 }
-_MODULES = ("affine", "functional", "kernels")
+_MODULES = ("affine", "functional", "kernels", "observers")
 
 __all__ = [
+    "MSE",
+    "OBSERVERS",
     "PRESETS",
+    "AbsMax",
+    "Calibration",
     "Coverage",
+    "MinMax",
     "PerChannel",
     "PerColumn",
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "Percentile",
     "QParams",
     "QTensor",
     "QuantLinear",
     "QuantSpec",
+    "Reservoir",
     "Result",
     "Scheme",
     "W8A8Error",
     "affine",
+    "collect",
     "dequantize",
     "fake_quantize",
     "functional",
@@ -85,6 +104,7 @@ __all__ = [
     "l2_error",
     "ledger",
     "load",
+    "observers",
     "qparams",
     "quantize",
     "save",

@@ -1,7 +1,7 @@
 """The main jobs, each one call: `quantize`, `simulate`, and opening a model by name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,16 @@ from safetensors import SafetensorError
 from torch import nn
 
 from w8a8 import convert, kernels
+from w8a8.affine import QParams
+from w8a8.calibrate import Calibration, static_grids
 from w8a8.checkpoint import load
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import architecture
 from w8a8.convert import Progress
 from w8a8.coverage import Coverage, coverage
-from w8a8.errors import ModelError
+from w8a8.errors import ModelError, SchemeError
 from w8a8.linear import ledger
+from w8a8.observers import Observer, observer_of
 from w8a8.scheme import Scheme
 
 
@@ -51,6 +54,8 @@ def quantize(
     head: str = "float",
     kernel: str = kernels.AUTO,
     strict: bool = False,
+    calibration: Any = None,
+    observer: str | Callable[[], Observer] = "absmax",
     progress: Progress | None = None,
 ) -> Result:
     """Turn the linear layers of a model into int8 layers, in place.
@@ -67,6 +72,10 @@ def quantize(
         head: "int8" takes the output head too, as naming it in `include` does; files are then not what vLLM reads.
         kernel: The kernel to run, or "auto": the first that can.
         strict: Raise where the kernel that was asked for cannot run, instead of running another.
+        calibration: A `Calibration`, or what `Calibration.of` makes one from without a tokenizer.  A static scheme
+            needs it, others do not use it.
+        observer: How a static grid follows from what was seen: a name in `w8a8.observers.OBSERVERS`, or a function
+            that makes an observer per tensor, `lambda: Percentile(p=99.9)`.
         progress: Called as progress(done, total, name).
 
     Returns:
@@ -74,14 +83,26 @@ def quantize(
 
     Raises:
         SchemeError: the scheme cannot be executed (the message says why and what to use), does not fit a
-            layer, or there is nothing to quantise.
+            layer, or there is nothing to quantise; it is static and there is no calibration.
+        CalibrationError: the calibration data cannot be used, or a layer read none of it.
         PatternError: a pattern matches no linear layer.
         ModelError: `head` is unknown, or there is none to quantise.
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
     include = convert.with_head(model, include, head)
-    return _convert(model, scheme, include, exclude, simulated=False, kernel=kernel, strict=strict, progress=progress)
+    return _convert(
+        model,
+        scheme,
+        include,
+        exclude,
+        simulated=False,
+        kernel=kernel,
+        strict=strict,
+        calibration=calibration,
+        observer=observer,
+        progress=progress,
+    )
 
 
 def simulate(
@@ -90,6 +111,8 @@ def simulate(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    calibration: Any = None,
+    observer: str | Callable[[], Observer] = "absmax",
     progress: Progress | None = None,
 ) -> Result:
     """Show what any scheme costs, in float arithmetic, in place.
@@ -97,17 +120,26 @@ def simulate(
     For a scheme that integers can run the outputs are those of `quantize`, bit for bit.
 
     Args:
-        model, include, exclude, progress: As for `quantize`.
+        model, include, exclude, calibration, observer, progress: As for `quantize`.
         scheme: Any scheme, up to 16 bits.
 
     Returns:
         The model, and what was done to it.
 
     Raises:
-        SchemeError, PatternError, NonFiniteError: as `quantize`.
+        SchemeError, PatternError, NonFiniteError, CalibrationError: as `quantize`.
     """
     return _convert(
-        model, scheme, include, exclude, simulated=True, kernel=kernels.AUTO, strict=False, progress=progress
+        model,
+        scheme,
+        include,
+        exclude,
+        simulated=True,
+        kernel=kernels.AUTO,
+        strict=False,
+        calibration=calibration,
+        observer=observer,
+        progress=progress,
     )
 
 
@@ -120,17 +152,50 @@ def _convert(
     simulated: bool,
     kernel: str,
     strict: bool,
+    calibration: Any,
+    observer: str | Callable[[], Observer],
     progress: Progress | None,
 ) -> Result:
     scheme = Scheme.of(scheme)
     kernels.check_name(kernel)
     selection = convert.select(model, include, exclude)
+    if calibration is not None:
+        calibration = Calibration.of(calibration)
     layers = convert.build(
-        model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict, progress=progress
+        model,
+        selection,
+        scheme,
+        simulated=simulated,
+        kernel=kernel,
+        strict=strict,
+        input_params=_static_grids(model, selection, scheme, calibration, observer, progress),
+        progress=progress,
     )
     convert.swap(model, layers)
     convert.untie(model, selection)
     return Result(model, scheme, coverage(model, selection.reasons), selection.untied)
+
+
+def _static_grids(
+    model: nn.Module,
+    selection: convert.Selection,
+    scheme: Scheme,
+    calibration: Calibration | None,
+    observer: str | Callable[[], Observer],
+    progress: Progress | None,
+) -> dict[str, QParams] | None:
+    """The grids of the chosen layers' inputs, or None where the scheme measures each input as it comes."""
+    if not scheme.static:
+        observer_of(observer)
+        return None
+    assert scheme.activations is not None, "a static scheme has activations"
+    if calibration is None:
+        raise SchemeError(
+            f"the scheme {scheme.name} has static activation scales, and there is no calibration data to measure them "
+            "on: give calibration=, for example Calibration.of(texts, tokenizer) (--calib FILE), or use a dynamic "
+            "scheme such as 'w8a8'"
+        )
+    return static_grids(model, selection.chosen, scheme.activations, calibration, observer, progress=progress)
 
 
 @dataclass(frozen=True)

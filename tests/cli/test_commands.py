@@ -13,6 +13,7 @@ from tests.conftest import llama
 from w8a8.cli import main
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
+from w8a8.linear import quant_linears
 
 THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor" / "llama-w8a8"
 
@@ -92,6 +93,29 @@ def test_quantize_prints_what_was_untied(call, tmp_path, demo_dir):
     assert "lm_head was tied to model.decoder.embed_tokens and is now an int8 copy" in out
 
 
+def test_a_static_scheme_is_calibrated_saved_and_scored(call, tmp_path, demo_dir, text):
+    arguments = ["--scheme", "w8a8-static", "--calib", text, "--calib-samples", "4", "--calib-length", "64"]
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--observer", "percentile")
+    assert code == 0
+    assert f"Activation scales by percentile on 4 windows, 256 tokens, of {text}, seed 0." in " ".join(out.split())
+    scales = {float(layer.input_scale) for _, layer in quant_linears(w8a8.load(tmp_path / "out"))}
+    assert len(scales) > 12
+    code, out, _ = call("eval", tmp_path / "out", "--text", text, "--against", demo_dir, "--dtype", "float32", "--json")
+    assert code == 0
+    assert abs(json.loads(out)["perplexity_ratio"]["mean"] - 1) < 0.05
+
+
+def test_the_seed_of_a_calibration_decides(call, tmp_path, demo_dir, text):
+    scales = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        arguments = ["--scheme", "w8a8-o3", "--calib", text, "--calib-samples", "2", "--calib-length", "32", "--json"]
+        code, out, _ = call("quantize", demo_dir, "-o", tmp_path / name, *arguments, "--seed", seed)
+        assert code == 0
+        assert json.loads(out)["calibration"] == f"2 windows, 64 tokens, of {text}, seed {seed}"
+        scales.append([float(layer.input_scale) for _, layer in quant_linears(w8a8.load(tmp_path / name))])
+    assert scales[0] == scales[1] != scales[2]
+
+
 def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
     out = tmp_path / "out"
     assert call("quantize", demo_dir, "-o", out)[0] == 0
@@ -109,6 +133,14 @@ def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
         (("quantize", "MODEL", "-o", "OUT", "--include", "*.nothing"), "'*.nothing' matches none"),
         (("quantize", "MODEL", "-o", "OUT", "--dtype", "int4"), "unknown dtype 'int4'"),
         (("quantize", "nobody/nothing", "-o", "OUT"), "the hub did not give it"),
+        (("quantize", "MODEL", "-o", "OUT", "--scheme", "w8a8-static"), "give --calib FILE, or take a dynamic scheme"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "/no.txt"), "the calibration file /no.txt cannot be read"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "MODEL/config.json"), "config.json ends in '.json': known are"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--observer", "max"), "unknown observer 'max'"),
+        (
+            ("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--calib-length", "9999", "--scheme", "w8a8-o3"),
+            "a window of",
+        ),
         (("eval", "MODEL", "--text", "/nowhere"), "--text /nowhere cannot be read as UTF-8"),
         (("eval", "MODEL", "--text", "TEXT", "--seq-len", "100000"), "seq_len=100000 is out of range"),
         (("eval", "MODEL", "--text", "TEXT", "--stride", "5000"), "stride=5000 is out of range"),
@@ -119,7 +151,7 @@ def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(call, tmp_path, demo_dir, text, arguments, message):
-    places = {"MODEL": demo_dir, "OUT": tmp_path / "out", "TEXT": text}
+    places = {"MODEL": demo_dir, "OUT": tmp_path / "out", "TEXT": text, "MODEL/config.json": demo_dir / "config.json"}
     code, out, err = call(*(places.get(a, a) for a in arguments))
     assert code == 2
     assert message in err
