@@ -123,7 +123,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, values in times.items():
         ratio = statistics.median([ms / alone for ms, alone in zip(values, times[ALONE], strict=True)])
-        peaks = result["peak_mib"].get(name)
+        peaks = result.get("peak_mib", {}).get(name)
         cells = ["" if peaks is None else f"{peaks[count]:.1f}" for count in counts]
         lines.append(f"| {name} | {statistics.median(values):.1f} | {ratio:.3f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -222,6 +222,8 @@ def test_readers_of_one_tensor_share_one_measurement(monkeypatch):
     names = [f"model.layers.0.self_attn.{name}" for name in LINEARS]
     found = collect(model, Calibration.of(ids()), {name: Counting() for name in names})
     assert len(measured) == 3
+    collect(model, Calibration.of(ids()), {name: kind() for name, kind in zip(names, (AbsMax, Counting), strict=False)})
+    assert len(measured) == 6  # another way to measure is not taken for the same
     assert {observer.absmax.item() for observer in found.values()} == {found[names[0]].absmax.item()}
     assert all(observer.tokens == 72 for observer in found.values())
 
