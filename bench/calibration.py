@@ -1,20 +1,19 @@
 """What calibrating costs beside the forward passes alone, in time and in memory.
 
-    python bench/calibration.py             measure, and write bench/results/calibration.json
-    python bench/calibration.py --show      print the tables of the results that are there
+    python bench/calibration.py                     measure, and write bench/results/calibration.json
+    python bench/calibration.py --part time         one part anew, and keep the other
+    python bench/calibration.py --show              print the table of the results that are there
 
 Time: an OPT of OPT-125m's widths with four of its twelve layers and a small vocabulary, random weights; windows of 512
 tokens.  The forward passes alone, and the same passes with each kind of statistic on the input of every linear layer,
-take turns, one batch at a time; a ratio is that of the medians.
+take turns, one batch at a time; a ratio is the median over the batches of the ratios to the passes alone.
 
-Memory: a process of its own for each number of batches, since peaks are for life.  Peak resident memory (ru_maxrss)
-from before the calibration to its end, over that of the same passes without statistics.  Two layers, windows of 64
-tokens, so that 512 batches take a minute.
+Memory: a process of its own for each number of batches.  How far the peak of resident memory (VmHWM of Linux, set back
+by clear_refs) rises over what the process holds before the first pass.  Two layers, windows of 64 tokens.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,8 @@ STATISTICS: dict[str, Callable[[], Any]] = {
     "mse": MSE,
 }
 ALONE = "passes alone"
+MEASURED = (ALONE, "absmax", "absmax per channel, 512 tokens kept", "percentile")
+"""Those whose memory is measured."""
 
 
 def model(layers: int) -> nn.Module:
@@ -85,21 +86,23 @@ def measure_time(rounds: int) -> dict[str, Any]:
     return {name: values[1:] for name, values in times.items()}  # the first round warms
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident_mib(field: str) -> float:
+    """VmRSS, what the process holds now, or VmHWM, its peak."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
 def measure_memory(name: str, count: int) -> float:
-    """MiB by which the peak of this process rises over that of a few passes alone; run in a process of its own."""
+    """MiB by which this process rises while it calibrates; run in a process of its own."""
     net = model(layers=2)
     batches = [{"input_ids": ids} for ids in torch.randint(0, 2048, (count, 1, MEMORY_LENGTH)).unbind()]
-    Calibration.of(batches[:4]).run(net)
-    before = peak_mib()
+    before = resident_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
     if name == ALONE:
         Calibration.of(batches).run(net)
     else:
         collect(net, Calibration.of(batches), wanted(net, STATISTICS[name]))
-    return peak_mib() - before
+    return resident_mib("VmHWM") - before
 
 
 def in_process(name: str, count: int) -> float:
@@ -110,24 +113,26 @@ def in_process(name: str, count: int) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """Both measurements as Markdown."""
-    times = {name: statistics.median(values) for name, values in result["milliseconds"].items()}
+    times = result["milliseconds"]
     counts = [str(count) for count in result["batches"]]
     lines = [
         "| statistic | ms a batch | passes alone x | "
-        + " | ".join(f"MiB over the passes, {count} batches" for count in counts)
+        + " | ".join(f"peak MiB, {count} batches" for count in counts)
         + " |",
         "|---|---:|---:|" + "---:|" * len(counts),
     ]
-    for name, ms in times.items():
-        peaks = result["peak_mib"].get(name)
+    for name, values in times.items():
+        ratio = statistics.median([ms / alone for ms, alone in zip(values, times[ALONE], strict=True)])
+        peaks = result.get("peak_mib", {}).get(name)
         cells = ["" if peaks is None else f"{peaks[count]:.1f}" for count in counts]
-        lines.append(f"| {name} | {ms:.1f} | {ms / times[ALONE]:.2f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {statistics.median(values):.1f} | {ratio:.3f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true")
+    parser.add_argument("--part", choices=["time", "memory", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=15, help="batches that each kind is timed on")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--batches", type=int, help=argparse.SUPPRESS)
@@ -138,15 +143,12 @@ def main() -> None:
     if arguments.show:
         print(table(json.loads(RESULT.read_text())))
         return
-    result = {
-        "machine": describe_machine(),
-        "batches": list(BATCHES),
-        "milliseconds": measure_time(arguments.rounds),
-        "peak_mib": {
-            name: {str(count): in_process(name, count) for count in BATCHES}
-            for name in (ALONE, "absmax", "absmax per channel, 512 tokens kept", "percentile")
-        },
-    }
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result |= {"machine": describe_machine(), "batches": list(BATCHES)}
+    if arguments.part != "memory":
+        result["milliseconds"] = measure_time(arguments.rounds)
+    if arguments.part != "time":
+        result["peak_mib"] = {name: {str(count): in_process(name, count) for count in BATCHES} for name in MEASURED}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

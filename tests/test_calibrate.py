@@ -1,11 +1,12 @@
 import copy
 import gc
 import itertools
+import weakref
 
 import pytest
 import torch
 from torch import nn
-from transformers import BatchEncoding
+from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration
 
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
@@ -221,6 +222,8 @@ def test_readers_of_one_tensor_share_one_measurement(monkeypatch):
     names = [f"model.layers.0.self_attn.{name}" for name in LINEARS]
     found = collect(model, Calibration.of(ids()), {name: Counting() for name in names})
     assert len(measured) == 3
+    collect(model, Calibration.of(ids()), {name: kind() for name, kind in zip(names, (AbsMax, Counting), strict=False)})
+    assert len(measured) == 6  # another way to measure is not taken for the same
     assert {observer.absmax.item() for observer in found.values()} == {found[names[0]].absmax.item()}
     assert all(observer.tokens == 72 for observer in found.values())
 
@@ -291,6 +294,45 @@ def test_tokens_that_the_mask_hides_do_not_count(make):
     kept = x.reshape(-1, x.shape[-1])[mask.reshape(-1).bool()]
     assert found[0].tokens == found[1].tokens == 19
     assert torch.equal(found[0].absmax, kept.abs().amax(0))
+
+
+def test_the_mask_of_an_encoder_decoder_is_of_one_stream_only_and_is_not_applied():
+    config = T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, 7:] = 0
+    inputs = {"input_ids": ids(1)[0], "attention_mask": mask, "decoder_input_ids": ids(1)[0]}
+    names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]
+    found = collect(model, Calibration.of([inputs]), {name: AbsMax() for name in names})
+    assert [found[name].tokens for name in names] == [24, 24]
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel()], ids=str)
+def test_no_activation_is_kept(granularity):
+    model = opt()
+    names = [name for name, module in model.named_modules() if name.endswith(("q_proj", "fc2"))]
+    seen = []
+    for name in names:
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(lambda module, args: seen.append(weakref.ref(args[0])))
+    kinds = [*OBSERVERS.values()]
+    statistics = {name: (*(kind(granularity) for kind in kinds), Reservoir(8)) for name in names}
+    collect(model, Calibration.of(ids()), statistics)
+    gc.collect()
+    assert len(seen) == 3 * len(names)
+    assert not [ref for ref in seen if ref() is not None]
+
+
+def test_an_input_that_is_given_by_name_is_read():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.a(input=x)
+
+    assert collect(Model(), Calibration.of([torch.ones(2, 4)]), {"a": AbsMax()})["a"].tokens == 2
 
 
 def test_a_module_that_is_not_there_is_named():

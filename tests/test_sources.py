@@ -60,6 +60,12 @@ def test_texts_give_one_window_each_and_are_never_filled_up(tokenizer):
     assert calibration.description.endswith("of 4 texts, seed 0")
 
 
+@pytest.mark.parametrize("source", [["a", 1], [{"text": "a"}, {"content": "b"}]])
+def test_what_is_no_text_among_texts_is_named(tokenizer, source):
+    with pytest.raises(CalibrationError, match="text 1 of the calibration data is of type"):
+        Calibration.of(source, tokenizer)
+
+
 def test_texts_repeat_with_the_seed(tokenizer):
     drawn = [
         [window.tolist() for window in ids_of(Calibration.of(TEXTS, tokenizer, length=8, samples=2, seed=seed))]

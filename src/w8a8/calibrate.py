@@ -153,7 +153,9 @@ class Calibration:
             raise CalibrationError("the calibration data is empty: it gave no batch; a generator can be read only once")
         rows = tokenizer is not None and isinstance(first, Mapping) and "text" in first
         if rows or isinstance(first, str):
-            texts = [item["text"] if rows else item for item in chain([first], items)]
+            texts: list[Any] = [
+                item.get("text") if rows and isinstance(item, Mapping) else item for item in chain([first], items)
+            ]
             windows = windows_of_texts(texts, tokenizer, samples or SAMPLES, length, seed)
             return cls._of_windows(windows, batch_size, f"{len(texts)} texts, seed {seed}")
         batches = list(islice(chain([first], items), samples))
@@ -377,7 +379,7 @@ def _hook(name: str, statistics: Sequence[Statistic], shared: _Shared) -> Callab
                 if not isinstance(statistic, Observer):
                     statistic.update(x)
                     continue
-                kind = (statistic.measures, statistic.granularity)
+                kind = (type(statistic).measure, statistic.measures, statistic.granularity)
                 if kind not in measured:
                     measured[kind] = statistic.measure(x)
                 statistic.merge(measured[kind])

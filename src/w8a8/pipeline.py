@@ -161,6 +161,7 @@ def _convert(
     selection = convert.select(model, include, exclude)
     if calibration is not None:
         calibration = Calibration.of(calibration)
+    grids = _static_grids(model, selection, scheme, calibration, observer, progress)
     layers = convert.build(
         model,
         selection,
@@ -168,7 +169,7 @@ def _convert(
         simulated=simulated,
         kernel=kernel,
         strict=strict,
-        input_params=_static_grids(model, selection, scheme, calibration, observer, progress),
+        input_params=grids,
         progress=progress,
     )
     convert.swap(model, layers)

@@ -54,8 +54,13 @@ def windows_of_texts(texts: Sequence[str], tokenizer: Any, samples: int, length:
 
     Raises:
         TextError: no text holds a token.
-        CalibrationError: there is no tokenizer.
+        CalibrationError: there is no tokenizer; one of them is no text.
     """
+    odd = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if odd is not None:
+        raise CalibrationError(
+            f"text {odd} of the calibration data is of type {type(texts[odd]).__name__}, the others are texts"
+        )
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
     for i in torch.randperm(len(texts), generator=generator).tolist():
