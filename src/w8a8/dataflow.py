@@ -16,7 +16,7 @@ source's channels, the source is refused.  Slices of one stacked parameter (fuse
 import contextlib
 import gc
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +81,19 @@ class Reader:
 
 @dataclass(frozen=True)
 class Group:
-    """A source and all its readers.  `block` is the smallest module that ran and holds them; "" is the model."""
+    """A source and all its readers.  `block` is the smallest module that ran and holds them; "" is the model.
+
+    Only the channels in `scalable` may be scaled.  Of a fused q, k and v these are v's.
+    """
 
     source: Source
     readers: tuple[Reader, ...]
     block: str
+
+    @property
+    def scalable(self) -> Tensor:
+        """(C,) bool on the CPU: the source's channels that are read; the scale of the others has to be 1."""
+        return _read_by(self.readers, self.source.channels)
 
 
 @dataclass(frozen=True)
@@ -238,6 +246,14 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _tensors_in(part, seen)
 
 
+def _read_by(readers: Sequence[Reader], channels: int) -> Tensor:
+    """(C,) bool: the channels that some reader reads."""
+    seen = torch.zeros(channels, dtype=torch.bool)
+    for reader in readers:
+        seen[reader.channels[reader.channels >= 0]] = True
+    return seen
+
+
 class _Conclusion:
     """A trace, asked for groups."""
 
@@ -280,9 +296,7 @@ class _Conclusion:
     def against(self, number: int, source: Source, readers: list[Reader], block: str) -> list[str]:
         """Why the source cannot be folded; nothing if it can."""
         made = self.trace.sources[number]
-        seen = torch.zeros(made.channels, dtype=torch.bool)
-        for reader in readers:
-            seen[reader.channels[reader.channels >= 0]] = True
+        seen = _read_by(readers, made.channels)
         reasons = [reason for mask, reason in made.blocks if not readers or bool((mask & seen).any())]
         if not readers and not reasons:
             reasons.append("no linear layer reads it")
