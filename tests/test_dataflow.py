@@ -641,6 +641,69 @@ def test_what_commutes_folds_and_what_does_not_is_refused(forward, folds):
     assert_folds(model, rows(), flow)
 
 
+STEPS: dict[str, Any] = {
+    "read": lambda m, a, b: m.parts["read"](a),
+    "make": lambda m, a, b: m.parts["make"](a),
+    "norm": lambda m, a, b: m.parts["norm"](a),
+    "gain": lambda m, a, b: m.parts["gain"](a),
+    "offset": lambda m, a, b: m.parts["offset"](a),
+    "relu": lambda m, a, b: F.relu(a),
+    "gelu": lambda m, a, b: F.gelu(a),
+    "add": lambda m, a, b: a + b,
+    "multiply": lambda m, a, b: a * b,
+    "gate": lambda m, a, b: a * b.sigmoid(),
+    "halves": lambda m, a, b: torch.cat(a.chunk(2, -1)[::-1], -1),
+    "splice": lambda m, a, b: torch.cat([a[..., :6], b[..., 6:]], -1),
+    "heads": lambda m, a, b: a.view(2, 5, 3, 4).transpose(2, 3).reshape(2, 5, WIDTH),
+    "tokens": lambda m, a, b: a.flip(1),
+    "attend": lambda m, a, b: (b @ b.mT).softmax(-1) @ a,
+    "in place": lambda m, a, b: a.clone().mul_(2).add_(b),
+    "through a view": lambda m, a, b: _written(a, b),
+    "mean": lambda m, a, b: a.mean(1, keepdim=True).expand_as(a),
+    "select": lambda m, a, b: torch.where(b > 0, a, 0.0),
+}
+
+
+def _written(a: Tensor, b: Tensor) -> Tensor:
+    a = a.clone()
+    a[:, :2] = b[:, :2]
+    return a
+
+
+class Program(nn.Module):
+    """A random program over tensors of one shape; what nobody reads is read by the head."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        names = [*STEPS, *4 * ("relu", "gate", "halves", "heads", "tokens", "attend", "select", "mean")]
+
+        def draw(n: int) -> int:
+            return int(torch.randint(n, (1,), generator=generator))
+
+        first = ("make", "norm", "gain", "offset")[draw(4)]
+        self.steps = [(first, 0, 0)] + [(names[draw(len(names))], i + draw(2), draw(i + 2)) for i in range(4)]
+        parts = {"norm": nn.LayerNorm(WIDTH), "gain": Gain(), "offset": Normed(), "read": linear(), "make": linear()}
+        self.parts = nn.ModuleDict({name: parts[name] for name, _, _ in self.steps if name in parts})
+        self.head = linear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for name, a, b in self.steps:
+            values.append(STEPS[name](self, values[a], values[b]))
+        return self.head(values[-1])
+
+
+def test_whatever_a_program_does_its_groups_fold():
+    folded = 0
+    for seed in range(200):
+        model = Net(lambda m, x: m.program(x), program=Program(seed))
+        flow = observe(model, rows())
+        folded += len(flow.groups)
+        assert_folds(model, rows(), flow)
+    assert folded > 50
+
+
 def test_a_layer_scale_takes_the_place_of_its_linear():
     model = Net(lambda m, x: m.read(m.scale(m.make(x))), make=linear(), scale=Gain(0.1), read=linear())
     flow = observe(model, rows())

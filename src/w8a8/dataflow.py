@@ -144,7 +144,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
     for tags in map(trace.tags, _tensors_in(out, set())):
         trace.block(tags, "it is an output of the model")
     del out
-    gc.collect()
+    if trace.live_bytes():
+        gc.collect()  # what still lives may only be waiting for it
     for tags in trace.alive():
         trace.block(tags, "it outlives the forward, in a cache or a hook of the model")
     return _conclude(model, trace)
