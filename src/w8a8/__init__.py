@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from w8a8 import affine, functional, kernels
+    from w8a8 import affine, dataflow, functional, kernels
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
     from w8a8.checkpoint import load, save
     from w8a8.coverage import Coverage
@@ -60,7 +60,7 @@ _HOME = {
     "QuantSpec": "scheme",
     "Scheme": "scheme",
 }
-_MODULES = ("affine", "functional", "kernels")
+_MODULES = ("affine", "dataflow", "functional", "kernels")
 
 __all__ = [
     "PRESETS",
@@ -78,6 +78,7 @@ __all__ = [
     "Scheme",
     "W8A8Error",
     "affine",
+    "dataflow",
     "dequantize",
     "fake_quantize",
     "functional",

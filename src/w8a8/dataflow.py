@@ -17,7 +17,7 @@ import contextlib
 import gc
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -117,6 +117,28 @@ class Dataflow:
     groups: tuple[Group, ...]
     refused: tuple[Refusal, ...]
     unread: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; of a reader's channels only how many columns it has, and how many have one."""
+        groups = [
+            {
+                "source": asdict(group.source),
+                "scalable": int(group.scalable.sum()),
+                "readers": [
+                    {
+                        "parameter": reader.parameter,
+                        "dim": reader.dim,
+                        "module": reader.module,
+                        "columns": len(reader.channels),
+                        "scalable": int((reader.channels >= 0).sum()),
+                    }
+                    for reader in group.readers
+                ],
+                "block": group.block,
+            }
+            for group in self.groups
+        ]
+        return {"groups": groups, "refused": [asdict(refusal) for refusal in self.refused], "unread": self.unread}
 
 
 def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
