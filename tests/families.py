@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers as t
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 VOCAB = 96
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -168,6 +169,17 @@ def inputs(name: str, *, dtype: torch.dtype = torch.float64) -> dict[str, Tensor
     """Inputs of a family's model, its floats in `dtype`."""
     given = FAMILIES[name][1]()
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
+
+
+class InDouble(TorchFunctionMode):
+    """Float64 throughout: where a model turns to float32 by itself (norms, softmax) it turns to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widened(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        func = Tensor.double if func is Tensor.float else func
+        return func(*map(widened, args), **{key: widened(value) for key, value in (kwargs or {}).items()})
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float64, attention: str | None = None) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from w8a8 import affine, functional, kernels, observers
+    from w8a8 import affine, dataflow, functional, kernels, observers, outliers
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
     from w8a8.calibrate import Calibration, collect
     from w8a8.checkpoint import load, save
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         QuantSpec,
         Scheme,
     )
+    from w8a8.smooth import SmoothReport, smooth_, smooth_scales
 
 _HOME = {
     "QParams": "affine",
@@ -70,8 +71,11 @@ _HOME = {
     "PerToken": "scheme",
     "QuantSpec": "scheme",
     "Scheme": "scheme",
+    "SmoothReport": "smooth",
+    "smooth_": "smooth",
+    "smooth_scales": "smooth",
 }
-_MODULES = ("affine", "functional", "kernels", "observers")
+_MODULES = ("affine", "dataflow", "functional", "kernels", "observers", "outliers")
 
 __all__ = [
     "MSE",
@@ -94,9 +98,11 @@ __all__ = [
     "Reservoir",
     "Result",
     "Scheme",
+    "SmoothReport",
     "W8A8Error",
     "affine",
     "collect",
+    "dataflow",
     "dequantize",
     "fake_quantize",
     "functional",
@@ -105,10 +111,13 @@ __all__ = [
     "ledger",
     "load",
     "observers",
+    "outliers",
     "qparams",
     "quantize",
     "save",
     "simulate",
+    "smooth_",
+    "smooth_scales",
     "sqnr_db",
     "study",
 ]

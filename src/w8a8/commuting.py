@@ -112,6 +112,13 @@ def _copy_into(call: Call) -> list[Tags]:
     return [{n: tags.expand(call.out.shape) for n, tags in call.tags(call.args[1]).items()}]
 
 
+def _filled(call: Call) -> list[Tags]:
+    """`fill_` and `zero_`: what was there is not read."""
+    value = call.argument(1, "value")
+    call.block(call.tags(value), "it is written over other values")
+    return nothing(call)
+
+
 def _padded(call: Call) -> list[Tags]:
     """What is padded with carries no tag."""
     pad = call.args[1]
@@ -245,6 +252,8 @@ RULES: dict[str, Rule] = {
     # moving
     "_to_copy": _cast,
     "copy": _copy_into,
+    "fill": _filled,
+    "zero": _filled,
     "constant_pad_nd": _padded,
     "index_put": _index_put,
     **dict.fromkeys(

@@ -16,8 +16,8 @@ source's channels, the source is refused.  Slices of one stacked parameter (fuse
 import contextlib
 import gc
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -81,11 +81,19 @@ class Reader:
 
 @dataclass(frozen=True)
 class Group:
-    """A source and all its readers.  `block` is the smallest module that ran and holds them; "" is the model."""
+    """A source and all its readers.  `block` is the smallest module that ran and holds them; "" is the model.
+
+    Only the channels in `scalable` may be scaled.  Of a fused q, k and v these are v's.
+    """
 
     source: Source
     readers: tuple[Reader, ...]
     block: str
+
+    @property
+    def scalable(self) -> Tensor:
+        """(C,) bool on the CPU: the source's channels that are read; the scale of the others has to be 1."""
+        return _read_by(self.readers, self.source.channels)
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,28 @@ class Dataflow:
     groups: tuple[Group, ...]
     refused: tuple[Refusal, ...]
     unread: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; of a reader's channels only how many columns it has, and how many have one."""
+        groups = [
+            {
+                "source": asdict(group.source),
+                "scalable": int(group.scalable.sum()),
+                "readers": [
+                    {
+                        "parameter": reader.parameter,
+                        "dim": reader.dim,
+                        "module": reader.module,
+                        "columns": len(reader.channels),
+                        "scalable": int((reader.channels >= 0).sum()),
+                    }
+                    for reader in group.readers
+                ],
+                "block": group.block,
+            }
+            for group in self.groups
+        ]
+        return {"groups": groups, "refused": [asdict(refusal) for refusal in self.refused], "unread": self.unread}
 
 
 def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
@@ -136,7 +166,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
     for tags in map(trace.tags, _tensors_in(out, set())):
         trace.block(tags, "it is an output of the model")
     del out
-    gc.collect()
+    if trace.live_bytes():
+        gc.collect()  # what still lives may only be waiting for it
     for tags in trace.alive():
         trace.block(tags, "it outlives the forward, in a cache or a hook of the model")
     return _conclude(model, trace)
@@ -238,6 +269,14 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield from _tensors_in(part, seen)
 
 
+def _read_by(readers: Sequence[Reader], channels: int) -> Tensor:
+    """(C,) bool: the channels that some reader reads."""
+    seen = torch.zeros(channels, dtype=torch.bool)
+    for reader in readers:
+        seen[reader.channels[reader.channels >= 0]] = True
+    return seen
+
+
 class _Conclusion:
     """A trace, asked for groups."""
 
@@ -280,9 +319,7 @@ class _Conclusion:
     def against(self, number: int, source: Source, readers: list[Reader], block: str) -> list[str]:
         """Why the source cannot be folded; nothing if it can."""
         made = self.trace.sources[number]
-        seen = torch.zeros(made.channels, dtype=torch.bool)
-        for reader in readers:
-            seen[reader.channels[reader.channels >= 0]] = True
+        seen = _read_by(readers, made.channels)
         reasons = [reason for mask, reason in made.blocks if not readers or bool((mask & seen).any())]
         if not readers and not reasons:
             reasons.append("no linear layer reads it")

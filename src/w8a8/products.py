@@ -207,7 +207,7 @@ def _read(
         lines = tags.movedim(x_axis, -1).reshape(-1, columns)
         same = (lines == lines[0]).all(0)
         call.block({number: lines[:, ~same]}, "the tokens that are read together carry different channels")
-        channels[number] = torch.where(same, lines[0], -1).long().cpu()
+        channels[number] = lines.amax(0).long().cpu()  # of a mixed column a blocked channel, so that it counts as read
     dim, rows = view.axes[contracted], view.axes[free]
     assert dim is not None
     call.trace.contractions.append(Contraction(call.trace.module, view.name, dim, channels))

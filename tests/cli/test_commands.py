@@ -214,6 +214,29 @@ def test_inspect_reads_float_and_quantised_models_without_weights(call, demo_dir
     assert found["totals"]["quantized"]["modules"] > 20
 
 
+def test_inspect_pairs_loads_the_weights_and_says_what_folds_and_why_not(call, tmp_path, demo_dir, quantized):
+    code, out, _ = call("inspect", demo_dir, "--pairs")
+    assert code == 0
+    words = " ".join(out.replace("│", " ").split())
+    assert "model.decoder.layers.*.fc1 linear 512 of 512 model.decoder.layers.*.fc2 6" in words
+    assert "the weight of lm_head is tied to model.decoder.embed_tokens" in words
+    found = json.loads(call("inspect", demo_dir, "--pairs", "--json")[1])
+    assert found["unread"] == []
+    assert found["groups"][0]["source"]["parameters"][0] == {
+        "name": "model.decoder.layers.0.self_attn_layer_norm.weight",
+        "dim": 0,
+        "offset": 0.0,
+    }
+    assert [r["module"].rpartition(".")[2] for r in found["groups"][0]["readers"]] == ["q_proj", "k_proj", "v_proj"]
+    assert found["groups"][0]["readers"][0]["columns"] == found["groups"][0]["source"]["channels"]
+    _, out, _ = call("inspect", quantized, "--pairs")
+    assert "a quantised layer, whose weight cannot be rescaled" in " ".join(out.replace("│", " ").split())
+    (tmp_path / "config.json").write_text((demo_dir / "config.json").read_text())
+    code, _, err = call("inspect", tmp_path, "--pairs")
+    assert code == 2
+    assert err.startswith("w8a8: ")
+
+
 def test_study_prints_the_grid_and_names_the_best(call, demo_dir, text):
     arguments = ("study", demo_dir, "--text", text, "--max-tokens", 64, "--bits", 8, "--include", "*.fc1")
     code, out, _ = call(*arguments)

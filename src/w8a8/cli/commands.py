@@ -7,6 +7,7 @@ import typer
 
 from w8a8 import __version__
 from w8a8.cli.output import megabytes, percent, plain, print_json, print_line, print_table, progress
+from w8a8.cli.pairs import show_pairs
 from w8a8.errors import SchemeError, TextError
 
 app = typer.Typer(
@@ -187,8 +188,22 @@ def evaluate(
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
-    """Show what of a model is quantised, or would be, and what is not and why.  Reads no weights."""
+def inspect(
+    model: Model,
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs",
+            help="Instead: load the weights, run a few random tokens, and show which layers could take over a "
+            "scale from which norm or layer, and for the others why not.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what of a model is quantised, or would be, and what is not and why.  Reads no weights without --pairs."""
+    if pairs:
+        show_pairs(_open(model), as_json=as_json)
+        return
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.reader import empty_model
     from w8a8.convert import select
