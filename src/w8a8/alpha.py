@@ -21,8 +21,8 @@ alpha = 1, which levels the channels by their maxima, charged for the calls whos
 Scales are divided by their geometric mean over live channels.  No quantiser sees a common factor; but a dead
 channel keeps the scale 1, and beside live ones of 0.01 its weights, untouched, would take over the range of every row.
 
-Not taken: other families of scales.  Hill climbing on log s per channel from the best alpha, 200 steps, was no better on
-held-out text (docs/log.md).
+Not taken: other families of scales.  Hill climbing on log s per channel from the best alpha, 200 steps, was no better
+on held-out text (docs/log.md).
 """
 
 from collections.abc import Sequence

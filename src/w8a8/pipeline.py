@@ -23,6 +23,7 @@ from w8a8.errors import ModelError, SchemeError
 from w8a8.linear import ledger
 from w8a8.observers import Observer, observer_of
 from w8a8.scheme import Scheme
+from w8a8.smooth import SmoothReport, smooth_undoable
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Result:
     scheme: The scheme of the new layers.
     coverage: What is quantised, what is not, and why not.
     untied: Layers whose weight was shared and is now a copy of its own, each with the module it shared with.
+    smooth: What smoothing did before; None where it was not asked for.
     """
 
     model: nn.Module
     scheme: Scheme
     coverage: Coverage
     untied: dict[str, str]
+    smooth: SmoothReport | None = None
 
     def ledger(self) -> dict[str, dict[str, int]]:
         """How often each kernel has run so far, per layer."""
@@ -56,6 +59,7 @@ def quantize(
     strict: bool = False,
     calibration: Any = None,
     observer: str | Callable[[], Observer] = "absmax",
+    smooth: str | float | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Turn the linear layers of a model into int8 layers, in place.
@@ -76,6 +80,8 @@ def quantize(
             needs it, others do not use it.
         observer: How a static grid follows from what was seen: a name in `w8a8.observers.OBSERVERS`, or a function
             that makes an observer per tensor, `lambda: Percentile(p=99.9)`.
+        smooth: "auto" (the default where there is a calibration), an alpha in 0..1, or "none" (the default without):
+            scale activations into weights first, see `w8a8.smooth`.  What is left float, the norms, keeps its part.
         progress: Called as progress(done, total, name).
 
     Returns:
@@ -83,7 +89,7 @@ def quantize(
 
     Raises:
         SchemeError: the scheme cannot be executed (the message says why and what to use), does not fit a
-            layer, or there is nothing to quantise; it is static and there is no calibration.
+            layer, or there is nothing to quantise; it is static, or to be smoothed for, and there is no calibration.
         CalibrationError: the calibration data cannot be used, or a layer read none of it.
         PatternError: a pattern matches no linear layer.
         ModelError: `head` is unknown, or there is none to quantise.
@@ -101,6 +107,7 @@ def quantize(
         strict=strict,
         calibration=calibration,
         observer=observer,
+        smooth=smooth,
         progress=progress,
     )
 
@@ -113,6 +120,7 @@ def simulate(
     exclude: Sequence[str] = (),
     calibration: Any = None,
     observer: str | Callable[[], Observer] = "absmax",
+    smooth: str | float | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Show what any scheme costs, in float arithmetic, in place.
@@ -120,7 +128,7 @@ def simulate(
     For a scheme that integers can run the outputs are those of `quantize`, bit for bit.
 
     Args:
-        model, include, exclude, calibration, observer, progress: As for `quantize`.
+        model, include, exclude, calibration, observer, smooth, progress: As for `quantize`.
         scheme: Any scheme, up to 16 bits.
 
     Returns:
@@ -139,6 +147,7 @@ def simulate(
         strict=False,
         calibration=calibration,
         observer=observer,
+        smooth=smooth,
         progress=progress,
     )
 
@@ -154,6 +163,7 @@ def _convert(
     strict: bool,
     calibration: Any,
     observer: str | Callable[[], Observer],
+    smooth: str | float | None,
     progress: Progress | None,
 ) -> Result:
     scheme = Scheme.of(scheme)
@@ -161,20 +171,48 @@ def _convert(
     selection = convert.select(model, include, exclude)
     if calibration is not None:
         calibration = Calibration.of(calibration)
-    grids = _static_grids(model, selection, scheme, calibration, observer, progress)
-    layers = convert.build(
-        model,
-        selection,
-        scheme,
-        simulated=simulated,
-        kernel=kernel,
-        strict=strict,
-        input_params=grids,
-        progress=progress,
-    )
-    convert.swap(model, layers)
+    report, undo = _smoothed(model, selection, scheme, calibration, smooth, progress)
+    try:
+        layers = convert.build(
+            model,
+            selection,
+            scheme,
+            simulated=simulated,
+            kernel=kernel,
+            strict=strict,
+            input_params=_static_grids(model, selection, scheme, calibration, observer, progress),
+            progress=progress,
+        )
+        convert.swap(model, layers)
+    except BaseException:
+        undo()
+        raise
     convert.untie(model, selection)
-    return Result(model, scheme, coverage(model, selection.reasons), selection.untied)
+    return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report)
+
+
+def _smoothed(
+    model: nn.Module,
+    selection: convert.Selection,
+    scheme: Scheme,
+    calibration: Calibration | None,
+    smooth: str | float | None,
+    progress: Progress | None,
+) -> tuple[SmoothReport | None, Callable[[], None]]:
+    """Smooth the float weights where it is asked for, and say how to take it back."""
+    if smooth is None:
+        smooth = "none" if calibration is None else "auto"
+    if smooth == "none":
+        return None, lambda: None
+    if isinstance(smooth, str) and smooth != "auto":
+        raise SchemeError(f"smooth={smooth!r} is unknown; use 'auto', an alpha in 0..1, or 'none'")
+    if calibration is None:
+        raise SchemeError(
+            f"smooth={smooth!r} was asked for, which needs calibration data to see the outliers of activations: "
+            "give calibration=, or smooth='none'"
+        )
+    alpha: Any = smooth
+    return smooth_undoable(model, calibration, alpha=alpha, scheme=scheme, selection=selection, progress=progress)
 
 
 def _static_grids(

@@ -18,11 +18,10 @@ The price of putting back the very same bits is a copy of every folded parameter
 size of the linear layers.  Samples are bounded: `rows` tokens for each group.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
 import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +42,16 @@ from w8a8.scheme import PerChannel, PerColumn, PerTensor, Scheme
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
 
-Alpha = float | Literal["auto"]
+_Reporter: TypeAlias = "Callable[[Choice | None, float | None, str | None], GroupReport]"
+
+Alpha: TypeAlias = float | Literal["auto"]
 
 ROWS = 512
 """Tokens in the sample of a group."""
 
 PROBE_TOKENS = 128
 """Tokens in the probe that the gate runs, where it is token ids."""
+
 
 @dataclass(frozen=True)
 class GroupReport:
@@ -80,7 +82,8 @@ class SmoothReport:
     scheme: The name of the scheme it was meant for.
     alpha: As asked: a number, or "auto".
     calibration: What was calibrated on.
-    groups: Every source, in the order of the forward, those that cannot be folded behind.
+    groups: Every group, in the order of the forward.
+    refused: Sources that cannot be folded, each with its reason.
     change: The relative change of the model's float output on the probe.
     bound: What it may have been.
     """
@@ -89,6 +92,7 @@ class SmoothReport:
     alpha: Alpha
     calibration: str
     groups: tuple[GroupReport, ...]
+    refused: tuple[GroupReport, ...]
     change: float
     bound: float
 
@@ -102,19 +106,26 @@ class SmoothReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        done = len(self.smoothed)
         lines = [
-            f"Smoothed {done} of {len(self.groups)} tensors for {self.scheme}, alpha {self.alpha}, on "
-            f"{self.calibration}; float output changed by {self.change:.1e} (relative, at most {self.bound:.1e}).",
-            f"{'alpha':>6} {'error':>9} {'was':>9} {'change':>8}  source -> readers",
+            f"Smoothed {len(self.smoothed)} of {len(self.groups)} groups for {self.scheme}, alpha {self.alpha}, on "
+            f"{self.calibration}; the float output changed by {self.change:.1e} (relative, bound {self.bound:.1e}).",
         ]
+        if self.groups:
+            lines.append(f"{'alpha':>6} {'error was':>10} {'is':>9} {'change':>9}  source -> readers")
         for g in self.groups:
-            cells = (
-                f"{'none' if g.alpha is None else f'{g.alpha:.2f}':>6} {_figure(g.error_after, 9)} "
-                f"{_figure(g.error_before, 9)} {_figure(g.change, 8)}"
-            )
+            alpha = "none" if g.alpha is None else f"{g.alpha:.2f}"
             why = "" if g.reason is None else f": {g.reason}"
-            lines.append(f"{cells}  {g.source} -> {_short(g.readers, g.source)}{why}")
+            lines.append(
+                f"{alpha:>6} {_figure(g.error_before):>10} {_figure(g.error_after):>9} {_figure(g.change):>9}  "
+                f"{g.source} -> {_short(g.readers, g.source)}{why}"
+            )
+        read = [g for g in self.refused if g.readers]
+        lines += [f"  cannot be folded: {g.source} -> {_short(g.readers, g.source)}: {g.reason}" for g in read]
+        if len(self.refused) > len(read):
+            lines.append(
+                f"  {len(self.refused) - len(read)} more sources have no linear to be folded into: "
+                "`w8a8 inspect MODEL --pairs` has the reasons"
+            )
         return "\n".join(lines)
 
 
@@ -209,8 +220,8 @@ def smooth_undoable(
     except BaseException:
         _undo(originals)()
         raise
-    reports += [_refused(refusal) for refusal in flow.refused]
-    report = SmoothReport(scheme.name, alpha, calibration.description, tuple(reports), change, bound)
+    refused = tuple(_refused(refusal) for refusal in flow.refused)
+    report = SmoothReport(scheme.name, alpha, calibration.description, tuple(reports), refused, change, bound)
     return report, _undo(originals)
 
 
@@ -290,7 +301,7 @@ def _smooth_group(
 
 
 def _fold_checked(
-    work: _Work, choice: Choice, gate: Gate, originals: dict[int, tuple[nn.Parameter, Tensor]], report: Any
+    work: _Work, choice: Choice, gate: Gate, originals: dict[int, tuple[nn.Parameter, Tensor]], report: _Reporter
 ) -> GroupReport:
     group = work.group
     assert choice.scales is not None, "there is something to fold"
@@ -317,8 +328,8 @@ def _fold_checked(
 
 def _broken(change: float, bound: float, where: str) -> str:
     return (
-        f"the fold changed the block's float output by {change:.2e} (relative norm, {where}), over {bound:.2e}, and was "
-        "undone: something else reads the tensor, or it is not what it was taken for"
+        f"the fold changed the block's float output by {change:.2e} (relative norm, {where}), over {bound:.2e}, and "
+        "was undone: something else reads the tensor, or it is not what it was taken for"
     )
 
 
@@ -350,8 +361,8 @@ def _cut(inputs: ModelInputs) -> ModelInputs:
     return inputs
 
 
-def _figure(value: float | None, width: int) -> str:
-    return f"{'':>{width}}" if value is None else f"{value:>{width}.2e}"
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"
 
 
 def _short(readers: Sequence[str], source: str) -> str:

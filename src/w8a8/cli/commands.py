@@ -74,7 +74,9 @@ def quantize(
     calib: Annotated[
         str | None,
         typer.Option(
-            "--calib", metavar="FILE", help="Calibration data, for static schemes: .txt or .jsonl, or a hub data set."
+            "--calib",
+            metavar="FILE",
+            help="Calibration data, for static schemes and smoothing: .txt or .jsonl, or a hub data set.",
         ),
     ] = None,
     calib_samples: Annotated[int, typer.Option("--calib-samples", min=1, help="Windows drawn from it.")] = 128,
@@ -86,6 +88,15 @@ def quantize(
     observer: Annotated[
         str, typer.Option("--observer", help="How a static scale is chosen: absmax, minmax, percentile, mse.")
     ] = "absmax",
+    smooth: Annotated[
+        str | None,
+        typer.Option(
+            "--smooth",
+            metavar="auto|ALPHA|none",
+            help="Scale activations into weights: alpha searched per group, one alpha in 0..1, or not.  "
+            "By default auto with --calib, else none.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -119,6 +130,7 @@ def quantize(
             head=head,
             calibration=data,
             observer=observer,
+            smooth=_alpha(smooth),
             progress=step,
         )
     save(opened.model, output, opened.tokenizer, overwrite=force)
@@ -129,6 +141,7 @@ def quantize(
                 "scheme": result.scheme.name,
                 "untied": result.untied,
                 "calibration": None if data is None else data.description,
+                "smooth": None if result.smooth is None else result.smooth.to_dict(),
                 "coverage": result.coverage.to_dict(),
             }
         )
@@ -136,6 +149,8 @@ def quantize(
     _show_coverage(result.coverage)
     for name, other in result.untied.items():
         print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
+    if result.smooth is not None:
+        print_line(str(result.smooth))
     if data is not None and wanted.static:
         print_line(f"Activation scales by {observer} on {data.description}.")
     print_line(f"Saved in {output}.")
@@ -396,6 +411,14 @@ def _open(model: str, *, dtype: str = "auto", device: str = "cpu", head: str = "
 
     _quiet_transformers()
     return open_model(model, dtype=dtype, device=device, head=head)
+
+
+def _alpha(smooth: str | None) -> str | float | None:
+    """The option --smooth as `pipeline.quantize` takes it, which also refuses other words."""
+    try:
+        return smooth if smooth is None else float(smooth)
+    except ValueError:
+        return smooth
 
 
 def _quiet_transformers() -> None:
