@@ -44,13 +44,14 @@ def fold_(model: nn.Module, group: Group, scales: Tensor) -> Undo:
     Args:
         model: Holds the group's parameters; changed, in their dtypes, only if everything can be.
         group: Who makes and who reads the tensor.
-        scales: (C,) per channel of the source, positive and finite, any float dtype.
+        scales: (C,) per channel of the source, positive and finite, any float dtype; 1 where no reader takes the
+            channel, see `read_channels`.
 
     Returns:
         What puts the very same bits back.
 
     Raises:
-        ModelError: `scales` does not fit the source, or a channel map does not fit its weight.
+        ModelError: `scales` does not fit the source or scales what nobody reads, or a channel map does not fit its weight.
         NonFiniteError: a scale is not positive and finite, or a folded weight overflows its dtype.
     """
     scales = _checked(scales, group)
@@ -95,7 +96,24 @@ def _checked(scales: Tensor, group: Group) -> Tensor:
             f"the scale {float(scales[index])} of channel {index} of {source.module} is not positive and finite "
             f"({int(bad.sum())} of {source.channels} are not); a channel that cannot be scaled has the scale 1"
         )
+    unread = ~read_channels(group) & (scales.cpu() != 1)
+    if bool(unread.any()):
+        index = int(unread.nonzero()[0])
+        raise ModelError(
+            f"the scale {float(scales[index])} was given for channel {index} of {source.module}, which no reader of the "
+            f"group takes ({int(unread.sum())} of {source.channels}, as queries and keys of a fused projection): "
+            "its scale must be 1"
+        )
     return scales
+
+
+def read_channels(group: Group) -> Tensor:
+    """(C,) bool on the CPU: the source's channels that a reader takes; only these can be scaled."""
+    read = torch.zeros(group.source.channels, dtype=torch.bool)
+    for reader in group.readers:
+        channels = reader.channels.cpu()
+        read[channels[(channels >= 0) & (channels < group.source.channels)]] = True
+    return read
 
 
 def _changes(
