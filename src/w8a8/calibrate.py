@@ -36,7 +36,7 @@ from w8a8.observers import Observer, observer_of
 from w8a8.scheme import QuantSpec
 from w8a8.sources import SAMPLES, batched, hub_texts, windows_of_file, windows_of_ids, windows_of_texts
 
-__all__ = ["Calibration", "ModelInputs", "Statistic", "call", "collect", "static_grids"]
+__all__ = ["Calibration", "ModelInputs", "Statistic", "call", "checked_observer", "collect", "static_grids"]
 
 
 class Statistic(Protocol):
@@ -284,6 +284,20 @@ def collect(
     return dict(statistics)
 
 
+def checked_observer(observer: str | Callable[[], Observer], spec: QuantSpec) -> Callable[[], Observer]:
+    """What makes the observers; one that has no such grid says so here, before the passes and not after.
+
+    Raises:
+        CalibrationError: no observer has this name.
+        SchemeError: the observer has no grid for this `spec`.
+    """
+    make = observer_of(observer)
+    trial = make()
+    trial.update(torch.zeros(1, 1))
+    trial.params(spec)
+    return make
+
+
 def static_grids(
     model: nn.Module,
     names: Sequence[str],
@@ -311,10 +325,7 @@ def static_grids(
         CalibrationError: no observer has this name; a layer was not reached, or only with no tokens.
         NonFiniteError: a layer read a NaN or an infinity; the layer is named.
     """
-    make = observer_of(observer)
-    trial = make()  # an observer that has no such grid says so before the passes, not after
-    trial.update(torch.zeros(1, 1))
-    trial.params(spec)
+    make = checked_observer(observer, spec)
     found = collect(model, calibration, {name: make() for name in names}, progress=progress)
     unreached = [name for name in names if not found[name].tokens]
     if unreached:

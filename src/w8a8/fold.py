@@ -51,7 +51,8 @@ def fold_(model: nn.Module, group: Group, scales: Tensor) -> Undo:
         What puts the very same bits back.
 
     Raises:
-        ModelError: `scales` does not fit the source or scales what nobody reads, or a channel map does not fit its weight.
+        ModelError: `scales` does not fit the source or scales what nobody reads; a channel map does not fit its
+            weight.
         NonFiniteError: a scale is not positive and finite, or a folded weight overflows its dtype.
     """
     scales = _checked(scales, group)
@@ -100,8 +101,8 @@ def _checked(scales: Tensor, group: Group) -> Tensor:
     if bool(unread.any()):
         index = int(unread.nonzero()[0])
         raise ModelError(
-            f"the scale {float(scales[index])} was given for channel {index} of {source.module}, which no reader of the "
-            f"group takes ({int(unread.sum())} of {source.channels}, as queries and keys of a fused projection): "
+            f"the scale {float(scales[index])} was given for channel {index} of {source.module}, which no reader of "
+            f"the group takes ({int(unread.sum())} of {source.channels}, as queries and keys of a fused projection): "
             "its scale must be 1"
         )
     return scales

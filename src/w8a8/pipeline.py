@@ -13,7 +13,7 @@ from torch import nn
 
 from w8a8 import convert, kernels
 from w8a8.affine import QParams
-from w8a8.calibrate import Calibration, static_grids
+from w8a8.calibrate import Calibration, checked_observer, static_grids
 from w8a8.checkpoint import load
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import architecture
@@ -171,6 +171,7 @@ def _convert(
     selection = convert.select(model, include, exclude)
     if calibration is not None:
         calibration = Calibration.of(calibration)
+    _check_static(scheme, calibration, observer)
     report, undo = _smoothed(model, selection, scheme, calibration, smooth, progress)
     try:
         layers = convert.build(
@@ -225,8 +226,17 @@ def _static_grids(
 ) -> dict[str, QParams] | None:
     """The grids of the chosen layers' inputs, or None where the scheme measures each input as it comes."""
     if not scheme.static:
-        observer_of(observer)
         return None
+    assert scheme.activations is not None, "a static scheme has activations"
+    assert calibration is not None, "checked before"
+    return static_grids(model, selection.chosen, scheme.activations, calibration, observer, progress=progress)
+
+
+def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:
+    """What can be known of the static grids before any pass."""
+    if not scheme.static:
+        observer_of(observer)
+        return
     assert scheme.activations is not None, "a static scheme has activations"
     if calibration is None:
         raise SchemeError(
@@ -234,7 +244,7 @@ def _static_grids(
             "on: give calibration=, for example Calibration.of(texts, tokenizer) (--calib FILE), or use a dynamic "
             "scheme such as 'w8a8'"
         )
-    return static_grids(model, selection.chosen, scheme.activations, calibration, observer, progress=progress)
+    checked_observer(observer, scheme.activations)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from w8a8.errors import ModelError, NonFiniteError
 from w8a8.fold import Undo, fold_
 from w8a8.gate import Gate
 from w8a8.linear import float_operands
-from w8a8.model_inputs import ModelInputs
+from w8a8.model_inputs import ModelInputs, check_inputs
 from w8a8.observers import MinMax
 from w8a8.reservoir import Reservoir
 from w8a8.scheme import PerChannel, PerColumn, PerTensor, Scheme
@@ -193,6 +193,7 @@ def smooth_undoable(
         check_alpha(alpha)
     chosen = frozenset(selection.chosen)
     inputs = calibration.first(model)
+    check_inputs(model, inputs)
     flow = observe(model, _as_mapping(model, inputs))
     work = [_Work(model, group, chosen, scheme) for group in flow.groups]
     wanted = {name for w in work for name in w.sampled}
