@@ -12,7 +12,6 @@ from w8a8 import smooth
 from w8a8.calibrate import Calibration
 from w8a8.dataflow import Dataflow, Group, Reader, ScaledParameter, Source, observe
 from w8a8.errors import CalibrationError, ModelError, PatternError, SchemeError
-from w8a8.fold import read_channels
 from w8a8.gate import Gate
 from w8a8.linear import quant_linears
 from w8a8.smooth import smooth_
@@ -68,7 +67,7 @@ def test_folding_all_groups_keeps_the_function_of_every_family(name, monkeypatch
         before = model(**inputs).logits
     for group in flow.groups:
         scales = torch.empty(group.source.channels).uniform_(-2, 2).exp()
-        smooth.fold_(model, group, torch.where(read_channels(group), scales, 1.0))
+        smooth.fold_(model, group, torch.where(group.scalable, scales, 1.0))
         assert gate.change(group) < 1e-9
     with torch.no_grad():
         assert relative_error(model(**inputs).logits, before) < 1e-9

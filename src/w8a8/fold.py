@@ -44,8 +44,8 @@ def fold_(model: nn.Module, group: Group, scales: Tensor) -> Undo:
     Args:
         model: Holds the group's parameters; changed, in their dtypes, only if everything can be.
         group: Who makes and who reads the tensor.
-        scales: (C,) per channel of the source, positive and finite, any float dtype; 1 where no reader takes the
-            channel, see `read_channels`.
+        scales: (C,) per channel of the source, positive and finite, any float dtype; 1 outside of
+            `group.scalable`.
 
     Returns:
         What puts the very same bits back.
@@ -97,7 +97,7 @@ def _checked(scales: Tensor, group: Group) -> Tensor:
             f"the scale {float(scales[index])} of channel {index} of {source.module} is not positive and finite "
             f"({int(bad.sum())} of {source.channels} are not); a channel that cannot be scaled has the scale 1"
         )
-    unread = ~read_channels(group) & (scales.cpu() != 1)
+    unread = ~group.scalable & (scales.cpu() != 1)
     if bool(unread.any()):
         index = int(unread.nonzero()[0])
         raise ModelError(
@@ -106,15 +106,6 @@ def _checked(scales: Tensor, group: Group) -> Tensor:
             "its scale must be 1"
         )
     return scales
-
-
-def read_channels(group: Group) -> Tensor:
-    """(C,) bool on the CPU: the source's channels that a reader takes; only these can be scaled."""
-    read = torch.zeros(group.source.channels, dtype=torch.bool)
-    for reader in group.readers:
-        channels = reader.channels.cpu()
-        read[channels[(channels >= 0) & (channels < group.source.channels)]] = True
-    return read
 
 
 def _changes(
