@@ -15,8 +15,9 @@ is relative.  A source that is itself quantised with scales shared between its r
 rows are rescaled.
 
 A range is never read from the sample alone.  A static grid comes from the extremes of all the calibration; for a
-dynamic one per tensor, each sampled token is quantised with the range of one of the calls that were seen.  Only then is
-alpha = 1, which levels the channels by their maxima, charged for the calls whose maxima lie elsewhere.
+dynamic one per tensor, each sampled token is quantised with the range of one of the calls that were seen.  There the
+scales on trial come from the maxima of half of the calls and meet the ranges of the other half, and the reverse: scales of
+alpha = 1 level the very maxima that they were made from, and new calls have theirs elsewhere.
 
 Scales are divided by their geometric mean over live channels.  No quantiser sees a common factor; but a dead
 channel keeps the scale 1, and beside live ones of 0.01 its weights, untouched, would take over the range of every row.
@@ -26,7 +27,7 @@ on held-out text (docs/log.md).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ GRID = tuple(round(i / 20, 2) for i in range(21))
 REACH = 2.0**16
 """How far a scale may be from the geometric mean: half floats hold what is left."""
 
-CALLS = 16
+CALLS = 64
 """Calls of a layer whose ranges are kept."""
 
 _FLOAT32 = torch.finfo(torch.float32)
@@ -207,17 +208,45 @@ def search(
     live = (activations > 0) & (weights > 0)
     exact = [_output(product) for product in products]
 
-    def error(scales: Tensor) -> float:
-        return sum(_error(p, y, scales, scheme) for p, y in zip(products, exact, strict=True))
+    def scales_of(alpha: float, activations: Tensor) -> Tensor:
+        return centred(smooth_scales(activations, weights, alpha), live)
+
+    def error(scales: Tensor, judged: Sequence[Product] = products) -> float:
+        return sum(_error(p, y, scales, scheme) for p, y in zip(judged, exact, strict=True))
+
+    halves = _halves(products, scheme.activations)
+    seen = [torch.where(m > 0, m, activations) for m in (magnitudes(fitted, channels)[0] for fitted, _ in halves)]
+
+    def trial(alpha: float) -> float:
+        if not halves:
+            return error(scales_of(alpha, activations))
+        return sum(error(scales_of(alpha, m), judged) for m, (_, judged) in zip(seen, halves, strict=True)) / 2
 
     before = error(torch.ones(channels, dtype=torch.float64))
-    best = Choice(None, None, before, before)
-    for alpha in alphas:
-        scales = centred(smooth_scales(activations, weights, alpha), live)
-        after = error(scales)
-        if after < best.error_after or (forced and best.alpha is None):
-            best = Choice(alpha, scales, before, after)
-    return best
+    none = Choice(None, None, before, before)
+    errors = {alpha: trial(alpha) for alpha in alphas}
+    alpha = min(errors, key=lambda a: errors[a])
+    scales = scales_of(alpha, activations)
+    after = error(scales) if halves else errors[alpha]
+    better = max(after, errors[alpha]) < before
+    return Choice(alpha, scales, before, after) if better or forced else none
+
+
+def _halves(products: Sequence[Product], spec: QuantSpec | None) -> list[tuple[Sequence[Product], Sequence[Product]]]:
+    """Twice: products with the maxima of half of the calls, and with the ranges of the other half.
+
+    Nothing where ranges are not those of calls, or there was only one.
+    """
+    calls = min(len(product.sample.call_low) for product in products)
+    if spec is None or not spec.dynamic or not isinstance(spec.granularity, PerTensor) or calls < 2:
+        return []
+
+    def part(product: Product, half: int) -> Product:
+        low, high = product.sample.call_low[half::2], product.sample.call_high[half::2]
+        return replace(product, sample=Sample(product.sample.rows, low.amin(0), high.amax(0), low, high))
+
+    one, other = ([part(product, half) for product in products] for half in (0, 1))
+    return [(one, other), (other, one)]
 
 
 def magnitudes(products: Sequence[Product], channels: int) -> tuple[Tensor, Tensor]:
