@@ -13,11 +13,8 @@ from torch.utils._pytree import tree_leaves
 import w8a8
 from tests import conftest
 from tests.families import FAMILIES, InDouble, build, inputs
-from w8a8.commuting import RULES
 from w8a8.dataflow import Dataflow, Group, observe, probe
 from w8a8.errors import ModelError
-from w8a8.products import blocked
-from w8a8.tracing import Trace, Watch
 
 WIDTH = 12
 
@@ -758,25 +755,6 @@ def test_a_caller_in_inference_mode_sees_the_same():
     with torch.inference_mode():
         flow = observe(build("llama"), inputs("llama"))
     assert pairs(flow) == pairs(observe(build("llama"), inputs("llama")))
-
-
-def test_tags_take_no_more_than_the_live_activations():
-    depth, x = 40, torch.randn(4, 64)
-    model = nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(64, 64), nn.ReLU())))
-    trace, peak = Trace(model), 0
-
-    class Measured(Watch):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal peak
-            out = super().__torch_dispatch__(func, types, args, kwargs)
-            peak = max(peak, trace.live_bytes())
-            return out
-
-    with torch.no_grad(), Measured(trace, RULES, blocked):
-        model(x)
-    activation = 4 * 64 * 4
-    assert 0 < peak <= 3 * activation
-    assert trace.live_bytes() == 0
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ RULES: dict[str, Rule] = {
     # along an axis
     **dict.fromkeys(("sum", "mean", "amax", "amin"), reduced),
     **dict.fromkeys(("mm", "bmm", "addmm", "baddbmm"), matrix_product),
-    **dict.fromkeys(("_grouped_mm", "grouped_mm_fallback"), experts_product),
+    **dict.fromkeys(("_grouped_mm", "transformers::grouped_mm_fallback"), experts_product),
     "linear": linear,
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), layer_norm),
     **dict.fromkeys(

@@ -275,7 +275,7 @@ class Trace:
 class Call:
     """One operation after it ran.  A rule reads it, and returns the tags of each tensor in `out`.
 
-    name: The operation without its overload, and without the underscore of an in-place one.
+    name: Of the operation, without its overload and the underscore of an in-place one; with its library if not aten.
     mutated: The arguments it wrote to.
     """
 
@@ -335,13 +335,13 @@ class Watch(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         views = [(tensor, view) for tensor in given if (view := trace.view(tensor)) is not None]
         mutated = [leaf for leaf in tree_leaves(_written(func, args, kwargs)) if isinstance(leaf, Tensor)]
-        memory = [_storage(tensor) for tensor in given]
+        memory = [storage for storage in map(_storage, given) if storage is not None]
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not mutated and results and all(any(_storage(result) is one for one in memory) for result in results):
             return out  # a view: the tags lie with the memory
         if not views and not any(trace.tags(tensor) for tensor in given):
             return out
-        name = func._schema.name.partition("::")[2]
+        name = func._schema.name.removeprefix("aten::")
         name = name[:-1] if mutated and name.endswith("_") else name
         call = Call(trace, func, name, args, kwargs, out, mutated)
         tags = (self._otherwise if trace.module in trace.quantized else self._rules.get(name, self._otherwise))(call)
