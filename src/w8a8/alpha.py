@@ -16,8 +16,8 @@ rows are rescaled.
 
 A range is never read from the sample alone.  A static grid comes from the extremes of all the calibration; for a
 dynamic one per tensor, each sampled token is quantised with the range of one of the calls that were seen.  There the
-scales on trial come from the maxima of half of the calls and meet the ranges of the other half, and the reverse: scales of
-alpha = 1 level the very maxima that they were made from, and new calls have theirs elsewhere.
+scales on trial come from the maxima of half of the calls and meet the ranges of the other half, and the reverse: with
+alpha = 1 they level the very maxima that they were made from, and new calls have theirs elsewhere.
 
 Scales are divided by their geometric mean over live channels.  No quantiser sees a common factor; but a dead
 channel keeps the scale 1, and beside live ones of 0.01 its weights, untouched, would take over the range of every row.

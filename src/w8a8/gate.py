@@ -14,7 +14,7 @@ The bound is 1e-5 for float32 weights.  A fold rounds each weight once more, and
 coarsely that this bound would refuse everything, while one scaled in proportion would pass anything.  There two things
 are compared: the fold without its rounding, in the copy, against 1e-5, which asks whether the pair is right; and the
 rounded weights against 4 eps of their dtype (0.0039 for float16, 0.031 for bfloat16), which asks whether they were
-harmed.  Measured (docs/log.md): folding every group moves a block by 0.2 to 0.5 eps.
+harmed.  Measured (docs/log.md): folding every group moves a block by 0.1 to 0.4 eps.
 
 At the end the whole model is compared in the same way, with a bound that grows by the square root of the number of
 blocks, since their roundings are independent.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import w8a8
 from tests.conftest import llama
@@ -105,6 +106,24 @@ def test_a_static_scheme_is_calibrated_saved_and_scored(call, tmp_path, demo_dir
     assert abs(json.loads(out)["perplexity_ratio"]["mean"] - 1) < 0.05
 
 
+@pytest.mark.parametrize(("option", "alpha"), [((), "auto"), (("--smooth", "0.6"), 0.6), (("--smooth", "none"), None)])
+def test_smoothing_is_asked_for_told_and_saved(call, tmp_path, demo_dir, text, option, alpha):
+    arguments = ["--calib", text, "--calib-samples", "2", "--calib-length", "64", *option]
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments)
+    assert code == 0
+    assert (f"groups for w8a8, alpha {alpha}, on 2 windows" in out) is (alpha is not None)
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--force", "--json")
+    told = json.loads(out)["smooth"]
+    norm = "model.decoder.layers.0.self_attn_layer_norm.weight"
+    same = torch.equal(
+        w8a8.load(tmp_path / "out").get_parameter(norm), demo_model().model.get_parameter(norm).to(torch.float16)
+    )
+    assert same is (alpha is None)
+    assert (told is None) if alpha is None else (told["alpha"] == alpha and told["change"] < told["bound"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # transformers reads it too
+    assert theirs.get_parameter(norm).shape == (128,)
+
+
 def test_the_seed_of_a_calibration_decides(call, tmp_path, demo_dir, text):
     scales = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -141,6 +160,9 @@ def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
             ("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--calib-length", "9999", "--scheme", "w8a8-o3"),
             "a window of",
         ),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--smooth", "much"), "smooth='much' is unknown"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--smooth", "2"), "alpha=2.0 is not a number in 0..1"),
+        (("quantize", "MODEL", "-o", "OUT", "--smooth", "0.5"), "which needs calibration data"),
         (("eval", "MODEL", "--text", "/nowhere"), "--text /nowhere cannot be read as UTF-8"),
         (("eval", "MODEL", "--text", "TEXT", "--seq-len", "100000"), "seq_len=100000 is out of range"),
         (("eval", "MODEL", "--text", "TEXT", "--stride", "5000"), "stride=5000 is out of range"),
