@@ -34,6 +34,7 @@ RESULT = ROOT / "bench" / "results" / "smoothing.json"
 FIXED = (0.3, 0.5, 0.7, 0.85)
 BITS = (8, 6, 4)
 POWER = 1.5
+WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,11 @@ class Case:
     model: Any
     calibration: Calibration
     ids: Tensor
-    seq_len: int
     outliers: float | None
 
     def perplexity(self, model: Any) -> float:
         """On the evaluation text."""
-        return perplexity(model, self.ids, seq_len=self.seq_len).perplexity.mean
+        return perplexity(model, self.ids, seq_len=WINDOW).perplexity.mean
 
 
 def schemes() -> Iterator[tuple[str, int, Scheme]]:
@@ -67,49 +67,52 @@ def injected_case(arguments: argparse.Namespace) -> Case:
     ids = encode(opened.tokenizer, Path(arguments.text).read_text(encoding="utf-8"))
     middle = ids.numel() // 3  # the last fifth of tinystories_val.txt is another kind of text: perplexity 8, not 4
     done = outliers.inject_(opened.model, arguments.profile, power=POWER)
-    calibration = Calibration.of(ids[:middle], samples=arguments.samples, length=512)
+    calibration = Calibration.of(ids[:middle], samples=arguments.samples, length=WINDOW)
     largest = max(injection.largest for injection in done)
-    return Case("semi-synthetic", opened.model, calibration, ids[middle:][: arguments.tokens], 512, largest)
+    return Case("semi-synthetic", opened.model, calibration, ids[middle:][: arguments.tokens], largest)
 
 
 def demo_case(arguments: argparse.Namespace) -> Case:
     """The shipped OPT as it is."""
     opened = open_model(demo_directory(), dtype="float32")
-    calibration = Calibration.of([corpus.training_text()], opened.tokenizer, samples=arguments.samples, length=256)
+    training = encode(opened.tokenizer, corpus.training_text())
+    calibration = Calibration.of(training, samples=arguments.samples, length=WINDOW)
     ids = encode(opened.tokenizer, corpus.held_out_text())[: arguments.tokens]
-    return Case("demo OPT", opened.model, calibration, ids, 256, None)
+    return Case("demo OPT", opened.model, calibration, ids, None)
 
 
-def quantised(case: Case, scheme: Scheme, bits: int, smooth: str | float) -> dict[str, Any]:
-    """Perplexity and seconds of one way to quantise."""
-    start = time.perf_counter()
+def quantised(case: Case, model: Any, scheme: Scheme, bits: int, smooth: str) -> dict[str, Any]:
+    """Perplexity of a copy of a float model, quantised."""
     convert: Callable[..., Any] = w8a8.quantize if bits == 8 else w8a8.simulate
-    result = convert(copy.deepcopy(case.model), scheme, calibration=case.calibration, smooth=smooth)
+    start = time.perf_counter()
+    result = convert(copy.deepcopy(model), scheme, calibration=case.calibration, smooth=smooth)
     seconds = time.perf_counter() - start
-    report = result.smooth
     return {
         "perplexity": case.perplexity(result.model),
         "seconds": seconds,
-        "float_change": None if report is None else report.change,
-        "alphas": None if report is None else {g.source: g.alpha for g in report.groups},
+        "smooth": None if result.smooth is None else result.smooth.to_dict(),
     }
 
 
 def measure_case(case: Case) -> dict[str, Any]:
-    """All rows of one model."""
+    """All rows of one model.  A fixed alpha does not ask for the scheme, so its model is smoothed once."""
+    fixed = {}
+    for alpha in FIXED:
+        fixed[str(alpha)] = copy.deepcopy(case.model)
+        w8a8.smooth_(fixed[str(alpha)], case.calibration, alpha=alpha)
     rows = []
     for name, bits, scheme in schemes():
-        row = {"scheme": name, "bits": bits, "naive": quantised(case, scheme, bits, "none")}
-        row |= {"fixed": {str(alpha): quantised(case, scheme, bits, alpha) for alpha in FIXED}}
-        row |= {"auto": quantised(case, scheme, bits, "auto")}
+        row = {"scheme": name, "bits": bits, "naive": quantised(case, case.model, scheme, bits, "none")}
+        row |= {"fixed": {alpha: quantised(case, model, scheme, bits, "none") for alpha, model in fixed.items()}}
+        row |= {"auto": quantised(case, case.model, scheme, bits, "auto")}
         rows.append(row)
         print(_row(row, 0.0), flush=True)
     return {
         "name": case.name,
         "outliers": case.outliers,
-        "calibration": case.calibration.description,
+        "calibration": case.calibration.description.partition(" of ")[0].rstrip(","),
         "tokens": case.ids.numel(),
-        "seq_len": case.seq_len,
+        "window": WINDOW,
         "float": case.perplexity(case.model),
         "rows": rows,
     }
@@ -166,7 +169,7 @@ def tables(result: dict[str, Any]) -> str:
             )
         parts.append(
             f"{case['name']}: {about}. Float perplexity {case['float']:.4f} on {case['tokens']:,} tokens; "
-            f"calibrated on {case['calibration'].partition(' of ')[0].rstrip(',')}.\n\n{table(case)}"
+            f"calibrated on {case['calibration']}.\n\n{table(case)}"
         )
     return "\n\n".join(parts)
 

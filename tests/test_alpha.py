@@ -1,12 +1,14 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w8a8.alpha import GRID, CallRanges, Product, Sample, centred, magnitudes, search, smooth_scales
+from w8a8.alpha import GRID, Product, centred, magnitudes, search, smooth_scales
 from w8a8.errors import NonFiniteError, SchemeError
+from w8a8.sampling import Sample
 from w8a8.scheme import PerColumn, PerTensor, PerToken, QuantSpec, Scheme
 
 positive = st.floats(1e-20, 1e20)
@@ -170,12 +172,28 @@ def test_magnitudes_meet_in_the_sources_channels():
     assert weights.tolist() == pytest.approx([0.1, 3.0, 0.0])
 
 
-def test_ranges_of_calls_are_bounded_and_exact():
-    ranges = CallRanges(3)
-    calls = [torch.randn(2, n, 4) for n in (1, 5, 2, 7, 3)]
-    for x in [*calls, torch.empty(0, 4)]:
-        ranges.update(x)
-    low, high = ranges.range
-    assert low.shape == high.shape == (3, 4)
-    seen = [x.amax((0, 1)).tolist() for x in calls]
-    assert all(row in seen for row in high.tolist())
+def test_scales_are_judged_on_tokens_that_they_were_not_made_from():
+    """A channel that is loud in one half only: levelled by its own maximum it looks harmless there."""
+    quiet, loud = torch.randn(64, 8), torch.randn(64, 8)
+    quiet[:, 3] *= 1e-4
+    loud[:, 3] *= 1e2
+    both = torch.cat([quiet, loud])
+    halves = (sample(quiet), sample(loud))
+    weight = torch.randn(4, 8)
+    scheme = Scheme.of("w8a8-static")
+    fooled = search([Product(sample(both), weight, torch.arange(8), reads=True)], 8, scheme, (0.0, 1.0))
+    careful = search([Product(replace(sample(both), halves=halves), weight, torch.arange(8), reads=True)], 8, scheme)
+    assert fooled.alpha == 1.0
+    assert careful.error_before > 10 * fooled.error_before  # the clamped tokens of the loud half are seen
+    assert careful.error_after <= careful.error_before
+
+
+def test_scales_of_a_choice_come_from_the_whole_sample():
+    one, other = torch.randn(32, 4), torch.randn(32, 4)
+    other[:, 2] *= 30
+    one[:, 2] *= 20
+    whole = replace(sample(torch.cat([one, other])), halves=(sample(one), sample(other)))
+    product = Product(whole, torch.ones(3, 4), torch.arange(4), reads=True)
+    choice = search([product], 4, Scheme.of("w8a8-tensor"), (1.0,), forced=True)
+    expected = whole.absmax.double()
+    assert torch.allclose(choice.scales, expected / expected.log().mean().exp())

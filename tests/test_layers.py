@@ -11,7 +11,7 @@ LAYERS = [
     {"affine"},
     {"functional", "tokens", "summaries", "reservoir"},
     {"kernels", "observers"},
-    {"linear"},
+    {"linear", "sampling"},
     {"convert", "coverage", "tracing"},
     {"products"},
     {"commuting"},

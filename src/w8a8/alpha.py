@@ -14,10 +14,9 @@ that every token counts the same, was a little worse (docs/log.md).  The errors 
 is relative.  A source that is itself quantised with scales shared between its rows is part of the sum, as its
 rows are rescaled.
 
-A range is never read from the sample alone.  A static grid comes from the extremes of all the calibration; for a
-dynamic one per tensor, each sampled token is quantised with the range of one of the calls that were seen.  There the
-scales on trial come from the maxima of half of the calls and meet the ranges of the other half, and the reverse: with
-alpha = 1 they level the very maxima that they were made from, and new calls have theirs elsewhere.
+A range is never read from the sampled tokens alone.  A static grid comes from the extremes of all the calibration; for
+a dynamic one per tensor, each sampled token is quantised with the range of one of the calls that were seen.  And what
+is fitted on half of the calls, scales and static ranges, is judged on the other half (`w8a8.sampling`).
 
 Scales are divided by their geometric mean over live channels.  No quantiser sees a common factor; but a dead
 channel keeps the scale 1, and beside live ones of 0.01 its weights, untouched, would take over the range of every row.
@@ -35,7 +34,7 @@ from torch import Tensor
 from w8a8.affine import QParams, fake_quantize, grid_of_range
 from w8a8.errors import NonFiniteError, SchemeError
 from w8a8.fold import reader_scales
-from w8a8.reservoir import Reservoir
+from w8a8.sampling import Sample
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
 from w8a8.tokens import fake_quantize_tokens
 
@@ -44,9 +43,6 @@ GRID = tuple(round(i / 20, 2) for i in range(21))
 
 REACH = 2.0**16
 """How far a scale may be from the geometric mean: half floats hold what is left."""
-
-CALLS = 64
-"""Calls of a layer whose ranges are kept."""
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -117,51 +113,6 @@ def centred(scales: Tensor, live: Tensor) -> Tensor:
     return torch.where(live, (logs - mean).exp().clamp(1 / REACH, REACH), 1.0)
 
 
-class CallRanges:
-    """The range of each channel in a few of the calls of a layer: a statistic for `w8a8.calibrate.collect`.
-
-    Args:
-        calls: How many calls are kept, each with the same probability.
-        seed: Of the choice.
-    """
-
-    def __init__(self, calls: int = CALLS, *, seed: int = 0) -> None:
-        self._kept = Reservoir(calls, seed=seed)
-
-    def update(self, x: Tensor) -> None:
-        """Take in one call's (..., K) input."""
-        rows = x.reshape(-1, x.shape[-1])
-        if len(rows):
-            self._kept.update(torch.cat([rows.amin(0), rows.amax(0)])[None])
-
-    @property
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest value, (calls, K) float32 each."""
-        lowest, highest = self._kept.rows.to(torch.float32).chunk(2, dim=-1)
-        return lowest, highest
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the calibration showed of a tensor that linears read.
-
-    rows: (R, K) float32, some of its tokens.
-    low, high: (K,) float32, the extremes of all its tokens.
-    call_low, call_high: (B, K) float32, those of single calls.
-    """
-
-    rows: Tensor
-    low: Tensor
-    high: Tensor
-    call_low: Tensor
-    call_high: Tensor
-
-    @property
-    def absmax(self) -> Tensor:
-        """(K,) the largest magnitude of each channel."""
-        return torch.maximum(-self.low, self.high)
-
-
 @dataclass(frozen=True)
 class Product:
     """One quantised matrix that the scales of a group change.
@@ -202,51 +153,60 @@ def search(
         forced: Leave out no smoothing as a candidate.
 
     Returns:
-        The choice; with scales for the source's channels, normalised.
+        The choice; with scales for the source's channels, normalised, from the whole sample.  Its errors are those on
+        the half that the scales and static ranges were not made from, the mean of both ways, where there are halves.
+        What is chosen is no worse than no smoothing there, nor on the whole sample.
     """
-    activations, weights = magnitudes(products, channels)
-    live = (activations > 0) & (weights > 0)
-    exact = [_output(product) for product in products]
+    folds = [_Fold(fitted, judged, channels, scheme) for fitted, judged in _halves(products)]
+    whole = _Fold(products, products, channels, scheme)
+    trials = folds or [whole]
 
-    def scales_of(alpha: float, activations: Tensor) -> Tensor:
-        return centred(smooth_scales(activations, weights, alpha), live)
+    def error(alpha: float | None) -> float:
+        return sum(fold.error(alpha) for fold in trials) / len(trials)
 
-    def error(scales: Tensor, judged: Sequence[Product] = products) -> float:
-        return sum(_error(p, y, scales, scheme) for p, y in zip(judged, exact, strict=True))
-
-    halves = _halves(products, scheme.activations)
-    seen = [torch.where(m > 0, m, activations) for m in (magnitudes(fitted, channels)[0] for fitted, _ in halves)]
-
-    def trial(alpha: float) -> float:
-        if not halves:
-            return error(scales_of(alpha, activations))
-        return sum(error(scales_of(alpha, m), judged) for m, (_, judged) in zip(seen, halves, strict=True)) / 2
-
-    before = error(torch.ones(channels, dtype=torch.float64))
-    none = Choice(None, None, before, before)
-    errors = {alpha: trial(alpha) for alpha in alphas}
+    before = error(None)
+    errors = {alpha: error(alpha) for alpha in alphas}
     alpha = min(errors, key=lambda a: errors[a])
-    scales = scales_of(alpha, activations)
-    after = error(scales) if halves else errors[alpha]
-    better = max(after, errors[alpha]) < before
-    return Choice(alpha, scales, before, after) if better or forced else none
+    better = errors[alpha] < before and (trials == [whole] or whole.error(alpha) < whole.error(None))
+    if not better and not forced:
+        return Choice(None, None, before, before)
+    return Choice(alpha, whole.scales(alpha), before, errors[alpha])
 
 
-def _halves(products: Sequence[Product], spec: QuantSpec | None) -> list[tuple[Sequence[Product], Sequence[Product]]]:
-    """Twice: products with the maxima of half of the calls, and with the ranges of the other half.
+class _Fold:
+    """Scales and static ranges from one sample of the products' inputs, errors on another."""
 
-    Nothing where ranges are not those of calls, or there was only one.
-    """
-    calls = min(len(product.sample.call_low) for product in products)
-    if spec is None or not spec.dynamic or not isinstance(spec.granularity, PerTensor) or calls < 2:
-        return []
+    def __init__(self, fitted: Sequence[Product], judged: Sequence[Product], channels: int, scheme: Scheme) -> None:
+        self.activations, self.weights = magnitudes(fitted, channels)
+        self.live = (self.activations > 0) & (self.weights > 0)
+        self.scheme = scheme
+        self.products = [
+            replace(there, sample=replace(there.sample, low=here.sample.low, high=here.sample.high))
+            for here, there in zip(fitted, judged, strict=True)
+        ]
+        self.exact = [product.sample.rows @ product.weight.to(torch.float32).t() for product in self.products]
 
-    def part(product: Product, half: int) -> Product:
-        low, high = product.sample.call_low[half::2], product.sample.call_high[half::2]
-        return replace(product, sample=Sample(product.sample.rows, low.amin(0), high.amax(0), low, high))
+    def scales(self, alpha: float | None) -> Tensor:
+        """(C,) float64, normalised; all 1 for no smoothing."""
+        if alpha is None:
+            return torch.ones(len(self.live), dtype=torch.float64)
+        return centred(smooth_scales(self.activations, self.weights, alpha), self.live)
 
-    one, other = ([part(product, half) for product in products] for half in (0, 1))
-    return [(one, other), (other, one)]
+    def error(self, alpha: float | None) -> float:
+        """The sum over the products."""
+        scales = self.scales(alpha)
+        return sum(_error(p, y, scales, self.scheme) for p, y in zip(self.products, self.exact, strict=True))
+
+
+def _halves(products: Sequence[Product]) -> list[tuple[list[Product], list[Product]]]:
+    """The products with one half of their samples and with the other, both ways; nothing where one has no halves."""
+    parts: tuple[list[Product], list[Product]] = ([], [])
+    for product in products:
+        if product.sample.halves is None:
+            return []
+        for part, half in zip(parts, product.sample.halves, strict=True):
+            part.append(replace(product, sample=half))
+    return [parts, parts[::-1]]
 
 
 def magnitudes(products: Sequence[Product], channels: int) -> tuple[Tensor, Tensor]:
@@ -261,11 +221,6 @@ def magnitudes(products: Sequence[Product], channels: int) -> tuple[Tensor, Tens
             columns = product.weight.abs().amax(0).to(torch.float32).cpu()
             weights.scatter_reduce_(0, where, columns[known], "amax")
     return activations, weights
-
-
-def _output(product: Product) -> Tensor:
-    """The float output on the sample, (R, N)."""
-    return product.sample.rows @ product.weight.to(torch.float32).t()
 
 
 def _error(product: Product, exact: Tensor, scales: Tensor, scheme: Scheme) -> float:

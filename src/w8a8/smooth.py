@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8 import convert
-from w8a8.alpha import GRID, CallRanges, Choice, Product, Sample, check_alpha, search, smooth_scales
+from w8a8.alpha import GRID, Choice, Product, check_alpha, search, smooth_scales
 from w8a8.calibrate import Calibration, collect
 from w8a8.convert import Progress
 from w8a8.dataflow import Group, Refusal, observe
@@ -36,18 +36,14 @@ from w8a8.fold import Undo, fold_
 from w8a8.gate import Gate
 from w8a8.linear import float_operands
 from w8a8.model_inputs import ModelInputs, check_inputs
-from w8a8.observers import MinMax
-from w8a8.reservoir import Reservoir
-from w8a8.scheme import PerChannel, PerColumn, PerTensor, Scheme
+from w8a8.sampling import ROWS, Sample, Sampler
+from w8a8.scheme import PerColumn, PerTensor, Scheme
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
 
 _Reporter: TypeAlias = "Callable[[Choice | None, float | None, str | None], GroupReport]"
 
 Alpha: TypeAlias = float | Literal["auto"]
-
-ROWS = 512
-"""Tokens in the sample of a group."""
 
 PROBE_TOKENS = 128
 """Tokens in the probe that the gate runs, where it is token ids."""
@@ -60,8 +56,8 @@ class GroupReport:
     source: The module that makes the tensor.
     readers: The modules that read it.
     alpha: How far it was smoothed; None: not at all.
-    error_before, error_after: Relative output errors of its quantised linears under the scheme on the sample, summed
-        (see `w8a8.alpha`); None where they were not measured.
+    error_before, error_after: Relative output errors of its quantised linears under the scheme, summed, on tokens that
+        its scales were not made from (see `w8a8.alpha`); None where they were not measured.
     change: The relative change of the block's float output, as the gate saw it; None where nothing was folded.
     reason: Why it was not smoothed; None where it was.
     """
@@ -197,12 +193,10 @@ def smooth_undoable(
     flow = observe(model, _as_mapping(model, inputs))
     work = [_Work(model, group, chosen, scheme) for group in flow.groups]
     wanted = {name for w in work for name in w.sampled}
-    statistics = {
-        name: (MinMax(PerChannel()), Reservoir(rows, seed=seed), CallRanges(seed=seed)) for name in sorted(wanted)
-    }
-    collect(model, calibration, statistics, progress=progress)
-    samples = {name: _sample(*found) for name, found in statistics.items() if found[0].tokens}
-    del statistics
+    samplers = {name: Sampler(rows, seed=seed) for name in sorted(wanted)}
+    collect(model, calibration, samplers, progress=progress)
+    samples = {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
+    del samplers
     gate = Gate(model, flow.groups, _cut(inputs))
     originals: dict[int, tuple[nn.Parameter, Tensor]] = {}
     reports = []
@@ -340,12 +334,6 @@ def _undo(originals: dict[int, tuple[nn.Parameter, Tensor]]) -> Undo:
 
 def _refused(refusal: Refusal) -> GroupReport:
     return GroupReport(refusal.source.module, refusal.readers, None, None, None, None, refusal.reason)
-
-
-def _sample(extremes: MinMax, tokens: Reservoir, calls: CallRanges) -> Sample:
-    seen = extremes.seen()
-    low, high = calls.range
-    return Sample(tokens.rows.to(torch.float32), seen.lo, seen.hi, low, high)
 
 
 def _as_mapping(model: nn.Module, inputs: ModelInputs) -> Any:
