@@ -20,6 +20,8 @@ LAYERS = [
     {"checkpoint", "evaluate", "corpus", "sources", "alpha"},
     {"model_inputs"},
     {"calibrate", "gate"},
+    {"contest"},
+    {"smooth_report"},
     {"smooth"},
     {"outliers"},
     {"pipeline", "experiment"},

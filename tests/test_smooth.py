@@ -10,6 +10,7 @@ from tests import families
 from tests.conftest import llama, mixtral, opt
 from w8a8 import smooth
 from w8a8.calibrate import Calibration
+from w8a8.contest import Score
 from w8a8.dataflow import Dataflow, Group, Reader, ScaledParameter, Source, observe
 from w8a8.errors import CalibrationError, ModelError, PatternError, SchemeError
 from w8a8.gate import Gate
@@ -73,7 +74,7 @@ def test_folding_all_groups_keeps_the_function_of_every_family(name, monkeypatch
         assert relative_error(model(**inputs).logits, before) < 1e-9
 
 
-@pytest.mark.parametrize("alpha", ["auto", 0.5])
+@pytest.mark.parametrize("alpha", ["searched", 0.5])
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_smoothing_keeps_the_function_of_every_family_or_says_why_not(name, alpha, monkeypatch):
     model, inputs = families.build(name), families.inputs(name)
@@ -98,7 +99,7 @@ def test_smoothing_keeps_the_function_of_every_family_or_says_why_not(name, alph
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-tensor", "w8a8-static", "w8a8-o1"])
 def test_no_group_gets_worse_and_outliers_get_better(scheme, data):
-    report = smooth_(with_outliers(llama()), data, scheme=scheme)
+    report = smooth_(with_outliers(llama()), data, alpha="searched", scheme=scheme)
     assert all(group.error_after <= group.error_before for group in report.groups if group.error_before is not None)
     norms = [group for group in report.smoothed if "layernorm" in group.source]
     assert len(norms) == 4
@@ -110,7 +111,7 @@ def test_smoothing_helps_the_quantised_model(data, tokens):
     with torch.no_grad():
         expected = model(tokens).logits
         naive = w8a8.quantize(copy.deepcopy(model), "w8a8-static", calibration=data, smooth="none").model
-        searched = w8a8.quantize(copy.deepcopy(model), "w8a8-static", calibration=data).model
+        searched = w8a8.quantize(copy.deepcopy(model), "w8a8-static", calibration=data, smooth="searched").model
         assert relative_error(searched(tokens).logits, expected) < 0.7 * relative_error(naive(tokens).logits, expected)
 
 
@@ -121,12 +122,12 @@ def test_a_fixed_alpha_is_used_everywhere(data):
 
 
 def test_the_report_is_json_and_a_table(data):
-    report = smooth_(llama(), data)
+    report = smooth_(with_outliers(llama()), data, alpha="searched")
     told = json.loads(json.dumps(report.to_dict()))
     assert told["groups"][0]["source"] == "model.layers.0.input_layernorm"
     assert told["groups"][0]["readers"] == [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
     text = str(report)
-    assert "for w8a8, alpha auto, on 6 windows" in text
+    assert "for w8a8, alpha searched, on 6 windows" in text
     assert "model.layers.1.mlp.up_proj -> down_proj" in text
     assert "more sources have no linear to be folded into" in text
 
@@ -134,7 +135,7 @@ def test_the_report_is_json_and_a_table(data):
 def test_groups_whose_readers_stay_float_are_left(data):
     model = llama()
     before = parameters(model)
-    report = smooth_(model, data, exclude=["*.mlp.*"])
+    report = smooth_(model, data, alpha=0.5, exclude=["*.mlp.*"])
     left = {group.source: group.reason for group in report.groups if group.alpha is None}
     assert left["model.layers.0.post_attention_layernorm"] == "nothing that reads it will be quantised"
     assert "model.norm" in left  # the head stays float
@@ -161,7 +162,7 @@ def test_half_models_are_smoothed_within_their_rounding(dtype, data, tokens):
     model = with_outliers(llama()).to(dtype)
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(tokens).logits
-        report = smooth_(model, data)
+        report = smooth_(model, data, alpha="searched")
         assert report.smoothed
         assert all(p.dtype is dtype for p in model.parameters())
         assert relative_error(model.double()(tokens).logits, expected) < 4 * torch.finfo(dtype).eps
@@ -175,7 +176,7 @@ def dead_relu():
     return model
 
 
-@pytest.mark.parametrize("alpha", ["auto", 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("alpha", ["auto", "searched", 0.0, 0.5, 1.0])
 def test_dead_channels_are_not_divided_by(alpha):
     model = dead_relu()
     row, column = model[0].weight[2].clone(), model[2].weight[:, 2].clone()
@@ -292,6 +293,53 @@ def test_an_interrupt_leaves_every_bit(where, data, monkeypatch):
     assert all(not m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("call", range(1, 8))
+def test_an_interrupt_of_the_contest_leaves_every_bit(call, data, monkeypatch):
+    model = llama()
+    before, modules = parameters(model), dict(model.named_modules())
+    real, calls = smooth.Contest._outputs, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 5 * call:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(smooth.Contest, "_outputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        smooth_(model, data)
+    assert unchanged(model, before)
+    assert dict(model.named_modules()) == modules
+
+
+def test_auto_keeps_what_wins_on_the_whole_model(data, monkeypatch):
+    scores = iter(
+        [Score(1.0, 3.0), Score(1.0, 2.0), Score(1.0, 2.5), Score(9.0, 1.0), Score(1.2, 2.4), Score(1.0, 2.1)]
+    )
+    monkeypatch.setattr(smooth.Contest, "score", lambda self: next(scores))
+    model, other = llama(), None
+    other = copy.deepcopy(model)
+    report = smooth_(model, data)
+    assert list(report.scores) == ["none", "0.3", "0.5", "0.7", "0.85", "searched"]
+    assert report.kept == "0.3"
+    smooth_(other, data, alpha=0.3)
+    assert unchanged(model, parameters(other))
+    assert "0.3  1.00e+00     2.00000  kept" in str(report)
+
+
+def test_auto_may_find_that_nothing_helps(data, monkeypatch):
+    scores = iter([Score(1.0, 1.0), *[Score(1.0, 2.0)] * 5])
+    monkeypatch.setattr(smooth.Contest, "score", lambda self: next(scores))
+    model = llama()
+    before = parameters(model)
+    report = smooth_(model, data)
+    assert report.kept == "none"
+    assert not report.smoothed
+    assert any("no smoothing" in group.reason for group in report.groups)
+    assert report.change == 0.0
+    assert unchanged(model, before)
+
+
 def test_quantize_that_fails_after_smoothing_puts_the_weights_back(data, monkeypatch):
     model = llama()
     before, modules = parameters(model), dict(model.named_modules())
@@ -302,7 +350,7 @@ def test_quantize_that_fails_after_smoothing_puts_the_weights_back(data, monkeyp
 
     monkeypatch.setattr(w8a8.convert, "build", failing)
     with pytest.raises(KeyboardInterrupt):
-        w8a8.quantize(model, calibration=data)
+        w8a8.quantize(model, calibration=data, smooth=0.5)
     assert unchanged(model, before)
     assert dict(model.named_modules()) == modules
 
@@ -317,7 +365,7 @@ def test_quantize_smooths_where_there_is_calibration_and_says_so(data):
 
 def test_static_scales_are_measured_on_the_smoothed_model(data, tokens):
     model = with_outliers(llama())
-    w8a8.quantize(model, "w8a8-static", calibration=data, exclude=["*.layers.1.*"])
+    w8a8.quantize(model, "w8a8-static", calibration=data, smooth="searched", exclude=["*.layers.1.*"])
     seen = []
     layer = model.model.layers[0].self_attn.q_proj
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max()))
@@ -361,7 +409,7 @@ def test_the_same_data_gives_the_same_bits(data):
 
 def test_a_smoothed_checkpoint_loads_and_gives_the_same_logits(data, tokens, tmp_path):
     model = with_outliers(llama())
-    w8a8.quantize(model, "w8a8-static", calibration=data)
+    w8a8.quantize(model, "w8a8-static", calibration=data, smooth="searched")
     w8a8.save(model, tmp_path / "int8")
     loaded = w8a8.load(tmp_path / "int8")
     assert next(quant_linears(loaded))[1].input_scale is not None

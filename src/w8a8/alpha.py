@@ -149,7 +149,8 @@ def search(
         products: The quantised linears that read the group's tensor, at least one, and perhaps its source.
         channels: C, of the source.
         scheme: How they will be quantised.
-        alphas: The candidates.  A tie goes to the earlier one, and before that to no smoothing.
+        alphas: The candidates; none at all measures the error alone.  A tie goes to the earlier one, and before that
+            to no smoothing.
         forced: Leave out no smoothing as a candidate.
 
     Returns:
@@ -165,6 +166,8 @@ def search(
         return sum(fold.error(alpha) for fold in trials) / len(trials)
 
     before = error(None)
+    if not alphas:
+        return Choice(None, None, before, before)
     errors = {alpha: error(alpha) for alpha in alphas}
     alpha = min(errors, key=lambda a: errors[a])
     better = errors[alpha] < before and (trials == [whole] or whole.error(alpha) < whole.error(None))

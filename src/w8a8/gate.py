@@ -240,7 +240,7 @@ def _run(module: nn.Module, given: _Call) -> list[Tensor]:
 
     args, kwargs = _mapped((given.args, given.kwargs), cast)
     with evaluating(module):
-        return [t for t in _tensors(module(*args, **kwargs)) if t.is_floating_point()]
+        return [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
 
 
 def _working_dtype(module: nn.Module) -> torch.dtype | None:
@@ -314,13 +314,13 @@ def _mapped(value: Any, change: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in an output: tuples, lists, mappings."""
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in an output or in inputs: tuples, lists, mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_in(part)
     elif isinstance(value, tuple | list):
         for part in value:
-            yield from _tensors(part)
+            yield from tensors_in(part)

@@ -80,8 +80,8 @@ def quantize(
             needs it, others do not use it.
         observer: How a static grid follows from what was seen: a name in `w8a8.observers.OBSERVERS`, or a function
             that makes an observer per tensor, `lambda: Percentile(p=99.9)`.
-        smooth: "auto" (the default where there is a calibration), an alpha in 0..1, or "none" (the default without):
-            scale activations into weights first, see `w8a8.smooth`.  What is left float, the norms, keeps its part.
+        smooth: "auto" (the default where there is a calibration), "searched", an alpha in 0..1, or "none" (the default
+            without): scale activations into weights first, see `w8a8.smooth`.
         progress: Called as progress(done, total, name).
 
     Returns:
@@ -205,8 +205,8 @@ def _smoothed(
         smooth = "none" if calibration is None else "auto"
     if smooth == "none":
         return None, lambda: None
-    if isinstance(smooth, str) and smooth != "auto":
-        raise SchemeError(f"smooth={smooth!r} is unknown; use 'auto', an alpha in 0..1, or 'none'")
+    if isinstance(smooth, str) and smooth not in ("auto", "searched"):
+        raise SchemeError(f"smooth={smooth!r} is unknown; use 'auto', 'searched', an alpha in 0..1, or 'none'")
     if calibration is None:
         raise SchemeError(
             f"smooth={smooth!r} was asked for, which needs calibration data to see the outliers of activations: "

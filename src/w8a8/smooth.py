@@ -5,7 +5,8 @@
     3. for each group in the order of the forward: the alpha of least error         w8a8.alpha
        its fold into the weights                                                    w8a8.fold
        the output of its block compared with what it was; beyond the bound, undone  w8a8.gate
-    4. the whole model's output compared
+    4. the same with one alpha for all groups, and without; the best is kept        w8a8.contest
+    5. the whole model's float output compared with what it was
 
 One pass is enough: a fold changes the tensor it is made for, by a factor that is known, and no other group's.  The
 weights of a group are read when it is its turn, after the folds before it.
@@ -20,7 +21,6 @@ size of the linear layers.  Samples are bounded: `rows` tokens for each group.
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -29,100 +29,26 @@ from torch import Tensor, nn
 from w8a8 import convert
 from w8a8.alpha import GRID, Choice, Product, check_alpha, search, smooth_scales
 from w8a8.calibrate import Calibration, collect
+from w8a8.contest import CANDIDATES, Contest, Score, winner
 from w8a8.convert import Progress
 from w8a8.dataflow import Group, Refusal, observe
 from w8a8.errors import ModelError, NonFiniteError
-from w8a8.fold import Undo, fold_
+from w8a8.fold import Undo, fold_, touched
 from w8a8.gate import Gate
 from w8a8.linear import float_operands
 from w8a8.model_inputs import ModelInputs, check_inputs
 from w8a8.sampling import ROWS, Sample, Sampler
 from w8a8.scheme import PerColumn, PerTensor, Scheme
+from w8a8.smooth_report import GroupReport, SmoothReport
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
 
 _Reporter: TypeAlias = "Callable[[Choice | None, float | None, str | None], GroupReport]"
 
-Alpha: TypeAlias = float | Literal["auto"]
+Alpha: TypeAlias = float | Literal["auto", "searched"]
 
 PROBE_TOKENS = 128
 """Tokens in the probe that the gate runs, where it is token ids."""
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What became of one source.
-
-    source: The module that makes the tensor.
-    readers: The modules that read it.
-    alpha: How far it was smoothed; None: not at all.
-    error_before, error_after: Relative output errors of its quantised linears under the scheme, summed, on tokens that
-        its scales were not made from (see `w8a8.alpha`); None where they were not measured.
-    change: The relative change of the block's float output, as the gate saw it; None where nothing was folded.
-    reason: Why it was not smoothed; None where it was.
-    """
-
-    source: str
-    readers: tuple[str, ...]
-    alpha: float | None
-    error_before: float | None
-    error_after: float | None
-    change: float | None
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class SmoothReport:
-    """What smoothing did to a model.
-
-    scheme: The name of the scheme it was meant for.
-    alpha: As asked: a number, or "auto".
-    calibration: What was calibrated on.
-    groups: Every group, in the order of the forward.
-    refused: Sources that cannot be folded, each with its reason.
-    change: The relative change of the model's float output on the probe.
-    bound: What it may have been.
-    """
-
-    scheme: str
-    alpha: Alpha
-    calibration: str
-    groups: tuple[GroupReport, ...]
-    refused: tuple[GroupReport, ...]
-    change: float
-    bound: float
-
-    @property
-    def smoothed(self) -> tuple[GroupReport, ...]:
-        """The groups that were folded."""
-        return tuple(group for group in self.groups if group.reason is None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        lines = [
-            f"Smoothed {len(self.smoothed)} of {len(self.groups)} groups for {self.scheme}, alpha {self.alpha}, on "
-            f"{self.calibration}; the float output changed by {self.change:.1e} (relative, bound {self.bound:.1e}).",
-        ]
-        if self.groups:
-            lines.append(f"{'alpha':>6} {'error was':>10} {'is':>9} {'change':>9}  source -> readers")
-        for g in self.groups:
-            alpha = "none" if g.alpha is None else f"{g.alpha:.2f}"
-            why = "" if g.reason is None else f": {g.reason}"
-            lines.append(
-                f"{alpha:>6} {_figure(g.error_before):>10} {_figure(g.error_after):>9} {_figure(g.change):>9}  "
-                f"{g.source} -> {_short(g.readers, g.source)}{why}"
-            )
-        read = [g for g in self.refused if g.readers]
-        lines += [f"  cannot be folded: {g.source} -> {_short(g.readers, g.source)}: {g.reason}" for g in read]
-        if len(self.refused) > len(read):
-            lines.append(
-                f"  {len(self.refused) - len(read)} more sources have no linear to be folded into: "
-                "`w8a8 inspect MODEL --pairs` has the reasons"
-            )
-        return "\n".join(lines)
 
 
 def smooth_(
@@ -143,7 +69,8 @@ def smooth_(
         model: A float model; changed only if everything succeeds.  An exception of any kind, an interrupt too, leaves
             every parameter with the bits it had.
         calibration: A `Calibration`, or what `Calibration.of` makes one from without a tokenizer.
-        alpha: 0..1 for all groups, or "auto": for each the best of `w8a8.alpha.GRID`, or none.
+        alpha: 0..1 for all groups; "searched": for each the best of `w8a8.alpha.GRID`, or none; "auto": what is best
+            for the quantised model as a whole of searched, some alphas for all, and none, see `w8a8.contest`.
         scheme: What the model will be quantised to.
         include, exclude: As `w8a8.quantize` will be told: errors are those of layers that will be quantised.  Others
             that read the same tensor, a router or the head, are folded along.
@@ -185,7 +112,7 @@ def smooth_undoable(
     progress: Progress | None = None,
 ) -> tuple[SmoothReport, Undo]:
     """`smooth_`, and what takes it back: for a caller that has more to do, and may fail."""
-    if alpha != "auto":
+    if alpha not in ("auto", "searched"):
         check_alpha(alpha)
     chosen = frozenset(selection.chosen)
     inputs = calibration.first(model)
@@ -197,15 +124,14 @@ def smooth_undoable(
     collect(model, calibration, samplers, progress=progress)
     samples = {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
     del samplers
-    gate = Gate(model, flow.groups, _cut(inputs))
-    originals: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    reports = []
+    run = _Run(model, work, samples, Gate(model, flow.groups, _cut(inputs)), progress)
+    scores: dict[str, Score] = {}
     try:
-        for done, w in enumerate(work, start=1):
-            reports.append(_smooth_group(w, samples, gate, alpha, originals))
-            if progress is not None:
-                progress(done, len(work), w.group.source.module)
-        change, bound = gate.whole_change(), gate.whole_bound()
+        if alpha == "auto":
+            scores = _best(run, Contest(model, calibration, scheme, selection))
+        else:
+            run.smooth(alpha)
+        change, bound = run.gate.whole_change(), run.gate.whole_bound()
         if change > bound:
             raise ModelError(
                 f"smoothing changed the float output of {type(model).__name__} by {change:.2e} (relative norm on the "
@@ -213,11 +139,63 @@ def smooth_undoable(
                 "as they were: use smooth='none', or a model in float32"
             )
     except BaseException:
-        _undo(originals)()
+        run.undo()
         raise
     refused = tuple(_refused(refusal) for refusal in flow.refused)
-    report = SmoothReport(scheme.name, alpha, calibration.description, tuple(reports), refused, change, bound)
-    return report, _undo(originals)
+    report = SmoothReport(
+        scheme.name, alpha, calibration.description, tuple(run.reports), refused, change, bound, scores
+    )
+    return report, run.as_undo()
+
+
+class _Run:
+    """All the groups of a model, smoothed in one way and then perhaps in another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        work: Sequence["_Work"],
+        samples: dict[str, Sample],
+        gate: Gate,
+        progress: Progress | None,
+    ) -> None:
+        self.model = model
+        self.work = work
+        self.samples = samples
+        self.gate = gate
+        self.progress = progress
+        self.reports: list[GroupReport] = []
+        self._originals: dict[int, tuple[nn.Parameter, Tensor]] = {}
+
+    def smooth(self, alpha: "Alpha | None") -> None:
+        """Smooth every group with one alpha, the best of its own ("searched"), or not (None)."""
+        self.undo()
+        for done, work in enumerate(self.work, start=1):
+            self.reports.append(_smooth_group(work, self.samples, self.gate, alpha, self._originals))
+            if self.progress is not None:
+                self.progress(done, len(self.work), work.group.source.module)
+
+    def undo(self) -> None:
+        """All weights as they were, to the bit."""
+        self.as_undo()()
+        self.reports = []
+
+    def as_undo(self) -> Undo:
+        """What `undo` does to the weights, for later."""
+        return Undo(tuple(self._originals.values()))
+
+
+def _best(run: _Run, contest: Contest) -> dict[str, Score]:
+    """Smooth in the way that wins, and tell all scores."""
+    ways: dict[str, Alpha | None] = {"none": None, **{str(a): a for a in CANDIDATES}, "searched": "searched"}
+    scores = {}
+    for name, alpha in ways.items():
+        run.smooth(alpha)
+        scores[name] = contest.score()
+    best = winner(scores)
+    if best != name:
+        run.smooth(ways[best])
+    return scores
 
 
 class _Work:
@@ -263,7 +241,11 @@ def _source_counts(model: nn.Module, group: Group, chosen: frozenset[str], schem
 
 
 def _smooth_group(
-    work: _Work, samples: dict[str, Sample], gate: Gate, alpha: Alpha, originals: dict[int, tuple[nn.Parameter, Tensor]]
+    work: _Work,
+    samples: dict[str, Sample],
+    gate: Gate,
+    alpha: Alpha | None,
+    originals: dict[int, tuple[nn.Parameter, Tensor]],
 ) -> GroupReport:
     """Search, fold, compare, and undo where the function changed."""
     group = work.group
@@ -283,13 +265,10 @@ def _smooth_group(
     reason = gate.why_not(group)
     if reason is not None:
         return report(None, None, reason)
-    choice = search(
-        work.products(samples),
-        group.source.channels,
-        work.scheme,
-        GRID if alpha == "auto" else (alpha,),
-        forced=alpha != "auto",
-    )
+    alphas = () if alpha is None else GRID if alpha == "searched" else (float(alpha),)
+    choice = search(work.products(samples), group.source.channels, work.scheme, alphas, forced=alpha != "searched")
+    if alpha is None:
+        return report(choice, None, "nothing is better for the quantised model as a whole than no smoothing")
     if choice.scales is None:
         return report(choice, None, "no alpha has a smaller error than none")
     return _fold_checked(work, choice, gate, originals, report)
@@ -303,22 +282,17 @@ def _fold_checked(
     unrounded = gate.unrounded_change(group, choice.scales)
     if unrounded is not None and unrounded > gate.tolerance:
         return report(choice, unrounded, _broken(unrounded, gate.tolerance, "before any rounding"))
+    for parameter in touched(work.model, group):  # before the fold, so that no interrupt can come between
+        originals.setdefault(id(parameter), (parameter, parameter.detach().clone()))
     try:
         undo = fold_(work.model, group, choice.scales)
     except NonFiniteError as error:
         return report(choice, None, str(error))
-    kept = False
-    try:
-        change, bound = gate.change(group), gate.bound(group)
-        kept = change <= bound
-    finally:
-        if not kept:
-            undo()
-    if not kept:
-        return report(choice, change, _broken(change, bound, "in its weights' dtype"))
-    for parameter, copy in undo.saved:
-        originals.setdefault(id(parameter), (parameter, copy))
-    return report(choice, change, None)
+    change, bound = gate.change(group), gate.bound(group)
+    if change <= bound:
+        return report(choice, change, None)
+    undo()
+    return report(choice, change, _broken(change, bound, "in its weights' dtype"))
 
 
 def _broken(change: float, bound: float, where: str) -> str:
@@ -326,10 +300,6 @@ def _broken(change: float, bound: float, where: str) -> str:
         f"the fold changed the block's float output by {change:.2e} (relative norm, {where}), over {bound:.2e}, and "
         "was undone: something else reads the tensor, or it is not what it was taken for"
     )
-
-
-def _undo(originals: dict[int, tuple[nn.Parameter, Tensor]]) -> Undo:
-    return Undo(tuple(originals.values()))
 
 
 def _refused(refusal: Refusal) -> GroupReport:
@@ -348,14 +318,3 @@ def _cut(inputs: ModelInputs) -> ModelInputs:
     if isinstance(inputs, dict) and set(inputs) <= {"input_ids", "attention_mask"}:
         return {key: value[:1, :PROBE_TOKENS] for key, value in inputs.items()}
     return inputs
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.2e}"
-
-
-def _short(readers: Sequence[str], source: str) -> str:
-    """Readers without the path they share with the source."""
-    shared = source.rpartition(".")[0]
-    names = [name[len(shared) + 1 :] if shared and name.startswith(shared + ".") else name for name in readers]
-    return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")

@@ -106,7 +106,10 @@ def test_a_static_scheme_is_calibrated_saved_and_scored(call, tmp_path, demo_dir
     assert abs(json.loads(out)["perplexity_ratio"]["mean"] - 1) < 0.05
 
 
-@pytest.mark.parametrize(("option", "alpha"), [((), "auto"), (("--smooth", "0.6"), 0.6), (("--smooth", "none"), None)])
+@pytest.mark.parametrize(
+    ("option", "alpha"),
+    [(("--smooth", "searched"), "searched"), (("--smooth", "0.6"), 0.6), (("--smooth", "none"), None)],
+)
 def test_smoothing_is_asked_for_told_and_saved(call, tmp_path, demo_dir, text, option, alpha):
     arguments = ["--calib", text, "--calib-samples", "2", "--calib-length", "64", *option]
     code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments)

@@ -92,9 +92,9 @@ def quantize(
         str | None,
         typer.Option(
             "--smooth",
-            metavar="auto|ALPHA|none",
-            help="Scale activations into weights: alpha searched per group, one alpha in 0..1, or not.  "
-            "By default auto with --calib, else none.",
+            metavar="auto|searched|ALPHA|none",
+            help="Scale activations into weights: alpha searched per group, one alpha in 0..1, the best of these for "
+            "the whole model (auto), or not.  By default auto with --calib, else none.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
