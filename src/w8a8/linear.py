@@ -58,6 +58,7 @@ from w8a8.scheme import (
 from w8a8.tokens import fake_quantize_tokens
 
 _LAYER_NUMBERS = itertools.count()
+_PACKED_KERNELS = (kernels.AUTO, native.NATIVE.name)
 
 
 class Mode(enum.Enum):
@@ -121,6 +122,7 @@ class QuantLinear(nn.Module):
         self.was_conv1d = was_conv1d
         spec, activations = scheme.weights, scheme.activations
         self._grid = () if activations is None else _grid(activations)
+        self._call = self._native_call() if self.mode is Mode.INTEGER else None
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -212,6 +214,11 @@ class QuantLinear(nn.Module):
             KernelError: `strict`, and the kernel that was asked for cannot run this input.
         """
         if self.mode is Mode.INTEGER:
+            if self._runs_packed() and not torch.compiler.is_compiling():
+                y = native.direct(x, self._buffers, self._call)
+                if y is not None:
+                    kernels.count(self._number, native.NATIVE.name)
+                    return y
             return kernels.int8_linear(*self._operands(x), self.kernel, self.strict, self._number)
         kernels.check_input(x, self.out_features, self.in_features)
         if self.mode is Mode.WEIGHT_ONLY:
@@ -270,6 +277,24 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme.name}, {runs}"
         )
+
+    def _native_call(self) -> native.Call:
+        bits, per_token, symmetric = self._grid
+        activations = self.scheme.activations
+        assert activations is not None, "an integer layer has integer activations"
+        return native.call_of(
+            self.out_features,
+            self.in_features,
+            per_channel=not isinstance(self.scheme.weights.granularity, PerTensor),
+            bits=bits,
+            per_token=per_token,
+            static=not activations.dynamic,
+            symmetric=symmetric,
+        )
+
+    def _runs_packed(self) -> bool:
+        """Whether the native kernel may be called without asking PyTorch's dispatcher."""
+        return self._buffers["packed_weight"] is not None and self.kernel in _PACKED_KERNELS
 
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
         """The op's operands, past `nn.Module.__getattr__`, which would take longer than a small layer's product."""

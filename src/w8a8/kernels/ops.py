@@ -36,6 +36,11 @@ def calls(layer: int) -> dict[str, int]:
     return dict(_LEDGER.get(layer, {}))
 
 
+def count(layer: int, kernel: str) -> None:
+    """Enter one call into the ledger."""
+    _LEDGER[layer][kernel] += 1
+
+
 def forget(layer: int) -> None:
     """Drop the layer's entries from the ledger."""
     _LEDGER.pop(layer, None)
@@ -74,7 +79,7 @@ def _int8_linear(
         return x.new_empty((*x.shape[:-1], request.out_features))
     chosen = select(kernel, request, strict=strict)
     y = chosen.linear(request)
-    _LEDGER[layer][chosen.name] += 1
+    count(layer, chosen.name)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], request.out_features)
 
 
