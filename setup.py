@@ -1,6 +1,7 @@
-"""The native kernel: plain C++17, no torch, Python's stable interface; the rest of the project is in pyproject.toml.
+"""The native kernel: plain C++17 and Python's stable interface, no torch; the rest of the project is in pyproject.toml.
 
-One build serves every Python from 3.10 on (abi3).  `optional`: where there is no compiler, or it fails, the package installs without the kernel, and `w8a8 doctor` says so.
+One build serves every Python from 3.10 on (abi3).  `optional`: where there is no compiler, or it fails, the package
+installs without the kernel, and `w8a8 doctor` says so.
 """
 
 from pathlib import Path

@@ -195,7 +195,7 @@ def can_pack(n: int, k: int, groups: int, *, symmetric: bool) -> bool:
 
 
 Call = tuple[int, int, int, int, int]
-"""What does not change from call to call: N, K, one weight scale per channel (1) or for all (0), enum w8a8_mode, bits."""
+"""What does not change from call to call: N, K, a weight scale per channel (1) or one (0), enum w8a8_mode, bits."""
 
 
 def call_of(n: int, k: int, *, per_channel: bool, bits: int, per_token: bool, static: bool, symmetric: bool) -> Call:
