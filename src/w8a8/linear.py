@@ -214,8 +214,9 @@ class QuantLinear(nn.Module):
             KernelError: `strict`, and the kernel that was asked for cannot run this input.
         """
         if self.mode is Mode.INTEGER:
-            if self._runs_packed() and not torch.compiler.is_compiling():
-                y = native.direct(x, self._buffers, self._call)
+            call = self._call
+            if call is not None and self._runs_packed() and not torch.compiler.is_compiling():
+                y = native.direct(x, self._buffers, call)
                 if y is not None:
                     kernels.count(self._number, native.NATIVE.name)
                     return y
@@ -279,9 +280,9 @@ class QuantLinear(nn.Module):
         )
 
     def _native_call(self) -> native.Call:
-        bits, per_token, symmetric = self._grid
         activations = self.scheme.activations
         assert activations is not None, "an integer layer has integer activations"
+        bits, per_token, symmetric = _grid(activations)
         return native.call_of(
             self.out_features,
             self.in_features,
