@@ -58,7 +58,6 @@ from w8a8.scheme import (
 from w8a8.tokens import fake_quantize_tokens
 
 _LAYER_NUMBERS = itertools.count()
-_PACKED_KERNELS = (kernels.AUTO, native.NATIVE.name)
 
 
 class Mode(enum.Enum):
@@ -122,7 +121,8 @@ class QuantLinear(nn.Module):
         self.was_conv1d = was_conv1d
         spec, activations = scheme.weights, scheme.activations
         self._grid = () if activations is None else _grid(activations)
-        self._call = self._native_call() if self.mode is Mode.INTEGER else None
+        if self.mode is Mode.INTEGER:
+            self._call = self._native_call()
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -214,9 +214,9 @@ class QuantLinear(nn.Module):
             KernelError: `strict`, and the kernel that was asked for cannot run this input.
         """
         if self.mode is Mode.INTEGER:
-            call = self._call
-            if call is not None and self._runs_packed() and not torch.compiler.is_compiling():
-                y = native.direct(x, self._buffers, call)
+            packed = self._buffers["packed_weight"]
+            if packed is not None and native.takes(packed, self.kernel) and not torch.compiler.is_compiling():
+                y = native.direct(x, self._buffers, self._call)
                 if y is not None:
                     kernels.count(self._number, native.NATIVE.name)
                     return y
@@ -292,10 +292,6 @@ class QuantLinear(nn.Module):
             static=not activations.dynamic,
             symmetric=symmetric,
         )
-
-    def _runs_packed(self) -> bool:
-        """Whether the native kernel may be called without asking PyTorch's dispatcher."""
-        return self._buffers["packed_weight"] is not None and self.kernel in _PACKED_KERNELS
 
     def _operands(self, x: Tensor) -> tuple[Any, ...]:
         """The op's operands, past `nn.Module.__getattr__`, which would take longer than a small layer's product."""

@@ -26,6 +26,7 @@ from w8a8.errors import KernelError
 from w8a8.kernels.request import Kernel, LinearRequest
 
 PANEL = 32
+_PACKED_AXES = 4  # (P, S, 32, 4)
 _ABI = 1  # of csrc/w8a8.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
@@ -188,6 +189,11 @@ def _refuses(request: LinearRequest) -> str | None:
     return None
 
 
+def takes(weight: Tensor, kernel: str) -> bool:
+    """Whether the weight lies packed, and nothing but this kernel was asked for by name."""
+    return weight.ndim == _PACKED_AXES and kernel in ("auto", "native")
+
+
 def can_pack(n: int, k: int, groups: int, *, symmetric: bool) -> bool:
     """Whether the kernel runs a layer of this shape, for activations with or without a zero point."""
     reach = 127 if symmetric else 255
@@ -220,26 +226,53 @@ def direct(x: Tensor, buffers: Mapping[str, Tensor | None], call: Call) -> Tenso
     return y
 
 
-def _linear(request: LinearRequest) -> Tensor:
-    x = request.x if request.x.stride(1) == 1 else request.x.contiguous()
+def below(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bits: int,
+    per_token: bool,
+    symmetric: bool,
+) -> Tensor | None:
+    """The same from below the dispatcher, which has seen the call already; the operands are those of the op."""
     buffers = {
-        "packed_weight": request.weight,
-        "weight_scale": request.weight_scale,
-        "weight_sum": request.weight_sum,
-        "bias": request.bias,
-        "input_scale": request.input_scale,
-        "input_zero_point": request.input_zero_point,
+        "packed_weight": weight,
+        "weight_scale": weight_scale,
+        "weight_sum": weight_sum,
+        "bias": bias,
+        "input_scale": input_scale,
+        "input_zero_point": input_zero_point,
     }
     call = call_of(
-        request.out_features,
-        x.shape[1],
-        per_channel=request.weight_scale.ndim != 1,
-        bits=request.bits,
-        per_token=request.per_token,
-        static=request.input_scale is not None,
-        symmetric=request.symmetric,
+        weight_sum.shape[0],
+        x.shape[-1],
+        per_channel=weight_scale.ndim != 1,
+        bits=bits,
+        per_token=per_token,
+        static=input_scale is not None,
+        symmetric=symmetric,
     )
     y: Tensor | None = _loaded().linear(x, buffers, *call, False)
+    return y
+
+
+def _linear(request: LinearRequest) -> Tensor:
+    y = below(
+        request.x if request.x.stride(1) == 1 else request.x.contiguous(),
+        request.weight,
+        request.weight_scale,
+        request.weight_sum,
+        request.bias,
+        request.input_scale,
+        request.input_zero_point,
+        request.bits,
+        request.per_token,
+        request.symmetric,
+    )
     assert y is not None, "what the kernel refuses it refuses before"
     return y
 

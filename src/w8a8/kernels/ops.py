@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from w8a8.errors import SchemeError
+from w8a8.kernels import native
 from w8a8.kernels.request import LinearRequest
 from w8a8.kernels.select import select
 
@@ -63,6 +64,12 @@ def _int8_linear(
     layer: int,
 ) -> Tensor:
     check_input(x, weight_sum.shape[0], in_features)
+    grid = (bits, per_token, symmetric)
+    if native.takes(weight, kernel):
+        found = native.below(x, weight, weight_scale, weight_sum, bias, input_scale, input_zero_point, *grid)
+        if found is not None:
+            count(layer, native.NATIVE.name)
+            return found
     request = LinearRequest(
         x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), in_features),
         weight,
@@ -71,9 +78,7 @@ def _int8_linear(
         bias,
         input_scale,
         input_zero_point,
-        bits,
-        per_token,
-        symmetric,
+        *grid,
     )
     if request.x.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], request.out_features))
