@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t kFreshMemory = int64_t{32} << 20;   // from here on malloc maps new pages for every tensor
+constexpr int64_t kFreshMemory = int64_t{4} << 20;   // malloc hands out new pages for tensors of this size again and again
 
 // Given once by `prepare`, kept for the life of the process.
 struct Torch {
