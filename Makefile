@@ -42,6 +42,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/linear.py
 	$(BIN)/python bench/model.py
+	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/report.py
 
 # a source distribution, and a wheel built from it; the wheel must hold the native kernel and the demo model

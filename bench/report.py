@@ -1,4 +1,4 @@
-"""Make docs/performance.md from bench/results/linear.json and model.json.
+"""Make docs/performance.md from bench/results/linear.json, model.json and calibration.json.
 
 python bench/report.py
 """
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import calibration
 import linear
 import model
 
@@ -14,13 +15,14 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 
 _HEAD = """# Performance
 
-Made by `bench/report.py` from the results of `bench/linear.py` and `bench/model.py`; nothing here is written by hand.
+Made by `bench/report.py` from the results of `bench/linear.py`, `bench/model.py` and `bench/calibration.py`; nothing
+here is written by hand.
 A ratio is the peer's time divided by ours: above 1x, ours is faster. Medians of interleaved calls in one process.
 
 """
 
 
-def page(layers: dict[str, Any], models: dict[str, Any]) -> str:
+def page(layers: dict[str, Any], models: dict[str, Any], calibrated: dict[str, Any]) -> str:
     """The whole page."""
     return (
         _HEAD
@@ -35,7 +37,12 @@ def page(layers: dict[str, Any], models: dict[str, Any]) -> str:
         + "\n\n## A whole model in transformers, eager, random weights, tokens per second\n\n"
         + _where(models)
         + model.table(models)
-        + "\n"
+        + "\n\n## Calibrating\n\n"
+        + _where(calibrated)
+        + f"One batch of {calibration.LENGTH} tokens through four layers of OPT-125m's widths, with statistics on the "
+        "input of every linear layer; the ratio is the median over batches. The peak is what the process holds at most "
+        "over what it held before, in a process of its own for each cell, two layers, batches of "
+        f"{calibration.MEMORY_LENGTH} tokens.\n\n" + calibration.table(calibrated) + "\n"
     )
 
 
@@ -49,7 +56,7 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in (linear.RESULT, model.RESULT)]
+    results = [json.loads(path.read_text()) for path in (linear.RESULT, model.RESULT, calibration.RESULT)]
     PAGE.write_text(page(*results))
     print(f"wrote {PAGE}")
 

@@ -42,7 +42,8 @@ def test_the_readmes_tables_are_the_benchs_results(name):
 
 def test_the_performance_page_is_made_from_the_results():
     report = importlib.import_module("report")
-    results = (json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text()) for name in ("linear", "model"))
+    names = ("linear", "model", "calibration")
+    results = (json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text()) for name in names)
     assert report.page(*results) == report.PAGE.read_text()
 
 

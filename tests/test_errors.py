@@ -11,6 +11,7 @@ from w8a8.errors import W8A8Error, closest
         (errors.NonFiniteError, ValueError),
         (errors.PatternError, ValueError),
         (errors.ModelError, ValueError),
+        (errors.CalibrationError, ValueError),
         (errors.KernelError, RuntimeError),
         (errors.CheckpointError, OSError),
         (errors.TextError, OSError),

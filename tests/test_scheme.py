@@ -95,6 +95,8 @@ def test_presets_are_what_their_names_say():
         "w8a8-tensor": Scheme(channel, tensor),
         "w8a8-o1": Scheme(tensor, QuantSpec(8, PerToken())),
         "w8a8-o2": Scheme(tensor, tensor),
+        "w8a8-static": Scheme(channel, QuantSpec(8, PerTensor(), dynamic=False)),
+        "w8a8-o3": Scheme(tensor, QuantSpec(8, PerTensor(), dynamic=False)),
         "w8a16": Scheme(channel, None),
     }
     assert [name for name, p in PRESETS.items() if not p.scheme.integer_executable] == ["w8a16"]

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from w8a8 import affine, functional, kernels
+    from w8a8 import affine, dataflow, functional, kernels, observers, outliers
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
+    from w8a8.calibrate import Calibration, collect
     from w8a8.checkpoint import load, save
     from w8a8.coverage import Coverage
     from w8a8.errors import W8A8Error
     from w8a8.experiment import study
     from w8a8.linear import QuantLinear, ledger
+    from w8a8.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
     from w8a8.pipeline import Result, quantize, simulate
+    from w8a8.reservoir import Reservoir
     from w8a8.scheme import (
         PRESETS,
         PerChannel,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
         QuantSpec,
         Scheme,
     )
+    from w8a8.smooth import SmoothReport, smooth_, smooth_scales
 
 _HOME = {
     "QParams": "affine",
@@ -41,6 +45,8 @@ _HOME = {
     "l2_error": "affine",
     "qparams": "affine",
     "sqnr_db": "affine",
+    "Calibration": "calibrate",
+    "collect": "calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
     "Coverage": "coverage",
@@ -48,9 +54,15 @@ _HOME = {
     "study": "experiment",
     "QuantLinear": "linear",
     "ledger": "linear",
+    "MSE": "observers",
+    "OBSERVERS": "observers",
+    "AbsMax": "observers",
+    "MinMax": "observers",
+    "Percentile": "observers",
     "Result": "pipeline",
     "quantize": "pipeline",
     "simulate": "pipeline",
+    "Reservoir": "reservoir",
     "PRESETS": "scheme",
     "PerChannel": "scheme",
     "PerColumn": "scheme",
@@ -59,25 +71,38 @@ _HOME = {
     "PerToken": "scheme",
     "QuantSpec": "scheme",
     "Scheme": "scheme",
+    "SmoothReport": "smooth",
+    "smooth_": "smooth",
+    "smooth_scales": "smooth",
 }
-_MODULES = ("affine", "functional", "kernels")
+_MODULES = ("affine", "dataflow", "functional", "kernels", "observers", "outliers")
 
 __all__ = [
+    "MSE",
+    "OBSERVERS",
     "PRESETS",
+    "AbsMax",
+    "Calibration",
     "Coverage",
+    "MinMax",
     "PerChannel",
     "PerColumn",
     "PerGroup",
     "PerTensor",
     "PerToken",
+    "Percentile",
     "QParams",
     "QTensor",
     "QuantLinear",
     "QuantSpec",
+    "Reservoir",
     "Result",
     "Scheme",
+    "SmoothReport",
     "W8A8Error",
     "affine",
+    "collect",
+    "dataflow",
     "dequantize",
     "fake_quantize",
     "functional",
@@ -85,10 +110,14 @@ __all__ = [
     "l2_error",
     "ledger",
     "load",
+    "observers",
+    "outliers",
     "qparams",
     "quantize",
     "save",
     "simulate",
+    "smooth_",
+    "smooth_scales",
     "sqnr_db",
     "study",
 ]

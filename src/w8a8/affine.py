@@ -90,7 +90,7 @@ def qparams(x: Tensor, spec: QuantSpec, operand: Operand = Operand.WEIGHT, *, sm
     view = _grouped(x, spec.granularity)
     lo, hi = value_range(view, _reduced_dims(view, spec.granularity, operand))
     if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
-        raise NonFiniteError(_first_bad(x))
+        raise NonFiniteError(describe_non_finite(x))
     params = grid_of_range(lo, hi, spec, smallest_range)
     if not bool(torch.isfinite(params.scale).all()):
         raise NonFiniteError(
@@ -345,7 +345,7 @@ def _own_or_given(x: Tensor, spec: QuantSpec, operand: Operand, params: QParams 
         raise SchemeError(f"zero_point has shape {tuple(params.zero_point.shape)}, the scale {tuple(want)}")
     lo, hi = value_range(view, tuple(range(view.ndim)))
     if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
-        raise NonFiniteError(_first_bad(x))
+        raise NonFiniteError(describe_non_finite(x))
     return params
 
 
@@ -366,7 +366,7 @@ def _check(x: Tensor, spec: QuantSpec, operand: Operand) -> None:
         )
 
 
-def _first_bad(x: Tensor) -> str:
+def describe_non_finite(x: Tensor) -> str:
     """The message for a tensor that is not finite in float32."""
     bad = ~torch.isfinite(x.to(torch.float32))
     index = tuple(int(i) for i in bad.nonzero()[0])

@@ -24,6 +24,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from w8a8 import kernels
+from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears
 from w8a8.scheme import Scheme
@@ -99,9 +100,16 @@ def build(
     simulated: bool = False,
     kernel: str = kernels.AUTO,
     strict: bool = False,
+    input_params: Mapping[str, QParams] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, QuantLinear]:
     """Make the new layers.  The model is not modified.
+
+    Args:
+        model, selection, scheme: What to quantise and how.
+        simulated, kernel, strict: As for `QuantLinear`.
+        input_params: The grid of each chosen layer's input, where the scheme's activations are static.
+        progress: Called after each layer.
 
     Raises:
         W8A8Error: as `QuantLinear.from_float`, with a note that names the layer.
@@ -110,7 +118,12 @@ def build(
     for done, name in enumerate(selection.chosen, start=1):
         try:
             layers[name] = QuantLinear.from_float(
-                model.get_submodule(name), scheme, simulated=simulated, kernel=kernel, strict=strict
+                model.get_submodule(name),
+                scheme,
+                simulated=simulated,
+                kernel=kernel,
+                strict=strict,
+                input_params=None if input_params is None else input_params[name],
             )
         except W8A8Error as error:
             error.add_note(f"while quantising {name}")

@@ -44,6 +44,10 @@ class ModelError(W8A8Error, ValueError):
     """A model that cannot be used the way it was asked to."""
 
 
+class CalibrationError(W8A8Error, ValueError):
+    """Calibration data that cannot be used, or that does not reach what was to be measured."""
+
+
 class CheckpointError(W8A8Error, OSError):
     """A directory that is missing, torn, untruthful, in the way, or in a format unknown here."""
 

@@ -1,7 +1,7 @@
 """The main jobs, each one call: `quantize`, `simulate`, and opening a model by name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,18 @@ from safetensors import SafetensorError
 from torch import nn
 
 from w8a8 import convert, kernels
+from w8a8.affine import QParams
+from w8a8.calibrate import Calibration, checked_observer, static_grids
 from w8a8.checkpoint import load
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import architecture
 from w8a8.convert import Progress
 from w8a8.coverage import Coverage, coverage
-from w8a8.errors import ModelError
+from w8a8.errors import ModelError, SchemeError
 from w8a8.linear import ledger
+from w8a8.observers import Observer, observer_of
 from w8a8.scheme import Scheme
+from w8a8.smooth import SmoothReport, smooth_undoable
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,14 @@ class Result:
     scheme: The scheme of the new layers.
     coverage: What is quantised, what is not, and why not.
     untied: Layers whose weight was shared and is now a copy of its own, each with the module it shared with.
+    smooth: What smoothing did before; None where it was not asked for.
     """
 
     model: nn.Module
     scheme: Scheme
     coverage: Coverage
     untied: dict[str, str]
+    smooth: SmoothReport | None = None
 
     def ledger(self) -> dict[str, dict[str, int]]:
         """How often each kernel has run so far, per layer."""
@@ -51,6 +57,9 @@ def quantize(
     head: str = "float",
     kernel: str = kernels.AUTO,
     strict: bool = False,
+    calibration: Any = None,
+    observer: str | Callable[[], Observer] = "absmax",
+    smooth: str | float | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Turn the linear layers of a model into int8 layers, in place.
@@ -67,6 +76,12 @@ def quantize(
         head: "int8" takes the output head too, as naming it in `include` does; files are then not what vLLM reads.
         kernel: The kernel to run, or "auto": the first that can.
         strict: Raise where the kernel that was asked for cannot run, instead of running another.
+        calibration: A `Calibration`, or what `Calibration.of` makes one from without a tokenizer.  A static scheme
+            needs it, others do not use it.
+        observer: How a static grid follows from what was seen: a name in `w8a8.observers.OBSERVERS`, or a function
+            that makes an observer per tensor, `lambda: Percentile(p=99.9)`.
+        smooth: "auto" (the default where there is a calibration), an alpha in 0..1, or "none" (the default without):
+            scale activations into weights first, see `w8a8.smooth`.  What is left float, the norms, keeps its part.
         progress: Called as progress(done, total, name).
 
     Returns:
@@ -74,14 +89,27 @@ def quantize(
 
     Raises:
         SchemeError: the scheme cannot be executed (the message says why and what to use), does not fit a
-            layer, or there is nothing to quantise.
+            layer, or there is nothing to quantise; it is static, or to be smoothed for, and there is no calibration.
+        CalibrationError: the calibration data cannot be used, or a layer read none of it.
         PatternError: a pattern matches no linear layer.
         ModelError: `head` is unknown, or there is none to quantise.
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
     include = convert.with_head(model, include, head)
-    return _convert(model, scheme, include, exclude, simulated=False, kernel=kernel, strict=strict, progress=progress)
+    return _convert(
+        model,
+        scheme,
+        include,
+        exclude,
+        simulated=False,
+        kernel=kernel,
+        strict=strict,
+        calibration=calibration,
+        observer=observer,
+        smooth=smooth,
+        progress=progress,
+    )
 
 
 def simulate(
@@ -90,6 +118,9 @@ def simulate(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    calibration: Any = None,
+    observer: str | Callable[[], Observer] = "absmax",
+    smooth: str | float | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Show what any scheme costs, in float arithmetic, in place.
@@ -97,17 +128,27 @@ def simulate(
     For a scheme that integers can run the outputs are those of `quantize`, bit for bit.
 
     Args:
-        model, include, exclude, progress: As for `quantize`.
+        model, include, exclude, calibration, observer, smooth, progress: As for `quantize`.
         scheme: Any scheme, up to 16 bits.
 
     Returns:
         The model, and what was done to it.
 
     Raises:
-        SchemeError, PatternError, NonFiniteError: as `quantize`.
+        SchemeError, PatternError, NonFiniteError, CalibrationError: as `quantize`.
     """
     return _convert(
-        model, scheme, include, exclude, simulated=True, kernel=kernels.AUTO, strict=False, progress=progress
+        model,
+        scheme,
+        include,
+        exclude,
+        simulated=True,
+        kernel=kernels.AUTO,
+        strict=False,
+        calibration=calibration,
+        observer=observer,
+        smooth=smooth,
+        progress=progress,
     )
 
 
@@ -120,17 +161,90 @@ def _convert(
     simulated: bool,
     kernel: str,
     strict: bool,
+    calibration: Any,
+    observer: str | Callable[[], Observer],
+    smooth: str | float | None,
     progress: Progress | None,
 ) -> Result:
     scheme = Scheme.of(scheme)
     kernels.check_name(kernel)
     selection = convert.select(model, include, exclude)
-    layers = convert.build(
-        model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict, progress=progress
-    )
-    convert.swap(model, layers)
+    if calibration is not None:
+        calibration = Calibration.of(calibration)
+    _check_static(scheme, calibration, observer)
+    report, undo = _smoothed(model, selection, scheme, calibration, smooth, progress)
+    try:
+        layers = convert.build(
+            model,
+            selection,
+            scheme,
+            simulated=simulated,
+            kernel=kernel,
+            strict=strict,
+            input_params=_static_grids(model, selection, scheme, calibration, observer, progress),
+            progress=progress,
+        )
+        convert.swap(model, layers)
+    except BaseException:
+        undo()
+        raise
     convert.untie(model, selection)
-    return Result(model, scheme, coverage(model, selection.reasons), selection.untied)
+    return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report)
+
+
+def _smoothed(
+    model: nn.Module,
+    selection: convert.Selection,
+    scheme: Scheme,
+    calibration: Calibration | None,
+    smooth: str | float | None,
+    progress: Progress | None,
+) -> tuple[SmoothReport | None, Callable[[], None]]:
+    """Smooth the float weights where it is asked for, and say how to take it back."""
+    if smooth is None:
+        smooth = "none" if calibration is None else "auto"
+    if smooth == "none":
+        return None, lambda: None
+    if isinstance(smooth, str) and smooth != "auto":
+        raise SchemeError(f"smooth={smooth!r} is unknown; use 'auto', an alpha in 0..1, or 'none'")
+    if calibration is None:
+        raise SchemeError(
+            f"smooth={smooth!r} was asked for, which needs calibration data to see the outliers of activations: "
+            "give calibration=, or smooth='none'"
+        )
+    alpha: Any = smooth
+    return smooth_undoable(model, calibration, alpha=alpha, scheme=scheme, selection=selection, progress=progress)
+
+
+def _static_grids(
+    model: nn.Module,
+    selection: convert.Selection,
+    scheme: Scheme,
+    calibration: Calibration | None,
+    observer: str | Callable[[], Observer],
+    progress: Progress | None,
+) -> dict[str, QParams] | None:
+    """The grids of the chosen layers' inputs, or None where the scheme measures each input as it comes."""
+    if not scheme.static:
+        return None
+    assert scheme.activations is not None, "a static scheme has activations"
+    assert calibration is not None, "checked before"
+    return static_grids(model, selection.chosen, scheme.activations, calibration, observer, progress=progress)
+
+
+def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:
+    """What can be known of the static grids before any pass."""
+    if not scheme.static:
+        observer_of(observer)
+        return
+    assert scheme.activations is not None, "a static scheme has activations"
+    if calibration is None:
+        raise SchemeError(
+            f"the scheme {scheme.name} has static activation scales, and there is no calibration data to measure them "
+            "on: give calibration=, for example Calibration.of(texts, tokenizer) (--calib FILE), or use a dynamic "
+            "scheme such as 'w8a8'"
+        )
+    checked_observer(observer, scheme.activations)
 
 
 @dataclass(frozen=True)

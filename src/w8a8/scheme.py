@@ -233,6 +233,11 @@ class Scheme:
         return self.not_executable_because is None
 
     @property
+    def static(self) -> bool:
+        """Whether the activations have a scale that is measured beforehand, which takes calibration data."""
+        return self.activations is not None and not self.activations.dynamic
+
+    @property
     def weight_only(self) -> bool:
         """Whether the activations stay float: int8 weights, float product."""
         return self.activations is None
@@ -258,6 +263,7 @@ _W_CHANNEL = QuantSpec(granularity=PerChannel())
 _W_TENSOR = QuantSpec(granularity=PerTensor())
 _A_TOKEN = QuantSpec(granularity=PerToken())
 _A_TENSOR = QuantSpec(granularity=PerTensor())
+_A_STATIC = QuantSpec(granularity=PerTensor(), dynamic=False)
 
 PRESETS: dict[str, Preset] = {
     "w8a8": Preset(Scheme(_W_CHANNEL, _A_TOKEN), "the default: loses least, and what vLLM calls W8A8"),
@@ -268,5 +274,7 @@ PRESETS: dict[str, Preset] = {
     "w8a8-tensor": Preset(Scheme(_W_CHANNEL, _A_TENSOR), "one activation scale per call"),
     "w8a8-o1": Preset(Scheme(_W_TENSOR, _A_TOKEN), "SmoothQuant O1 (Table 2): weights per tensor"),
     "w8a8-o2": Preset(Scheme(_W_TENSOR, _A_TENSOR), "SmoothQuant O2 (Table 2): both per tensor, dynamic"),
+    "w8a8-static": Preset(Scheme(_W_CHANNEL, _A_STATIC), "activation scales measured beforehand, on calibration data"),
+    "w8a8-o3": Preset(Scheme(_W_TENSOR, _A_STATIC), "SmoothQuant O3 (Table 2): both per tensor, static"),
     "w8a16": Preset(Scheme(_W_CHANNEL, None), "weight-only: int8 in memory, products in float"),
 }

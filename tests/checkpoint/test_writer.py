@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import w8a8
 from tests.conftest import gpt2, llama, opt
 from w8a8.errors import CheckpointError, ModelError, SchemeError
-from w8a8.scheme import PerColumn, PerToken, QuantSpec, Scheme
+from w8a8.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
 
 
 def test_the_directory_has_what_others_expect(tmp_path):
@@ -168,10 +168,13 @@ def test_an_untied_head_is_saved_and_loaded(tmp_path):
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o2", "w8a16"])
+STATIC_ASYM = Scheme(QuantSpec(8, PerChannel()), QuantSpec(8, symmetric=False, dynamic=False))
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o2", "w8a8-static", "w8a8-o3", STATIC_ASYM, "w8a16"])
 @pytest.mark.parametrize("make", [llama, opt, gpt2])
 def test_a_saved_model_loads_with_equal_tensors_and_logits(tmp_path, make, scheme):
-    model = w8a8.quantize(make(), scheme).model
+    model = w8a8.quantize(make(), scheme, calibration=[torch.arange(30)[None]], observer="mse").model
     w8a8.save(model, tmp_path / "out")
     loaded = w8a8.load(tmp_path / "out")
     for (name, a), (other, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import w8a8
 from tests.conftest import llama
 from w8a8.cli import main
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
+from w8a8.linear import quant_linears
 
 THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor" / "llama-w8a8"
 
@@ -92,6 +94,47 @@ def test_quantize_prints_what_was_untied(call, tmp_path, demo_dir):
     assert "lm_head was tied to model.decoder.embed_tokens and is now an int8 copy" in out
 
 
+def test_a_static_scheme_is_calibrated_saved_and_scored(call, tmp_path, demo_dir, text):
+    arguments = ["--scheme", "w8a8-static", "--calib", text, "--calib-samples", "4", "--calib-length", "64"]
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--observer", "percentile")
+    assert code == 0
+    assert f"Activation scales by percentile on 4 windows, 256 tokens, of {text}, seed 0." in " ".join(out.split())
+    scales = {float(layer.input_scale) for _, layer in quant_linears(w8a8.load(tmp_path / "out"))}
+    assert len(scales) > 12
+    code, out, _ = call("eval", tmp_path / "out", "--text", text, "--against", demo_dir, "--dtype", "float32", "--json")
+    assert code == 0
+    assert abs(json.loads(out)["perplexity_ratio"]["mean"] - 1) < 0.05
+
+
+@pytest.mark.parametrize(("option", "alpha"), [((), "auto"), (("--smooth", "0.6"), 0.6), (("--smooth", "none"), None)])
+def test_smoothing_is_asked_for_told_and_saved(call, tmp_path, demo_dir, text, option, alpha):
+    arguments = ["--calib", text, "--calib-samples", "2", "--calib-length", "64", *option]
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments)
+    assert code == 0
+    assert (f"groups for w8a8, alpha {alpha}, on 2 windows" in out) is (alpha is not None)
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--force", "--json")
+    told = json.loads(out)["smooth"]
+    norm = "model.decoder.layers.0.self_attn_layer_norm.weight"
+    same = torch.equal(
+        w8a8.load(tmp_path / "out").get_parameter(norm), demo_model().model.get_parameter(norm).to(torch.float16)
+    )
+    assert same is (alpha is None)
+    assert (told is None) if alpha is None else (told["alpha"] == alpha and told["change"] < told["bound"])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # transformers reads it too
+    assert theirs.get_parameter(norm).shape == (128,)
+
+
+def test_the_seed_of_a_calibration_decides(call, tmp_path, demo_dir, text):
+    scales = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        arguments = ["--scheme", "w8a8-o3", "--calib", text, "--calib-samples", "2", "--calib-length", "32", "--json"]
+        code, out, _ = call("quantize", demo_dir, "-o", tmp_path / name, *arguments, "--seed", seed)
+        assert code == 0
+        assert json.loads(out)["calibration"] == f"2 windows, 64 tokens, of {text}, seed {seed}"
+        scales.append([float(layer.input_scale) for _, layer in quant_linears(w8a8.load(tmp_path / name))])
+    assert scales[0] == scales[1] != scales[2]
+
+
 def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
     out = tmp_path / "out"
     assert call("quantize", demo_dir, "-o", out)[0] == 0
@@ -109,6 +152,17 @@ def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
         (("quantize", "MODEL", "-o", "OUT", "--include", "*.nothing"), "'*.nothing' matches none"),
         (("quantize", "MODEL", "-o", "OUT", "--dtype", "int4"), "unknown dtype 'int4'"),
         (("quantize", "nobody/nothing", "-o", "OUT"), "the hub did not give it"),
+        (("quantize", "MODEL", "-o", "OUT", "--scheme", "w8a8-static"), "give --calib FILE, or take a dynamic scheme"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "/no.txt"), "the calibration file /no.txt cannot be read"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "MODEL/config.json"), "config.json ends in '.json': known are"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--observer", "max"), "unknown observer 'max'"),
+        (
+            ("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--calib-length", "9999", "--scheme", "w8a8-o3"),
+            "a window of",
+        ),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--smooth", "much"), "smooth='much' is unknown"),
+        (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--smooth", "2"), "alpha=2.0 is not a number in 0..1"),
+        (("quantize", "MODEL", "-o", "OUT", "--smooth", "0.5"), "which needs calibration data"),
         (("eval", "MODEL", "--text", "/nowhere"), "--text /nowhere cannot be read as UTF-8"),
         (("eval", "MODEL", "--text", "TEXT", "--seq-len", "100000"), "seq_len=100000 is out of range"),
         (("eval", "MODEL", "--text", "TEXT", "--stride", "5000"), "stride=5000 is out of range"),
@@ -119,7 +173,7 @@ def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(call, tmp_path, demo_dir, text, arguments, message):
-    places = {"MODEL": demo_dir, "OUT": tmp_path / "out", "TEXT": text}
+    places = {"MODEL": demo_dir, "OUT": tmp_path / "out", "TEXT": text, "MODEL/config.json": demo_dir / "config.json"}
     code, out, err = call(*(places.get(a, a) for a in arguments))
     assert code == 2
     assert message in err
@@ -180,6 +234,29 @@ def test_inspect_reads_float_and_quantised_models_without_weights(call, demo_dir
     assert found["quantized"] is True
     assert found["schemes"][0]["activations"]["granularity"] == "token"
     assert found["totals"]["quantized"]["modules"] > 20
+
+
+def test_inspect_pairs_loads_the_weights_and_says_what_folds_and_why_not(call, tmp_path, demo_dir, quantized):
+    code, out, _ = call("inspect", demo_dir, "--pairs")
+    assert code == 0
+    words = " ".join(out.replace("│", " ").split())
+    assert "model.decoder.layers.*.fc1 linear 512 of 512 model.decoder.layers.*.fc2 6" in words
+    assert "the weight of lm_head is tied to model.decoder.embed_tokens" in words
+    found = json.loads(call("inspect", demo_dir, "--pairs", "--json")[1])
+    assert found["unread"] == []
+    assert found["groups"][0]["source"]["parameters"][0] == {
+        "name": "model.decoder.layers.0.self_attn_layer_norm.weight",
+        "dim": 0,
+        "offset": 0.0,
+    }
+    assert [r["module"].rpartition(".")[2] for r in found["groups"][0]["readers"]] == ["q_proj", "k_proj", "v_proj"]
+    assert found["groups"][0]["readers"][0]["columns"] == found["groups"][0]["source"]["channels"]
+    _, out, _ = call("inspect", quantized, "--pairs")
+    assert "a quantised layer, whose weight cannot be rescaled" in " ".join(out.replace("│", " ").split())
+    (tmp_path / "config.json").write_text((demo_dir / "config.json").read_text())
+    code, _, err = call("inspect", tmp_path, "--pairs")
+    assert code == 2
+    assert err.startswith("w8a8: ")
 
 
 def test_study_prints_the_grid_and_names_the_best(call, demo_dir, text):

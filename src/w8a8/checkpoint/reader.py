@@ -10,6 +10,7 @@ tensor has the shape and dtype that the config promises, none is missing and non
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG, opened, read_quanti
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.errors import CheckpointError, ModelError, SchemeError
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears
-from w8a8.scheme import PerGroup
+from w8a8.scheme import PerGroup, Scheme
 
 _SCALES = ("weight_scale", "input_scale")
 _DERIVED = (".weight_sum", ".packed_weight")
@@ -43,7 +44,8 @@ def load(
     Args:
         source: A local directory, or the id of a repository on the Hugging Face hub.
         head: "int8" quantises the output head as it is loaded, in the scheme of the file's first group, whatever the
-            file holds; a tied head becomes a copy of its own.  "float" leaves it as the file has it.
+            file holds; a tied head becomes a copy of its own.  Where that scheme is static its activations are
+            dynamic here, since the head's input was never measured.  "float" leaves it as the file has it.
         simulated, kernel, strict: As for `QuantLinear`.
 
     Returns:
@@ -71,13 +73,20 @@ def load(
     _fill(model, files)
     if head == "int8" and convert.heads(model):  # none where the file's own head is int8
         selection = convert.select(model, convert.heads(model))
-        scheme = quantization.groups[0].scheme
+        scheme = _measured_as_it_comes(quantization.groups[0].scheme)
         convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
         convert.untie(model, selection)
     model.config.__dict__.pop("quantization_config", None)  # what transformers would act upon; w8a8.save writes it
     if (directory / GENERATION_CONFIG).exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model.eval()
+
+
+def _measured_as_it_comes(scheme: Scheme) -> Scheme:
+    """The scheme with dynamic activations."""
+    if scheme.activations is None:
+        return scheme
+    return replace(scheme, activations=replace(scheme.activations, dynamic=True))
 
 
 def architecture(directory: Path) -> tuple[Any, Any]:

@@ -7,7 +7,8 @@ import typer
 
 from w8a8 import __version__
 from w8a8.cli.output import megabytes, percent, plain, print_json, print_line, print_table, progress
-from w8a8.errors import TextError
+from w8a8.cli.pairs import show_pairs
+from w8a8.errors import SchemeError, TextError
 
 app = typer.Typer(
     add_completion=False,
@@ -70,20 +71,68 @@ def quantize(
     include: Include = ["*"],  # noqa: B006 - typer wants a list, and copies it
     exclude: Exclude = [],  # noqa: B006
     head: Annotated[str, typer.Option("--head", help="The output head: float, which vLLM reads, or int8.")] = "float",
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            "--calib",
+            metavar="FILE",
+            help="Calibration data, for static schemes and smoothing: .txt or .jsonl, or a hub data set.",
+        ),
+    ] = None,
+    calib_samples: Annotated[int, typer.Option("--calib-samples", min=1, help="Windows drawn from it.")] = 128,
+    calib_length: Annotated[
+        int | None,
+        typer.Option("--calib-length", min=1, help="Tokens in a window; by default the model's context, at most 512."),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the drawing.")] = 0,
+    observer: Annotated[
+        str, typer.Option("--observer", help="How a static scale is chosen: absmax, minmax, percentile, mse.")
+    ] = "absmax",
+    smooth: Annotated[
+        str | None,
+        typer.Option(
+            "--smooth",
+            metavar="auto|ALPHA|none",
+            help="Scale activations into weights: alpha searched per group, one alpha in 0..1, or not.  "
+            "By default auto with --calib, else none.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
     from w8a8 import pipeline
+    from w8a8.calibrate import Calibration
     from w8a8.checkpoint.writer import check_target, save
+    from w8a8.observers import observer_of
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
+    observer_of(observer)
+    if wanted.static and calib is None:
+        raise SchemeError(
+            f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
+            "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
+        )
     check_target(output, overwrite=force)
     opened = _open(model, dtype=dtype)
+    data = None
+    if calib is not None:
+        length = calib_length or min(_default_length(opened.model), 512)
+        data = Calibration.of(calib, opened.tokenizer, samples=calib_samples, length=length, seed=seed)
     with progress("quantising") as step:
-        result = pipeline.quantize(opened.model, wanted, include=include, exclude=exclude, head=head, progress=step)
+        result = pipeline.quantize(
+            opened.model,
+            wanted,
+            include=include,
+            exclude=exclude,
+            head=head,
+            calibration=data,
+            observer=observer,
+            smooth=_alpha(smooth),
+            progress=step,
+        )
     save(opened.model, output, opened.tokenizer, overwrite=force)
     if as_json:
         print_json(
@@ -91,6 +140,8 @@ def quantize(
                 "output": output,
                 "scheme": result.scheme.name,
                 "untied": result.untied,
+                "calibration": None if data is None else data.description,
+                "smooth": None if result.smooth is None else result.smooth.to_dict(),
                 "coverage": result.coverage.to_dict(),
             }
         )
@@ -98,6 +149,10 @@ def quantize(
     _show_coverage(result.coverage)
     for name, other in result.untied.items():
         print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
+    if result.smooth is not None:
+        print_line(str(result.smooth))
+    if data is not None and wanted.static:
+        print_line(f"Activation scales by {observer} on {data.description}.")
     print_line(f"Saved in {output}.")
 
 
@@ -148,8 +203,22 @@ def evaluate(
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
-    """Show what of a model is quantised, or would be, and what is not and why.  Reads no weights."""
+def inspect(
+    model: Model,
+    pairs: Annotated[
+        bool,
+        typer.Option(
+            "--pairs",
+            help="Instead: load the weights, run a few random tokens, and show which layers could take over a "
+            "scale from which norm or layer, and for the others why not.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what of a model is quantised, or would be, and what is not and why.  Reads no weights without --pairs."""
+    if pairs:
+        show_pairs(_open(model), as_json=as_json)
+        return
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.reader import empty_model
     from w8a8.convert import select
@@ -342,6 +411,14 @@ def _open(model: str, *, dtype: str = "auto", device: str = "cpu", head: str = "
 
     _quiet_transformers()
     return open_model(model, dtype=dtype, device=device, head=head)
+
+
+def _alpha(smooth: str | None) -> str | float | None:
+    """The option --smooth as `pipeline.quantize` takes it, which also refuses other words."""
+    try:
+        return smooth if smooth is None else float(smooth)
+    except ValueError:
+        return smooth
 
 
 def _quiet_transformers() -> None:

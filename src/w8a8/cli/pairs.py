@@ -1,0 +1,50 @@
+"""What `w8a8 inspect --pairs` prints."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from w8a8.cli.output import print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from w8a8.pipeline import OpenedModel
+
+_FEW = 6
+
+
+def show_pairs(opened: "OpenedModel", *, as_json: bool) -> None:
+    """Run a few random tokens through a model, and print what could be folded into what, and why the rest cannot."""
+    from w8a8.dataflow import observe, probe
+
+    found = observe(opened.model, probe(opened.model))
+    if as_json:
+        print_json({"directory": opened.directory, **found.to_dict()})
+        return
+    groups = [
+        (
+            group.source.module,
+            group.source.kind,
+            f"{int(group.scalable.sum())} of {group.source.channels}",
+            _few(reader.module for reader in group.readers),
+        )
+        for group in found.groups
+    ]
+    print_table(
+        f"{opened.directory}: can be folded", ("source", "kind", "channels", "read by", "layers"), _by_layer(groups)
+    )
+    refused = [(r.source.module, r.source.kind, _few(r.readers), r.reason) for r in found.refused]
+    print_table("Cannot be folded", ("source", "kind", "read by", "why", "layers"), _by_layer(refused))
+    if found.unread:
+        print_line(f"Not reached by this forward: {_few(found.unread)}")
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_FEW]) + (f", ... ({len(names)})" if len(names) > _FEW else "")
+
+
+def _by_layer(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows that differ in the numbers of layers only, as one row with * and their count."""
+    counts = Counter(tuple(re.sub(r"\.\d+(?=[.,;]|$)", ".*", cell) for cell in row) for row in rows)
+    return [(*row, str(count)) for row, count in counts.items()]
