@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
@@ -166,8 +167,8 @@ class Compiled(Eager):
     @property
     def _decode(self) -> Callable[..., Any]:
         if self.compiled is None:
-            options = {"freezing": True, "max_autotune": True}
-            self.compiled = torch.compile(self.model.forward, dynamic=False, fullgraph=True, options=options)
+            inductor.freezing = True  # as one of torch.compile's options it would come too late
+            self.compiled = torch.compile(self.model.forward, dynamic=False, fullgraph=True, mode="max-autotune")
         return self.compiled
 
     def rewind(self) -> None:
