@@ -167,8 +167,8 @@ def cell(layers: dict[str, list[Layer]], n: int, k: int, m: int, seconds: float,
             slow = rounds >= 2 and statistics.median(times[name]) > SLOW * statistics.median(times["ours"])
             if slow and rounds % 3:
                 continue
-            for call in range(1 if m * n * k > 1e9 else 3):
-                layer = copies[(3 * rounds + call) % len(copies)]
+            for _ in range(1 if m * n * k > 1e9 else 3):
+                layer = copies[len(times[name]) % len(copies)]
                 begin = time.perf_counter()
                 layer(x)
                 times[name].append(time.perf_counter() - begin)
