@@ -36,11 +36,15 @@ check: $(VENV)/.installed
 docs-check: $(VENV)/.installed
 	$(BIN)/pytest tests/test_docs.py
 
-# every figure in README and docs; a quarter of an hour on a machine with nothing else to do
+# every figure in README and docs; an hour on a machine with nothing else to do.  llama.cpp is built from source, which
+# takes minutes and a compiler; without it bench/model.py leaves it out and says so
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	-CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/linear.py
+	$(BIN)/python bench/layout.py
+	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/report.py
 

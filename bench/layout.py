@@ -50,6 +50,24 @@ OURS, BETWEEN, ALONE = "ours, packed", "oneDNN between our ends", "oneDNN's prod
 SHIFT = 128  # codes as unsigned bytes
 
 
+class Layer(ctypes.Structure):
+    """struct w8a8_layer of kernels/csrc/w8a8.h."""
+
+    _fields_ = (
+        ("packed", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("colsum", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("scale_stride", ctypes.c_int32),
+        ("mode", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("x_zero_point", ctypes.c_int32),
+        ("x_scale", ctypes.c_float),
+    )
+
+
 def _call(name: str, *arguments: Any) -> Callable[[], None]:
     """A C function with its arguments already converted, so that Python takes as little time as it can."""
     (built,) = Path(native.__file__).parent.glob("_native*.so")
@@ -73,7 +91,7 @@ class Weight:
         self.row_major, self.scale = on_large_pages(codes), scale
         self.packed, self.sums = native.pack(codes)
         pointers = self.packed.data_ptr(), scale.data_ptr(), self.sums.data_ptr(), None
-        self.layer = native._Layer(*pointers, *codes.shape, 1, 0, 8, 0, 0.0)  # W8A8_TOKEN_SYM, 8 bits
+        self.layer = Layer(*pointers, *codes.shape, 1, 0, 8, 0, 0.0)  # per channel; W8A8_TOKEN_SYM, 8 bits
 
 
 class Buffers:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from machine import describe_machine
+from machine import describe_machine, versions
 from w8a8.kernels import native
 from w8a8.linear import QuantLinear
 
@@ -266,7 +266,12 @@ def main() -> None:
                 ours = cells[-1]["median_ms"]["ours"]
                 ratios = "  ".join(f"{p} {t / ours:.2f}x" for p, t in cells[-1]["median_ms"].items() if p != "ours")
                 print(f"{n} x {k}, {m} rows: {ours:.4f} ms, {share_of_ceiling(cells[-1])}; {ratios}", flush=True)
-    result = {"machine": describe_machine(), "peers": peers, "cells": cells}
+    result = {
+        "machine": describe_machine(),
+        "versions": versions("torchao", "optimum-quanto"),
+        "peers": peers,
+        "cells": cells,
+    }
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print("\n" + summary(result))

@@ -32,13 +32,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch._inductor.config as inductor
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
 import gguf_peer
 import w8a8
-from machine import describe_machine
+from machine import describe_machine, versions
 
 RESULT = Path(__file__).parent / "results" / "model.json"
 PROMPT, WINDOW, PREFILL = 256, 64, 512
@@ -167,6 +166,8 @@ class Compiled(Eager):
     @property
     def _decode(self) -> Callable[..., Any]:
         if self.compiled is None:
+            import torch._inductor.config as inductor
+
             inductor.freezing = True  # as one of torch.compile's options it would come too late
             self.compiled = torch.compile(self.model.forward, dynamic=False, fullgraph=True, mode="max-autotune")
         return self.compiled
@@ -314,7 +315,12 @@ def main() -> None:
             print(model_name, job, {name: round(rate, 1) for name, rate in rates.items()}, flush=True)
         del variants, model
         gc.collect()
-    result = {"machine": describe_machine(), "variants": chosen, "rows": rows}
+    result = {
+        "machine": describe_machine(),
+        "versions": versions("torchao", "llama-cpp-python"),
+        "variants": chosen,
+        "rows": rows,
+    }
     arguments.output.parent.mkdir(exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print("\n" + table(result))
