@@ -19,6 +19,12 @@ dynamic one per tensor, each sampled token is quantised with the range of one of
 scales on trial come from the maxima of half of the calls and meet the ranges of the other half, and the reverse: with
 alpha = 1 they level the very maxima that they were made from, and new calls have theirs elsewhere.
 
+A channel's maximum is not trusted to stay small.  A neuron behind a ReLU may be active once in thousands of tokens, and
+scales that amplify it to the level of the others by what little it showed make one such token ruin the range of the
+whole tensor: with the shipped model, inputs of fc2 grew up to 400 times beyond what was calibrated.  So where alpha is
+searched, maxima below `QUIET` times the median count as that much, and `QUIET_ONE_SIDED` times where the tensor is
+never negative.  A fixed alpha is the paper's equation as it stands.
+
 Scales are divided by their geometric mean over live channels.  No quantiser sees a common factor; but a dead
 channel keeps the scale 1, and beside live ones of 0.01 its weights, untouched, would take over the range of every row.
 
@@ -41,6 +47,12 @@ from w8a8.tokens import fake_quantize_tokens
 
 GRID = tuple(round(i / 20, 2) for i in range(21))
 """The candidates for alpha, beside no smoothing."""
+
+QUIET = 0.3
+"""The least that a channel's maximum counts for in a search, in units of the median one."""
+
+QUIET_ONE_SIDED = 3.0
+"""The same where a tensor is never negative, as behind a ReLU."""
 
 REACH = 2.0**16
 """How far a scale may be from the geometric mean: half floats hold what is left."""
@@ -199,7 +211,7 @@ def search(
         channels: C, of the source.
         scheme: How they will be quantised.
         alphas: The candidates.  A tie goes to the earlier one, and before that to no smoothing.
-        forced: Leave out no smoothing as a candidate.
+        forced: Leave out no smoothing as a candidate, and take the maxima as they are.
 
     Returns:
         The choice; with scales for the source's channels, normalised.
@@ -207,8 +219,10 @@ def search(
     activations, weights = magnitudes(products, channels)
     live = (activations > 0) & (weights > 0)
     exact = [_output(product) for product in products]
+    least = 0.0 if forced else _least_trusted(products, activations[live])
 
     def scales_of(alpha: float, activations: Tensor) -> Tensor:
+        activations = torch.where(live, activations.clamp(min=least), activations)
         return centred(smooth_scales(activations, weights, alpha), live)
 
     def error(scales: Tensor, judged: Sequence[Product] = products) -> float:
@@ -230,6 +244,14 @@ def search(
     after = error(scales) if halves else errors[alpha]
     better = max(after, errors[alpha]) < before
     return Choice(alpha, scales, before, after) if better or forced else none
+
+
+def _least_trusted(products: Sequence[Product], maxima: Tensor) -> float:
+    """What a live channel's maximum counts for at the least, given all of them."""
+    if not len(maxima):
+        return 0.0
+    one_sided = all(bool((product.sample.low >= 0).all()) for product in products if product.reads)
+    return (QUIET_ONE_SIDED if one_sided else QUIET) * float(maxima.median())
 
 
 def _halves(products: Sequence[Product], spec: QuantSpec | None) -> list[tuple[Sequence[Product], Sequence[Product]]]:
