@@ -45,6 +45,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/linear.py
 	$(BIN)/python bench/layout.py
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/allocator.py
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/smoothing.py

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import allocator
 import calibration
 import demo
 import layout
@@ -18,7 +19,9 @@ import smoothing_peer
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
-RESULTS = tuple(script.RESULT for script in (linear, model, overhead, layout, calibration, smoothing, smoothing_peer))
+RESULTS = tuple(
+    script.RESULT for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer)
+)
 
 _HEAD = """# Performance
 
@@ -31,7 +34,7 @@ in one process, llama.cpp's excepted, which has its own.
 
 def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
-    sections = (_layers, _models, _tokens, _layouts, _calibrating, _smoothing, _smoothing_peer)
+    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer)
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
 
@@ -41,7 +44,9 @@ def _layers(result: dict[str, Any]) -> str:
         + _where(result)
         + "Geometric means of the ratios over the nine shapes, by rows. torch.ao's layers quantise activations per "
         "tensor, which is less work; torchao's per token; quanto's are calibrated; `torch_cpu` is our own fallback. "
-        "torchao compiled is torch.compile with freezing and max-autotune, a graph for each cell.\n\n"
+        "torchao compiled is torch.compile with freezing and max-autotune, a graph for each cell. At the ceiling: how "
+        "many times as fast as the best int8 peer a kernel would be that took no longer than the product alone, or the "
+        "read of the weights alone, whichever is longer, at 100 % of what this machine does.\n\n"
         + linear.summary(result)
         + "\n\nEvery cell. The ceiling is that of int8 products in registers from 16 rows up, and of a plain read of "
         "memory below; more than 100 % means that weights stayed in a cache.\n\n" + linear.table(result) + "\n"
@@ -85,6 +90,10 @@ def _tokens(result: dict[str, Any]) -> str:
     )
 
 
+def _memory(result: dict[str, Any]) -> str:
+    return "### New memory\n\n" + _where(result) + allocator.text(result) + "\n"
+
+
 def _layouts(result: dict[str, Any]) -> str:
     return (
         "## Packed or row-major, our tile or oneDNN's product\n\n"
@@ -125,7 +134,7 @@ def _smoothing_peer(result: dict[str, Any]) -> str:
     return (
         "## Smoothing beside llm-compressor\n\n"
         + _where(result)
-        + f"llm-compressor {versions['llmcompressor']} with compressed-tensors {versions['compressed-tensors']}; the same "
+        + f"llm-compressor {versions['llmcompressor']}, compressed-tensors {versions['compressed-tensors']}; the same "
         "model and batches, a process for each line, one thread. How far smoothing alone changed the float logits "
         "(relative norm) says whether it kept the function. The random Gemma-3 stores its norm weights less one.\n\n"
         + smoothing_peer.table(result)

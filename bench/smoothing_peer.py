@@ -3,14 +3,14 @@
     python bench/smoothing_peer.py            measure, and write bench/results/smoothing_peer.json
     python bench/smoothing_peer.py --show     print the table of the results that are there
 
-It needs llm-compressor, which pins older versions of transformers and compressed-tensors than w8a8's tests use, and so an
-environment of its own: `make bench-smoothing-peer` makes one.
+It needs llm-compressor, which pins older versions of transformers and compressed-tensors than w8a8's tests use, and so
+an environment of its own: `make bench-smoothing-peer` makes one.
 
 Two models: the small Llama with the outliers of OPT-1.3b injected (semi-synthetic, see `w8a8.outliers`), and a random
-tiny Gemma-3 whose norm weights are drawn, which has four norms in a block and stores their weights less one.  Each tool,
-in a process of its own, smooths (alpha 0.5; ours also searched) and quantises to W8A8, weights per channel and
-activations per token.  Told are: how far smoothing alone changed the float logits (relative norm), the perplexity after
-quantising, the seconds of both steps, and the peak memory above what the process had before.
+tiny Gemma-3 whose norm weights are drawn, which has four norms in a block and stores their weights less one.  Each
+tool, in a process of its own, smooths (alpha 0.5; ours also searched) and quantises to W8A8, weights per channel and
+activations per token.  Told are: how far smoothing alone changed the float logits (relative norm), the perplexity
+after quantising, the seconds of both steps, and the peak memory above what the process had before.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def make_gemma(directory: Path, arguments: argparse.Namespace) -> str:
     )
     model = Gemma3ForCausalLM(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.normal_(0.0, 0.3)  # stored less one
     model.save_pretrained(directory)

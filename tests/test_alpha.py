@@ -179,3 +179,18 @@ def test_ranges_of_calls_are_bounded_and_exact():
     assert low.shape == high.shape == (3, 4)
     seen = [x.amax((0, 1)).tolist() for x in calls]
     assert all(row in seen for row in high.tolist())
+
+
+@pytest.mark.parametrize(("one_sided", "least"), [(False, 0.3), (True, 3.0)])
+def test_a_quiet_channel_is_not_amplified_by_what_little_it_showed(one_sided, least):
+    product = outliers()
+    rows = product.sample.rows.abs() if one_sided else product.sample.rows.clone()
+    rows[:, 7] *= 1e-4  # live, and hardly ever seen
+    product = Product(sample(rows), torch.ones(16, 24), product.channels, reads=True)
+    scheme = Scheme(QuantSpec(), QuantSpec(granularity=PerTensor()))
+    found, paper = (search([product], 24, scheme, (0.8,), forced=forced).scales for forced in (False, True))
+    maxima = product.sample.absmax
+    typical = maxima.median()
+    counted = maxima.clamp(min=least * float(typical))
+    assert float(found[5] / found[7]) == pytest.approx(float(counted[5] / counted[7]) ** 0.8, rel=1e-4)
+    assert float(paper[5] / paper[7]) == pytest.approx(float(maxima[5] / maxima[7]) ** 0.8, rel=1e-4)

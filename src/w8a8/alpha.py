@@ -10,7 +10,7 @@ compared with the float ones.  The error of one product is
     sum_m ||Q(X/s) Q(W s)^T - X W^T||_m**2 / ||X W^T||_m   divided by   sum_m ||X W^T||_m
 
 over tokens m.  Without the weight 1 / ||.||_m a few tokens of huge norm decide alone; dividing by the square, so
-that every token counts the same, was a little worse (docs/log.md).  The errors of a group's readers are added: each
+that every token counts the same, was a little worse.  The errors of a group's readers are added: each
 is relative.  A source that is itself quantised with scales shared between its rows is part of the sum, as its
 rows are rescaled.
 
@@ -21,15 +21,15 @@ alpha = 1 they level the very maxima that they were made from, and new calls hav
 
 A channel's maximum is not trusted to stay small.  A neuron behind a ReLU may be active once in thousands of tokens, and
 scales that amplify it to the level of the others by what little it showed make one such token ruin the range of the
-whole tensor: with the shipped model, inputs of fc2 grew up to 400 times beyond what was calibrated.  So where alpha is
-searched, maxima below `QUIET` times the median count as that much, and `QUIET_ONE_SIDED` times where the tensor is
-never negative.  A fixed alpha is the paper's equation as it stands.
+whole tensor; the shipped model has such.  So where alpha is searched, maxima below `QUIET` times the median count as
+that much, and `QUIET_ONE_SIDED` times where the tensor is never negative.  A fixed alpha is the paper's equation as it
+stands.
 
 Scales are divided by their geometric mean over live channels.  No quantiser sees a common factor; but a dead
 channel keeps the scale 1, and beside live ones of 0.01 its weights, untouched, would take over the range of every row.
 
-Not taken: other families of scales.  Hill climbing on log s per channel from the best alpha, 200 steps, was no better
-on held-out text (docs/log.md).
+Not taken: other families of scales.  Hill climbing on log s per channel from the best alpha was no better on held-out
+text.
 """
 
 from collections.abc import Sequence

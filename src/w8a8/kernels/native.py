@@ -1,4 +1,4 @@
-"""The native kernel: C++ that is compiled when the package is installed, called through ctypes.
+"""The native kernel: C++ that is compiled when the package is installed.
 
 The sources are in csrc/; `csrc/w8a8.h` is the interface and csrc/linear.cpp the design.  One call quantises the
 rows, multiplies and rescales, in the instruction set that is best on this CPU: AVX-512 VNNI, AVX-VNNI, AVX2, NEON
@@ -7,6 +7,8 @@ dot product, or plain C++.  The environment variable W8A8_ISA forces one by name
 The weight is packed: panels of 32 output columns, in which the four bytes that one instruction adds up lie side by
 side.  A packed weight is a tensor (P, S, 32, 4), P = ceil(N / 32), S = ceil(K / 4), padded with zeros; it takes the
 place of the row-major one, which was slower from four rows up when both were tried (docs/log.md).
+
+What runs at every call is one C function that takes tensors (csrc/python.cpp); the rest is called through ctypes.
 
 Threads are those of torch's own OpenMP runtime, which is looked up in the process; no second one is loaded.
 """
