@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check docs-check bench package clean
+.PHONY: demo test test-all check docs-check bench bench-smoothing-peer package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
@@ -36,14 +36,28 @@ check: $(VENV)/.installed
 docs-check: $(VENV)/.installed
 	$(BIN)/pytest tests/test_docs.py
 
-# every figure in README and docs; a quarter of an hour on a machine with nothing else to do
+# every figure in README and docs; an hour on a machine with nothing else to do.  llama.cpp is built from source, which
+# takes minutes and a compiler; without it bench/model.py leaves it out and says so
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	-CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt llama-cpp-python
 	$(BIN)/python bench/demo.py
 	$(BIN)/python bench/linear.py
+	$(BIN)/python bench/layout.py
+	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/allocator.py
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/calibration.py
+	$(BIN)/python bench/smoothing.py
+	$(MAKE) bench-smoothing-peer
 	$(BIN)/python bench/report.py
+
+# llm-compressor pins older versions than the tests use: an environment of its own
+bench-smoothing-peer:
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-peer/bin/pip install --quiet --disable-pip-version-check llmcompressor==0.14.0 .
+	.venv-peer/bin/python bench/smoothing_peer.py
 
 # a source distribution, and a wheel built from it; the wheel must hold the native kernel and the demo model
 package: $(VENV)/.installed
@@ -54,4 +68,4 @@ package: $(VENV)/.installed
 	$(BIN)/python -m zipfile -l dist/*.whl | grep -q 'w8a8/demo_model/model.safetensors'
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) .venv-peer build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

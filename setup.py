@@ -1,6 +1,7 @@
-"""The native kernel: plain C++17, no torch, no Python API; the rest of the project is in pyproject.toml.
+"""The native kernel: plain C++17 and Python's stable interface, no torch; the rest of the project is in pyproject.toml.
 
-`optional`: where there is no compiler, or it fails, the package installs without the kernel, and `w8a8 doctor` says so.
+One build serves every Python from 3.10 on (abi3).  `optional`: where there is no compiler, or it fails, the package
+installs without the kernel, and `w8a8 doctor` says so.
 """
 
 from pathlib import Path
@@ -29,7 +30,9 @@ setup(
             extra_link_args=["-pthread"],
             libraries=["dl"],
             language="c++",
+            py_limited_api=True,
             optional=True,
         )
-    ]
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

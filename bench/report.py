@@ -1,4 +1,4 @@
-"""Make docs/performance.md from bench/results/linear.json, model.json and calibration.json.
+"""Make docs/performance.md, and the tables of the README, from bench/results/*.json.
 
 python bench/report.py
 """
@@ -7,58 +7,170 @@ import json
 from pathlib import Path
 from typing import Any
 
+import allocator
 import calibration
+import demo
+import layout
 import linear
 import model
+import overhead
+import smoothing
+import smoothing_peer
 
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
+RESULTS = tuple(
+    script.RESULT for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer)
+)
 
 _HEAD = """# Performance
 
-Made by `bench/report.py` from the results of `bench/linear.py`, `bench/model.py` and `bench/calibration.py`; nothing
-here is written by hand.
-A ratio is the peer's time divided by ours: above 1x, ours is faster. Medians of interleaved calls in one process.
+Made by `bench/report.py` from bench/results/, where the scripts of bench/ put what they measured; nothing here is
+written by hand. A ratio is the peer's time divided by ours: above 1x, ours is faster. Medians of interleaved calls
+in one process, llama.cpp's excepted, which has its own.
 
 """
 
 
-def page(layers: dict[str, Any], models: dict[str, Any], calibrated: dict[str, Any]) -> str:
-    """The whole page."""
+def page(*results: dict[str, Any]) -> str:
+    """The whole page; the results are those of `RESULTS`."""
+    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer)
+    return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
+
+
+def _layers(result: dict[str, Any]) -> str:
     return (
-        _HEAD
-        + "## One linear layer, float32 in and out, through `QuantLinear.forward`\n\n"
-        + _where(layers)
+        "## One linear layer, float32 in and out, through `QuantLinear.forward`\n\n"
+        + _where(result)
         + "Geometric means of the ratios over the nine shapes, by rows. torch.ao's layers quantise activations per "
-        "tensor, which is less work; torchao's per token; quanto's are calibrated; `torch_cpu` is our own fallback.\n\n"
-        + linear.summary(layers)
+        "tensor, which is less work; torchao's per token; quanto's are calibrated; `torch_cpu` is our own fallback. "
+        "torchao compiled is torch.compile with freezing and max-autotune, a graph for each cell. At the ceiling: how "
+        "many times as fast as the best int8 peer a kernel would be that took no longer than the product alone, or the "
+        "read of the weights alone, whichever is longer, at 100 % of what this machine does.\n\n"
+        + linear.summary(result)
         + "\n\nEvery cell. The ceiling is that of int8 products in registers from 16 rows up, and of a plain read of "
-        "memory below; more than 100 % means that weights stayed in a cache.\n\n"
-        + linear.table(layers)
-        + "\n\n## A whole model in transformers, eager, random weights, tokens per second\n\n"
-        + _where(models)
-        + model.table(models)
-        + "\n\n## Calibrating\n\n"
-        + _where(calibrated)
+        "memory below; more than 100 % means that weights stayed in a cache.\n\n" + linear.table(result) + "\n"
+    )
+
+
+def _models(result: dict[str, Any]) -> str:
+    notes = {
+        "torchao compiled": "Compiled models run transformers' StaticCache of 320 tokens under torch.compile, with "
+        "freezing and max-autotune, in one graph.",
+        model.LLAMA_CPP: "llama.cpp has no OPT: its column there is GPT-2's architecture with the same matrices. Its "
+        "cache is float16.",
+    }
+    notes = {name: note for name, note in notes.items() if name in result["variants"]}
+    ours = "ours, int8 head"
+    return (
+        "## A whole model in transformers, random weights, tokens per second\n\n"
+        + _where(result)
+        + "Eager where nothing else is said; all after a prompt of 256 tokens, all with as many tokens in the cache. "
+        + " ".join(notes.values()).strip()
+        + "\n\n"
+        + model.table(result)
+        + f"\n\n`{ours}` makes this many times as many tokens in a second as each of the others:\n\n"
+        + model.ratios(result, ours)
+        + "\n"
+    )
+
+
+def _tokens(result: dict[str, Any]) -> str:
+    calls = ", ".join(f"{name} {us:.1f} us" for name, us in result["calls_us"].items())
+    sizes = ", ".join(
+        f"{r['model']} {r['linear_layers']} layers, {r['code_mb']:.0f} MB of codes" for r in result["models"]
+    )
+    return (
+        "## Where a token's time goes\n\n"
+        + _where(result)
+        + f"Decoding, batch 1, eager, head in int8 ({sizes}). The parts come from torch.profiler, in a run whose "
+        "linear layers are stubs.\n\n"
+        + overhead.table(result)
+        + f"\n\nA call whose product is next to nothing (32 x 64, one row): {calls}.\n"
+    )
+
+
+def _memory(result: dict[str, Any]) -> str:
+    return "### New memory\n\n" + _where(result) + allocator.text(result) + "\n"
+
+
+def _layouts(result: dict[str, Any]) -> str:
+    return (
+        "## Packed or row-major, our tile or oneDNN's product\n\n"
+        + _where(result)
+        + "Our kernel on packed panels against oneDNN's product on row-major weights between our own quantiser and "
+        "epilogue, in C on both sides, with the same bits; geometric means over the shapes, its time divided by ours. "
+        "Row-major weights could stay the file's mapping, and oneDNN's product could be preferred for some rows, "
+        "if either were faster.\n\n"
+        + layout.summary(result)
+        + f"\n\nNot compared: {layout.not_compared(result) or 'nothing.'}\n\n"
+        + layout.table(result)
+        + "\n"
+    )
+
+
+def _calibrating(result: dict[str, Any]) -> str:
+    return (
+        "## Calibrating\n\n"
+        + _where(result)
         + f"One batch of {calibration.LENGTH} tokens through four layers of OPT-125m's widths, with statistics on the "
         "input of every linear layer; the ratio is the median over batches. The peak is what the process holds at most "
         "over what it held before, in a process of its own for each cell, two layers, batches of "
-        f"{calibration.MEMORY_LENGTH} tokens.\n\n" + calibration.table(calibrated) + "\n"
+        f"{calibration.MEMORY_LENGTH} tokens.\n\n" + calibration.table(result) + "\n"
+    )
+
+
+def _smoothing(result: dict[str, Any]) -> str:
+    return (
+        "## Smoothing\n\n"
+        + _where(result)
+        + "Perplexities; 8 bits run in integers, 6 and 4 bits are simulated; calibration and evaluation text are "
+        "disjoint. `auto` searches alpha for each group.\n\n" + smoothing.tables(result) + "\n"
+    )
+
+
+def _smoothing_peer(result: dict[str, Any]) -> str:
+    versions = result["machine"]
+    return (
+        "## Smoothing beside llm-compressor\n\n"
+        + _where(result)
+        + f"llm-compressor {versions['llmcompressor']}, compressed-tensors {versions['compressed-tensors']}; the same "
+        "model and batches, a process for each line, one thread. How far smoothing alone changed the float logits "
+        "(relative norm) says whether it kept the function. The random Gemma-3 stores its norm weights less one.\n\n"
+        + smoothing_peer.table(result)
+        + "\n"
     )
 
 
 def _where(result: dict[str, Any]) -> str:
     machine = result["machine"]
     threads = machine["cores, and threads torch uses"].rpartition(" ")[2]
+    versions = {name: machine[name] for name in ("torch", "transformers")} | result.get("versions", {})
     return (
         f"{machine['processor']}, {machine['native kernel runs']}, {threads} threads, a shared and noisy machine; "
-        f"torch {machine['torch']}, transformers {machine['transformers']}; {machine['date']}.\n\n"
+        f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {machine['date']}.\n\n"
     )
 
 
+def with_table(text: str, table: str) -> str:
+    """The text with its one table that has the same first two headings replaced by this one."""
+    headings = "|".join(table.split("|")[:3]) + "|"
+    lines = text.split("\n")
+    (first,) = [i for i, line in enumerate(lines) if line.startswith(headings)]
+    last = next(i for i in range(first, len(lines)) if not lines[i].startswith("|"))
+    return "\n".join([*lines[:first], *table.split("\n"), *lines[last:]])
+
+
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in (linear.RESULT, model.RESULT, calibration.RESULT)]
+    results = [json.loads(path.read_text()) for path in RESULTS]
     PAGE.write_text(page(*results))
-    print(f"wrote {PAGE}")
+    readme = README.read_text()
+    for script in (demo, model):
+        table = script.table(json.loads(script.RESULT.read_text()))
+        if table not in readme:
+            readme = with_table(readme, table)
+    README.write_text(readme)
+    print(f"wrote {PAGE} and the tables of {README}")
 
 
 if __name__ == "__main__":

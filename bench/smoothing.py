@@ -23,6 +23,7 @@ from torch import Tensor
 import w8a8
 from w8a8 import PerChannel, PerTensor, PerToken, QuantSpec, Scheme, corpus, outliers
 from w8a8.calibrate import Calibration
+from w8a8.cli.output import plain
 from w8a8.demo import demo_directory
 from w8a8.evaluate import encode, perplexity
 from w8a8.pipeline import open_model
@@ -87,11 +88,12 @@ def quantised(case: Case, model: Any, scheme: Scheme, bits: int, smooth: str) ->
     start = time.perf_counter()
     result = convert(copy.deepcopy(model), scheme, calibration=case.calibration, smooth=smooth)
     seconds = time.perf_counter() - start
-    return {
-        "perplexity": case.perplexity(result.model),
-        "seconds": seconds,
-        "smooth": None if result.smooth is None else result.smooth.to_dict(),
-    }
+    told: dict[str, Any] = {"perplexity": case.perplexity(result.model), "seconds": seconds}
+    if result.smooth is not None:
+        report = result.smooth
+        told |= {"kept": report.kept, "float_change": report.change}
+        told |= {"scores": plain(report.scores), "alphas": {g.source: g.alpha for g in report.groups}}
+    return told
 
 
 def measure_case(case: Case) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def measure_case(case: Case) -> dict[str, Any]:
     for name, bits, scheme in schemes():
         row = {"scheme": name, "bits": bits, "naive": quantised(case, case.model, scheme, bits, "none")}
         row |= {"fixed": {alpha: quantised(case, model, scheme, bits, "none") for alpha, model in fixed.items()}}
-        row |= {"auto": quantised(case, case.model, scheme, bits, "auto")}
+        row |= {way: quantised(case, case.model, scheme, bits, way) for way in ("searched", "auto")}
         rows.append(row)
         print(_row(row, 0.0), flush=True)
     return {
@@ -139,15 +141,17 @@ def against_best(row: dict[str, Any]) -> float:
 
 def table(case: dict[str, Any]) -> str:
     """One model's rows as Markdown."""
-    head = ["scheme", "bits", "naive", *(f"alpha {alpha}" for alpha in FIXED), "auto", "auto / best fixed", "recovered"]
+    head = ["scheme", "bits", "naive", *(f"alpha {alpha}" for alpha in FIXED), "searched", "auto", "(kept)"]
+    head += ["auto / best fixed", "recovered"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *(_row(row, case["float"]) for row in case["rows"])])
 
 
 def _row(row: dict[str, Any], exact: float) -> str:
-    figures = [row["naive"], *row["fixed"].values(), row["auto"]]
+    figures = [row["naive"], *row["fixed"].values(), row["searched"], row["auto"]]
     cells = [row["scheme"], str(row["bits"]), *(_perplexity(f["perplexity"]) for f in figures)]
     lost = row["naive"]["perplexity"] / exact - 1 if exact else 0.0
+    cells.append(row["auto"]["kept"])
     cells.append(f"{100 * against_best(row):+.2f} %")
     cells.append(f"{100 * recovery(row, exact):.1f} %" if lost > 0.01 else "")
     return "| " + " | ".join(cells) + " |"

@@ -197,3 +197,18 @@ def test_scales_of_a_choice_come_from_the_whole_sample():
     choice = search([product], 4, Scheme.of("w8a8-tensor"), (1.0,), forced=True)
     expected = whole.absmax.double()
     assert torch.allclose(choice.scales, expected / expected.log().mean().exp())
+
+
+@pytest.mark.parametrize(("one_sided", "least"), [(False, 0.3), (True, 3.0)])
+def test_a_quiet_channel_is_not_amplified_by_what_little_it_showed(one_sided, least):
+    product = outliers()
+    rows = product.sample.rows.abs() if one_sided else product.sample.rows.clone()
+    rows[:, 7] *= 1e-4  # live, and hardly ever seen
+    product = Product(sample(rows), torch.ones(16, 24), product.channels, reads=True)
+    scheme = Scheme(QuantSpec(), QuantSpec(granularity=PerTensor()))
+    found, paper = (search([product], 24, scheme, (0.8,), forced=forced).scales for forced in (False, True))
+    maxima = product.sample.absmax
+    typical = maxima.median()
+    counted = maxima.clamp(min=least * float(typical))
+    assert float(found[5] / found[7]) == pytest.approx(float(counted[5] / counted[7]) ** 0.8, rel=1e-4)
+    assert float(paper[5] / paper[7]) == pytest.approx(float(maxima[5] / maxima[7]) ** 0.8, rel=1e-4)

@@ -42,9 +42,16 @@ def test_the_readmes_tables_are_the_benchs_results(name):
 
 def test_the_performance_page_is_made_from_the_results():
     report = importlib.import_module("report")
-    names = ("linear", "model", "calibration")
-    results = (json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text()) for name in names)
-    assert report.page(*results) == report.PAGE.read_text()
+    assert report.page(*(json.loads(path.read_text()) for path in report.RESULTS)) == report.PAGE.read_text()
+
+
+def test_a_table_of_the_readme_is_found_by_its_first_headings():
+    report = importlib.import_module("report")
+    other = "| x | z |\n|---|---|\n| 0 | 0 |\n"
+    text = other + "a\n| x | y | w |\n|---|---|---|\n| 1 | 2 | 3 |\n\nb\n"
+    assert report.with_table(text, "| x | y |\n|---|---|\n| 4 | 5 |\n| 6 | 7 |") == (
+        other + "a\n| x | y |\n|---|---|\n| 4 | 5 |\n| 6 | 7 |\n\nb\n"
+    )
 
 
 def test_the_file_tree_of_the_readme_is_the_tree():

@@ -10,7 +10,7 @@ compared with the float ones.  The error of one product is
     sum_m ||Q(X/s) Q(W s)^T - X W^T||_m**2 / ||X W^T||_m   divided by   sum_m ||X W^T||_m
 
 over tokens m.  Without the weight 1 / ||.||_m a few tokens of huge norm decide alone; dividing by the square, so
-that every token counts the same, was a little worse (docs/log.md).  The errors of a group's readers are added: each
+that every token counts the same, was a little worse.  The errors of a group's readers are added: each
 is relative.  A source that is itself quantised with scales shared between its rows is part of the sum, as its
 rows are rescaled.
 
@@ -18,11 +18,17 @@ A range is never read from the sampled tokens alone.  A static grid comes from t
 a dynamic one per tensor, each sampled token is quantised with the range of one of the calls that were seen.  And what
 is fitted on half of the calls, scales and static ranges, is judged on the other half (`w8a8.sampling`).
 
+A channel's maximum is not trusted to stay small.  A neuron behind a ReLU may be active once in thousands of tokens, and
+scales that amplify it to the level of the others by what little it showed make one such token ruin the range of the
+whole tensor; the shipped model has such.  So where alpha is searched, maxima below `QUIET` times the median count as
+that much, and `QUIET_ONE_SIDED` times where the tensor is never negative.  A fixed alpha is the paper's equation as it
+stands.
+
 Scales are divided by their geometric mean over live channels.  No quantiser sees a common factor; but a dead
 channel keeps the scale 1, and beside live ones of 0.01 its weights, untouched, would take over the range of every row.
 
-Not taken: other families of scales.  Hill climbing on log s per channel from the best alpha, 200 steps, was no better
-on held-out text (docs/log.md).
+Not taken: other families of scales.  Hill climbing on log s per channel from the best alpha was no better on held-out
+text.
 """
 
 from collections.abc import Sequence
@@ -40,6 +46,12 @@ from w8a8.tokens import fake_quantize_tokens
 
 GRID = tuple(round(i / 20, 2) for i in range(21))
 """The candidates for alpha, beside no smoothing."""
+
+QUIET = 0.3
+"""The least that a channel's maximum counts for in a search, in units of the median one."""
+
+QUIET_ONE_SIDED = 3.0
+"""The same where a tensor is never negative, as behind a ReLU."""
 
 REACH = 2.0**16
 """How far a scale may be from the geometric mean: half floats hold what is left."""
@@ -151,15 +163,15 @@ def search(
         scheme: How they will be quantised.
         alphas: The candidates; none at all measures the error alone.  A tie goes to the earlier one, and before that
             to no smoothing.
-        forced: Leave out no smoothing as a candidate.
+        forced: Leave out no smoothing as a candidate, and take the maxima as they are.
 
     Returns:
         The choice; with scales for the source's channels, normalised, from the whole sample.  Its errors are those on
         the half that the scales and static ranges were not made from, the mean of both ways, where there are halves.
         What is chosen is no worse than no smoothing there, nor on the whole sample.
     """
-    folds = [_Fold(fitted, judged, channels, scheme) for fitted, judged in _halves(products)]
-    whole = _Fold(products, products, channels, scheme)
+    folds = [_Fold(fitted, judged, channels, scheme, trusting=forced) for fitted, judged in _halves(products)]
+    whole = _Fold(products, products, channels, scheme, trusting=forced)
     trials = folds or [whole]
 
     def error(alpha: float | None) -> float:
@@ -179,9 +191,20 @@ def search(
 class _Fold:
     """Scales and static ranges from one sample of the products' inputs, errors on another."""
 
-    def __init__(self, fitted: Sequence[Product], judged: Sequence[Product], channels: int, scheme: Scheme) -> None:
+    def __init__(
+        self,
+        fitted: Sequence[Product],
+        judged: Sequence[Product],
+        channels: int,
+        scheme: Scheme,
+        *,
+        trusting: bool,
+    ) -> None:
         self.activations, self.weights = magnitudes(fitted, channels)
         self.live = (self.activations > 0) & (self.weights > 0)
+        if not trusting:
+            least = _least_trusted(fitted, self.activations[self.live])
+            self.activations = torch.where(self.live, self.activations.clamp(min=least), self.activations)
         self.scheme = scheme
         self.products = [
             replace(there, sample=replace(there.sample, low=here.sample.low, high=here.sample.high))
@@ -199,6 +222,14 @@ class _Fold:
         """The sum over the products."""
         scales = self.scales(alpha)
         return sum(_error(p, y, scales, self.scheme) for p, y in zip(self.products, self.exact, strict=True))
+
+
+def _least_trusted(products: Sequence[Product], maxima: Tensor) -> float:
+    """What a live channel's maximum counts for at the least, given all of them."""
+    if not len(maxima):
+        return 0.0
+    one_sided = all(bool((product.sample.low >= 0).all()) for product in products if product.reads)
+    return (QUIET_ONE_SIDED if one_sided else QUIET) * float(maxima.median())
 
 
 def _halves(products: Sequence[Product]) -> list[tuple[list[Product], list[Product]]]:

@@ -121,6 +121,8 @@ class QuantLinear(nn.Module):
         self.was_conv1d = was_conv1d
         spec, activations = scheme.weights, scheme.activations
         self._grid = () if activations is None else _grid(activations)
+        if self.mode is Mode.INTEGER:
+            self._call = self._native_call()
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -212,6 +214,12 @@ class QuantLinear(nn.Module):
             KernelError: `strict`, and the kernel that was asked for cannot run this input.
         """
         if self.mode is Mode.INTEGER:
+            packed = self._buffers["packed_weight"]
+            if packed is not None and native.takes(packed, self.kernel) and not torch.compiler.is_compiling():
+                y = native.direct(x, self._buffers, self._call)
+                if y is not None:
+                    kernels.count(self._number, native.NATIVE.name)
+                    return y
             return kernels.int8_linear(*self._operands(x), self.kernel, self.strict, self._number)
         kernels.check_input(x, self.out_features, self.in_features)
         if self.mode is Mode.WEIGHT_ONLY:
@@ -269,6 +277,20 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme.name}, {runs}"
+        )
+
+    def _native_call(self) -> native.Call:
+        activations = self.scheme.activations
+        assert activations is not None, "an integer layer has integer activations"
+        bits, per_token, symmetric = _grid(activations)
+        return native.call_of(
+            self.out_features,
+            self.in_features,
+            per_channel=not isinstance(self.scheme.weights.granularity, PerTensor),
+            bits=bits,
+            per_token=per_token,
+            static=not activations.dynamic,
+            symmetric=symmetric,
         )
 
     def _operands(self, x: Tensor) -> tuple[Any, ...]:

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import w8a8
 from tests.conftest import llama
+from w8a8.affine import QParams
 from w8a8.errors import KernelError
 from w8a8.kernels import native, unpack
 from w8a8.linear import QuantLinear, quant_linears
-from w8a8.scheme import PerGroup, PerToken, QuantSpec, Scheme
+from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +67,90 @@ def test_a_packed_layer_loads_copies_moves_and_casts():
     assert first.double().packed_weight is not None
     assert torch.equal(first.float()(x), expected)
     assert torch.equal(first.weight, weight)
+
+
+def direct(q: QuantLinear, x: torch.Tensor) -> torch.Tensor | None:
+    return native.direct(x, q._buffers, q._call)
+
+
+def test_an_eager_call_goes_past_the_dispatcher_whatever_the_shape():
+    q = QuantLinear.from_float(nn.Linear(100, 33))
+    reference = QuantLinear.from_float(nn.Linear(100, 33), kernel="reference")
+    reference.load_state_dict(q.state_dict())
+    wide = torch.randn(6, 200)
+    for x in (torch.randn(100), torch.randn(2, 3, 4, 100), wide[:, :100], wide[:1, 100:].expand(5, 100)):
+        y = direct(q, x)
+        assert torch.equal(y, reference(x))
+        assert y.shape == (*x.shape[:-1], 33)
+
+
+def test_what_is_replaced_in_a_layer_is_seen_at_the_next_call():
+    q = QuantLinear.from_float(nn.Linear(100, 33))
+    x = torch.randn(3, 100)
+    before, bias = direct(q, x), q.bias
+    q.bias = bias + 1
+    assert not torch.equal(direct(q, x), before)
+    q.bias = bias.double()  # brought to float32 at each call
+    assert torch.equal(direct(q, x), before)
+    q.bias, q.weight_scale = None, q.weight_scale.bfloat16()
+    bare = QuantLinear.from_float(nn.Linear(100, 33, bias=False), kernel="reference")
+    bare.load_state_dict({"weight": q.weight, "weight_scale": q.weight_scale.float()})
+    assert torch.equal(direct(q, x), bare(x))
+
+
+def test_a_static_grid_may_be_changed_in_place():
+    static = Scheme(QuantSpec(8, PerChannel()), QuantSpec(8, PerTensor(), symmetric=False, dynamic=False))
+    params = QParams(torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32))
+    q = QuantLinear.from_float(nn.Linear(100, 33), static, input_params=params)
+    reference = QuantLinear.from_float(nn.Linear(100, 33), static, input_params=params, kernel="reference")
+    reference.load_state_dict(q.state_dict())
+    x = torch.randn(3, 100)
+    for layer in (q, reference):
+        layer.input_scale.mul_(2)
+        layer.input_zero_point.sub_(7)
+    assert torch.equal(direct(q, x), reference(x))
+
+
+class Sub(torch.Tensor):
+    """A subclass, which may do anything when it is used."""
+
+
+def test_the_dispatcher_is_asked_where_it_has_something_to_do():
+    q = QuantLinear.from_float(nn.Linear(100, 33))
+    x = torch.randn(3, 100)
+    assert direct(q, x) is not None
+    wants_gradient = x.clone().requires_grad_()
+    assert direct(q, wants_gradient) is None
+    with torch.no_grad():
+        assert direct(q, wants_gradient) is not None
+    with FlopCounterMode(display=False):
+        assert direct(q, x) is None
+    assert direct(q, x.as_subclass(Sub)) is None
+    assert direct(q, x.double()) is None
+    assert direct(q, x.to("meta")) is None
+    assert direct(q, torch.randn(3, 101)) is None
+    assert direct(q, torch.randn(0, 100)) is None
+    assert direct(q, torch.randn(100, 3).t()) is None
+    assert direct(QuantLinear.from_float(nn.Linear(100, 33), kernel="torch_cpu"), x) is None
+
+
+def test_another_kernel_asked_for_later_is_the_one_that_runs():
+    q = QuantLinear.from_float(nn.Linear(100, 33))
+    q.kernel = "reference"
+    q(torch.randn(3, 100))
+    assert q.kernel_calls() == {"reference": 1}
+
+
+def test_the_door_refuses_calls_that_make_no_sense():
+    linear = native._loaded().linear
+    with pytest.raises(TypeError, match="linear takes"):
+        linear(torch.randn(1, 4), {}, 1)
+    with pytest.raises(TypeError, match="linear takes"):
+        linear(torch.randn(1, 4), [], 4, 4, 1, 0, 8, True)
+    q = QuantLinear.from_float(nn.Linear(100, 33))
+    n, k, per_channel, mode, _ = q._call
+    with pytest.raises(AssertionError, match="w8a8_linear: -1"):
+        linear(torch.randn(1, 100), q._buffers, n, k, per_channel, mode, 99, True)
 
 
 def test_what_the_kernel_has_not_is_run_by_another_and_said():

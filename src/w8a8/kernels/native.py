@@ -1,4 +1,4 @@
-"""The native kernel: C++ that is compiled when the package is installed, called through ctypes.
+"""The native kernel: C++ that is compiled when the package is installed.
 
 The sources are in csrc/; `csrc/w8a8.h` is the interface and csrc/linear.cpp the design.  One call quantises the
 rows, multiplies and rescales, in the instruction set that is best on this CPU: AVX-512 VNNI, AVX-VNNI, AVX2, NEON
@@ -8,12 +8,16 @@ The weight is packed: panels of 32 output columns, in which the four bytes that 
 side.  A packed weight is a tensor (P, S, 32, 4), P = ceil(N / 32), S = ceil(K / 4), padded with zeros; it takes the
 place of the row-major one, which was slower from four rows up when both were tried (docs/log.md).
 
+What runs at every call is one C function that takes tensors (csrc/python.cpp); the rest is called through ctypes.
+
 Threads are those of torch's own OpenMP runtime, which is looked up in the process; no second one is loaded.
 """
 
 import ctypes
 import os
+from collections.abc import Mapping
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +28,16 @@ from w8a8.errors import KernelError
 from w8a8.kernels.request import Kernel, LinearRequest
 
 PANEL = 32
+_PACKED_AXES = 4  # (P, S, 32, 4)
 _ABI = 1  # of csrc/w8a8.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
 _TOKEN, _TENSOR, _STATIC = 0, 2, 4  # enum w8a8_mode, the symmetric ones; + 1 is asymmetric
 _P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
-class _Layer(ctypes.Structure):
-    """struct w8a8_layer."""
-
-    _fields_ = (
-        ("packed", _P),
-        ("scale", _P),
-        ("colsum", _P),
-        ("bias", _P),
-        ("n", _I64),
-        ("k", _I64),
-        ("scale_stride", _I32),
-        ("mode", _I32),
-        ("bits", _I32),
-        ("x_zero_point", _I32),
-        ("x_scale", ctypes.c_float),
-    )
-
-
 class _Library:
-    """The compiled functions, with their C types."""
+    """The compiled functions: what runs at every call through Python's C interface, the rest through ctypes."""
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -61,7 +48,6 @@ class _Library:
             return found
 
         self.abi = function("abi", ctypes.c_int)
-        self.linear = function("linear", ctypes.c_int, _P, _P, _I32, _I64, _I64, _P, _I64, _I32)
         self.pack = function("pack", ctypes.c_int, _P, _I64, _I64, _I64, _P, _P, _I32)
         self.advise_huge = function("advise_huge", ctypes.c_int, _P, _I64)
         self.isa_name = function("isa_name", ctypes.c_char_p)
@@ -71,6 +57,18 @@ class _Library:
         self.parallel_name = function("parallel_name", ctypes.c_char_p)
         self.peak_ops = function("peak_ops", ctypes.c_double, ctypes.c_double, _I32)
         self.peak_read = function("peak_read", ctypes.c_double, _P, _I64, ctypes.c_double, _I32)
+        spec = spec_from_file_location(f"{__package__}._native", path)
+        assert spec is not None, "the file ends in .so"
+        door = module_from_spec(spec)
+        door.prepare(
+            Tensor,
+            _DTYPES,
+            torch.get_num_threads,
+            torch.is_grad_enabled,
+            torch._C._len_torch_dispatch_stack,
+            torch._C._is_tracing,
+        )
+        self.linear = door.linear
 
 
 @cache
@@ -84,7 +82,7 @@ def _library() -> _Library | str:
         )
     try:
         library = _Library(built[0])
-    except (OSError, AttributeError) as error:  # made for another system, or by another version
+    except (OSError, ImportError, AttributeError) as error:  # made for another system, or by another version
         return f"{built[0].name} cannot be loaded: {error}; reinstall w8a8"
     if library.abi() != _ABI:
         return f"{built[0].name} is of another version of w8a8; reinstall w8a8"
@@ -193,50 +191,91 @@ def _refuses(request: LinearRequest) -> str | None:
     return None
 
 
+def takes(weight: Tensor, kernel: str) -> bool:
+    """Whether the weight lies packed, and nothing but this kernel was asked for by name."""
+    return weight.ndim == _PACKED_AXES and kernel in ("auto", "native")
+
+
 def can_pack(n: int, k: int, groups: int, *, symmetric: bool) -> bool:
     """Whether the kernel runs a layer of this shape, for activations with or without a zero point."""
     reach = 127 if symmetric else 255
     return n > 0 and groups == 1 and 0 < k <= (2**31 - 1) // (reach * 128)
 
 
+Call = tuple[int, int, int, int, int]
+"""What does not change from call to call: N, K, a weight scale per channel (1) or one (0), enum w8a8_mode, bits."""
+
+
+def call_of(n: int, k: int, *, per_channel: bool, bits: int, per_token: bool, static: bool, symmetric: bool) -> Call:
+    """The constants of a layer's calls."""
+    mode = _STATIC if static else _TOKEN if per_token else _TENSOR
+    return n, k, int(per_channel), mode if symmetric else mode + 1, bits
+
+
+def direct(x: Tensor, buffers: Mapping[str, Tensor | None], call: Call) -> Tensor | None:
+    """Run a packed layer past PyTorch's dispatcher.
+
+    Args:
+        x: (..., K).
+        buffers: Of the layer, by name; read here and now, so that replacing one has its effect.
+        call: From `call_of`.
+
+    Returns:
+        (..., N); or None, where the op has to be called: the dispatcher has something to do (a gradient, a mode, a
+        subclass, tracing), the layer is not packed, or the input is not one that the kernel takes.
+    """
+    y: Tensor | None = _loaded().linear(x, buffers, *call, True)
+    return y
+
+
+def below(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    bits: int,
+    per_token: bool,
+    symmetric: bool,
+) -> Tensor | None:
+    """The same from below the dispatcher, which has seen the call already; the operands are those of the op."""
+    buffers = {
+        "packed_weight": weight,
+        "weight_scale": weight_scale,
+        "weight_sum": weight_sum,
+        "bias": bias,
+        "input_scale": input_scale,
+        "input_zero_point": input_zero_point,
+    }
+    call = call_of(
+        weight_sum.shape[0],
+        x.shape[-1],
+        per_channel=weight_scale.ndim != 1,
+        bits=bits,
+        per_token=per_token,
+        static=input_scale is not None,
+        symmetric=symmetric,
+    )
+    y: Tensor | None = _loaded().linear(x, buffers, *call, False)
+    return y
+
+
 def _linear(request: LinearRequest) -> Tensor:
-    library = _loaded()
-    x, scale, bias = request.x, request.weight_scale, request.bias
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if bias is not None and bias.dtype is not torch.float32:
-        bias = bias.to(torch.float32)
-    m, k = x.shape
-    n = request.out_features
-    static = request.input_scale is not None
-    mode = _STATIC if static else _TOKEN if request.per_token else _TENSOR
-    layer = _Layer(
-        request.weight.data_ptr(),
-        scale.data_ptr(),
-        request.weight_sum.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        n,
-        k,
-        0 if scale.ndim == 1 else 1,
-        mode if request.symmetric else mode + 1,
+    y = below(
+        request.x if request.x.stride(1) == 1 else request.x.contiguous(),
+        request.weight,
+        request.weight_scale,
+        request.weight_sum,
+        request.bias,
+        request.input_scale,
+        request.input_zero_point,
         request.bits,
-        0 if request.input_zero_point is None else int(request.input_zero_point.item()),
-        0.0 if request.input_scale is None else request.input_scale.item(),
+        request.per_token,
+        request.symmetric,
     )
-    y = torch.empty((m, n), dtype=x.dtype)
-    status = library.linear(
-        ctypes.byref(layer),
-        x.data_ptr(),
-        _DTYPES[x.dtype],
-        m,
-        x.stride(0),
-        y.data_ptr(),
-        n,
-        torch.get_num_threads(),
-    )
-    if status == -3:
-        raise MemoryError(f"no memory for the codes of a ({m}, {k}) input")
-    assert status == 0, f"w8a8_linear: {status}"
+    assert y is not None, "what the kernel refuses it refuses before"
     return y
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from w8a8.errors import SchemeError
+from w8a8.kernels import native
 from w8a8.kernels.request import LinearRequest
 from w8a8.kernels.select import select
 
@@ -34,6 +35,11 @@ _LEDGER: defaultdict[int, Counter[str]] = defaultdict(Counter)
 def calls(layer: int) -> dict[str, int]:
     """How often each kernel ran for the layer of this number."""
     return dict(_LEDGER.get(layer, {}))
+
+
+def count(layer: int, kernel: str) -> None:
+    """Enter one call into the ledger."""
+    _LEDGER[layer][kernel] += 1
 
 
 def forget(layer: int) -> None:
@@ -58,6 +64,12 @@ def _int8_linear(
     layer: int,
 ) -> Tensor:
     check_input(x, weight_sum.shape[0], in_features)
+    grid = (bits, per_token, symmetric)
+    if native.takes(weight, kernel):
+        found = native.below(x, weight, weight_scale, weight_sum, bias, input_scale, input_zero_point, *grid)
+        if found is not None:
+            count(layer, native.NATIVE.name)
+            return found
     request = LinearRequest(
         x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), in_features),
         weight,
@@ -66,15 +78,13 @@ def _int8_linear(
         bias,
         input_scale,
         input_zero_point,
-        bits,
-        per_token,
-        symmetric,
+        *grid,
     )
     if request.x.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], request.out_features))
     chosen = select(kernel, request, strict=strict)
     y = chosen.linear(request)
-    _LEDGER[layer][chosen.name] += 1
+    count(layer, chosen.name)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], request.out_features)
 
 

@@ -137,9 +137,10 @@ void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int ro
     const __m512 sw = w.scale_stride ? _mm512_maskz_loadu_ps(mask, w.scale + n) : _mm512_set1_ps(w.scale[0]);
     const __m512 bias = w.bias ? _mm512_maskz_loadu_ps(mask, w.bias + n) : _mm512_setzero_ps();
     const __m512i colsum = _mm512_maskz_loadu_epi32(mask, w.colsum + n);
+    const __m512i base = _mm512_mullo_epi32(colsum, _mm512_set1_epi32(f.offset));
     for (int r = 0; r < rows; ++r) {
       const int64_t m = m0 + r;
-      const __m512i shift = _mm512_mullo_epi32(colsum, _mm512_set1_epi32(f.offset + f.zx[m]));
+      const __m512i shift = f.zx[m] == 0 ? base : _mm512_mullo_epi32(colsum, _mm512_set1_epi32(f.offset + f.zx[m]));
       const __m512i acc = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(mask, sums + r * ld + c), shift);
       __m512 v = _mm512_mul_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(f.sx[m]));
       v = _mm512_mul_ps(v, sw);
