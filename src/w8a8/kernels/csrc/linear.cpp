@@ -20,7 +20,7 @@ namespace w8a8 {
 namespace {
 
 // Tuned on Zen 4 (1 MiB L2, 32 MiB L3); a quarter of L2 for codes leaves room for the panel and the next.  A few rows of a
-// large K are one block as long as that can be: two blocks read each panel twice (16 rows of K = 8192: 1.3 times as long).
+// large K are one block as long as that can be: two blocks read each panel twice.
 constexpr int64_t kBlockBytes = 288 << 10;
 constexpr int64_t kGroupBytes = 2 << 20;
 constexpr int64_t kOutputBytes = 512 << 10;
