@@ -27,9 +27,9 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from machine import describe_machine
-from w8a8.calibrate import Calibration, collect
-from w8a8.observers import MSE, AbsMax, MinMax, Percentile
-from w8a8.reservoir import Reservoir
+from w8a8.calibration.calibrate import Calibration, collect
+from w8a8.calibration.observers import MSE, AbsMax, MinMax, Percentile
+from w8a8.calibration.reservoir import Reservoir
 from w8a8.scheme import PerChannel
 
 RESULT = Path(__file__).parent / "results" / "calibration.json"

@@ -9,27 +9,26 @@ LAYERS = [
     {"errors"},
     {"scheme"},
     {"affine"},
-    {"functional", "tokens", "summaries", "reservoir"},
-    {"kernels", "observers"},
-    {"linear", "sampling"},
-    {"convert", "coverage", "tracing"},
-    {"products"},
-    {"commuting"},
-    {"dataflow"},
-    {"fold"},
-    {"checkpoint", "evaluate", "corpus", "sources", "alpha"},
-    {"model_inputs"},
-    {"calibrate", "gate"},
-    {"contest"},
-    {"smooth_report"},
-    {"smooth"},
-    {"outliers"},
+    {"functional", "tokens"},
+    {"kernels"},
+    {"linear"},
+    {"convert", "coverage"},
+    {"dataflow", "checkpoint", "evaluate", "corpus"},
+    {"calibration"},
+    {"smoothing"},
     {"pipeline", "experiment"},
     {"generation", "diagnosis"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
+# within a folder, in the order in which its files may import one another
+INSIDE = {
+    "dataflow": ["tracing", "products", "commuting", "groups"],
+    "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
+    "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
+    "checkpoint": ["layout", "files", "reader", "writer"],
+}
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -71,6 +70,19 @@ def test_imports_point_down():
         for line, imported in imports(path)
         if imported != layer and RANK[imported] >= RANK[layer]
     ]
+    assert wrong == []
+
+
+def test_imports_within_a_folder_point_back():
+    wrong = []
+    for folder, order in INSIDE.items():
+        assert {path.stem for path in (SOURCE / folder).glob("*.py")} == {*order, "__init__"}
+        for path in (SOURCE / folder / f"{name}.py" for name in order):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"w8a8.{folder}."):
+                    imported = str(node.module).split(".")[2]
+                    if order.index(imported) >= order.index(path.stem):
+                        wrong.append(f"{folder}/{path.name}:{node.lineno} imports {imported}")
     assert wrong == []
 
 

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from w8a8 import affine, dataflow, functional, kernels, observers, outliers
+    from w8a8 import affine, dataflow, functional, kernels
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
-    from w8a8.calibrate import Calibration, collect
+    from w8a8.calibration import observers
+    from w8a8.calibration.calibrate import Calibration, collect
+    from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
+    from w8a8.calibration.reservoir import Reservoir
     from w8a8.checkpoint import load, save
     from w8a8.coverage import Coverage
     from w8a8.errors import W8A8Error
     from w8a8.experiment import study
     from w8a8.linear import QuantLinear, ledger
-    from w8a8.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
     from w8a8.pipeline import Result, quantize, simulate
-    from w8a8.reservoir import Reservoir
     from w8a8.scheme import (
         PRESETS,
         PerChannel,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
         QuantSpec,
         Scheme,
     )
-    from w8a8.smooth import SmoothReport, smooth_, smooth_scales
+    from w8a8.smoothing import outliers
+    from w8a8.smoothing.smooth import SmoothReport, smooth_, smooth_scales
 
 _HOME = {
     "QParams": "affine",
@@ -45,8 +47,8 @@ _HOME = {
     "l2_error": "affine",
     "qparams": "affine",
     "sqnr_db": "affine",
-    "Calibration": "calibrate",
-    "collect": "calibrate",
+    "Calibration": "calibration.calibrate",
+    "collect": "calibration.calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
     "Coverage": "coverage",
@@ -54,15 +56,15 @@ _HOME = {
     "study": "experiment",
     "QuantLinear": "linear",
     "ledger": "linear",
-    "MSE": "observers",
-    "OBSERVERS": "observers",
-    "AbsMax": "observers",
-    "MinMax": "observers",
-    "Percentile": "observers",
+    "MSE": "calibration.observers",
+    "OBSERVERS": "calibration.observers",
+    "AbsMax": "calibration.observers",
+    "MinMax": "calibration.observers",
+    "Percentile": "calibration.observers",
     "Result": "pipeline",
     "quantize": "pipeline",
     "simulate": "pipeline",
-    "Reservoir": "reservoir",
+    "Reservoir": "calibration.reservoir",
     "PRESETS": "scheme",
     "PerChannel": "scheme",
     "PerColumn": "scheme",
@@ -71,11 +73,18 @@ _HOME = {
     "PerToken": "scheme",
     "QuantSpec": "scheme",
     "Scheme": "scheme",
-    "SmoothReport": "smooth",
-    "smooth_": "smooth",
-    "smooth_scales": "smooth",
+    "SmoothReport": "smoothing.smooth",
+    "smooth_": "smoothing.smooth",
+    "smooth_scales": "smoothing.smooth",
 }
-_MODULES = ("affine", "dataflow", "functional", "kernels", "observers", "outliers")
+_MODULES = {
+    "affine": "affine",
+    "dataflow": "dataflow",
+    "functional": "functional",
+    "kernels": "kernels",
+    "observers": "calibration.observers",
+    "outliers": "smoothing.outliers",
+}
 
 __all__ = [
     "MSE",
@@ -127,7 +136,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"w8a8.{_HOME[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"w8a8.{name}")
+        return importlib.import_module(f"w8a8.{_MODULES[name]}")
     raise AttributeError(f"module 'w8a8' has no attribute {name!r}")
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from w8a8 import convert, kernels
 from w8a8.affine import QParams
-from w8a8.calibrate import Calibration, checked_observer, static_grids
+from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
+from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import architecture
@@ -21,9 +22,8 @@ from w8a8.convert import Progress
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
 from w8a8.linear import ledger
-from w8a8.observers import Observer, observer_of
 from w8a8.scheme import Scheme
-from w8a8.smooth import SmoothReport, smooth_undoable
+from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Calibration: from texts to batches, from batches to summaries of a fixed size, from those to static grids."""

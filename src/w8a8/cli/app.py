@@ -1,0 +1,110 @@
+"""The application, and what several commands have in common: options, opening a model, reading a text."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from w8a8 import __version__
+from w8a8.cli.output import megabytes, percent, print_line, print_table
+from w8a8.errors import TextError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Turn the linear layers of language models into 8-bit integer layers, see what it costs, run the result.",
+    epilog="MODEL is a local directory or a Hugging Face hub id, float or quantised.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or a hub id, float or quantised.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Text = Annotated[Path, typer.Option("--text", help="The text to score, UTF-8.", show_default=False)]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", min=2, help="Tokens in a window; by default the model's context, at most 2048."),
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Score only the first so many tokens.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="Of the float tensors: auto (the file's), float32, bfloat16, float16.")
+]
+Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, ...")]
+Include = Annotated[
+    list[str],
+    typer.Option("--include", help="Layers to quantise: exact name or glob, repeatable.  'lm_head' only by its name."),
+]
+Exclude = Annotated[list[str], typer.Option("--exclude", help="Layers to leave: exact name or glob, repeatable.")]
+
+Head = Annotated[
+    str, typer.Option("--head", help="The output head: float, or int8 at run time whatever the file holds.")
+]
+
+SCORING = (
+    "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
+    "overlap (--stride makes them overlap); the first token of a window is not scored, nor is one that an earlier "
+    "window scored; every scored token weighs the same.  Intervals are 95 %, over windows."
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print_line(f"w8a8 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def open_named(model: str, *, dtype: str = "auto", device: str = "cpu", head: str = "float") -> Any:
+    from w8a8.pipeline import open_model
+
+    quiet_transformers()
+    return open_model(model, dtype=dtype, device=device, head=head)
+
+
+def quiet_transformers() -> None:
+    """Its bars would run through ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"--text {path} cannot be read as UTF-8 text: {error}") from error
+
+
+def default_length(model: Any) -> int:
+    from w8a8.evaluate import context_length
+
+    return min(context_length(model) or 2048, 2048)
+
+
+def show_coverage(found: Any) -> None:
+    totals = found.totals()
+    rows = [
+        (
+            name,
+            str(part.modules),
+            f"{part.parameters:,}",
+            percent(part.parameters, totals["all"].parameters),
+            megabytes(part.bytes),
+            f"{part.macs:,}",
+            percent(part.macs, totals["all"].macs),
+        )
+        for name, part in totals.items()
+    ]
+    print_table("Coverage", ("", "modules", "parameters", "", "bytes", "multiply-adds per token", ""), rows)
+    for reason, modules in found.left_by_reason().items():
+        names = ", ".join(m.name for m in modules[:3])
+        shown = names + (f", ... ({len(modules)})" if len(modules) > 3 else "")
+        print_line(f"  float: {shown}: {reason}")

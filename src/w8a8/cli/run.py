@@ -1,0 +1,74 @@
+"""The commands that run a model: `generate` and `demo`."""
+
+from typing import Annotated
+
+import typer
+
+from w8a8.cli.app import Device, Dtype, Head, Json, MaxTokens, Model, app, open_named, quiet_transformers
+from w8a8.cli.output import megabytes, print_json, print_line, print_table, progress
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="How far to go on.")] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    head: Head = "float",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Let a model go on from a prompt."""
+    from w8a8.generation import continue_text
+
+    opened = open_named(model, dtype=dtype, device=device, head=head)
+    result = continue_text(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if as_json:
+        print_json(result)
+        return
+    print_line(prompt + result.text)
+
+
+@app.command()
+def demo(
+    max_tokens: MaxTokens = None,
+    as_json: Json = False,
+) -> None:
+    """Quantise the small model that is shipped with the package, run it in integers, and show what it lost."""
+    from w8a8.demo import run_demo
+
+    quiet_transformers()
+    with progress("demo") as step:
+        report = run_demo(max_tokens=max_tokens, progress=step)
+    if as_json:
+        print_json(report)
+        return
+    rows = [
+        (
+            row.scheme,
+            "" if row.simulated_perplexity is None else f"{row.simulated_perplexity:.4f}",
+            f"{row.perplexity:.4f}",
+            f"{100 * (row.perplexity / report.float_perplexity - 1):+.3f} %",
+            f"{100 * row.top1_agreement:.2f} %",
+            megabytes(row.bytes),
+            f"{row.decode_tok_per_s:.0f}",
+        )
+        for row in report.rows
+    ]
+    print_table(
+        f"{report.parameters:,} parameters, {report.tokens:,} tokens of held-out docstrings, {report.threads} threads",
+        (
+            "scheme",
+            "simulated perplexity",
+            "perplexity",
+            "change",
+            "same top token",
+            "weights on disk",
+            "decode tokens/s",
+        ),
+        rows,
+    )
+    print_line(report.coverage)
+    print_line(f"\nw8a8 goes on from {report.prompt!r}:\n{report.sample}")

@@ -1,0 +1,326 @@
+"""The gate: a fold stays only where the float outputs on a probe are what they were.
+
+For every group the smallest module is taken that no group of the model crosses: a fold inside of it cannot change what
+comes in.  (An attention whose input norm is folded too is not such a module, its layer is.)  Its arguments are
+captured in one forward of the probe before any fold, and its outputs kept.  After each fold it runs again on these
+arguments, and the change is the largest, over its output tensors, of
+
+    ||after - before|| / ||before||     (Euclidean norms)
+
+Where a copy of the module in float64 is at most `COPY_BYTES`, and float64 is known to all its operations, the copy
+is run, so that what is seen is the fold, not the noise of a float32 forward; else it runs in float32.
+
+The bound is 1e-5 for float32 weights.  A fold rounds each weight once more, and float16 and bfloat16 weights round so
+coarsely that this bound would refuse everything, while one scaled in proportion would pass anything.  There two things
+are compared: the fold without its rounding, in the copy, against 1e-5, which asks whether the pair is right; and the
+rounded weights against 4 eps of their dtype (0.0039 for float16, 0.031 for bfloat16), which asks whether they were
+harmed.  Measured (docs/log.md): folding every group moves a block by 0.1 to 0.4 eps.
+
+At the end the whole model is compared in the same way, with a bound that grows by the square root of the number of
+blocks, since their roundings are independent.
+
+The alternative, to trust a table of known pairs, is what other tools do; it is wrong where the table is.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from w8a8.calibration.model_inputs import ModelInputs, call, evaluating
+from w8a8.dataflow.groups import Group
+from w8a8.errors import ModelError
+from w8a8.smoothing.fold import fold_
+
+TOLERANCE = 1e-5
+"""The largest relative change of a block's output, weights in float32."""
+
+COPY_BYTES = 512 * 2**20
+"""A block is copied to be compared where the copy is at most this large."""
+
+_HALF_EPS = 4
+"""Bound for rounded float16 and bfloat16 weights, in units of the dtype's eps."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block was given, detached copies."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Gate:
+    """The outputs of a model's blocks on a probe, before any fold.
+
+    Args:
+        model: In float.  Not modified; run once, and each block once.
+        groups: All the groups that may be folded.
+        probe: Inputs of the model: kept small by the caller, since every fold runs its block on them.
+        tolerance: See the module's docstring.
+
+    Raises:
+        ModelError: the model's output on the probe holds no float tensor.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], probe: ModelInputs, *, tolerance: float = TOLERANCE
+    ) -> None:
+        self.model = model
+        self.tolerance = tolerance
+        self._blocks = {id(group): block for group, block in zip(groups, closed_blocks(groups), strict=True)}
+        self._copy: tuple[str, nn.Module] | None = None
+        names = {*self._blocks.values(), ""}
+        self._dtypes = {name: _working_dtype(model.get_submodule(name)) for name in names}
+        self._calls = _capture(model, names, probe)
+        self._before = {name: self._first_outputs(name) for name in sorted(self._calls, reverse=True)}
+        self._copy = None
+        if not self._before[""]:
+            raise ModelError(f"the output of {type(model).__name__} holds no float tensor, so no fold can be checked")
+
+    def why_not(self, group: Group) -> str | None:
+        """Why a group cannot be checked, and so not be folded; None where it can."""
+        block = self._blocks[id(group)]
+        if block not in self._calls:
+            return f"{block} did not run on the probe, so the fold could not be checked"
+        if not self._before[block]:
+            return f"{block or 'the model'} returns no float tensor, so the fold could not be checked"
+        return None
+
+    def unrounded_change(self, group: Group, scales: Tensor) -> float | None:
+        """The relative change of the block by a fold without rounding; None where the weights need no such check.
+
+        Called before the fold; the model is not modified.
+        """
+        block = self._blocks[id(group)]
+        module = self.model.get_submodule(block)
+        if not _is_half(module) or self._dtypes[block] is None:
+            return None
+        before = self._outputs(block)
+        assert self._copy is not None, "a half-precision block that has a working dtype is copied"
+        fold_(self._copy[1], _within(group, block), scales)
+        return relative_change(before, _run(self._copy[1], self._calls[block]))
+
+    def change(self, group: Group) -> float:
+        """The relative change of the group's block from before any fold to now."""
+        block = self._blocks[id(group)]
+        return relative_change(self._before[block], self._outputs(block))
+
+    def whole_change(self) -> float:
+        """The relative change of the model's output from before any fold to now."""
+        return relative_change(self._before[""], self._outputs(""))
+
+    def bound(self, group: Group) -> float:
+        """What `change` may be."""
+        return self._bound(self.model.get_submodule(self._blocks[id(group)]))
+
+    def whole_bound(self) -> float:
+        """What `whole_change` may be."""
+        return self._bound(self.model) * math.sqrt(max(1, len(self._before) - 1))
+
+    def _bound(self, module: nn.Module) -> float:
+        eps = max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=0.0)
+        return max(self.tolerance, _HALF_EPS * eps) if eps > torch.finfo(torch.float32).eps else self.tolerance
+
+    def _first_outputs(self, block: str) -> list[Tensor]:
+        """The block's outputs; some operations (torch's grouped product, fused kernels) do not know float64."""
+        try:
+            return self._outputs(block)
+        except RuntimeError:
+            if self._dtypes[block] is not torch.float64:
+                raise
+            self._copy = None
+            self._dtypes[block] = torch.float32 if _is_half(self.model.get_submodule(block)) else None
+            return self._outputs(block)
+
+    def _outputs(self, block: str) -> list[Tensor]:
+        """The block's output tensors with the weights of now."""
+        module = self.model.get_submodule(block)
+        dtype = self._dtypes[block]
+        if dtype is None:
+            return _run(module, self._calls[block])
+        if self._copy is None or self._copy[0] != block:
+            self._copy = None  # one copy at a time
+            self._copy = (block, _copied(module, dtype))
+        else:
+            _refresh(self._copy[1], module)
+        return _run(self._copy[1], self._calls[block])
+
+
+def closed_blocks(groups: Sequence[Group]) -> list[str]:
+    """For each group, the smallest module holding it that no group crosses, by dotted name."""
+    members = [
+        [*(p.name for p in group.source.parameters), *(reader.parameter for reader in group.readers)]
+        for group in groups
+    ]
+
+    def crossing(block: str) -> str | None:
+        """The block of a group that is partly inside `block`."""
+        for group, names in zip(groups, members, strict=True):
+            inside = [_is_within(name, block) for name in names]
+            if any(inside) and not all(inside):
+                return group.block
+        return None
+
+    closed = []
+    for group in groups:
+        block = group.block
+        while (other := crossing(block)) is not None:
+            block = _common(block, other)
+        closed.append(block)
+    return closed
+
+
+def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest ||after - before|| / ||before|| over pairs of tensors; infinite where they cannot be compared.
+
+    Entries that were not finite take no part (a masked score is -inf before and after).
+    """
+    if [t.shape for t in before] != [t.shape for t in after]:
+        return math.inf
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        finite = torch.isfinite(old)
+        was = torch.where(finite, old, 0.0).to(torch.float64)
+        difference = torch.where(finite, new.to(torch.float64) - was, 0.0)
+        distance, size = float(torch.linalg.vector_norm(difference)), float(torch.linalg.vector_norm(was))
+        if distance == 0.0:
+            continue
+        change = distance / size if size else math.inf
+        worst = max(worst, change if math.isfinite(change) else math.inf)
+    return worst
+
+
+def _capture(model: nn.Module, names: set[str], probe: ModelInputs) -> dict[str, _Call]:
+    """The first call of each block in one forward of the probe."""
+    calls: dict[str, _Call] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in calls:
+                calls[name] = _Call(*_mapped((args, kwargs), lambda t: t.detach().clone()))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in sorted(names)
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, _uncached(model, probe))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _uncached(model: nn.Module, probe: ModelInputs) -> ModelInputs:
+    """The probe with its caches off: a cache that a block was given would grow each time the block is run."""
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" not in parameters:
+        return probe
+    if not isinstance(probe, Mapping):
+        given = probe if isinstance(probe, tuple) else (probe,)
+        probe = dict(zip(parameters, given, strict=False))
+    return {**probe, "use_cache": False}
+
+
+@torch.no_grad()
+def _run(module: nn.Module, given: _Call) -> list[Tensor]:
+    """The float tensors that a module returns, in evaluation mode; float arguments take the dtype of its weights."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.clone()
+
+    args, kwargs = _mapped((given.args, given.kwargs), cast)
+    with evaluating(module):
+        return [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
+
+
+def _working_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the copy to compare, or None where the module is run as it is."""
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    count = sum(p.numel() for p in parameters)
+    dtypes = {p.dtype for p in parameters}
+    if dtypes <= {torch.float64}:
+        return None
+    if 8 * count <= COPY_BYTES:
+        return torch.float64
+    return torch.float32 if dtypes != {torch.float32} and 4 * count <= COPY_BYTES else None
+
+
+def _is_half(module: nn.Module) -> bool:
+    return any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
+
+
+def _copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False).to(dtype).eval()
+
+
+@torch.no_grad()
+def _refresh(target: nn.Module, module: nn.Module) -> None:
+    """The weights of now into a copy made earlier."""
+    for new, old in zip(target.parameters(), module.parameters(), strict=True):
+        new.copy_(old)
+
+
+def _within(group: Group, block: str) -> Group:
+    """The group with names as seen from its block."""
+
+    def local(name: str) -> str:
+        return name[len(block) + 1 :] if block else name
+
+    return replace(
+        group,
+        source=replace(
+            group.source,
+            module=local(group.source.module),
+            parameters=tuple(replace(p, name=local(p.name)) for p in group.source.parameters),
+        ),
+        readers=tuple(replace(r, parameter=local(r.parameter), module=local(r.module)) for r in group.readers),
+    )
+
+
+def _is_within(name: str, block: str) -> bool:
+    return not block or name == block or name.startswith(block + ".")
+
+
+def _common(a: str, b: str) -> str:
+    """The smallest module that holds both, by dotted names."""
+    shared = []
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        shared.append(x)
+    return ".".join(shared)
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """A nest of tuples, lists and mappings with every tensor changed; other leaves as they are."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_mapped(v, change) for v in value)
+    if isinstance(value, list):
+        return [_mapped(v, change) for v in value]
+    if type(value) is dict:
+        return {k: _mapped(v, change) for k, v in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in an output or in inputs: tuples, lists, mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_in(part)
