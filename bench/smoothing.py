@@ -193,8 +193,8 @@ def main() -> None:
     parser.add_argument("--model", default=DATA / "stories260K-hf", help="a small causal language model, float")
     parser.add_argument("--text", default=DATA / "tinystories_val.txt", help="its text")
     parser.add_argument("--profile", default=DATA / "act-absmax" / "opt-1.3b.absmax.pile512.safetensors")
-    parser.add_argument("--samples", type=int, default=48, help="windows to calibrate on")
-    parser.add_argument("--tokens", type=int, default=20480, help="tokens to score")
+    parser.add_argument("--samples", type=int, default=192, help="windows to calibrate on")
+    parser.add_argument("--tokens", type=int, default=61440, help="tokens to score")
     arguments = parser.parse_args()
     if arguments.show:
         result = json.loads(RESULT.read_text())

@@ -35,7 +35,7 @@ from w8a8.smoothing.gate import tensors_in
 CANDIDATES = (0.3, 0.5, 0.7, 0.85)
 """Alphas for all groups that compete with the searched ones."""
 
-TOKENS = 32768
+TOKENS = 65536
 """Tokens that the loss is measured on."""
 
 COMPARED_TOKENS = 4096
