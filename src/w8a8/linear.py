@@ -40,10 +40,10 @@ from w8a8.affine import (
     QTensor,
     dequantize,
     fake_quantize,
-    quantize,
 )
 from w8a8.errors import SchemeError
 from w8a8.kernels import native, reference
+from w8a8.kernels.weights import quantize_weight
 from w8a8.scheme import (
     MAX_CODE_BITS,
     Granularity,
@@ -191,7 +191,7 @@ class QuantLinear(nn.Module):
         if spec.bits > MAX_CODE_BITS:
             layer.set_codes(fake_quantize(weight.to(torch.float32), spec))
         else:
-            q = quantize(weight, spec)
+            q = quantize_weight(weight, spec)
             layer.set_codes(q.codes)
             layer.weight_scale = q.scale.reshape(layer.weight_scale.shape)
             if q.zero_point is not None:

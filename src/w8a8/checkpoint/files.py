@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from w8a8.checkpoint.headers import read_header
 from w8a8.checkpoint.layout import QuantizationConfig, from_json
 from w8a8.errors import CheckpointError
 
@@ -107,11 +108,11 @@ def opened(path: Path, promised: set[str] | None) -> Iterator[Any]:
     Raises:
         CheckpointError: the file is torn, or lacks a tensor that the index promises.
     """
+    missing = (promised or set()) - set(read_header(path))
+    if missing:
+        raise CheckpointError(f"{path}: {min(missing)} is missing, though the index says it is here")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            missing = (promised or set()) - set(file.keys())
-            if missing:
-                raise CheckpointError(f"{path}: {min(missing)} is missing, though the index says it is here")
             yield file
     except SafetensorError as error:
         raise CheckpointError(

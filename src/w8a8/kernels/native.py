@@ -33,7 +33,7 @@ _ABI = 1  # of csrc/w8a8.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
 _TOKEN, _TENSOR, _STATIC = 0, 2, 4  # enum w8a8_mode, the symmetric ones; + 1 is asymmetric
-_P, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+_P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
 class _Library:
@@ -49,6 +49,25 @@ class _Library:
 
         self.abi = function("abi", ctypes.c_int)
         self.pack = function("pack", ctypes.c_int, _P, _I64, _I64, _I64, _P, _P, _I32)
+        self.quantize_rows = function(
+            "quantize_rows",
+            ctypes.c_int,
+            _P,
+            _I32,
+            _I64,
+            _I64,
+            _I64,
+            _I32,
+            _I32,
+            _F32,
+            _I32,
+            _I32,
+            _P,
+            _I64,
+            _P,
+            _P,
+            _I32,
+        )
         self.advise_huge = function("advise_huge", ctypes.c_int, _P, _I64)
         self.isa_name = function("isa_name", ctypes.c_char_p)
         self.isa_count = function("isa_count", ctypes.c_int)
@@ -177,6 +196,28 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     status = library.pack(weight.data_ptr(), k, n, k, packed.data_ptr(), sums.data_ptr(), torch.get_num_threads())
     assert status == 0, f"w8a8_pack: {status}"
     return packed, sums
+
+
+def quantize_rows(x: Tensor, bits: int, *, per_row: bool) -> tuple[Tensor, Tensor] | None:
+    """Codes (M, K) int8 and scales (M,) of a matrix on the symmetric grid, or None where the kernel cannot.
+
+    Args:
+        x: (M, K).  Not modified.
+        bits: Of the grid, 2..8.
+        per_row: One scale for each row; else one for all, M times.  NaN for a row (or all) that is not finite.
+    """
+    library = _library()
+    if isinstance(library, str) or x.device.type != "cpu" or x.dtype not in _DTYPES or x.stride(1) != 1:
+        return None
+    m, k = x.shape
+    codes, scale = torch.empty((m, k), dtype=torch.int8), torch.empty(m)
+    zero_point = torch.empty(m, dtype=torch.int32)
+    rows = x.data_ptr(), _DTYPES.index(x.dtype), m, k, x.stride(0)
+    grid = _TOKEN if per_row else _TENSOR, bits, 0.0, 0, 0
+    outputs = codes.data_ptr(), k, scale.data_ptr(), zero_point.data_ptr()
+    status = library.quantize_rows(*rows, *grid, *outputs, torch.get_num_threads())
+    assert status == 0, f"w8a8_quantize_rows: {status}"
+    return codes, scale
 
 
 def _refuses(request: LinearRequest) -> str | None:
