@@ -16,7 +16,7 @@ LAYERS = [
     {"dataflow", "checkpoint", "evaluate", "corpus"},
     {"calibration"},
     {"smoothing"},
-    {"pipeline", "experiment"},
+    {"pipeline", "experiment", "streaming"},
     {"generation", "diagnosis"},
     {"demo"},
     {"cli"},
@@ -27,7 +27,8 @@ INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
-    "checkpoint": ["headers", "layout", "files", "reader", "writer"],
+    "checkpoint": ["headers", "layout", "files", "reader", "writer", "verify"],
+    "streaming": ["plan", "journal", "resources", "shard", "team", "run"],
 }
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

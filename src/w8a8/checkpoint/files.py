@@ -19,7 +19,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # of tokenizers, chats and generation
+_DOWNLOADED = ["*.safetensors", *_COMPANIONS]
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
@@ -87,7 +88,7 @@ def tensor_files(directory: Path) -> dict[Path, set[str] | None]:
             raise CheckpointError(
                 f"{directory} has neither {SINGLE} nor {INDEX}: there are no weights to load (pickles are never read)"
             )
-        return {directory / SINGLE: None}
+        return {_inside(directory, directory / SINGLE): None}
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map is missing or not a map from tensor to file")
@@ -98,7 +99,35 @@ def tensor_files(directory: Path) -> dict[Path, set[str] | None]:
         if not (directory / file).is_file():
             raise CheckpointError(f"{index}: {tensor} is said to be in {file}, which is missing; download it again")
         promises.setdefault(directory / file, set()).add(tensor)
+    for path in promises:
+        _inside(directory, path)
     return dict(promises)
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files of a model beside config.json and weights: of its tokenizer, its chats and its generation.
+
+    Raises:
+        CheckpointError: one of them is a link that leads elsewhere.
+    """
+    paths = sorted({path for pattern in _COMPANIONS for path in directory.glob(pattern)})
+    return [_inside(directory, p) for p in paths if p.name not in (CONFIG, INDEX) and not p.name.startswith(".")]
+
+
+def _inside(directory: Path, path: Path) -> Path:
+    """The path, which does not lead out of the directory; of a hub's snapshot not out of its repository's folder.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    root, real = directory.resolve(), path.resolve()
+    if root.parent.name == "snapshots":  # its files are links to ../../blobs
+        root = root.parent.parent
+    if not real.is_relative_to(root):
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside {root}: it is not followed; put the file itself there"
+        )
+    return path
 
 
 @contextlib.contextmanager

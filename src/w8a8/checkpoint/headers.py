@@ -2,8 +2,9 @@
 
 A file is eight bytes, little-endian, the length of the header; the header, a JSON object from tensor names to dtype,
 shape and the two ends of its bytes; and the bytes, counted from the header's end (github.com/huggingface/safetensors,
-"Format").  The library that maps the files checks the same things in its own way.  This check stands before it so that
-every file is refused with the tensor and the reason named, and so that offsets can be used to read tensors directly.
+"Format").  The library that maps the files checks the same things in its own way.  This check stands before it so
+that every file is refused with the tensor and the reason named, and so that offsets can be used to read tensors
+directly.
 
 Refused: a header that is longer than the file or than `MAX_HEADER`, that is not JSON, or names a tensor twice; dtypes
 unknown here; shapes that are not lists of non-negative integers; bytes that are not as many as dtype and shape say;

@@ -114,15 +114,15 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o755)  # mkdtemp makes it private
-        _sync(partial)
-        _replace(target, partial)
+        replace_directory(target, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _replace(target: Path, partial: Path) -> None:
-    """Give `partial` the name `target`; what was there is put aside first, and back if that fails."""
+def replace_directory(target: Path, partial: Path) -> None:
+    """Give `partial`, synced, the name `target`; what was there is put aside first, and back if that fails."""
+    _sync(partial)
     if not target.exists():
         partial.rename(target)
         return

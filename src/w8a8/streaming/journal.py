@@ -1,0 +1,165 @@
+"""What is finished, so that the same command goes on where it was killed.
+
+The result grows in a hidden directory beside its place, `.NAME.partial`, and takes its name when it is complete.
+There, `fingerprint.json` holds everything that decides the bytes of the result, and each process appends a line to
+its own `journal-RANK.jsonl` for every unit (a shard, or a block) that it has finished: the files, their sizes and
+digests.  A line is written after the files are on the disk under their names; a line that is torn was not finished
+and does not count.
+
+A digest is the SHA-256 of a file's header and of the digests of its tensors, which can be had while tensors are
+written in any order.  Resuming reads what is recorded again: a file that has changed since is made anew.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from w8a8.checkpoint.headers import read_header
+from w8a8.errors import CheckpointError
+
+FINGERPRINT = "fingerprint.json"
+_CHUNK = 8 << 20
+
+
+class Journal:
+    """The record of one job.
+
+    Args:
+        partial: The directory in which the result grows; made.
+        fingerprint: What decides the bytes of the result, by names that a user understands.
+        rank: Of this process among those that share the job.
+
+    Raises:
+        CheckpointError: the directory is of another job; what differs is named.
+    """
+
+    def __init__(self, partial: Path, fingerprint: Mapping[str, str], rank: int = 0) -> None:
+        self.partial = partial
+        self._path = partial / f"journal-{rank}.jsonl"
+        partial.mkdir(parents=True, exist_ok=True)
+        known = partial / FINGERPRINT
+        if known.exists():
+            _check_same(_read(known), dict(fingerprint), partial)
+        else:
+            _write_whole(known, json.dumps(dict(fingerprint), indent=1))
+        self._finished = _lines(partial)
+
+    def done(self, unit: str) -> bool:
+        """Whether a unit is recorded and its files are still what they were."""
+        files = self._finished.get(unit)
+        return files is not None and all(_is_still(self.partial / name, told) for name, told in files.items())
+
+    def record(self, unit: str, files: Mapping[str, str]) -> None:
+        """A unit is finished.
+
+        Args:
+            unit: Its name.
+            files: The digest of each of its files, which are in the directory and on the disk.
+        """
+        told = {name: {"bytes": (self.partial / name).stat().st_size, "digest": d} for name, d in files.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"unit": unit, "files": told}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._finished[unit] = told
+
+    def clear(self) -> None:
+        """Remove the record itself: the directory is complete."""
+        for path in (*self.partial.glob("journal-*.jsonl"), *self.partial.glob("lock-*")):
+            path.unlink()
+        (self.partial / FINGERPRINT).unlink()
+
+
+@contextlib.contextmanager
+def locked(partial: Path, rank: int = 0) -> Iterator[None]:
+    """Nobody else has this rank of the same job while the block runs.
+
+    Raises:
+        CheckpointError: somebody has.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    path = partial / f"lock-{rank}"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{partial} is being written by another process; wait for it, or stop it") from error
+        yield
+
+
+def digest_of(path: Path) -> str:
+    """The digest of a safetensors file, read from the disk."""
+    entries = read_header(path)
+    with path.open("rb") as file:
+        start = min((e.begin for e in entries.values()), default=path.stat().st_size)
+        whole = hashlib.sha256(file.read(start))
+        for entry in entries.values():
+            one, left = hashlib.sha256(), entry.bytes
+            while left:
+                data = file.read(min(_CHUNK, left))
+                one.update(data)
+                left -= len(data)
+            whole.update(one.digest())
+    return whole.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Have the names in a directory on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_still(path: Path, told: Any) -> bool:
+    return path.is_file() and path.stat().st_size == told["bytes"] and digest_of(path) == told["digest"]
+
+
+def _lines(partial: Path) -> dict[str, Any]:
+    found = {}
+    for path in sorted(partial.glob("journal-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                told = json.loads(line)
+            except ValueError:  # killed while it was written
+                continue
+            found[told["unit"]] = told["files"]
+    return found
+
+
+def _check_same(was: Mapping[str, str], now: Mapping[str, str], partial: Path) -> None:
+    changed = [
+        f"{key}: was {was.get(key, 'absent')}, is {now.get(key, 'absent')}"
+        for key in {**was, **now}
+        if was.get(key) != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{partial} holds a part of another result, so it is not gone on with:\n    "
+            + "\n    ".join(changed)
+            + "\n  give what was given before, or remove that directory to start again"
+        )
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; remove {path.parent} to start again") from error
+    return dict(found)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or not at all, whoever else writes the same."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)

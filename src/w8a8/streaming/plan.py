@@ -1,0 +1,236 @@
+"""What becomes of every tensor of a directory, known from headers and config.json alone, before a value is read.
+
+The model is built without memory, and the layers are chosen by `convert.select`, as for a model in memory.  A tensor
+of the files is found in the model under its own name, or with the model's `base_model_prefix` before it, as some
+files leave it out; the result has the model's names, which are what transformers' `save_pretrained` writes.  A tensor
+that has no place in the model is dropped where transformers would ignore it, and an error elsewhere: expert weights
+that transformers stacks while loading, for one.
+
+Shards are cut by bytes in the order of the source, so that they are the same for any number of processes.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from w8a8 import convert
+from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, tensor_files
+from w8a8.checkpoint.headers import Entry, read_header
+from w8a8.checkpoint.layout import to_json
+from w8a8.checkpoint.reader import empty_model
+from w8a8.checkpoint.writer import describe
+from w8a8.coverage import Coverage, coverage
+from w8a8.errors import CheckpointError, SchemeError
+from w8a8.linear import QuantLinear, is_conv1d
+from w8a8.scheme import PerTensor, QuantSpec, Scheme
+
+PIECE = 32 << 20
+"""Bytes of the source that are in memory at once, save for tensors that must be seen whole."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Output = tuple[str, torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the source.
+
+    name: In the result.
+    spec: The grid of a weight that is quantised; None: it is copied.
+    transposed: The weight is `Conv1D`'s, (K, N).
+    outputs: Name, dtype and shape of what it becomes: itself, or codes and scales.
+    """
+
+    file: Path
+    entry: Entry
+    name: str
+    spec: QuantSpec | None
+    transposed: bool
+    outputs: tuple[Output, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether no part can be quantised without the rest: one scale for all, or a transposed file."""
+        return self.spec is not None and (self.transposed or isinstance(self.spec.granularity, PerTensor))
+
+    @property
+    def bytes(self) -> int:
+        """Of what it becomes."""
+        return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.outputs)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Positions in the file, from and to, of what is read at once: rows where the tensor is quantised."""
+        unit = 1
+        if self.spec is not None:
+            unit = self.entry.bytes if self.whole else self.entry.shape[1] * self.entry.dtype.itemsize
+        size = max(unit, PIECE // unit * unit) if unit else 1
+        for begin in range(self.entry.begin, self.entry.end, size):
+            yield begin, min(begin + size, self.entry.end)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result."""
+
+    file: str
+    steps: tuple[Step, ...]
+
+    @property
+    def outputs(self) -> list[Output]:
+        """Its tensors, those with the widest elements first, so that all lie aligned."""
+        found = [output for step in self.steps for output in step.outputs]
+        return sorted(found, key=lambda output: -output[1].itemsize)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job.  `config` is the config.json of the result."""
+
+    source: Path
+    scheme: Scheme
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+    coverage: Coverage
+    untied: dict[str, str]
+
+    @property
+    def steps(self) -> list[Step]:
+        """All tensors, in the order of the shards."""
+        return [step for shard in self.shards for step in shard.steps]
+
+
+def make_plan(
+    source: Path,
+    scheme: Scheme,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    head: str = "float",
+    shard_bytes: int = 1 << 30,
+) -> Plan:
+    """Decide what becomes of every tensor.
+
+    Args:
+        source: The directory of a float model.
+        scheme, include, exclude, head: As for `w8a8.quantize`.
+        shard_bytes: Files of the result are not larger, save for a tensor that is.
+
+    Raises:
+        CheckpointError: the files are torn or missing, hold tensors that cannot be placed, or lack some.
+        SchemeError: the scheme needs calibration, cannot be executed, or nothing is left to quantise.
+        PatternError, ModelError: as `w8a8.quantize`.
+    """
+    if scheme.static:
+        raise SchemeError(
+            f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
+            "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
+        )
+    model = empty_model(source, None)
+    selection = convert.select(model, convert.with_head(model, include, head), exclude)
+    found = _sources(source, model)
+    chosen = {f"{name}.weight": name for name in selection.chosen}
+    steps = []
+    for parameter, (file, entry) in found.items():
+        if parameter in chosen:
+            steps.append(_quantized(model, chosen.pop(parameter), scheme, file, entry))
+        else:
+            steps.append(Step(file, entry, parameter, None, False, ((parameter, entry.dtype, entry.shape),)))
+    for name in chosen.values():  # tied: the files have it under the other name only
+        file, entry = found[f"{selection.untied[name]}.weight"]
+        steps.append(_quantized(model, name, scheme, file, entry))
+    layers = {
+        step.name: _empty_layer(model.get_submodule(step.name), scheme) for step in steps if step.spec is not None
+    }
+    convert.swap(model, layers)
+    config = {k: v for k, v in read_json(source / CONFIG).items() if k != "compression_config"}
+    config["quantization_config"] = to_json(describe(model))
+    if selection.untied:
+        config["tie_word_embeddings"] = False
+    shards = _cut(steps, shard_bytes)
+    return Plan(source, scheme, shards, config, coverage(model, selection.reasons), selection.untied)
+
+
+def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:
+    """Where each parameter and buffer of the model lies in the files, in the order of the files."""
+    names = set(model.state_dict())
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    found: dict[str, tuple[Path, Entry]] = {}
+    lost = []
+    for path, promised in sorted(tensor_files(source).items()):
+        header = read_header(path)
+        missing = (promised or set()) - set(header)
+        if missing:
+            raise CheckpointError(f"{path}: {min(missing)} is missing, though the index says it is here")
+        for name, entry in header.items():
+            place = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in names), None)
+            if place is None:
+                if not any(re.search(pattern, name) for pattern in ignored) and not name.endswith("inv_freq"):
+                    lost.append(f"{path.name}: {name}")
+            elif place in found:
+                raise CheckpointError(f"{path}: {name} is in {found[place][0].name} too: two values for one tensor")
+            else:
+                found[place] = path, entry
+    if lost:
+        raise CheckpointError(
+            f"{source}: {len(lost)} tensors have no place of their own in {type(model).__name__} ({lost[0]}); "
+            "transformers converts them while loading, so this model can only be quantised in memory (--no-stream)"
+        )
+    _check_complete(source, model, found)
+    return found
+
+
+def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path, Entry]]) -> None:
+    """Every parameter is in the files, or is one with another that is, and has the shape of the model's."""
+    shared: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        shared.setdefault(id(tensor), []).append(name)
+        if name in found and tuple(tensor.shape) != found[name][1].shape:
+            raise CheckpointError(
+                f"{found[name][0]}: {name} has shape {found[name][1].shape}, {CONFIG} says {tuple(tensor.shape)}"
+            )
+    missing = [names[0] for names in shared.values() if not any(name in found for name in names)]
+    if missing:
+        raise CheckpointError(
+            f"{source}: {len(missing)} tensors are missing: " + ", ".join(missing[:4]) + (", ..." * (len(missing) > 4))
+        )
+
+
+def _quantized(model: nn.Module, name: str, scheme: Scheme, file: Path, entry: Entry) -> Step:
+    if entry.dtype not in _FLOATS:
+        raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
+    linear = model.get_submodule(name)
+    layer = _empty_layer(linear, scheme, name)
+    kept = {key: value for key, value in layer.state_dict().items() if key in ("weight", "weight_scale")}
+    outputs = tuple((f"{name}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
+    return Step(file, entry, name, scheme.weights, is_conv1d(linear), outputs)
+
+
+def _empty_layer(linear: Any, scheme: Scheme, name: str = "") -> QuantLinear:
+    conv1d = is_conv1d(linear)
+    k, n = linear.weight.shape if conv1d else reversed(linear.weight.shape)
+    bias = None if linear.bias is None else linear.bias.dtype
+    try:
+        return QuantLinear(k, n, scheme, bias=bias, device="meta", was_conv1d=conv1d)
+    except SchemeError as error:
+        error.add_note(f"while quantising {name}")
+        raise
+
+
+def _cut(steps: list[Step], shard_bytes: int) -> tuple[Shard, ...]:
+    groups: list[list[Step]] = [[]]
+    for step in steps:
+        if groups[-1] and sum(s.bytes for s in groups[-1]) + step.bytes > shard_bytes:
+            groups.append([])
+        groups[-1].append(step)
+    if len(groups) == 1:
+        return (Shard(SINGLE, tuple(groups[0])),)
+    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
+    return tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))

@@ -1,0 +1,146 @@
+"""What the job will take, known before its first byte is written: memory, disk and minutes.
+
+Bytes follow from the plan.  Seconds come from a trial: a piece of the largest weight is read and quantised, and as
+many bytes are written beside the target and removed.  The reads may come from a cache, so the time is the least that
+it can be.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from w8a8.errors import CheckpointError
+from w8a8.kernels.weights import quantize_weight
+from w8a8.streaming.plan import PIECE, Plan
+
+_TRIAL = 16 << 20  # bytes written in the trial
+_SPARE = 64 << 20  # bytes of memory for what else Python needs: headers, the plan, threads
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the job will take, and what there is.  Bytes, and seconds."""
+
+    peak_bytes: int
+    memory_bytes: int
+    output_bytes: int
+    free_bytes: int
+    source_bytes: int
+    seconds: float
+
+    def check(self, target: Path) -> None:
+        """Raise `CheckpointError` where memory or disk will not do."""
+        if self.output_bytes > self.free_bytes:
+            raise CheckpointError(
+                f"{target} will take {self.output_bytes / 1e9:.2f} GB, and {self.free_bytes / 1e9:.2f} GB are free "
+                "there; make room, or choose another disk"
+            )
+        if self.peak_bytes > self.memory_bytes:
+            raise CheckpointError(
+                f"the job will take {self.peak_bytes / 1e9:.2f} GB of memory, and {self.memory_bytes / 1e9:.2f} GB are "
+                "available; close other programs, or take fewer processes"
+            )
+
+
+def predict(plan: Plan, target: Path, *, processes: int = 1, finished_bytes: int = 0) -> Prediction:
+    """Look at the plan, and try.
+
+    Args:
+        plan: What is to be done.
+        target: Where the result will be; what is written in the trial lies beside it.
+        processes: How many share the job on this machine.
+        finished_bytes: Of the result, on the disk already.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    output = sum(step.bytes for step in plan.steps)
+    source = sum(step.entry.bytes for step in plan.steps)
+    to_do = max(0.0, 1 - finished_bytes / output) if output else 0.0
+    quantized = sum(step.entry.bytes for step in plan.steps if step.spec is not None)
+    seconds = (quantized * _quantising(plan) + source * _reading(plan) + output * _writing(place)) / processes
+    largest = max((PIECE if not step.whole else step.entry.bytes for step in plan.steps), default=0)
+    held = psutil.Process().memory_info().rss
+    return Prediction(
+        peak_bytes=processes * (held + 4 * largest + _SPARE),
+        memory_bytes=available_memory() + held,
+        output_bytes=output - finished_bytes,
+        free_bytes=shutil.disk_usage(place).free,
+        source_bytes=source,
+        seconds=seconds * to_do,
+    )
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have: what the machine has free, or the control group if that is less."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = Path("/sys/fs/cgroup", limit).read_text().strip()
+            now = int(Path("/sys/fs/cgroup", used).read_text())
+        except OSError:
+            continue
+        if most != "max":
+            free = min(free, int(most) - now)
+    return max(0, free)
+
+
+def _largest(plan: Plan, *, quantized: bool) -> tuple[Path, int, int] | None:
+    """File and ends of a piece of the largest tensor."""
+    steps = [step for step in plan.steps if (step.spec is not None or not quantized) and step.entry.bytes]
+    if not steps:
+        return None
+    step = max(steps, key=lambda s: s.entry.bytes)
+    return step.file, *next(iter(step.pieces()))
+
+
+def _reading(plan: Plan) -> float:
+    """Seconds per byte."""
+    found = _largest(plan, quantized=False)
+    if found is None:
+        return 0.0
+    path, begin, end = found
+    start = time.perf_counter()
+    with path.open("rb") as file:
+        file.seek(begin)
+        count = len(file.read(min(end - begin, PIECE)))
+    return (time.perf_counter() - start) / max(count, 1)
+
+
+def _quantising(plan: Plan) -> float:
+    """Seconds per byte of the source."""
+    steps = [step for step in plan.steps if step.spec is not None and step.entry.bytes]
+    if not steps:
+        return 0.0
+    step = max(steps, key=lambda s: s.entry.bytes)
+    assert step.spec is not None, "chosen so"
+    width = step.entry.shape[1]
+    sample = torch.randn(max(1, min(step.entry.shape[0], (4 << 20) // width)), width).to(step.entry.dtype)
+    quantize_weight(sample, step.spec)
+    start = time.perf_counter()
+    quantize_weight(sample, step.spec)
+    return (time.perf_counter() - start) / (sample.numel() * sample.element_size())
+
+
+def _writing(place: Path) -> float:
+    """Seconds per byte, on the disk."""
+    data = bytes(_TRIAL)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            start = time.perf_counter()
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            return (time.perf_counter() - start) / len(data)
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be written: {error.strerror}; choose another place") from error

@@ -1,0 +1,175 @@
+"""The job: plan, predict, write what is missing of the shards, and give the directory its name.
+
+The result is made in `.NAME.partial` beside its place, with a journal (`journal`), and renamed when config.json,
+index and the other files of a model are there too: nothing that has the name is incomplete.  Killed at any time, the
+same call goes on; the bytes of the result depend on the source and the request alone, not on how often it was killed
+or how many processes shared the shards.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8 import __version__
+from w8a8.checkpoint.files import CONFIG, INDEX, companions, resolve, tensor_files
+from w8a8.checkpoint.headers import read_header
+from w8a8.checkpoint.verify import verify_structure
+from w8a8.checkpoint.writer import check_target, replace_directory
+from w8a8.convert import Progress
+from w8a8.coverage import Coverage
+from w8a8.scheme import Scheme
+from w8a8.streaming.journal import Journal, locked
+from w8a8.streaming.plan import Plan, Shard, make_plan
+from w8a8.streaming.resources import Prediction, predict
+from w8a8.streaming.shard import write_shard
+from w8a8.streaming.team import Team, team
+
+SHARD_BYTES = 1 << 30
+"""Of a file of the result, and so what a kill loses at most for each process."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """What `quantize_directory` did, or would do.
+
+    resumed: How many shards an earlier run had finished.
+    """
+
+    output: Path
+    scheme: Scheme
+    coverage: Coverage
+    untied: dict[str, str]
+    prediction: Prediction
+    shards: int
+    resumed: int
+
+
+def quantize_directory(
+    source: str | Path,
+    output: str | Path,
+    scheme: Scheme | str = "w8a8",
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    head: str = "float",
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    before: Callable[[Plan, Prediction], None] | None = None,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Quantise a model from files to files, without ever holding it.
+
+    Under `torchrun` the processes share the shards; the directories must be common to them.
+
+    Args:
+        source: The directory or hub id of a float model.
+        output: Where to.  Its parent must be on the disk that is to hold the result.
+        scheme: A scheme that integers can run, or a weight-only one, without static activations.
+        include, exclude, head: As for `w8a8.quantize`.
+        shard_bytes: Of a file of the result.
+        overwrite: Replace a checkpoint that is there already, at the end.
+        dry_run: Stop before the first byte is written.
+        before: Called with the plan and what the job will take, by the first process.
+        progress: Called after each tensor.
+
+    Raises:
+        CheckpointError: the source is torn or cannot be placed; the target exists; memory or disk will not do; the
+            disk became full (the same call goes on); an unfinished result of another request is in the way.
+        SchemeError, PatternError, ModelError, NonFiniteError: as `w8a8.quantize`.
+    """
+    scheme, target = Scheme.of(scheme), Path(output).absolute()
+    with team() as us:
+        directory = us.first_then_others(lambda: resolve(source))
+        check = _only_first(us, lambda: check_target(target, overwrite=overwrite))
+        us.together(check)
+        plan = us.together(
+            lambda: make_plan(directory, scheme, include=include, exclude=exclude, head=head, shard_bytes=shard_bytes)
+        )
+        partial = target.with_name(f".{target.name}.partial")
+        known = _fingerprint(plan, {"include": include, "exclude": exclude, "head": head, "shard_bytes": shard_bytes})
+        if dry_run:
+            return _told(plan, target, us.together(lambda: _predicted(plan, target, us, before, 0)), 0)
+        with locked(partial, us.rank):
+            journal = us.first_then_others(lambda: Journal(partial, known, us.rank))
+            finished = [shard for shard in plan.shards if journal.done(shard.file)]
+            done = sum(step.bytes for shard in finished for step in shard.steps)
+            prediction = us.together(lambda: _predicted(plan, target, us, before, done))
+            us.together(lambda: _write(plan, us, journal, partial, {shard.file for shard in finished}, progress))
+            us.together(_only_first(us, lambda: _complete(plan, partial, target, journal)))
+        return _told(plan, target, prediction, len(finished))
+
+
+def _write(
+    plan: Plan, us: Team, journal: Journal, partial: Path, finished: set[str], progress: Progress | None
+) -> None:
+    """This process's share of the shards that are missing."""
+    mine = [shard for i, shard in enumerate(s for s in plan.shards if s.file not in finished) if i % us.size == us.rank]
+    total, done = sum(len(shard.steps) for shard in mine), 0
+    for shard in mine:
+
+        def told(step: Any) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total, step.name)
+
+        journal.record(shard.file, {shard.file: write_shard(shard, partial, told)})
+
+
+def _complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
+    """Write what is beside the weights, look at the whole, and give it its name."""
+    for path in companions(plan.source):
+        shutil.copyfile(path, partial / path.name)
+    (partial / CONFIG).write_text(json.dumps(plan.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if len(plan.shards) > 1:
+        (partial / INDEX).write_text(json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    verify_structure(partial)
+    for path in partial.glob(".*.growing"):  # of a shard that was killed
+        path.unlink()
+    journal.clear()
+    replace_directory(target, partial)
+
+
+def _index(shards: Sequence[Shard]) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": sum(step.bytes for shard in shards for step in shard.steps)},
+        "weight_map": {name: shard.file for shard in shards for name, _, _ in shard.outputs},
+    }
+
+
+def _predicted(
+    plan: Plan, target: Path, us: Team, before: Callable[[Plan, Prediction], None] | None, finished: int
+) -> Prediction:
+    found = predict(plan, target, processes=us.size, finished_bytes=finished)
+    if us.rank == 0 and before is not None:
+        before(plan, found)
+    found.check(target)
+    return found
+
+
+def _fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
+    """What decides the bytes of the result."""
+    found = {"version of w8a8": __version__, "scheme": str(plan.scheme)}
+    found |= {f"option {name}": str(value) for name, value in request.items()}
+    for path in (plan.source / CONFIG, *companions(plan.source)):
+        found[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(tensor_files(plan.source)):
+        status, header = path.stat(), str(sorted(read_header(path).items()))
+        found[f"source {path.name}"] = (
+            f"{status.st_size} bytes, modified {status.st_mtime_ns}, "
+            f"tensors {hashlib.sha256(header.encode()).hexdigest()[:16]}"
+        )
+    return found
+
+
+def _told(plan: Plan, target: Path, prediction: Prediction, resumed: int) -> Streamed:
+    return Streamed(target, plan.scheme, plan.coverage, plan.untied, prediction, len(plan.shards), resumed)
+
+
+def _only_first(us: Team, step: Callable[[], None]) -> Callable[[], None]:
+    return step if us.rank == 0 else lambda: None

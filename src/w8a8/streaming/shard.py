@@ -1,0 +1,175 @@
+"""One file of the result: pieces are read ahead, quantised, and written behind.
+
+Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises, one hashes and
+writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own when it is whole and
+on the disk.
+"""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from w8a8.affine import QTensor
+from w8a8.checkpoint.headers import header_of
+from w8a8.errors import CheckpointError, W8A8Error
+from w8a8.kernels.weights import quantize_weight
+from w8a8.streaming.journal import sync_directory
+from w8a8.streaming.plan import Output, Shard, Step
+
+_AHEAD = 2  # pieces that may wait for the disk
+
+
+class ShardWriter:
+    """A safetensors file that is written in pieces, in any order of tensors.
+
+    Args:
+        path: Its name when it is whole.
+        outputs: Name, dtype and shape of each tensor, in the order of the file.
+    """
+
+    def __init__(self, path: Path, outputs: list[Output]) -> None:
+        self.path = path
+        self._growing = path.with_name(f".{path.name}.growing")
+        text, self._entries = header_of(outputs)
+        self._written = dict.fromkeys(self._entries, 0)
+        self._hashes = {name: hashlib.sha256() for name in self._entries}
+        self._whole = hashlib.sha256(text)
+        self._file: BinaryIO = self._growing.open("wb")
+        self._put(text, 0)
+
+    def write(self, name: str, values: Tensor) -> None:
+        """The next values of a tensor, contiguous and of its dtype."""
+        entry, data = self._entries[name], _memory(values)
+        self._hashes[name].update(data)
+        self._put(data, entry.begin + self._written[name])
+        self._written[name] += len(data)
+
+    def finish(self) -> str:
+        """Have it on the disk under its name; the digest."""
+        for name, entry in self._entries.items():
+            assert self._written[name] == entry.bytes, f"{name}: {self._written[name]} of {entry.bytes} bytes written"
+            self._whole.update(self._hashes[name].digest())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _disk(error, self.path) from error
+        finally:
+            self._file.close()
+        self._growing.rename(self.path)
+        sync_directory(self.path.parent)
+        return self._whole.hexdigest()
+
+    def abandon(self) -> None:
+        """Remove what is there of it."""
+        self._file.close()
+        self._growing.unlink(missing_ok=True)
+
+    def _put(self, data: bytes | memoryview, position: int) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                count = os.pwrite(self._file.fileno(), view, position)
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise _disk(error, self.path) from error
+
+
+def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> str:
+    """Make one file of the result.
+
+    Args:
+        shard: Its tensors, and where they come from.
+        directory: Where to.
+        told: Called after each tensor.
+
+    Returns:
+        Its digest.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the disk is full; nothing of the file is left.
+        NonFiniteError: a weight holds a NaN or an infinity; the layer is named.
+    """
+    writer = ShardWriter(directory / shard.file, shard.outputs)
+    try:
+        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
+            waiting: list[Future[None]] = []
+            for step, last, values in _read_ahead(shard, reading):
+                for name, part in _made(step, values):
+                    waiting.append(writing.submit(writer.write, name, part))
+                while len(waiting) > _AHEAD:
+                    waiting.pop(0).result()
+                if last and told is not None:
+                    told(step)
+            for future in waiting:
+                future.result()
+        return writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+def _read_ahead(shard: Shard, reading: ThreadPoolExecutor) -> Iterator[tuple[Step, bool, Tensor]]:
+    """Every piece of the source with its step, and whether it is the step's last."""
+    jobs = [(step, *ends) for step in shard.steps for ends in (list(step.pieces()) or [(step.entry.begin,) * 2])]
+    next_read = reading.submit(_read, *jobs[0]) if jobs else None
+    for i, (step, _, end) in enumerate(jobs):
+        assert next_read is not None, "there is a job"
+        values = next_read.result()
+        next_read = reading.submit(_read, *jobs[i + 1]) if i + 1 < len(jobs) else None
+        yield step, end == step.entry.end, values
+        del values
+
+
+def _read(step: Step, begin: int, end: int) -> Tensor:
+    """Bytes of the source as a tensor: (rows, K) where it is quantised, flat where it is copied."""
+    room = torch.empty(end - begin, dtype=torch.uint8)
+    view, position = _memory(room), begin
+    try:
+        descriptor = os.open(step.file, os.O_RDONLY)
+        try:
+            while view:
+                count = os.preadv(descriptor, [view], position)
+                if not count:
+                    raise CheckpointError(f"{step.file} ends within {step.entry.name}: it became shorter meanwhile")
+                view, position = view[count:], position + count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{step.file} cannot be read: {error.strerror}") from error
+    values = room.view(step.entry.dtype) if room.numel() else room.new_empty(0, dtype=step.entry.dtype)
+    return values if step.spec is None else values.view(-1, step.entry.shape[1])
+
+
+def _made(step: Step, values: Tensor) -> list[tuple[str, Tensor]]:
+    """What a piece becomes, by the names of the outputs."""
+    if step.spec is None:
+        return [(step.name, values)]
+    try:
+        q: QTensor = quantize_weight(values.t() if step.transposed else values, step.spec)
+    except W8A8Error as error:
+        error.add_note(f"while quantising {step.name} of {step.file}")
+        raise
+    return [(f"{step.name}.weight", q.codes), (f"{step.name}.weight_scale", q.scale.contiguous())]
+
+
+def _memory(values: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    array: Any = values.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _disk(error: OSError, path: Path) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            f"{path}: the disk is full; make room and run the same command again, it goes on where it stopped"
+        )
+    return CheckpointError(f"{path} cannot be written: {error.strerror}")

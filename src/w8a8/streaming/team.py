@@ -1,0 +1,73 @@
+"""The processes that share a job: `torchrun` starts them, torch.distributed lets them wait for one another.
+
+Alone, all of it does nothing.  A step that fails in one process fails in all, so that none waits for ever.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from w8a8.errors import CheckpointError, W8A8Error
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process's number, and how many there are, here (`local`) and in all."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 1
+
+    def together(self, step: Callable[[], T]) -> T:
+        """Run a step in every process, and go on when all have ended well.
+
+        Raises:
+            W8A8Error: the step's own, and in the other processes one that says which of them failed.
+        """
+        failed: BaseException | None = None
+        result: T | None = None
+        try:
+            result = step()
+        except W8A8Error as error:
+            failed = error
+        if self.size > 1:
+            messages: list[str | None] = [None] * self.size
+            dist.all_gather_object(messages, None if failed is None else str(failed))
+            other = next((i for i, message in enumerate(messages) if message is not None), None)
+            if failed is None and other is not None:
+                raise CheckpointError(f"process {other} failed: {messages[other]}")
+        if failed is not None:
+            raise failed
+        return result  # type: ignore[return-value]
+
+    def first_then_others(self, step: Callable[[], T]) -> T:
+        """Run a step in process 0, and when it has ended well in the others."""
+        if self.rank == 0:
+            result = self.together(step)
+            self.together(lambda: None)
+            return result
+        self.together(lambda: None)
+        return self.together(step)
+
+
+@contextmanager
+def team() -> Iterator[Team]:
+    """The processes that torchrun started, or this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Team()
+        return
+    if dist.is_initialized():
+        yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    finally:
+        dist.destroy_process_group()
