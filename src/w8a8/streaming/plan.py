@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from w8a8 import convert
-from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, tensor_files
+from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.reader import empty_model
@@ -30,10 +30,15 @@ from w8a8.errors import CheckpointError, SchemeError
 from w8a8.linear import QuantLinear, is_conv1d
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
 
-PIECE = 32 << 20
+PIECE = 8 << 20
 """Bytes of the source that are in memory at once, save for tensors that must be seen whole."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class UnplacedError(CheckpointError):
+    """The files hold tensors that transformers converts while loading: the model has to be loaded to be quantised."""
+
 
 Output = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -123,7 +128,8 @@ def make_plan(
         shard_bytes: Files of the result are not larger, save for a tensor that is.
 
     Raises:
-        CheckpointError: the files are torn or missing, hold tensors that cannot be placed, or lack some.
+        UnplacedError: the files hold tensors that have no place of their own in the model.
+        CheckpointError: the files are torn or missing, or lack tensors.
         SchemeError: the scheme needs calibration, cannot be executed, or nothing is left to quantise.
         PatternError, ModelError: as `w8a8.quantize`.
     """
@@ -132,6 +138,8 @@ def make_plan(
             f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
             "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
         )
+    if read_quantization(source) is not None:
+        raise SchemeError(f"{source} is quantised already: give the directory of the float model")
     model = empty_model(source, None)
     selection = convert.select(model, convert.with_head(model, include, head), exclude)
     found = _sources(source, model)
@@ -179,7 +187,7 @@ def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:
             else:
                 found[place] = path, entry
     if lost:
-        raise CheckpointError(
+        raise UnplacedError(
             f"{source}: {len(lost)} tensors have no place of their own in {type(model).__name__} ({lost[0]}); "
             "transformers converts them while loading, so this model can only be quantised in memory (--no-stream)"
         )

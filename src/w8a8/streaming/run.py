@@ -37,6 +37,7 @@ class Streamed:
     """What `quantize_directory` did, or would do.
 
     resumed: How many shards an earlier run had finished.
+    first: Whether this process is the one that speaks for all that share the job.
     """
 
     output: Path
@@ -46,6 +47,7 @@ class Streamed:
     prediction: Prediction
     shards: int
     resumed: int
+    first: bool
 
 
 def quantize_directory(
@@ -93,7 +95,8 @@ def quantize_directory(
         partial = target.with_name(f".{target.name}.partial")
         known = _fingerprint(plan, {"include": include, "exclude": exclude, "head": head, "shard_bytes": shard_bytes})
         if dry_run:
-            return _told(plan, target, us.together(lambda: _predicted(plan, target, us, before, 0)), 0)
+            prediction = us.together(lambda: _predicted(plan, target, us, before, 0))
+            return _told(plan, target, us, prediction, 0)
         with locked(partial, us.rank):
             journal = us.first_then_others(lambda: Journal(partial, known, us.rank))
             finished = [shard for shard in plan.shards if journal.done(shard.file)]
@@ -101,7 +104,7 @@ def quantize_directory(
             prediction = us.together(lambda: _predicted(plan, target, us, before, done))
             us.together(lambda: _write(plan, us, journal, partial, {shard.file for shard in finished}, progress))
             us.together(_only_first(us, lambda: _complete(plan, partial, target, journal)))
-        return _told(plan, target, prediction, len(finished))
+        return _told(plan, target, us, prediction, len(finished))
 
 
 def _write(
@@ -167,8 +170,9 @@ def _fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _told(plan: Plan, target: Path, prediction: Prediction, resumed: int) -> Streamed:
-    return Streamed(target, plan.scheme, plan.coverage, plan.untied, prediction, len(plan.shards), resumed)
+def _told(plan: Plan, target: Path, us: Team, prediction: Prediction, resumed: int) -> Streamed:
+    shards = len(plan.shards)
+    return Streamed(target, plan.scheme, plan.coverage, plan.untied, prediction, shards, resumed, us.rank == 0)
 
 
 def _only_first(us: Team, step: Callable[[], None]) -> Callable[[], None]:

@@ -1,7 +1,7 @@
 """One file of the result: pieces are read ahead, quantised, and written behind.
 
-Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises, one hashes and
-writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own when it is whole and
+Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises and hashes what is still
+in its cache, one writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own when it is whole and
 on the disk.
 """
 
@@ -42,14 +42,25 @@ class ShardWriter:
         self._hashes = {name: hashlib.sha256() for name in self._entries}
         self._whole = hashlib.sha256(text)
         self._file: BinaryIO = self._growing.open("wb")
-        self._put(text, 0)
+        self.put(text, 0)
 
-    def write(self, name: str, values: Tensor) -> None:
-        """The next values of a tensor, contiguous and of its dtype."""
+    def place(self, name: str, values: Tensor) -> tuple[memoryview, int]:
+        """Where the next values of a tensor, contiguous and of its dtype, are to be `put`; they count from now on."""
         entry, data = self._entries[name], _memory(values)
         self._hashes[name].update(data)
-        self._put(data, entry.begin + self._written[name])
+        position = entry.begin + self._written[name]
         self._written[name] += len(data)
+        return data, position
+
+    def put(self, data: bytes | memoryview, position: int) -> None:
+        """Write bytes at a position in the file."""
+        view = memoryview(data)
+        try:
+            while view:
+                count = os.pwrite(self._file.fileno(), view, position)
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise _disk(error, self.path) from error
 
     def finish(self) -> str:
         """Have it on the disk under its name; the digest."""
@@ -70,15 +81,6 @@ class ShardWriter:
         """Remove what is there of it."""
         self._file.close()
         self._growing.unlink(missing_ok=True)
-
-    def _put(self, data: bytes | memoryview, position: int) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                count = os.pwrite(self._file.fileno(), view, position)
-                view, position = view[count:], position + count
-        except OSError as error:
-            raise _disk(error, self.path) from error
 
 
 def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> str:
@@ -102,7 +104,7 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
             waiting: list[Future[None]] = []
             for step, last, values in _read_ahead(shard, reading):
                 for name, part in _made(step, values):
-                    waiting.append(writing.submit(writer.write, name, part))
+                    waiting.append(writing.submit(writer.put, *writer.place(name, part)))
                 while len(waiting) > _AHEAD:
                     waiting.pop(0).result()
                 if last and told is not None:
