@@ -5,13 +5,15 @@
     python bench/streaming.py --peer-python PATH    with llm-compressor, in the environment of that interpreter
     python bench/streaming.py --show                print the table of the results that are there
 
-The checkpoint is random, in the shapes of Llama-2-7B, bfloat16, in shards of 5 GB; it and what is made of it are deleted
-at the end.  Every run is a process tree of its own, started with a cold page cache where the system lets us drop it, and
-ended when its files are on the disk (fsync).  Memory is read from /proc every 20 ms, summed over the tree: anonymous pages
-(RssAnon) are the process's own, file pages (RssFile) are libraries and mappings, shared and given up under pressure.
+The checkpoint is random, in the shapes of Llama-2-7B, bfloat16, in shards of 5 GB; it and what is made of it are
+deleted at the end.  Every run is a process tree of its own, started with a cold page cache where the system lets us
+drop it, and ended when its files are on the disk (fsync).  Memory is read from /proc every 20 ms, summed over the tree:
+anonymous pages (RssAnon) are the process's own, file pages (RssFile) are libraries and mappings, shared and given up
+under pressure.
 
-Three baselines tell what is possible: a plain copy that reads the source and writes as many bytes as the result has; the
-copy of the source to itself; and the arithmetic alone, on tensors in memory.  The efficiency is (copy + arithmetic) / ours.
+Three baselines tell what is possible: a plain copy that reads the source and writes as many bytes as the result has;
+the copy of the source to itself; and the arithmetic alone, on tensors in memory.  The efficiency is
+(copy + arithmetic) / ours.
 
 llm-compressor's `model_free_ptq` takes the scheme "INT8": weights per channel and symmetric, activations per token.  It
 writes to its directory without fsync; the sync is counted in, as for the others.
@@ -27,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +152,8 @@ def tree(root: int) -> list[int]:
     """A process and all that it started."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
+        with suppress(OSError):  # it has ended
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
-            continue
     found = [root]
     for process in found:
         found += [child for child, parent in parents.items() if parent == process]
@@ -280,13 +280,13 @@ def table(result: dict[str, Any]) -> str:
 
 def text(result: dict[str, Any]) -> str:
     """What stands before the table."""
-    largest = result["largest_tensor_bytes"]
+    largest, size = result["largest_tensor_bytes"], result["source_bytes"]
     return (
-        f"A random checkpoint in the shapes of Llama-2-7B, {result['layers']} layers, {result['source_bytes'] / 1e9:.1f} GB "
-        f"of bfloat16, each run from a {'cold' if result['cold'] else 'warm'} page cache to files that are synced. The "
-        f"arithmetic alone takes {result['arithmetic_seconds']:.1f} s, the imports {result['import_seconds']:.1f} s, which "
-        f"are in every run of ours. Peaks are summed over the processes, each kind's own; the largest tensor has "
-        f"{largest / 1e6:.0f} MB, so that the promise is {(3 * largest + 500e6) / 1e6:,.0f} MB for each process."
+        f"A random checkpoint in the shapes of Llama-2-7B, {result['layers']} layers, {size / 1e9:.1f} GB of bfloat16; "
+        f"each run goes from a {'cold' if result['cold'] else 'warm'} page cache to files that are synced. The "
+        f"arithmetic alone takes {result['arithmetic_seconds']:.1f} s; imports, {result['import_seconds']:.1f} s, are in "
+        "every run of ours. Peaks are sums over the processes of a run, each kind's own; the largest tensor has "
+        f"{largest / 1e6:.0f} MB, so that the bound is {(3 * largest + 500e6) / 1e6:,.0f} MB for each process."
     )
 
 

@@ -1,11 +1,10 @@
 """One file of the result: pieces are read ahead, quantised, and written behind.
 
-Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises and hashes what is still
-in its cache, one writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own when it is whole and
-on the disk.
+Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises, and hashes what is
+still in its cache, one writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own
+when it is whole and on the disk.
 """
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from w8a8.affine import QTensor
 from w8a8.checkpoint.headers import header_of
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
-from w8a8.streaming.journal import sync_directory
+from w8a8.streaming.journal import disk_error, sync_directory
 from w8a8.streaming.plan import Output, Shard, Step
 
 _AHEAD = 2  # pieces that may wait for the disk
@@ -42,25 +41,15 @@ class ShardWriter:
         self._hashes = {name: hashlib.sha256() for name in self._entries}
         self._whole = hashlib.sha256(text)
         self._file: BinaryIO = self._growing.open("wb")
-        self.put(text, 0)
+        self._put(text, 0)
 
     def place(self, name: str, values: Tensor) -> tuple[memoryview, int]:
-        """Where the next values of a tensor, contiguous and of its dtype, are to be `put`; they count from now on."""
+        """Where the next values of a tensor, contiguous and of its dtype, are to be put; they count from now on."""
         entry, data = self._entries[name], _memory(values)
         self._hashes[name].update(data)
         position = entry.begin + self._written[name]
         self._written[name] += len(data)
         return data, position
-
-    def put(self, data: bytes | memoryview, position: int) -> None:
-        """Write bytes at a position in the file."""
-        view = memoryview(data)
-        try:
-            while view:
-                count = os.pwrite(self._file.fileno(), view, position)
-                view, position = view[count:], position + count
-        except OSError as error:
-            raise _disk(error, self.path) from error
 
     def finish(self) -> str:
         """Have it on the disk under its name; the digest."""
@@ -70,7 +59,7 @@ class ShardWriter:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise _disk(error, self.path) from error
+            raise disk_error(error, self.path) from error
         finally:
             self._file.close()
         self._growing.rename(self.path)
@@ -81,6 +70,15 @@ class ShardWriter:
         """Remove what is there of it."""
         self._file.close()
         self._growing.unlink(missing_ok=True)
+
+    def _put(self, data: bytes | memoryview, position: int) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                count = os.pwrite(self._file.fileno(), view, position)
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise disk_error(error, self.path) from error
 
 
 def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> str:
@@ -104,7 +102,7 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
             waiting: list[Future[None]] = []
             for step, last, values in _read_ahead(shard, reading):
                 for name, part in _made(step, values):
-                    waiting.append(writing.submit(writer.put, *writer.place(name, part)))
+                    waiting.append(writing.submit(writer._put, *writer.place(name, part)))
                 while len(waiting) > _AHEAD:
                     waiting.pop(0).result()
                 if last and told is not None:
@@ -167,11 +165,3 @@ def _memory(values: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
     array: Any = values.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
-
-
-def _disk(error: OSError, path: Path) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"{path}: the disk is full; make room and run the same command again, it goes on where it stopped"
-        )
-    return CheckpointError(f"{path} cannot be written: {error.strerror}")
