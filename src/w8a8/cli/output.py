@@ -62,6 +62,11 @@ def print_line(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
+def print_note(text: str) -> None:
+    """Plain text on standard error: what a user should know and a program should not read."""
+    sys.stderr.write(text + "\n")
+
+
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Progress]:
     """A bar on standard error where that is a terminal; else silence."""

@@ -1,12 +1,23 @@
 """The command `quantize`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, app, default_length, open_named, show_coverage
-from w8a8.cli.output import print_json, print_line, progress
+from w8a8.cli.app import (
+    Dtype,
+    Exclude,
+    Include,
+    Json,
+    Model,
+    app,
+    default_length,
+    open_named,
+    quiet_transformers,
+    show_coverage,
+)
+from w8a8.cli.output import print_json, print_line, print_note, print_table, progress
 from w8a8.errors import SchemeError
 
 
@@ -44,6 +55,17 @@ def quantize(
             "the whole model (auto), or not.  By default auto with --calib, else none.",
         ),
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="From files to files, never the whole model in memory; resumes where it was stopped. By default "
+            "wherever no calibration is asked for.",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_gb: Annotated[float, typer.Option("--max-shard-gb", min=0.0001, help="Of a file, when streaming.")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what streaming will take, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -63,6 +85,17 @@ def quantize(
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
     check_target(output, overwrite=force)
+    data_free = calib is None and smooth in (None, "none") and dtype == "auto"
+    if stream and not data_free:
+        raise SchemeError("--stream is for quantising without calibration, smoothing and --dtype; leave it out")
+    if stream is not False and data_free:
+        options = {"include": include, "exclude": exclude, "head": head, "shard_bytes": int(max_shard_gb * 1e9)}
+        if _streamed(
+            model, output, wanted, options, forced=bool(stream), force=force, dry_run=dry_run, as_json=as_json
+        ):
+            return
+    if dry_run:
+        raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
     opened = open_named(model, dtype=dtype)
     data = None
     if calib is not None:
@@ -93,14 +126,88 @@ def quantize(
             }
         )
         return
-    show_coverage(result.coverage)
-    for name, other in result.untied.items():
-        print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
+    _show_result(result)
     if result.smooth is not None:
         print_line(str(result.smooth))
     if data is not None and wanted.static:
         print_line(f"Activation scales by {observer} on {data.description}.")
     print_line(f"Saved in {output}.")
+
+
+def _streamed(
+    model: str,
+    output: Path,
+    scheme: Any,
+    options: dict[str, Any],
+    *,
+    forced: bool,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> bool:
+    """Quantise from files to files and tell; False where the model has to be loaded for it."""
+    from w8a8.streaming import quantize_directory
+    from w8a8.streaming.plan import UnplacedError
+
+    quiet_transformers()
+    try:
+        with progress("quantising") as step:
+            done = quantize_directory(
+                model,
+                output,
+                scheme,
+                **options,
+                overwrite=force,
+                dry_run=dry_run,
+                before=None if as_json else _show_prediction,
+                progress=step,
+            )
+    except UnplacedError as error:
+        if forced or dry_run:
+            raise
+        print_note(f"not streamed, but in memory: {error}")
+        return False
+    if not done.first:
+        return True
+    if as_json:
+        print_json(
+            {
+                "output": output,
+                "scheme": done.scheme.name,
+                "untied": done.untied,
+                "calibration": None,
+                "smooth": None,
+                "coverage": done.coverage.to_dict(),
+                "prediction": done.prediction,
+                "shards": done.shards,
+                "resumed": done.resumed,
+            }
+        )
+        return True
+    _show_result(done)
+    if dry_run:
+        print_line("Nothing was written.")
+        return True
+    if done.resumed:
+        print_line(f"Gone on with: {done.resumed} of {done.shards} files were there already.")
+    print_line(f"Saved in {output}.")
+    return True
+
+
+def _show_prediction(plan: Any, found: Any) -> None:
+    minutes = f"{found.seconds / 60:.1f} min" if found.seconds > 60 else f"{found.seconds:.1f} s"
+    rows = [
+        ("memory at the peak", f"{found.peak_bytes / 1e9:.2f} GB", f"{found.memory_bytes / 1e9:.2f} GB available"),
+        ("disk", f"{found.output_bytes / 1e9:.3f} GB", f"{found.free_bytes / 1e9:.2f} GB free"),
+        ("time, at least", minutes, f"{found.source_bytes / 1e9:.3f} GB to read, {len(plan.shards)} files to write"),
+    ]
+    print_table(f"What {plan.source} will take", ("", "predicted", "here"), rows)
+
+
+def _show_result(result: Any) -> None:
+    show_coverage(result.coverage)
+    for name, other in result.untied.items():
+        print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
 
 
 def _alpha(smooth: str | None) -> str | float | None:

@@ -65,7 +65,7 @@ def predict(plan: Plan, target: Path, *, processes: int = 1, finished_bytes: int
     source = sum(step.entry.bytes for step in plan.steps)
     to_do = max(0.0, 1 - finished_bytes / output) if output else 0.0
     quantized = sum(step.entry.bytes for step in plan.steps if step.spec is not None)
-    seconds = (quantized * _quantising(plan) + source * _reading(plan) + output * _writing(place)) / processes
+    seconds = (quantized * _quantising(plan) + source * _reading(plan) + output * _writing(place, output)) / processes
     largest = max((PIECE if not step.whole else step.entry.bytes for step in plan.steps), default=0)
     held = psutil.Process().memory_info().rss
     return Prediction(
@@ -132,9 +132,9 @@ def _quantising(plan: Plan) -> float:
     return (time.perf_counter() - start) / (sample.numel() * sample.element_size())
 
 
-def _writing(place: Path) -> float:
-    """Seconds per byte, on the disk."""
-    data = bytes(_TRIAL)
+def _writing(place: Path, output: int) -> float:
+    """Seconds per byte, on the disk; never more than a quarter of what is free is tried."""
+    data = bytes(max(1, min(_TRIAL, output, shutil.disk_usage(place).free // 4)))
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             start = time.perf_counter()

@@ -21,6 +21,7 @@ from w8a8.checkpoint.verify import verify_structure
 from w8a8.checkpoint.writer import check_target, replace_directory
 from w8a8.convert import Progress
 from w8a8.coverage import Coverage
+from w8a8.errors import W8A8Error
 from w8a8.scheme import Scheme
 from w8a8.streaming.journal import Journal, locked
 from w8a8.streaming.plan import Plan, Shard, make_plan
@@ -101,7 +102,12 @@ def quantize_directory(
             journal = us.first_then_others(lambda: Journal(partial, known, us.rank))
             finished = [shard for shard in plan.shards if journal.done(shard.file)]
             done = sum(step.bytes for shard in finished for step in shard.steps)
-            prediction = us.together(lambda: _predicted(plan, target, us, before, done))
+            try:
+                prediction = us.together(lambda: _predicted(plan, target, us, before, done))
+            except W8A8Error:
+                if not finished:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
             us.together(lambda: _write(plan, us, journal, partial, {shard.file for shard in finished}, progress))
             us.together(_only_first(us, lambda: _complete(plan, partial, target, journal)))
         return _told(plan, target, us, prediction, len(finished))

@@ -1,0 +1,412 @@
+"""From files to files: the same bytes as in memory, whoever kills it and however many share it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import w8a8
+from tests.conftest import gpt2, llama, mixtral, opt
+from w8a8.checkpoint.files import INDEX
+from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
+from w8a8.pipeline import open_model
+from w8a8.streaming import quantize_directory
+from w8a8.streaming.plan import UnplacedError, make_plan
+from w8a8.streaming.resources import Prediction
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def saved(model, directory, *, dtype=torch.bfloat16, shard="40KB"):
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+    return directory
+
+
+def tensors(directory):
+    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def partial_of(target):
+    return target.with_name(f".{target.name}.partial")
+
+
+def in_memory(source, target, **options):
+    model = open_model(source).model
+    w8a8.quantize(model, **options)
+    w8a8.save(model, target)
+    return target
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("make", [llama, opt, gpt2], ids=lambda make: make.__name__)
+def test_the_result_is_that_of_the_model_in_memory(tmp_path, make, dtype):
+    source = saved(make(), tmp_path / "source", dtype=dtype)
+    streamed = quantize_directory(source, tmp_path / "streamed", shard_bytes=20_000)
+    found, wanted = tensors(tmp_path / "streamed"), tensors(in_memory(source, tmp_path / "memory"))
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype is tensor.dtype
+        assert torch.equal(found[name], tensor)
+    assert streamed.shards == len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
+    ids = torch.arange(12)[None]
+    logits = [w8a8.load(tmp_path / name)(ids).logits for name in ("streamed", "memory")]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "w8a8-asym"},
+        {"scheme": "w8a8-o1"},
+        {"scheme": "w8a16"},
+        {"head": "int8"},
+        {"include": ["*.mlp.*"], "exclude": ["*.1.*"]},
+    ],
+    ids=str,
+)
+def test_every_option_does_what_it_does_in_memory(tmp_path, options):
+    source = saved(llama(tie_word_embeddings=True), tmp_path / "source")
+    done = quantize_directory(source, tmp_path / "streamed", **options)
+    model = open_model(source).model
+    result = w8a8.quantize(model, **options)
+    w8a8.save(model, tmp_path / "memory")
+    found, wanted = tensors(tmp_path / "streamed"), tensors(tmp_path / "memory")
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    pairs = zip(done.coverage.modules, result.coverage.modules, strict=True)
+    assert all(replace(a, bytes=0) == replace(b, bytes=0) for a, b in pairs)  # in memory codes are packed and padded
+    assert done.untied == result.untied
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "memory")]
+    for key in ("quantization_config", "tie_word_embeddings"):
+        assert configs[0][key] == configs[1][key]
+
+
+def test_a_weight_of_many_pieces_is_the_same(tmp_path, monkeypatch):
+    source = saved(llama(), tmp_path / "source", dtype=torch.float32)
+    quantize_directory(source, tmp_path / "whole")
+    monkeypatch.setattr("w8a8.streaming.plan.PIECE", 1000)
+    quantize_directory(source, tmp_path / "pieces")
+    assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
+
+
+def test_names_without_the_base_models_prefix_are_found(tmp_path):
+    source = saved(gpt2(), tmp_path / "source", shard="1GB")
+    (path,) = source.glob("*.safetensors")
+    without = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    save_file(without, path, metadata={"format": "pt"})
+    quantize_directory(source, tmp_path / "streamed")
+    assert tensors(tmp_path / "streamed").keys() == tensors(in_memory(source, tmp_path / "memory")).keys()
+
+
+def test_tokenizer_and_generation_files_go_along_and_pickles_do_not(tmp_path):
+    source = saved(llama(), tmp_path / "source")
+    for name in ("tokenizer.json", "chat_template.jinja", "merges.txt"):
+        (source / name).write_text("{}")
+    for name in ("pytorch_model.bin", "modeling_x.py"):
+        (source / name).write_text("never read")
+    quantize_directory(source, tmp_path / "streamed")
+    names = {path.name for path in (tmp_path / "streamed").iterdir()}
+    assert {"tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json", INDEX} <= names | {INDEX}
+    assert not names & {"pytorch_model.bin", "modeling_x.py"}
+
+
+def test_a_link_that_leads_out_is_not_followed(tmp_path):
+    source = saved(llama(), tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link to .*secret, outside"):
+        quantize_directory(source, tmp_path / "streamed")
+    assert not (tmp_path / "streamed").exists()
+
+
+def test_a_hub_snapshot_of_links_is_followed(tmp_path):
+    real = saved(llama(), tmp_path / "models--x" / "blobs")
+    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in real.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    quantize_directory(snapshot, tmp_path / "streamed")
+    assert w8a8.load(tmp_path / "streamed")(torch.arange(5)[None]).logits.isfinite().all()
+
+
+class TestRefusals:
+    def test_static_schemes_need_calibration(self, tmp_path):
+        source = saved(llama(), tmp_path / "source")
+        with pytest.raises(SchemeError, match="measured on calibration data"):
+            quantize_directory(source, tmp_path / "out", "w8a8-static")
+
+    def test_a_quantised_source(self, tmp_path):
+        source = saved(llama(), tmp_path / "source")
+        quantize_directory(source, tmp_path / "out")
+        with pytest.raises(SchemeError, match="is quantised already"):
+            quantize_directory(tmp_path / "out", tmp_path / "again")
+
+    def test_tensors_that_transformers_stacks(self, tmp_path):
+        model = mixtral()
+        model.save_pretrained(tmp_path / "source")  # as Mixtral's own files are: an expert a tensor
+        with pytest.raises(UnplacedError, match=r"experts.*can only be quantised in memory"):
+            quantize_directory(tmp_path / "source", tmp_path / "out")
+        assert not partial_of(tmp_path / "out").exists()
+
+    def test_a_missing_tensor(self, tmp_path):
+        source = saved(llama(), tmp_path / "source", shard="1GB")
+        held = load_file(source / "model.safetensors")
+        del held["model.norm.weight"]
+        save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"1 tensors are missing: model\.norm\.weight"):
+            quantize_directory(source, tmp_path / "out")
+
+    def test_a_tensor_of_another_shape(self, tmp_path):
+        source = saved(llama(), tmp_path / "source", shard="1GB")
+        held = load_file(source / "model.safetensors")
+        held["model.norm.weight"] = torch.ones(7)
+        save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \(7,\), config\.json says \(64,\)"):
+            quantize_directory(source, tmp_path / "out")
+
+    def test_a_weight_that_is_not_finite_names_layer_and_file_and_leaves_no_result(self, tmp_path):
+        model = llama()
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.inf
+        source = saved(model, tmp_path / "source", shard="1GB")
+        with pytest.raises(NonFiniteError) as caught:
+            quantize_directory(source, tmp_path / "out")
+        assert "model.layers.1.mlp.up_proj" in caught.value.explain()
+        assert not (tmp_path / "out").exists()
+        assert not list(partial_of(tmp_path / "out").glob("*.growing"))
+
+    def test_an_existing_target(self, tmp_path):
+        source = saved(llama(), tmp_path / "source")
+        quantize_directory(source, tmp_path / "out")
+        before = contents(tmp_path / "out")
+        with pytest.raises(CheckpointError, match="exists and is not empty"):
+            quantize_directory(source, tmp_path / "out", "w8a8-o1")
+        assert contents(tmp_path / "out") == before
+        quantize_directory(source, tmp_path / "out", "w8a8-o1", overwrite=True)
+        assert contents(tmp_path / "out") != before
+
+    @pytest.mark.parametrize(("name", "message"), [("free_bytes", "are free there"), ("memory_bytes", "GB of memory")])
+    def test_what_memory_or_disk_will_not_do(self, tmp_path, monkeypatch, name, message):
+        source = saved(llama(), tmp_path / "source")
+        held = {"peak_bytes": 10, "memory_bytes": 100, "output_bytes": 10, "free_bytes": 100, "source_bytes": 1}
+        small = Prediction(**{**held, name: 1}, seconds=1.0)
+        monkeypatch.setattr("w8a8.streaming.run.predict", lambda *a, **k: small)
+        with pytest.raises(CheckpointError, match=message):
+            quantize_directory(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing_and_predicts_the_size(tmp_path):
+    source = saved(llama(), tmp_path / "source")
+    done = quantize_directory(source, tmp_path / "out", dry_run=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+    quantize_directory(source, tmp_path / "out")
+    assert done.prediction.output_bytes == sum(t.numel() * t.element_size() for t in tensors(tmp_path / "out").values())
+    assert done.prediction.peak_bytes > 0
+    assert done.prediction.seconds > 0
+
+
+class TestResuming:
+    def test_finished_shards_are_not_made_again(self, tmp_path, monkeypatch):
+        source = saved(llama(), tmp_path / "source")
+        quantize_directory(source, tmp_path / "whole", shard_bytes=20_000)
+        written = []
+
+        def failing(shard, *rest):
+            from w8a8.streaming.shard import write_shard
+
+            if len(written) == 3:
+                raise CheckpointError("pulled the plug")
+            written.append(shard.file)
+            return write_shard(shard, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("w8a8.streaming.run.write_shard", failing)
+            with pytest.raises(CheckpointError, match="pulled the plug"):
+                quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
+        times = {name: (partial_of(tmp_path / "out") / name).stat().st_mtime_ns for name in written}
+        done = quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
+        assert done.resumed == 3
+        assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == times
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert not partial_of(tmp_path / "out").exists()
+
+    def test_a_finished_shard_that_was_damaged_is_made_again(self, tmp_path, monkeypatch):
+        source = saved(llama(), tmp_path / "source")
+        quantize_directory(source, tmp_path / "whole", shard_bytes=20_000)
+        with monkeypatch.context() as patch:
+            patch.setattr("w8a8.streaming.run._complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            with pytest.raises(CheckpointError, match="stop"):
+                quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
+        victim = sorted(partial_of(tmp_path / "out").glob("*.safetensors"))[1]
+        data = bytearray(victim.read_bytes())
+        data[-1] ^= 1
+        victim.write_bytes(data)
+        done = quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
+        assert done.resumed == done.shards - 1
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda source: {"scheme": "w8a8-o1"}, "scheme: was weights int8 channel"),
+            (lambda source: {"exclude": ["*.1.*"]}, r"option exclude: was \(\), is \['\*\.1\.\*'\]"),
+            (lambda source: {"shard_bytes": 30_000}, "option shard_bytes: was 20000, is 30000"),
+            (lambda source: os.utime(next(source.glob("*.safetensors"))) or {}, "modified"),
+            (lambda source: (source / "tokenizer.json").write_text("{}") and {}, "source tokenizer.json: was absent"),
+        ],
+    )
+    def test_another_request_or_source_does_not_go_on(self, tmp_path, monkeypatch, change, told):
+        source = saved(llama(), tmp_path / "source")
+        with monkeypatch.context() as patch:
+            patch.setattr("w8a8.streaming.run._complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            with pytest.raises(CheckpointError, match="stop"):
+                quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
+        before = contents(partial_of(tmp_path / "out"))
+        options = {"shard_bytes": 20_000, **change(source)}
+        with pytest.raises(CheckpointError, match=told):
+            quantize_directory(source, tmp_path / "out", **options)
+        assert contents(partial_of(tmp_path / "out")) == before
+
+
+COMMAND = [sys.executable, "-m", "w8a8", "quantize"]
+SHARDS = ["--max-shard-gb", "0.0005"]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(Path(w8a8.__file__).parents[1]), "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Twenty files, which take long enough to be killed in."""
+    directory = tmp_path_factory.mktemp("large")
+    model = llama(hidden_size=256, intermediate_size=1024, num_hidden_layers=8)
+    return saved(model, directory / "source", dtype=torch.float32, shard="2MB")
+
+
+@pytest.fixture(scope="module")
+def whole(large):
+    """What an undisturbed run makes of it."""
+    subprocess.run([*COMMAND, large, "-o", large.parent / "whole", *SHARDS], check=True, env=environment(), timeout=300)
+    return contents(large.parent / "whole")
+
+
+# The job as the command does it, slowed down so that a kill falls between any two of its writes.
+SLOW = """
+import sys, time
+from pathlib import Path
+from w8a8.streaming import shard, quantize_directory
+put = shard.ShardWriter._put
+def slow(self, data, position):
+    time.sleep(0.002)
+    put(self, data, position)
+shard.ShardWriter._put = slow
+print("ready", flush=True)
+quantize_directory(sys.argv[1], sys.argv[2], shard_bytes=500_000)
+"""
+
+
+def test_killed_twenty_times_at_random_the_result_is_the_same_to_the_byte(tmp_path, large, whole):
+    chance, target, kills, runs = random.Random(0), tmp_path / "out", 0, 0
+    while kills < 20:
+        runs += 1
+        command = [sys.executable, "-c", SLOW, str(large), str(target)]
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(chance.uniform(0.0, 0.25))
+        if process.poll() is None:
+            assert not target.exists() or not partial_of(target).exists()
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        process.stdout.close()
+        if target.exists():  # it was faster than the kill: begin again
+            assert contents(target) == whole
+            shutil.rmtree(target)
+        assert runs < 200
+    subprocess.run([*COMMAND, large, "-o", target, *SHARDS], check=True, env=environment(), timeout=300)
+    assert contents(target) == whole
+
+
+def test_two_processes_of_torchrun_make_the_same_bytes(tmp_path, large, whole):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "w8a8"]
+    arguments = ["quantize", large, "-o", tmp_path / "out", *SHARDS, "--json"]
+    done = subprocess.run([*command, *arguments], env=environment(), capture_output=True, timeout=300, check=True)
+    assert json.loads(done.stdout)["shards"] == len([name for name in whole if name.endswith(".safetensors")])
+    assert contents(tmp_path / "out") == whole
+
+
+def test_what_fails_in_one_process_of_torchrun_ends_both(tmp_path, large):
+    damaged = shutil.copytree(large, tmp_path / "source")
+    path = sorted(damaged.glob("*.safetensors"))[-1]
+    held = load_file(path)
+    name = next(name for name in held if name.endswith("proj.weight"))
+    held[name][0, 0] = torch.nan
+    save_file(held, path, metadata={"format": "pt"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "w8a8"]
+    arguments = ["quantize", damaged, "-o", tmp_path / "out", *SHARDS]
+    done = subprocess.run([*command, *arguments], env=environment(), capture_output=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert name.removesuffix(".weight").encode() in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, check=False)
+    if made.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {made.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_a_full_disk_is_told_and_gone_on_from_when_there_is_room(small_disk, large, whole, monkeypatch):
+    monkeypatch.setattr(Prediction, "check", lambda self, target: None)  # as if the disk had filled up meanwhile
+    with pytest.raises(CheckpointError, match="the disk is full; make room and run the same command again"):
+        quantize_directory(large, small_disk / "out", shard_bytes=500_000)
+    assert not (small_disk / "out").exists()
+    finished = list(partial_of(small_disk / "out").glob("*.safetensors"))
+    assert finished
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    done = quantize_directory(large, small_disk / "out", shard_bytes=500_000)
+    assert done.resumed == len(finished)
+    assert contents(small_disk / "out") == whole
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(small_disk, large):
+    with pytest.raises(CheckpointError, match=r"will take 0\.01 GB, and 0\.00 GB are free there"):
+        quantize_directory(large, small_disk / "out")
+    assert not list(small_disk.iterdir())
+
+
+def test_two_jobs_do_not_write_one_result(tmp_path):
+    import fcntl
+
+    source = saved(llama(), tmp_path / "source")
+    partial = partial_of(tmp_path / "out")
+    partial.mkdir()
+    with (partial / "lock-0").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="is being written by another process"):
+            quantize_directory(source, tmp_path / "out")
+
+
+def test_the_plan_is_the_same_whatever_the_number_of_processes(large):
+    assert make_plan(large, w8a8.Scheme.of("w8a8")).shards == make_plan(large, w8a8.Scheme.of("w8a8")).shards
