@@ -284,8 +284,8 @@ def text(result: dict[str, Any]) -> str:
     return (
         f"A random checkpoint in the shapes of Llama-2-7B, {result['layers']} layers, {size / 1e9:.1f} GB of bfloat16; "
         f"each run goes from a {'cold' if result['cold'] else 'warm'} page cache to files that are synced. The "
-        f"arithmetic alone takes {result['arithmetic_seconds']:.1f} s; imports, {result['import_seconds']:.1f} s, are in "
-        "every run of ours. Peaks are sums over the processes of a run, each kind's own; the largest tensor has "
+        f"arithmetic alone takes {result['arithmetic_seconds']:.1f} s; imports, {result['import_seconds']:.1f} s, are "
+        "in every run of ours. Peaks are sums over the processes of a run, each kind's own; the largest tensor has "
         f"{largest / 1e6:.0f} MB, so that the bound is {(3 * largest + 500e6) / 1e6:,.0f} MB for each process."
     )
 

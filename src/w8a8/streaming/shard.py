@@ -72,11 +72,13 @@ class ShardWriter:
         self._growing.unlink(missing_ok=True)
 
     def _put(self, data: bytes | memoryview, position: int) -> None:
-        view = memoryview(data)
+        view, start, descriptor = memoryview(data), position, self._file.fileno()
         try:
             while view:
-                count = os.pwrite(self._file.fileno(), view, position)
+                count = os.pwrite(descriptor, view, position)
                 view, position = view[count:], position + count
+            if hasattr(os, "posix_fadvise"):  # the disk begins now, so that fsync has little left to wait for
+                os.posix_fadvise(descriptor, start, len(data), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise disk_error(error, self.path) from error
 
@@ -103,6 +105,7 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
             for step, last, values in _read_ahead(shard, reading):
                 for name, part in _made(step, values):
                     waiting.append(writing.submit(writer._put, *writer.place(name, part)))
+                del values
                 while len(waiting) > _AHEAD:
                     waiting.pop(0).result()
                 if last and told is not None:
@@ -118,11 +121,13 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
 def _read_ahead(shard: Shard, reading: ThreadPoolExecutor) -> Iterator[tuple[Step, bool, Tensor]]:
     """Every piece of the source with its step, and whether it is the step's last."""
     jobs = [(step, *ends) for step in shard.steps for ends in (list(step.pieces()) or [(step.entry.begin,) * 2])]
-    next_read = reading.submit(_read, *jobs[0]) if jobs else None
-    for i, (step, _, end) in enumerate(jobs):
-        assert next_read is not None, "there is a job"
-        values = next_read.result()
-        next_read = reading.submit(_read, *jobs[i + 1]) if i + 1 < len(jobs) else None
+    next_read: Future[Tensor] | None = None
+    for i, (step, begin, end) in enumerate(jobs):
+        values = (next_read or reading.submit(_read, step, begin, end)).result()
+        following = jobs[i + 1] if i + 1 < len(jobs) else None
+        next_read = None
+        if following is not None and not (step.whole or following[0].whole):  # two whole tensors are too many
+            next_read = reading.submit(_read, *following)
         yield step, end == step.entry.end, values
         del values
 
