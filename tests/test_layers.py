@@ -16,7 +16,7 @@ LAYERS = [
     {"dataflow", "checkpoint", "evaluate", "corpus"},
     {"calibration"},
     {"smoothing"},
-    {"pipeline", "experiment", "streaming"},
+    {"pipeline", "experiment", "streaming", "hf"},
     {"generation", "diagnosis"},
     {"demo"},
     {"cli"},

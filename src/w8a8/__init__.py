@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from w8a8.coverage import Coverage
     from w8a8.errors import W8A8Error
     from w8a8.experiment import study
+    from w8a8.hf import W8A8Config, disable, enable, enabled
     from w8a8.linear import QuantLinear, ledger
     from w8a8.pipeline import Result, quantize, simulate
     from w8a8.scheme import (
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     )
     from w8a8.smoothing import outliers
     from w8a8.smoothing.smooth import SmoothReport, smooth_, smooth_scales
+    from w8a8.streaming import quantize_directory
 
 _HOME = {
     "QParams": "affine",
@@ -48,6 +50,11 @@ _HOME = {
     "qparams": "affine",
     "sqnr_db": "affine",
     "Calibration": "calibration.calibrate",
+    "W8A8Config": "hf",
+    "disable": "hf",
+    "enable": "hf",
+    "enabled": "hf",
+    "quantize_directory": "streaming",
     "collect": "calibration.calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -108,11 +115,15 @@ __all__ = [
     "Result",
     "Scheme",
     "SmoothReport",
+    "W8A8Config",
     "W8A8Error",
     "affine",
     "collect",
     "dataflow",
     "dequantize",
+    "disable",
+    "enable",
+    "enabled",
     "fake_quantize",
     "functional",
     "kernels",
@@ -123,6 +134,7 @@ __all__ = [
     "outliers",
     "qparams",
     "quantize",
+    "quantize_directory",
     "save",
     "simulate",
     "smooth_",

@@ -141,6 +141,32 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
     return QuantizationConfig(tuple(parsed), _strings(data.get("ignore") or [], f"{where}: quantization_config.ignore"))
 
 
+def runs_here(data: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` describes 8-bit integer layers that this package runs, however well it does so.
+
+    A malformed description of such layers is still one: `from_json` then says what is wrong with it.
+    """
+    groups = data.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or data.get("kv_cache_scheme") is not None:
+        return False
+    if data.get("format") not in (FORMAT, _NAIVE, "mixed-precision", None):
+        return False
+    for group in groups.values():
+        weights, inputs = (
+            (group.get("weights"), group.get("input_activations")) if isinstance(group, Mapping) else (None, None)
+        )
+        for operand in (weights, inputs):
+            known = (
+                isinstance(operand, Mapping) and operand.get("type", "int") == "int" and operand.get("num_bits") == 8
+            )
+            if not known:
+                return False
+        assert isinstance(weights, Mapping), "known"
+        if not weights.get("symmetric", True):
+            return False
+    return True
+
+
 def check_writable(scheme: Scheme) -> None:
     """Raise `SchemeError` where compressed-tensors has no word for a scheme."""
     if scheme.weights.bits > MAX_CODE_BITS:

@@ -120,11 +120,23 @@ def empty_model(directory: Path, quantization: QuantizationConfig | None, **opti
         model = kind._from_config(config)  # in the dtype that the config states
     model.tie_weights()
     if quantization is not None:
-        _insert_quant_linears(model, quantization, directory, **options)
+        insert_quant_linears(model, quantization, str(directory / CONFIG), **options)
     return model
 
 
-def _insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, directory: Path, **options: Any) -> None:
+def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, where: str, **options: Any) -> None:
+    """Put empty `QuantLinear` in the places of the linear layers that are quantised.
+
+    Args:
+        model: Float, on the meta device; changed.
+        quantization: What is quantised, and how.
+        where: The file that says so, for messages.
+        options: As for `QuantLinear`.
+
+    Raises:
+        CheckpointError: the targets match no layer.
+        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
+    """
     found = 0
     for name, linear in list(model.named_modules()):
         conv1d = is_conv1d(linear)
@@ -138,13 +150,13 @@ def _insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, di
         try:
             layer = QuantLinear(k, n, scheme, bias=bias, device="meta", was_conv1d=conv1d, **options)
         except SchemeError as error:
-            error.add_note(f"while loading {name} from {directory}; simulated=True runs every scheme")
+            error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
             raise
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, layer)
         found += 1
     if not found:
-        raise CheckpointError(f"{directory / CONFIG}: the targets of quantization_config match no linear layer")
+        raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
 
 
 def _fill(model: Any, files: dict[Path, set[str] | None]) -> None:
@@ -180,7 +192,7 @@ def _fill(model: Any, files: dict[Path, set[str] | None]) -> None:
 def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
     """Check one tensor of the file and put it into the model."""
     if isinstance(module, QuantLinear) and key != "bias":
-        module._buffers[key] = _checked(module, key, tensor, where)
+        module._buffers[key] = checked_tensor(module, key, tensor, where)
         return
     want = getattr(module, key)
     if tensor.shape != want.shape or not tensor.is_floating_point():
@@ -191,7 +203,7 @@ def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
         module._buffers[key] = tensor
 
 
-def _checked(layer: QuantLinear, key: str, tensor: Tensor, where: str) -> Tensor:
+def checked_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str) -> Tensor:
     """A tensor of a quantised layer in the shape and dtype that the layer holds."""
     want = getattr(layer, key)
     if key == "weight":

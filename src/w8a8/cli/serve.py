@@ -1,0 +1,38 @@
+"""The command `serve`: transformers' server, with our integer layers in it."""
+
+import logging
+
+import typer
+
+from w8a8.cli.app import Model, app
+from w8a8.cli.output import print_note
+from w8a8.errors import ModelError
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Everything after MODEL goes to `transformers serve`: --host, --port, --device, --dtype, --compile, ... "
+    "(`transformers serve --help`).",
+)
+def serve(context: typer.Context, model: Model) -> None:
+    """Serve a model through an OpenAI-compatible API: `transformers serve`, W8A8 directories in integers."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ModelError("serving needs transformers' extra packages: pip install 'w8a8[serve]'")
+    from transformers.cli.transformers import app as transformers_app
+
+    from w8a8 import hf, kernels
+    from w8a8.checkpoint.files import read_quantization, resolve
+    from w8a8.kernels import native
+
+    directory = resolve(model)
+    quantized = read_quantization(directory) is not None
+    hf.enable()
+    log = logging.getLogger("w8a8")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+    kernel = kernels.first_choice(kernels.AUTO)
+    how = f"{kernel} ({native.instruction_set()})" if kernel == native.NATIVE.name else kernel
+    print_note(f"w8a8: {directory} is {f'quantised, kernel {how}' if quantized else 'a float model, served as it is'}")
+    transformers_app(["serve", str(directory), *context.args])

@@ -1,0 +1,271 @@
+"""transformers, unmodified: a model is quantised while it is loaded, and W8A8 directories run in integers.
+
+    AutoModelForCausalLM.from_pretrained(float_model, quantization_config=w8a8.W8A8Config("w8a8"))
+    w8a8.enable(); AutoModelForCausalLM.from_pretrained(w8a8_directory)
+
+Both are a quantizer that transformers calls while it loads.  In the first the weights are quantised one by one as they
+come from the files, each to what `w8a8.quantize` would make of it, so that the float model is never whole.  In the
+second the configuration class that transformers has for compressed-tensors is replaced by one that looks first: what
+this package runs in integers becomes ours, everything else stays theirs.  `disable` puts theirs back.
+
+The model's `save_pretrained` then writes the directory that `w8a8.save` writes.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from w8a8 import convert
+from w8a8.checkpoint.headers import read_header
+from w8a8.checkpoint.layout import from_json, runs_here, to_json
+from w8a8.checkpoint.reader import checked_tensor, insert_quant_linears
+from w8a8.checkpoint.writer import describe
+from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
+from w8a8.kernels.weights import quantize_weight
+from w8a8.linear import QuantLinear, is_conv1d, quant_linears
+from w8a8.scheme import Scheme
+
+_LOG = logging.getLogger(__name__)
+METHOD = "w8a8"  # in memory; files say compressed-tensors
+_THEIRS = "compressed-tensors"
+
+
+@register_quantization_config(METHOD)
+class W8A8Config(QuantizationConfigMixin):
+    """What `from_pretrained` is given as `quantization_config`.
+
+    Args:
+        scheme: A scheme that integers can run, or a weight-only one, by value or by name, without static activations.
+        include, exclude: As for `w8a8.quantize`.
+        head: "int8" quantises the output head too.
+
+    Raises:
+        SchemeError: the scheme is unknown, needs calibration, or cannot be executed.
+        ModelError: `head` is neither "float" nor "int8".
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme | str = "w8a8",
+        *,
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        head: str = "float",
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.checkpoint: dict[str, Any] | None = None  # what a file says; then nothing else counts
+        self.scheme = Scheme.of(scheme)
+        self.include, self.exclude, self.head = list(include), list(exclude), head
+        if head not in ("float", "int8"):
+            raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
+        if self.scheme.static:
+            raise SchemeError(
+                f"the scheme {self.scheme.name} has static activation scales, which are measured on calibration data: "
+                "load the float model and call w8a8.quantize(model, scheme, calibration=...)"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the `quantization_config` of a file."""
+        config = cls()
+        config.checkpoint = dict(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: once a model is loaded, the compressed-tensors description of its layers."""
+        if self.checkpoint is not None:
+            return dict(self.checkpoint)
+        return {
+            "quant_method": METHOD,
+            "scheme": str(self.scheme),
+            "include": self.include,
+            "exclude": self.exclude,
+            "head": self.head,
+        }
+
+
+@register_quantizer(METHOD)
+class W8A8Quantizer(HfQuantizer):
+    """What transformers calls while it loads a model whose configuration is a `W8A8Config`."""
+
+    quantization_config: W8A8Config
+    requires_calibration = False
+
+    def __init__(self, quantization_config: W8A8Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._dtype: torch.dtype | None = None
+        self._quantized: set[str] = set()  # parameters that a QuantLinear takes
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is needed beside this package."""
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a tensor of the files goes into a `QuantLinear`: then it is ours to shape."""
+        name, _, key = param_name.rpartition(".")
+        return name in self._quantized and (self.pre_quantized or key == "weight")
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What quantises one weight as it comes from the file."""
+        return _Quantize(self)
+
+    def is_serializable(self) -> bool:
+        """The layers' buffers are the tensors of the file."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """A layer is one opaque op."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
+    ) -> None:
+        """Put empty `QuantLinear` in their places."""
+        self._dtype = dtype
+        if self.quantization_config.checkpoint is not None:
+            where = str(Path(checkpoint_files[0]).parent / "config.json") if checkpoint_files else "quantization_config"
+            insert_quant_linears(model, from_json(self.quantization_config.checkpoint, where), where)
+            self._quantized = {name for name, _ in quant_linears(model)}
+            _check_headers(model, checkpoint_files or [])
+            return
+        config = self.quantization_config
+        layers = {}
+        for name in _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include):
+            linear: Any = model.get_submodule(name)
+            conv1d = is_conv1d(linear)
+            k, n = linear.weight.shape if conv1d else reversed(linear.weight.shape)
+            bias = None if linear.bias is None else linear.bias.dtype
+            try:
+                layers[name] = QuantLinear(k, n, config.scheme, bias=bias, device="meta", was_conv1d=conv1d)
+            except SchemeError as error:
+                error.add_note(f"while quantising {name}")
+                raise
+        convert.swap(model, layers)
+        self._quantized = set(layers)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Check what came, pack it for the kernel, and have the configuration say what the layers are."""
+        for name, layer in quant_linears(model):
+            for key, tensor in layer._buffers.items():
+                if tensor is not None and key in layer.state_dict() and key != "bias":
+                    layer._buffers[key] = checked_tensor(layer, key, tensor, f"{name}.{key}")
+            layer.set_codes(layer.weight)
+        if self.quantization_config.head == "int8":
+            selection = convert.select(model, convert.with_head(model, [], "int8"))
+            convert.swap(model, convert.build(model, selection, self.quantization_config.scheme))
+            convert.untie(model, selection)
+        self.quantization_config.checkpoint = to_json(describe(model))
+        layers = [layer for _, layer in quant_linears(model)]
+        _LOG.info("w8a8: %d linear layers run as %s", len(layers), layers[0].extra_repr().partition("scheme=")[2])
+        return model
+
+
+class _Quantize(ConversionOps):
+    """One float weight of the files becomes codes and scales."""
+
+    def __init__(self, quantizer: W8A8Quantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Codes and scales by their names in the model.
+
+        Raises:
+            NonFiniteError: the weight holds a NaN or an infinity.
+        """
+        name = kwargs["full_layer_name"].removesuffix(".weight")
+        layer = kwargs["model"].get_submodule(name)
+        (value,) = input_dict.values()
+        weight: Tensor = value[0] if isinstance(value, list) else value
+        weight = weight if self.hf_quantizer._dtype is None else weight.to(self.hf_quantizer._dtype)
+        try:
+            q = quantize_weight(weight.t() if layer.was_conv1d else weight, layer.scheme.weights)
+        except W8A8Error as error:
+            error.add_note(f"while quantising {name}")
+            raise
+        kwargs["missing_keys"].discard(f"{name}.weight_scale")
+        return {f"{name}.weight": q.codes, f"{name}.weight_scale": q.scale.reshape(layer.weight_scale.shape)}
+
+
+def enable() -> None:
+    """Let transformers run compressed-tensors W8A8 directories in integers, in this process.
+
+    What this package does not run (other widths, fp8, quantised caches) is loaded by transformers as before, and so is
+    everything after `disable`.  Calling it twice is calling it once.
+    """
+    theirs = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
+    if not isinstance(theirs, _Ours):
+        ours: Any = _Ours(theirs)
+        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours
+
+
+def disable() -> None:
+    """Undo `enable`."""
+    ours = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
+    if isinstance(ours, _Ours):
+        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours.theirs
+
+
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """`enable` for the length of a `with` block."""
+    before = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
+    enable()
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = before
+
+
+class _Ours:
+    """Stands where transformers has its class for compressed-tensors configurations, and makes ours where it can."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def from_dict(self, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """The configuration that a file describes."""
+        return (W8A8Config if runs_here(config_dict) else self.theirs).from_dict(config_dict, **kwargs)
+
+
+def _untied(model: Any, chosen: Sequence[str], include: Sequence[str]) -> list[str]:
+    """The chosen layers whose weight the files have under its own name.
+
+    Raises:
+        SchemeError: one that is tied was chosen by its very name.
+    """
+    ties = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    tied = [name for name in chosen if f"{name}.weight" in ties]
+    named = [name for name in tied if name in include]
+    if named:
+        raise SchemeError(
+            f"{named[0]} is tied to another layer, so the files do not have it: quantise the head with head='int8', "
+            "or the loaded model with w8a8.quantize"
+        )
+    return [name for name in chosen if name not in tied]
+
+
+def _check_headers(model: nn.Module, files: Sequence[str]) -> None:
+    """Every tensor of a `QuantLinear` is in the files: transformers would fill in what is missing."""
+    found = {name for file in files for name in read_header(Path(file))}
+    for name, layer in quant_linears(model):
+        missing = [f"{name}.{key}" for key in layer.state_dict() if f"{name}.{key}" not in found]
+        if found and missing:
+            raise CheckpointError(f"{Path(files[0]).parent}: {missing[0]} is missing; copy the model again")

@@ -1,0 +1,221 @@
+"""transformers, unmodified: quantised while loading, W8A8 directories in integers, saved as `save` saves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+import w8a8
+from tests.conftest import gpt2, llama, mixtral, opt
+from w8a8 import QuantLinear, W8A8Config, hf
+from w8a8.demo import demo_directory
+from w8a8.errors import CheckpointError, ModelError, PatternError, SchemeError
+from w8a8.linear import quant_linears
+
+FIXTURES = Path(__file__).parent / "data" / "llmcompressor"
+IDS = torch.arange(3, 20)[None]
+
+
+@pytest.fixture(autouse=True)
+def _theirs_again():
+    yield
+    hf.disable()
+
+
+@pytest.fixture(params=["demo", "llama", "gpt2", "mixtral"])
+def source(request, tmp_path):
+    if request.param == "demo":
+        return demo_directory()
+    {"llama": llama, "gpt2": gpt2, "mixtral": mixtral}[request.param]().save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def opened(directory, **options):
+    return AutoModelForCausalLM.from_pretrained(directory, **options)
+
+
+def quantized(source, scheme="w8a8", *, dtype="auto", **options):
+    model = opened(source, dtype=dtype)
+    w8a8.quantize(model, scheme, **options)
+    return model
+
+
+class TestQuantisingWhileLoading:
+    @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"])
+    def test_the_model_is_that_of_quantize(self, source, scheme):
+        model = opened(source, quantization_config=W8A8Config(scheme))
+        wanted = quantized(source, scheme)
+        found, held = model.state_dict(), wanted.state_dict()
+        assert found.keys() == held.keys()
+        assert all(torch.equal(found[name], held[name]) and found[name].dtype == held[name].dtype for name in held)
+        assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_in_another_dtype_it_is_what_quantize_makes_of_the_model_in_that_dtype(self, dtype):
+        model = opened(demo_directory(), dtype=dtype, quantization_config=W8A8Config())
+        assert torch.equal(model(IDS).logits, quantized(demo_directory(), dtype=dtype)(IDS).logits)
+
+    @pytest.mark.parametrize("options", [{"head": "int8"}, {"include": ["*fc?"], "exclude": ["*.1.*"]}], ids=str)
+    def test_its_options_are_those_of_quantize(self, options):
+        model = opened(demo_directory(), quantization_config=W8A8Config(**options))
+        wanted = quantized(demo_directory(), **options)
+        assert [name for name, _ in quant_linears(model)] == [name for name, _ in quant_linears(wanted)]
+        assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+
+    def test_what_cannot_be_done_is_told_before_anything_is_loaded(self):
+        with pytest.raises(SchemeError, match=r"measured on calibration data: load the float model and call"):
+            W8A8Config("w8a8-static")
+        with pytest.raises(SchemeError, match="unknown scheme 'w8a9'"):
+            W8A8Config("w8a9")
+        with pytest.raises(ModelError, match="head='int4'"):
+            W8A8Config(head="int4")
+        with pytest.raises(TypeError, match="shceme"):
+            W8A8Config(shceme="w8a8")
+        with pytest.raises(PatternError, match="'fc9' matches none"):
+            opened(demo_directory(), quantization_config=W8A8Config(include=["fc9"]))
+        with pytest.raises(SchemeError, match="lm_head is tied to another layer, so the files"):
+            opened(demo_directory(), quantization_config=W8A8Config(include=["*", "lm_head"]))
+
+    def test_a_weight_that_is_not_finite_is_refused(self, tmp_path, caplog):
+        model = llama()
+        model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
+        model.save_pretrained(tmp_path / "bad")
+        with pytest.raises(RuntimeError, match="conversion of the weights"):  # transformers' own, after a report
+            opened(tmp_path / "bad", quantization_config=W8A8Config())
+        assert "nan at index (3, 4)" in caplog.text
+        assert "while quantising model.layers.1.mlp.up_proj" in caplog.text
+
+
+class TestEnable:
+    def test_a_directory_of_ours_runs_in_integers(self, source, tmp_path):
+        model = quantized(source)
+        w8a8.save(model, tmp_path / "saved")
+        w8a8.enable()
+        found = opened(tmp_path / "saved")
+        assert torch.equal(found(IDS).logits, w8a8.load(tmp_path / "saved")(IDS).logits)
+        ledger = w8a8.ledger(found)
+        assert ledger
+        assert all(sum(calls.values()) == 1 for calls in ledger.values())
+
+    @pytest.mark.parametrize(
+        "name", ["llama-w8a8", "llama-w8a8-asym", "llama-w8a8-bf16", "llama-w8a8-static-asym", "opt-w8a8"]
+    )
+    def test_a_directory_of_llm_compressor_runs_in_integers(self, name):
+        w8a8.enable()
+        model = opened(FIXTURES / name)
+        assert torch.equal(model(IDS).logits, w8a8.load(FIXTURES / name)(IDS).logits)
+        assert all(layer.weight_scale.dtype is torch.float32 for _, layer in quant_linears(model))
+
+    def test_before_and_after_it_transformers_does_as_it_always_did(self, tmp_path):
+        w8a8.save(quantized(demo_directory()), tmp_path / "saved")
+        before = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+        w8a8.enable()
+        w8a8.enable()
+        w8a8.disable()
+        assert AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] is before
+        w8a8.disable()
+        assert not list(quant_linears(opened(tmp_path / "saved")))
+        with w8a8.enabled():
+            assert list(quant_linears(opened(tmp_path / "saved")))
+        assert not list(quant_linears(opened(tmp_path / "saved")))
+
+    @pytest.mark.parametrize("change", [{"num_bits": 4}, {"type": "float"}])
+    def test_what_is_not_ours_goes_to_transformers_quantizer(self, tmp_path, change):
+        w8a8.save(quantized(demo_directory()), tmp_path / "saved")
+        config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
+        group = config["config_groups"]["group_0"]
+        group["weights"] |= change
+        asked = []
+
+        class Theirs:
+            @classmethod
+            def from_dict(cls, config, **kwargs):
+                asked.append(config)
+                return "theirs"
+
+        ours = hf._Ours(Theirs)
+        assert ours.from_dict(config) == "theirs"
+        assert asked == [config]
+        group["weights"] |= {"num_bits": 8, "type": "int"}
+        assert isinstance(ours.from_dict(config), W8A8Config)
+
+    def test_a_malformed_description_of_our_layers_is_an_error(self, tmp_path):
+        w8a8.save(quantized(demo_directory()), tmp_path / "saved")
+        path = tmp_path / "saved" / "config.json"
+        config = json.loads(path.read_text())
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["strategy"] = "diagonal"
+        path.write_text(json.dumps(config))
+        w8a8.enable()
+        with pytest.raises(CheckpointError, match=r"group_0\.weights: strategy 'diagonal'"):
+            opened(tmp_path / "saved")
+
+    def test_a_missing_scale_is_not_made_up(self, tmp_path):
+        w8a8.save(quantized(demo_directory()), tmp_path / "saved")
+        path = tmp_path / "saved" / "model.safetensors"
+        tensors = load_file(path)
+        del tensors["model.decoder.layers.0.fc1.weight_scale"]
+        save_file(tensors, path, metadata={"format": "pt"})
+        w8a8.enable()
+        with pytest.raises(CheckpointError, match=r"layers\.0\.fc1\.weight_scale is missing"):
+            opened(tmp_path / "saved")
+
+    def test_pipelines_run_it(self, tmp_path):
+        tokenizer = AutoTokenizer.from_pretrained(demo_directory())
+        w8a8.save(quantized(demo_directory()), tmp_path / "saved", tokenizer)
+        w8a8.enable()
+        run = pipeline("text-generation", model=str(tmp_path / "saved"), device="cpu")
+        text = run("Return the", max_new_tokens=5, do_sample=False)[0]["generated_text"]
+        assert text.startswith("Return the")
+        assert all(isinstance(layer.fc1, QuantLinear) for layer in run.model.model.decoder.layers)
+        assert all(sum(calls.values()) >= 5 for calls in w8a8.ledger(run.model).values())
+
+    def test_the_evaluation_harness_runs_it(self, tmp_path):
+        from lm_eval.models.huggingface import HFLM
+
+        tokenizer = AutoTokenizer.from_pretrained(demo_directory())
+        w8a8.save(quantized(demo_directory()), tmp_path / "saved", tokenizer)
+        w8a8.enable()
+        with pytest.warns(UserWarning, match="already has a `quantization_config`"):  # it hands on what the file says
+            harness = HFLM(pretrained=str(tmp_path / "saved"), device="cpu", batch_size=1)
+        assert all(isinstance(layer.fc1, QuantLinear) for layer in harness.model.model.decoder.layers)
+
+
+class TestSaving:
+    @pytest.mark.parametrize("options", [{}, {"head": "int8"}], ids=str)
+    def test_save_pretrained_writes_what_save_writes(self, source, tmp_path, options):
+        if options and "mixtral" in str(source):
+            pytest.skip("one is enough")
+        model = opened(source, quantization_config=W8A8Config(**options))
+        w8a8.save(quantized(source, **options), tmp_path / "wanted")
+        model.save_pretrained(tmp_path / "loading", save_original_format=False)
+        assert contents(tmp_path / "loading") == contents(tmp_path / "wanted")
+        w8a8.save(model, tmp_path / "ours")
+        assert contents(tmp_path / "ours") == contents(tmp_path / "wanted")
+        w8a8.enable()
+        opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled", save_original_format=False)
+        assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
+
+    def test_dense_models_need_no_option(self, tmp_path):
+        model = opened(demo_directory(), quantization_config=W8A8Config())
+        model.save_pretrained(tmp_path / "plain")
+        w8a8.save(model, tmp_path / "wanted")
+        assert contents(tmp_path / "plain") == contents(tmp_path / "wanted")
+        shutil.rmtree(tmp_path / "plain")
+        w8a8.enable()
+        opened(tmp_path / "wanted").save_pretrained(tmp_path / "plain")
+        assert contents(tmp_path / "plain") == contents(tmp_path / "wanted")
+
+
+def test_an_opt_without_tied_head_keeps_it_float(tmp_path):
+    opt(tie_word_embeddings=False).save_pretrained(tmp_path / "source")
+    model = opened(tmp_path / "source", quantization_config=W8A8Config())
+    assert isinstance(model.lm_head, torch.nn.Linear)
