@@ -31,7 +31,7 @@ from w8a8.errors import CheckpointError, SchemeError
 from w8a8.linear import QuantLinear, is_conv1d
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
 
-PIECE = 32 << 20
+PIECE = 8 << 20
 """Bytes of the source that are in memory at once, save for tensors that must be seen whole."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
