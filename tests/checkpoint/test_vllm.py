@@ -6,7 +6,7 @@ import torch
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
 from w8a8 import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
-from w8a8.checkpoint.vllm import findings, schemes_of, transposed_of
+from w8a8.checkpoint.vllm import findings, foresee_as_it_is, schemes_of, transposed_of
 from w8a8.pipeline import foresee
 
 LAYER = "model.layers.0.self_attn.o_proj"
@@ -69,13 +69,23 @@ def test_an_int8_head_is_told_and_not_refused():
     assert found.layers == ("lm_head",)
 
 
+def test_a_quantised_model_is_looked_at_as_it_is():
+    model = llama()
+    w8a8.quantize(model, "w8a8-tensor", head="int8")
+    found = foresee_as_it_is(model)
+    assert [(finding.refused, finding.layers[-1]) for finding in found] == [(True, "lm_head"), (False, "lm_head")]
+
+
 def test_experts_run_in_one_scheme_and_routers_float():
     layer = "model.layers.0.mlp"
     experts = {f"{layer}.experts.{i}.{x}_proj": Scheme.of("w8a8") for i in range(2) for x in ("gate", "up", "down")}
     assert findings(experts) == ()
     static = dict.fromkeys(experts, Scheme.of("w8a8-static"))
     assert refused(findings(static)) == ["experts that are not per channel with symmetric per-token activations"]
-    assert refused(findings({f"{layer}.gate": Scheme.of("w8a8")})) == ["a quantised router"]
+    for router in (f"{layer}.gate", "model.layers.0.block_sparse_moe.gate", f"{layer}.router"):
+        assert refused(findings({router: Scheme.of("w8a8")})) == ["a quantised router"]
+    some = {**experts, f"{layer}.experts.1.down_proj": None}
+    assert refused(findings(some)) == ["experts of one layer have different schemes"]
 
 
 def test_a_model_without_values_is_enough():

@@ -78,7 +78,7 @@ def findings(
         transposed: Those that are transformers' `Conv1D`.
     """
     quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    found = [*_by_scheme(quantized), *_fused(schemes), *_experts(quantized)]
+    found = [*_by_scheme(quantized), *_fused(schemes), *_experts(schemes)]
     conv1d = tuple(name for name in quantized if name in set(transposed))
     if conv1d:
         found.append(
@@ -102,6 +102,17 @@ def findings(
             )
         )
     return tuple(found)
+
+
+def foresee_as_it_is(model: nn.Module) -> tuple[Finding, ...]:
+    """`findings` of a quantised model, with or without values."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and (module is output or name.rpartition(".")[2] == "lm_head")
+    ]
+    return findings(schemes_of(model), heads=heads, transposed=transposed_of(model))
 
 
 def _by_scheme(quantized: Mapping[str, Scheme]) -> list[Finding]:
@@ -158,7 +169,8 @@ def _fused(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
     return found
 
 
-def _experts(quantized: Mapping[str, Scheme]) -> list[Finding]:
+def _experts(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
+    quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     experts = {name: scheme for name, scheme in quantized.items() if ".experts." in name}
     wrong = tuple(
         name
@@ -169,6 +181,18 @@ def _experts(quantized: Mapping[str, Scheme]) -> list[Finding]:
         or not scheme.activations.symmetric
     )
     found = []
+    for stack in dict.fromkeys(name.partition(".experts.")[0] for name in experts):
+        members = tuple(name for name in schemes if name.startswith(f"{stack}.experts."))
+        if len({schemes[name] for name in members}) > 1:
+            found.append(
+                Finding(
+                    True,
+                    members,
+                    "experts of one layer have different schemes",
+                    "they are one RoutedExperts there, with one scheme",
+                    "quantise all of them, or none",
+                )
+            )
     if wrong:
         found.append(
             Finding(
@@ -179,7 +203,7 @@ def _experts(quantized: Mapping[str, Scheme]) -> list[Finding]:
                 "use 'w8a8' for the experts",
             )
         )
-    routers = tuple(name for name in quantized if name.rpartition(".")[2] in ("router", "gate") and ".mlp" in name)
+    routers = tuple(name for name in quantized if name.rpartition(".")[2] in ("router", "gate"))
     if routers:
         found.append(
             Finding(

@@ -24,6 +24,9 @@ from w8a8.cli.app import (
 from w8a8.cli.output import megabytes, plain, print_json, print_line, print_table, progress
 from w8a8.errors import SchemeError
 
+DEFAULT_WINDOWS = {"seq_len": None, "stride": None, "max_tokens": None, "seed": 0}
+"""How a text is scored where nothing is said."""
+
 
 @app.command("eval", epilog=SCORING)
 def evaluate(

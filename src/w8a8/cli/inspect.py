@@ -28,7 +28,7 @@ def inspect(
         return
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.reader import empty_model
-    from w8a8.checkpoint.vllm import findings, schemes_of, transposed_of
+    from w8a8.checkpoint.vllm import foresee_as_it_is
     from w8a8.convert import select
     from w8a8.coverage import coverage
 
@@ -42,7 +42,7 @@ def inspect(
     else:
         reasons = {}
     found = coverage(built, reasons)
-    foreseen = () if quantization is None else findings(schemes_of(built), transposed=transposed_of(built))
+    foreseen = () if quantization is None else foresee_as_it_is(built)
     if as_json:
         schemes = [] if quantization is None else [group.scheme for group in quantization.groups]
         print_json(

@@ -18,6 +18,7 @@ from w8a8.cli.app import (
     quiet_transformers,
     show_coverage,
 )
+from w8a8.cli.evaluate import DEFAULT_WINDOWS, compare_named, show_comparison
 from w8a8.cli.output import print_json, print_line, print_note, print_table, progress
 from w8a8.errors import SchemeError
 
@@ -67,6 +68,10 @@ def quantize(
     ] = None,
     max_shard_gb: Annotated[float, typer.Option("--max-shard-gb", min=0.0001, help="Of a file, when streaming.")] = 1.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what streaming will take, and stop.")] = False,
+    eval_text: Annotated[
+        str | None,
+        typer.Option("--eval-text", metavar="FILE", help="Score the result against the float model on this text."),
+    ] = None,
     target: Annotated[
         str | None, typer.Option("--target", metavar="vllm", help="Stop where vLLM would refuse the result.")
     ] = None,
@@ -75,11 +80,8 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
-    from w8a8 import pipeline
-    from w8a8.calibration.calibrate import Calibration
     from w8a8.calibration.observers import observer_of
-    from w8a8.checkpoint.rehearsal import rehearse
-    from w8a8.checkpoint.writer import check_target, save
+    from w8a8.checkpoint.writer import check_target
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
@@ -95,9 +97,11 @@ def quantize(
     data_free = calib is None and smooth in (None, "none") and dtype == "auto"
     if stream and not data_free:
         raise SchemeError("--stream is for quantising without calibration, smoothing and --dtype; leave it out")
+    told: dict[str, Any] | None = None
+    selection = {"include": include, "exclude": exclude, "head": head}
     if stream is not False and data_free:
-        options = {"include": include, "exclude": exclude, "head": head, "shard_bytes": int(max_shard_gb * 1e9)}
-        if _streamed(
+        options = {**selection, "shard_bytes": int(max_shard_gb * 1e9)}
+        told = _streamed(
             model,
             output,
             wanted,
@@ -107,50 +111,84 @@ def quantize(
             force=force,
             dry_run=dry_run,
             as_json=as_json,
-        ):
-            return
-    if dry_run:
-        raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
+        )
+    if told is None:
+        if dry_run:
+            raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
+        samples = {"samples": calib_samples, "length": calib_length, "seed": seed}
+        treatment = {"observer": observer, "smooth": _alpha(smooth)}
+        told = _in_memory(
+            model,
+            output,
+            wanted,
+            selection,
+            calib,
+            samples,
+            treatment,
+            target=target,
+            force=force,
+            dtype=dtype,
+            as_json=as_json,
+        )
+    if not told:  # another process of torchrun speaks
+        return
+    if eval_text is not None and not dry_run:
+        places = {"dtype": dtype, "device": "cpu"}
+        both = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
+        told["evaluation"] = both
+        if not as_json:
+            show_comparison(str(output), model, both, as_json=False)
+    if as_json:
+        print_json(told)
+
+
+def _in_memory(
+    model: str,
+    output: Path,
+    scheme: Any,
+    selection: dict[str, Any],
+    calib: str | None,
+    samples: dict[str, Any],
+    treatment: dict[str, Any],
+    *,
+    target: str | None,
+    force: bool,
+    dtype: str,
+    as_json: bool,
+) -> dict[str, Any]:
+    """Load the model, quantise and save it, and tell."""
+    from w8a8 import pipeline
+    from w8a8.calibration.calibrate import Calibration
+    from w8a8.checkpoint.rehearsal import rehearse
+    from w8a8.checkpoint.writer import save
+
     opened = open_named(model, dtype=dtype)
-    foreseen = pipeline.foresee(opened.model, wanted, include=include, exclude=exclude, head=head)
+    foreseen = pipeline.foresee(opened.model, scheme, **selection)
     _check_target(foreseen, target)
-    rehearse(opened.model, wanted, output, opened.tokenizer)
+    rehearse(opened.model, scheme, output, opened.tokenizer)
     data = None
     if calib is not None:
-        length = calib_length or min(default_length(opened.model), 512)
-        data = Calibration.of(calib, opened.tokenizer, samples=calib_samples, length=length, seed=seed)
+        length = samples["length"] or min(default_length(opened.model), 512)
+        data = Calibration.of(calib, opened.tokenizer, **{**samples, "length": length})
     with progress("quantising") as step:
-        result = pipeline.quantize(
-            opened.model,
-            wanted,
-            include=include,
-            exclude=exclude,
-            head=head,
-            calibration=data,
-            observer=observer,
-            smooth=_alpha(smooth),
-            progress=step,
-        )
+        result = pipeline.quantize(opened.model, scheme, **selection, calibration=data, **treatment, progress=step)
     save(opened.model, output, opened.tokenizer, overwrite=force)
-    if as_json:
-        print_json(
-            {
-                "output": output,
-                "scheme": result.scheme.name,
-                "untied": result.untied,
-                "calibration": None if data is None else data.description,
-                "smooth": None if result.smooth is None else result.smooth.to_dict(),
-                "coverage": result.coverage.to_dict(),
-                "vllm": foreseen,
-            }
-        )
-        return
-    _show_result(result, foreseen)
-    if result.smooth is not None:
-        print_line(str(result.smooth))
-    if data is not None and wanted.static:
-        print_line(f"Activation scales by {observer} on {data.description}.")
-    print_line(f"Saved in {output}.")
+    if not as_json:
+        _show_result(result, foreseen)
+        if result.smooth is not None:
+            print_line(str(result.smooth))
+        if data is not None and scheme.static:
+            print_line(f"Activation scales by {treatment['observer']} on {data.description}.")
+        print_line(f"Saved in {output}.")
+    return {
+        "output": output,
+        "scheme": result.scheme.name,
+        "untied": result.untied,
+        "calibration": None if data is None else data.description,
+        "smooth": None if result.smooth is None else result.smooth.to_dict(),
+        "coverage": result.coverage.to_dict(),
+        "vllm": foreseen,
+    }
 
 
 def _streamed(
@@ -164,8 +202,11 @@ def _streamed(
     force: bool,
     dry_run: bool,
     as_json: bool,
-) -> bool:
-    """Quantise from files to files and tell; False where the model has to be loaded for it."""
+) -> dict[str, Any] | None:
+    """Quantise from files to files and tell; None where the model has to be loaded for it.
+
+    Empty in the processes that share a job and do not speak.
+    """
     from w8a8.streaming import quantize_directory
     from w8a8.streaming.plan import UnplacedError
 
@@ -194,33 +235,29 @@ def _streamed(
         if forced or dry_run:
             raise
         print_note(f"not streamed, but in memory: {error}")
-        return False
+        return None
     if not done.first:
-        return True
-    if as_json:
-        print_json(
-            {
-                "output": output,
-                "scheme": done.scheme.name,
-                "untied": done.untied,
-                "calibration": None,
-                "smooth": None,
-                "coverage": done.coverage.to_dict(),
-                "vllm": found,
-                "prediction": done.prediction,
-                "shards": done.shards,
-                "resumed": done.resumed,
-            }
-        )
-        return True
-    _show_result(done, found)
-    if dry_run:
-        print_line("Nothing was written.")
-        return True
-    if done.resumed:
-        print_line(f"Gone on with: {done.resumed} of {done.shards} files were there already.")
-    print_line(f"Saved in {output}.")
-    return True
+        return {}
+    if not as_json:
+        _show_result(done, found)
+        if dry_run:
+            print_line("Nothing was written.")
+        else:
+            if done.resumed:
+                print_line(f"Gone on with: {done.resumed} of {done.shards} files were there already.")
+            print_line(f"Saved in {output}.")
+    return {
+        "output": output,
+        "scheme": done.scheme.name,
+        "untied": done.untied,
+        "calibration": None,
+        "smooth": None,
+        "coverage": done.coverage.to_dict(),
+        "vllm": found,
+        "prediction": done.prediction,
+        "shards": done.shards,
+        "resumed": done.resumed,
+    }
 
 
 def _show_prediction(plan: Any, found: Any) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 RESAMPLES = 2000
-_BLOCK = 1 << 24  # elements of weights times tokens at once
+_TAIL = 6  # how many times the expected share above a quantile is looked at first
 
 Floats = NDArray[np.float64]
 
@@ -60,15 +60,17 @@ class Bootstrap:
     def quantile(self, values: Sequence[NDArray[np.float32]], level: float) -> Estimate:
         """The quantile of the tokens of all windows: the least value that has `level` of them at or below it."""
         together = np.concatenate(values)
-        order = np.argsort(together, kind="stable")
+        order = np.argsort(-together, kind="stable")
         ordered, owner = together[order], np.repeat(np.arange(self.windows), [len(v) for v in values])[order]
-        drawn = []
-        rows = max(1, _BLOCK // max(len(ordered), 1))
-        for block in np.array_split(self._weights, max(1, math.ceil(len(self._weights) / rows))):
-            below = np.cumsum(block[:, owner], axis=1)
-            drawn.append(ordered[np.argmax(below >= level * below[:, -1:], axis=1)])
-        found = ordered[min(len(ordered) - 1, max(0, math.ceil(level * len(ordered)) - 1))]
-        return self._interval(float(found), np.concatenate(drawn).astype(np.float64))
+        total = self._weights @ np.array([len(v) for v in values], np.float64)
+        n = len(ordered)
+        found = ordered[np.argmax(np.arange(1, n + 1) > n - level * n)]
+        looked_at = min(n, math.ceil(_TAIL * (1 - level) * n) + 1)
+        while True:  # from the top: so few are above the quantile that the rest need not be counted
+            above = np.cumsum(self._weights[:, owner[:looked_at]], axis=1) > (total - level * total)[:, None]
+            if looked_at == n or above[:, -1].all():
+                return self._interval(float(found), ordered[np.argmax(above, axis=1)].astype(np.float64))
+            looked_at = min(n, 2 * looked_at)
 
     def _interval(self, value: float, drawn: Floats) -> Estimate:
         if self.windows < 2:

@@ -1,0 +1,113 @@
+"""`w8a8 eval`: against a reference in memory or stored, tasks of the harness; and quantize --eval-text."""
+
+import json
+
+import pytest
+
+from tests.cli.test_commands import call, demo_dir, quantized, text  # noqa: F401 - fixtures
+
+
+def test_two_models_in_memory_and_one_after_the_other_agree(call, tmp_path, demo_dir, text, quantized):  # noqa: F811
+    arguments = ("eval", quantized, "--text", text, "--against", demo_dir, "--dtype", "float32", "--json")
+    both = json.loads(call(*arguments)[1])
+    apart = json.loads(call(*arguments, "--one-at-a-time")[1])
+    for name in ("model", "reference", "loss_difference_nats", "perplexity_ratio", "top1_agreement", "verdict"):
+        assert apart[name] == both[name]
+    assert both["top_k"] is None
+    assert apart["top_k"] == 512
+    assert 0 < apart["kl_nats"]["mean"] <= both["kl_nats"]["mean"] * 1.001
+
+
+def test_stored_predictions_are_used_again(call, tmp_path, demo_dir, text, quantized):  # noqa: F811
+    cache = tmp_path / "reference.safetensors"
+    arguments = ("eval", quantized, "--text", text, "--against", demo_dir, "--cache", cache, "--json")
+    first = json.loads(call(*arguments)[1])
+    written = cache.stat().st_mtime_ns
+    assert json.loads(call(*arguments)[1]) == first
+    assert cache.stat().st_mtime_ns == written
+    code, _, err = call(*arguments, "--seq-len", "64")
+    assert code == 2
+    assert "store them again" in err
+
+
+def test_the_headline_has_the_verdict_and_the_sizes(call, demo_dir, text, quantized):  # noqa: F811
+    code, out, _ = call("eval", quantized, "--text", text, "--against", demo_dir)
+    assert code == 0
+    for words in ("bits per byte", "of 99 % of the tokens", "weights on disk", "Perplexity: "):
+        assert words in out
+
+
+def test_quantize_scores_its_result_where_a_text_is_given(call, tmp_path, demo_dir, text):  # noqa: F811
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", "--eval-text", text)
+    assert code == 0
+    assert "Perplexity: " in out
+    code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "more", "--eval-text", text, "--json")
+    assert code == 0
+    assert json.loads(out)["evaluation"]["verdict"]
+
+
+def test_lines_of_json_are_scored(call, tmp_path, demo_dir):  # noqa: F811
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"Return the {word}."}) for word in ("first", "second", "third")))
+    code, out, _ = call("eval", demo_dir, "--text", path, "--json")
+    assert code == 0
+    assert json.loads(out)["tokens"] > 5
+
+
+TASK = """
+task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def task(tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"question": "Return the", "choices": [" value", " zxqj"], "answer": 0}] * 3
+    rows.append({"question": "Return the", "choices": [" value", " zxqj"], "answer": 1})
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(data=data))
+    return tmp_path / "tasks"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_harness_asks_our_model(call, task, quantized, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = ("eval", quantized, "--tasks", "tiny", "--include-path", task, "--num-fewshot", "0")
+    code, out, err = call(*arguments, "--json")
+    assert code == 0, err
+    assert json.loads(out[out.index("{") :])["tasks"]["tiny"]["acc,none"] == 0.75
+    code, out, _ = call(*arguments, "--limit", "3")
+    assert code == 0
+    assert "1.0000" in out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_that_is_not_there_is_told(call, quantized):  # noqa: F811
+    code, _, err = call("eval", quantized, "--tasks", "arc_eazy")
+    assert code == 2
+    assert "knows no task 'arc_eazy' (closest: arc_easy" in err
+
+
+def test_neither_text_nor_tasks_is_told(call, quantized):  # noqa: F811
+    code, _, err = call("eval", quantized)
+    assert code == 2
+    assert "give --text FILE to score, or --tasks A,B" in err
+
+
+def test_without_the_harness_the_way_to_install_it_is_told(call, quantized, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    code, _, err = call("eval", quantized, "--tasks", "tiny")
+    assert code == 2
+    assert "pip install 'w8a8[eval]'" in err
