@@ -119,6 +119,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     head: str = "float",
     shard_bytes: int = 1 << 30,
+    calibrated: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor.
 
@@ -126,6 +127,7 @@ def make_plan(
         source: The directory of a float model.
         scheme, include, exclude, head: As for `w8a8.quantize`.
         shard_bytes: Files of the result are not larger, save for a tensor that is.
+        calibrated: Static activation scales will be there.
 
     Raises:
         UnplacedError: the files hold tensors that have no place of their own in the model.
@@ -133,7 +135,7 @@ def make_plan(
         SchemeError: the scheme needs calibration, cannot be executed, or nothing is left to quantise.
         PatternError, ModelError: as `w8a8.quantize`.
     """
-    if scheme.static:
+    if scheme.static and not calibrated:
         raise SchemeError(
             f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
             "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
@@ -216,7 +218,7 @@ def _quantized(model: nn.Module, name: str, scheme: Scheme, file: Path, entry: E
         raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
     linear = model.get_submodule(name)
     layer = _empty_layer(linear, scheme, name)
-    kept = {key: value for key, value in layer.state_dict().items() if key in ("weight", "weight_scale")}
+    kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
     outputs = tuple((f"{name}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
     return Step(file, entry, name, scheme.weights, is_conv1d(linear), outputs)
 

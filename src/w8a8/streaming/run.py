@@ -94,7 +94,7 @@ def quantize_directory(
             lambda: make_plan(directory, scheme, include=include, exclude=exclude, head=head, shard_bytes=shard_bytes)
         )
         partial = target.with_name(f".{target.name}.partial")
-        known = _fingerprint(plan, {"include": include, "exclude": exclude, "head": head, "shard_bytes": shard_bytes})
+        known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head, "shard_bytes": shard_bytes})
         if dry_run:
             prediction = us.together(lambda: _predicted(plan, target, us, before, 0))
             return _told(plan, target, us, prediction, 0)
@@ -109,7 +109,7 @@ def quantize_directory(
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             us.together(lambda: _write(plan, us, journal, partial, {shard.file for shard in finished}, progress))
-            us.together(_only_first(us, lambda: _complete(plan, partial, target, journal)))
+            us.together(_only_first(us, lambda: complete(plan, partial, target, journal)))
         return _told(plan, target, us, prediction, len(finished))
 
 
@@ -130,7 +130,7 @@ def _write(
         journal.record(shard.file, {shard.file: write_shard(shard, partial, told)})
 
 
-def _complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
+def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
     """Write what is beside the weights, look at the whole, and give it its name."""
     for path in companions(plan.source):
         shutil.copyfile(path, partial / path.name)
@@ -161,7 +161,7 @@ def _predicted(
     return found
 
 
-def _fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
+def fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
     """What decides the bytes of the result."""
     found = {"version of w8a8": __version__, "scheme": str(plan.scheme)}
     found |= {f"option {name}": str(value) for name, value in request.items()}

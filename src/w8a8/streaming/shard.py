@@ -7,7 +7,7 @@ when it is whole and on the disk.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,6 +51,10 @@ class ShardWriter:
         self._written[name] += len(data)
         return data, position
 
+    def put(self, name: str, values: Tensor) -> None:
+        """Write the next values of a tensor, contiguous and of its dtype."""
+        self._put(*self.place(name, values))
+
     def finish(self) -> str:
         """Have it on the disk under its name; the digest."""
         for name, entry in self._entries.items():
@@ -81,6 +85,23 @@ class ShardWriter:
                 os.posix_fadvise(descriptor, start, len(data), os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise disk_error(error, self.path) from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Make a file of tensors that are in memory, those with the widest elements first; returns its digest.
+
+    Raises:
+        CheckpointError: the disk is full; nothing of the file is left.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    writer = ShardWriter(path, [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in ordered])
+    try:
+        for name in ordered:
+            writer.put(name, tensors[name].contiguous())
+        return writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> str:
