@@ -59,8 +59,8 @@ def quantize(
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="From files to files, never the whole model in memory; resumes where it was stopped. By default "
-            "wherever no calibration is asked for.",
+            help="From files to files, never the whole model in memory; resumes where it was stopped.  By default "
+            "wherever no calibration is asked for; with --calib, block by block.",
             show_default=False,
         ),
     ] = None,
@@ -87,7 +87,15 @@ def quantize(
     check_target(output, overwrite=force)
     data_free = calib is None and smooth in (None, "none") and dtype == "auto"
     if stream and not data_free:
-        raise SchemeError("--stream is for quantising without calibration, smoothing and --dtype; leave it out")
+        if calib is None or dtype != "auto":
+            raise SchemeError(
+                "--stream goes from files to files: smoothing takes --calib FILE, and --dtype is that of the files; "
+                "give the one, leave out the other, or leave out --stream"
+            )
+        drawn = {"samples": calib_samples, "length": calib_length, "seed": seed}
+        options = {"include": include, "exclude": exclude, "head": head, "observer": observer, "smooth": _alpha(smooth)}
+        _streamed_by_blocks(model, output, wanted, calib, drawn, options, force=force, dry_run=dry_run, as_json=as_json)
+        return
     if stream is not False and data_free:
         options = {"include": include, "exclude": exclude, "head": head, "shard_bytes": int(max_shard_gb * 1e9)}
         if _streamed(
@@ -192,6 +200,71 @@ def _streamed(
         print_line(f"Gone on with: {done.resumed} of {done.shards} files were there already.")
     print_line(f"Saved in {output}.")
     return True
+
+
+def _streamed_by_blocks(
+    model: str,
+    output: Path,
+    scheme: Any,
+    calib: str,
+    drawn: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantise block by block with calibration data, and tell."""
+    from w8a8.calibration.calibrate import Calibration
+    from w8a8.checkpoint.files import resolve
+    from w8a8.checkpoint.reader import empty_model
+    from w8a8.pipeline import open_tokenizer
+    from w8a8.streaming import quantize_blocks
+
+    quiet_transformers()
+    directory = resolve(model)
+    length = drawn.pop("length") or min(default_length(empty_model(directory, None)), 512)
+    data = Calibration.of(calib, open_tokenizer(directory), length=length, **drawn)
+    if options["smooth"] in (None, "auto") and not as_json:
+        print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
+    with progress("calibrating") as step:
+        done = quantize_blocks(
+            directory,
+            output,
+            scheme,
+            calibration=data,
+            **options,
+            overwrite=force,
+            dry_run=dry_run,
+            before=None if as_json else _show_prediction,
+            progress=step,
+        )
+    if as_json:
+        print_json(
+            {
+                "output": output,
+                "scheme": done.scheme.name,
+                "untied": done.untied,
+                "calibration": data.description,
+                "smooth": None if done.smooth is None else done.smooth.to_dict(),
+                "coverage": done.coverage.to_dict(),
+                "prediction": done.prediction,
+                "shards": done.shards,
+                "resumed": done.resumed,
+            }
+        )
+        return
+    _show_result(done)
+    if dry_run:
+        print_line("Nothing was written.")
+        return
+    if done.smooth is not None:
+        print_line(str(done.smooth))
+    if scheme.static:
+        print_line(f"Activation scales by {options['observer']} on {data.description}.")
+    if done.resumed:
+        print_line(f"Gone on with: {done.resumed} of {done.shards} files were there already.")
+    print_line(f"Saved in {output}.")
 
 
 def _show_prediction(plan: Any, found: Any) -> None:

@@ -48,7 +48,7 @@ from w8a8.smoothing.smooth import Alpha, smooth_undoable
 from w8a8.streaming.activations import Reader, Recorder
 from w8a8.streaming.blocks import BlockWalk
 from w8a8.streaming.forecast import predict_blocks
-from w8a8.streaming.journal import Journal, locked
+from w8a8.streaming.journal import Journal, locked, write_whole
 from w8a8.streaming.plan import Plan, Shard, Step, make_plan
 from w8a8.streaming.resources import Prediction
 from w8a8.streaming.run import complete, fingerprint
@@ -170,7 +170,6 @@ def quantize_blocks(
             raise
         job.run(first, progress)
         report = job.report()
-        job.clean()
         complete(plan, partial, target, journal)
     return _result(plan, target, report, prediction, finished)
 
@@ -192,10 +191,14 @@ class _Job:
     def first(self) -> int:
         """The first block to be made: not finished, or needed for what enters the first that is not."""
         n = len(self.walk)
-        unfinished = next((i for i in range(n) if not self.journal.done(self.plan.shards[i].file)), n)
+        unfinished = next((i for i in range(n) if not self._is_finished(i)), n)
         if unfinished == n and (self.journal.done(self.plan.shards[-1].file) or not self._last_is_read):
             return n
         return next(i for i in range(unfinished, -1, -1) if i == 0 or self.journal.done(self._unit(i)))
+
+    def _is_finished(self, number: int) -> bool:
+        told = self.request.alpha is None or self._report_file(number).is_file()
+        return told and self.journal.done(self.plan.shards[number].file)
 
     def run(self, first: int, progress: Progress | None) -> None:
         """Make all that is missing."""
@@ -220,11 +223,6 @@ class _Job:
         change, bound = max(t["change"] for t in told), max(t["bound"] for t in told)
         scheme, alpha, described = self.request.scheme.name, self.request.alpha, self.request.calibration.description
         return SmoothReport(scheme, alpha, described, groups("groups"), groups("refused"), change, bound, {})
-
-    def clean(self) -> None:
-        """Remove what is no part of the result."""
-        for path in (*self.journal.partial.glob(".smooth-*.json"), *self.journal.partial.glob("activations-*")):
-            path.unlink()
 
     @property
     def _last_is_read(self) -> bool:
@@ -295,7 +293,7 @@ class _Job:
         return f"activations that enter block {number}"
 
     def _activations(self, number: int, chain: str) -> Path:
-        return self.journal.partial / f"activations-{number:05d}-{chain}.safetensors"
+        return self.journal.partial / f".activations-{number:05d}-{chain}.safetensors"
 
     def _reader(self, number: int, chain: str) -> Reader | None:
         return Reader(self._activations(number, chain)) if number else None
@@ -317,7 +315,7 @@ class _Job:
 
         told = {"groups": own(report.groups), "refused": own(report.refused)}
         told_all = told | {"change": report.change, "bound": report.bound}
-        self._report_file(number).write_text(json.dumps(told_all), encoding="utf-8")
+        write_whole(self._report_file(number), json.dumps(told_all))
 
 
 def _request(

@@ -48,7 +48,7 @@ class Journal:
             _check_same(_read(known), dict(fingerprint), partial)
         else:
             _empty(partial)
-            _write_whole(known, json.dumps(dict(fingerprint), indent=1))
+            write_whole(known, json.dumps(dict(fingerprint), indent=1))
         self._finished = _lines(partial)
 
     def done(self, unit: str) -> bool:
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, str]:
     return dict(found)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """A file that is there whole or not at all, whoever else writes the same."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -138,9 +138,9 @@ def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
     if len(plan.shards) > 1:
         (partial / INDEX).write_text(json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     verify_structure(partial)
-    for path in partial.glob(".*.growing"):  # of a shard that was killed
-        path.unlink()
     journal.clear()
+    for path in partial.glob(".*"):  # what was growing when it was killed, and what passes between blocks
+        path.unlink()
     replace_directory(target, partial)
 
 
