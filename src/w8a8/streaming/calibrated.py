@@ -160,7 +160,7 @@ def quantize_blocks(
     with locked(partial):
         journal = Journal(partial, known)
         job = _Job(plan, walk, request, journal)
-        first, finished = job.first(), job.finished()
+        first, finished = job.first(), len(job.done)
         try:
             prediction = predicted(len(walk) - first)
         except W8A8Error:
@@ -182,23 +182,20 @@ class _Job:
         self.walk = walk
         self.request = request
         self.journal = journal
+        self.done = {shard.file for shard in plan.shards if journal.done(shard.file)}  # read again once: hashed
         self.outer = tuple(step.name for step in plan.shards[-1].steps if step.spec is not None)
-
-    def finished(self) -> int:
-        """Shards that are on the disk."""
-        return sum(self.journal.done(shard.file) for shard in self.plan.shards)
 
     def first(self) -> int:
         """The first block to be made: not finished, or needed for what enters the first that is not."""
         n = len(self.walk)
         unfinished = next((i for i in range(n) if not self._is_finished(i)), n)
-        if unfinished == n and (self.journal.done(self.plan.shards[-1].file) or not self._last_is_read):
+        if unfinished == n and (self.plan.shards[-1].file in self.done or not self._last_is_read):
             return n
         return next(i for i in range(unfinished, -1, -1) if i == 0 or self.journal.done(self._unit(i)))
 
     def _is_finished(self, number: int) -> bool:
         told = self.request.alpha is None or self._report_file(number).is_file()
-        return told and self.journal.done(self.plan.shards[number].file)
+        return told and self.plan.shards[number].file in self.done
 
     def run(self, first: int, progress: Progress | None) -> None:
         """Make all that is missing."""
@@ -208,7 +205,7 @@ class _Job:
             self._forget(number)
             if progress is not None:
                 progress(number + 1, n, self.walk.prefix(number).removesuffix("."))
-        if not self.journal.done(self.plan.shards[-1].file):
+        if self.plan.shards[-1].file not in self.done:
             self._outside()
 
     def report(self) -> SmoothReport | None:
