@@ -248,7 +248,7 @@ class TestResuming:
         source = saved(llama(), tmp_path / "source")
         quantize_directory(source, tmp_path / "whole", shard_bytes=20_000)
         with monkeypatch.context() as patch:
-            patch.setattr("w8a8.streaming.run._complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            patch.setattr("w8a8.streaming.run.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
             with pytest.raises(CheckpointError, match="stop"):
                 quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         victim = sorted(partial_of(tmp_path / "out").glob("*.safetensors"))[1]
@@ -272,7 +272,7 @@ class TestResuming:
     def test_another_request_or_source_does_not_go_on(self, tmp_path, monkeypatch, change, told):
         source = saved(llama(), tmp_path / "source")
         with monkeypatch.context() as patch:
-            patch.setattr("w8a8.streaming.run._complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            patch.setattr("w8a8.streaming.run.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
             with pytest.raises(CheckpointError, match="stop"):
                 quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         before = contents(partial_of(tmp_path / "out"))
