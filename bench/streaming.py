@@ -7,7 +7,7 @@
 
 The checkpoint is random, in the shapes of Llama-2-7B, bfloat16, in shards of 5 GB; it and what is made of it are
 deleted at the end.  Every run is a process tree of its own, started with a cold page cache where the system lets us
-drop it, and ended when its files are on the disk (fsync).  Memory is read from /proc every 20 ms, summed over the tree:
+drop it, and ended when its files are on the disk (fsync).  Memory is read from /proc every 50 ms, summed over the tree:
 anonymous pages (RssAnon) are the process's own, file pages (RssFile) are libraries and mappings, shared and given up
 under pressure.
 
@@ -160,10 +160,10 @@ def tree(root: int) -> list[int]:
     return found
 
 
-def resident(root: int) -> dict[str, int]:
-    """Bytes of anonymous and of file pages, summed over a tree of processes."""
+def resident(processes: list[int]) -> dict[str, int]:
+    """Bytes of anonymous and of file pages, summed over processes."""
     total = {"RssAnon": 0, "RssFile": 0}
-    for process in tree(root):
+    for process in processes:
         try:
             status = Path(f"/proc/{process}/status").read_text()
         except OSError:
@@ -193,11 +193,15 @@ def run(command: list[str], target: Path) -> dict[str, Any]:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=told, stderr=told, cwd=ROOT)
         peak = {"RssAnon": 0, "RssFile": 0, "Rss": 0}
+        looks = 0
         while process.poll() is None:
-            now = resident(process.pid)
+            if looks % 10 == 0:  # looking for new processes takes longer than looking at those that are known
+                known = tree(process.pid)
+            looks += 1
+            now = resident(known)
             now["Rss"] = now["RssAnon"] + now["RssFile"]
             peak = {kind: max(peak[kind], now[kind]) for kind in peak}
-            time.sleep(0.02)
+            time.sleep(0.05)
         seconds = time.perf_counter() - start
         if process.returncode:
             told.seek(0)

@@ -28,7 +28,7 @@ INSIDE = {
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
     "checkpoint": ["headers", "layout", "files", "reader", "writer", "verify"],
-    "streaming": ["plan", "journal", "resources", "shard", "team", "run"],
+    "streaming": ["plan", "journal", "resources", "source", "shard", "team", "run"],
 }
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,5 +1,6 @@
 """The command `quantize`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,18 +85,28 @@ def quantize(
             f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
-    check_target(output, overwrite=force)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by torchrun
     data_free = calib is None and smooth in (None, "none") and dtype == "auto"
     if stream and not data_free:
         raise SchemeError("--stream is for quantising without calibration, smoothing and --dtype; leave it out")
     if stream is not False and data_free:
         options = {"include": include, "exclude": exclude, "head": head, "shard_bytes": int(max_shard_gb * 1e9)}
         if _streamed(
-            model, output, wanted, options, forced=bool(stream), force=force, dry_run=dry_run, as_json=as_json
+            model,
+            output,
+            wanted,
+            options,
+            forced=bool(stream) or several,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
         ):
             return
+    if several:
+        raise SchemeError("torchrun shares the work of streaming, and this is done in memory; start one process")
     if dry_run:
         raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
+    check_target(output, overwrite=force)
     opened = open_named(model, dtype=dtype)
     data = None
     if calib is not None:
