@@ -27,11 +27,12 @@ INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
-    "checkpoint": ["headers", "layout", "files", "reader", "writer", "verify"],
+    "checkpoint": ["headers", "layout", "files", "reader", "verify", "vllm", "writer", "rehearsal"],
     "streaming": [
         "plan",
         "journal",
         "resources",
+        "source",
         "shard",
         "team",
         "run",

@@ -327,3 +327,11 @@ def test_a_model_without_tokenizer_says_so(call, tmp_path, text):
     code, _, err = call("eval", tmp_path / "m", "--text", text)
     assert code == 2
     assert "has no tokenizer" in err
+
+
+def test_torchrun_is_refused_where_the_work_is_done_in_memory(call, tmp_path, demo_dir, text, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = call("quantize", demo_dir, "-o", tmp_path / "out", "--calib", text)
+    assert (code, out) == (2, "")
+    assert err.startswith("w8a8: torchrun shares the work of streaming, and this is done in memory")
+    assert not (tmp_path / "out").exists()

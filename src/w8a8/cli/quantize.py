@@ -1,5 +1,7 @@
 """The command `quantize`."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +68,9 @@ def quantize(
     ] = None,
     max_shard_gb: Annotated[float, typer.Option("--max-shard-gb", min=0.0001, help="Of a file, when streaming.")] = 1.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what streaming will take, and stop.")] = False,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="vllm", help="Stop where vLLM would refuse the result.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -74,17 +79,20 @@ def quantize(
     from w8a8 import pipeline
     from w8a8.calibration.calibrate import Calibration
     from w8a8.calibration.observers import observer_of
+    from w8a8.checkpoint.rehearsal import rehearse
     from w8a8.checkpoint.writer import check_target, save
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
+    if target not in (None, "vllm"):
+        raise SchemeError(f"--target {target} is unknown; use vllm, or leave it out")
     observer_of(observer)
     if wanted.static and calib is None:
         raise SchemeError(
             f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
-    check_target(output, overwrite=force)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by torchrun
     data_free = calib is None and smooth in (None, "none") and dtype == "auto"
     if stream and not data_free:
         if calib is None or dtype != "auto":
@@ -94,17 +102,42 @@ def quantize(
             )
         drawn = {"samples": calib_samples, "length": calib_length, "seed": seed}
         options = {"include": include, "exclude": exclude, "head": head, "observer": observer, "smooth": _alpha(smooth)}
-        _streamed_by_blocks(model, output, wanted, calib, drawn, options, force=force, dry_run=dry_run, as_json=as_json)
+        _streamed_by_blocks(
+            model,
+            output,
+            wanted,
+            calib,
+            drawn,
+            options,
+            target=target,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
         return
     if stream is not False and data_free:
         options = {"include": include, "exclude": exclude, "head": head, "shard_bytes": int(max_shard_gb * 1e9)}
         if _streamed(
-            model, output, wanted, options, forced=bool(stream), force=force, dry_run=dry_run, as_json=as_json
+            model,
+            output,
+            wanted,
+            options,
+            target=target,
+            forced=bool(stream) or several,
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
         ):
             return
+    if several:
+        raise SchemeError("torchrun shares the work of streaming, and this is done in memory; start one process")
     if dry_run:
         raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
+    check_target(output, overwrite=force)
     opened = open_named(model, dtype=dtype)
+    foreseen = pipeline.foresee(opened.model, wanted, include=include, exclude=exclude, head=head)
+    _check_target(foreseen, target)
+    rehearse(opened.model, wanted, output, opened.tokenizer)
     data = None
     if calib is not None:
         length = calib_length or min(default_length(opened.model), 512)
@@ -131,10 +164,11 @@ def quantize(
                 "calibration": None if data is None else data.description,
                 "smooth": None if result.smooth is None else result.smooth.to_dict(),
                 "coverage": result.coverage.to_dict(),
+                "vllm": foreseen,
             }
         )
         return
-    _show_result(result)
+    _show_result(result, foreseen)
     if result.smooth is not None:
         print_line(str(result.smooth))
     if data is not None and wanted.static:
@@ -148,6 +182,7 @@ def _streamed(
     scheme: Any,
     options: dict[str, Any],
     *,
+    target: str | None,
     forced: bool,
     force: bool,
     dry_run: bool,
@@ -156,6 +191,14 @@ def _streamed(
     """Quantise from files to files and tell; False where the model has to be loaded for it."""
     from w8a8.streaming import quantize_directory
     from w8a8.streaming.plan import UnplacedError
+
+    found: list[Any] = []
+
+    def before(plan: Any, prediction: Any) -> None:
+        found.extend(plan.findings)
+        _check_target(plan.findings, target)
+        if not as_json:
+            _show_prediction(plan, prediction)
 
     quiet_transformers()
     try:
@@ -167,7 +210,7 @@ def _streamed(
                 **options,
                 overwrite=force,
                 dry_run=dry_run,
-                before=None if as_json else _show_prediction,
+                before=before,
                 progress=step,
             )
     except UnplacedError as error:
@@ -186,13 +229,14 @@ def _streamed(
                 "calibration": None,
                 "smooth": None,
                 "coverage": done.coverage.to_dict(),
+                "vllm": found,
                 "prediction": done.prediction,
                 "shards": done.shards,
                 "resumed": done.resumed,
             }
         )
         return True
-    _show_result(done)
+    _show_result(done, found)
     if dry_run:
         print_line("Nothing was written.")
         return True
@@ -210,6 +254,7 @@ def _streamed_by_blocks(
     drawn: dict[str, Any],
     options: dict[str, Any],
     *,
+    target: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -220,6 +265,14 @@ def _streamed_by_blocks(
     from w8a8.checkpoint.reader import empty_model
     from w8a8.pipeline import open_tokenizer
     from w8a8.streaming import quantize_blocks
+
+    found: list[Any] = []
+
+    def before(plan: Any, prediction: Any) -> None:
+        found.extend(plan.findings)
+        _check_target(plan.findings, target)
+        if not as_json:
+            _show_prediction(plan, prediction)
 
     quiet_transformers()
     directory = resolve(model)
@@ -236,7 +289,7 @@ def _streamed_by_blocks(
             **options,
             overwrite=force,
             dry_run=dry_run,
-            before=None if as_json else _show_prediction,
+            before=before,
             progress=step,
         )
     if as_json:
@@ -248,13 +301,14 @@ def _streamed_by_blocks(
                 "calibration": data.description,
                 "smooth": None if done.smooth is None else done.smooth.to_dict(),
                 "coverage": done.coverage.to_dict(),
+                "vllm": found,
                 "prediction": done.prediction,
                 "shards": done.shards,
                 "resumed": done.resumed,
             }
         )
         return
-    _show_result(done)
+    _show_result(done, found)
     if dry_run:
         print_line("Nothing was written.")
         return
@@ -277,8 +331,16 @@ def _show_prediction(plan: Any, found: Any) -> None:
     print_table(f"What {plan.source} will take", ("", "predicted", "here"), rows)
 
 
-def _show_result(result: Any) -> None:
+def _check_target(found: Iterable[Any], target: str | None) -> None:
+    refused = [finding for finding in found if finding.refused]
+    if target is not None and refused:
+        raise SchemeError("\n  ".join(map(str, refused)))
+
+
+def _show_result(result: Any, found: Iterable[Any]) -> None:
     show_coverage(result.coverage)
+    for finding in found:
+        print_line(f"  {finding}")
     for name, other in result.untied.items():
         print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
 

@@ -117,7 +117,8 @@ def quantize_blocks(
         observer: As for `w8a8.quantize`.
         smooth: "searched" (also for None and "auto", whose contest takes the whole model), an alpha, or "none".
         include, exclude, head: As for `w8a8.quantize`.
-        overwrite: Replace a checkpoint that is there already, at the end.
+        overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
+            request.
         dry_run: Stop before the first byte is written.
         before: Called with the plan and what the job will take.
         progress: Called after each block.
@@ -141,7 +142,7 @@ def quantize_blocks(
     plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
     walk = BlockWalk(empty_model(directory, None))
     plan = _by_blocks(plan, walk)
-    _load(plan, walk.model, plan.shards[-1].steps, "")
+    _load(walk.model, plan.shards[-1].steps, "")
     walk.model.tie_weights()
     walk.check(request.calibration)
     known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head}) | _told_of(request)
@@ -158,7 +159,7 @@ def quantize_blocks(
     if dry_run:
         return _result(plan, target, None, predicted(len(walk)), 0)
     with locked(partial):
-        journal = Journal(partial, known)
+        journal = Journal(partial, known, restart=overwrite)
         job = _Job(plan, walk, request, journal)
         first, finished = job.first(), len(job.done)
         try:
@@ -228,7 +229,7 @@ class _Job:
     def _block(self, number: int) -> None:
         shard, prefix, block = self.plan.shards[number], self.walk.prefix(number), self.walk.blocks[number]
         chosen = tuple(step.name for step in shard.steps if step.spec is not None)
-        _load(self.plan, block, shard.steps, prefix)
+        _load(block, shard.steps, prefix)
         block.requires_grad_(False)
         recorders = {}
         if number + 1 < len(self.walk) or self._last_is_read:
@@ -367,24 +368,14 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
-    """The plan with a shard for each block and one for all else, in the dtype that the model computes in."""
-    stated = _states_dtype(plan)
+    """The plan with a shard for each block and one for all else."""
     groups: list[list[Step]] = [[] for _ in range(len(walk) + 1)]
     for step in plan.steps:
         number = _number(step.name, walk)
-        module, prefix = (walk.model, "") if number is None else (walk.blocks[number], walk.prefix(number))
-        if step.spec is None and stated and step.entry.dtype.is_floating_point:
-            dtype = _place(module, step, prefix)[0].dtype
-            step = replace(step, outputs=((step.name, dtype, step.entry.shape),))
         groups[-1 if number is None else number].append(step)
     names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
     shards = tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
     return replace(plan, shards=shards)
-
-
-def _states_dtype(plan: Plan) -> bool:
-    """Whether config.json says in which dtype the model computes; else it is that of the files."""
-    return plan.config.get("dtype", plan.config.get("torch_dtype")) is not None
 
 
 def _number(name: str, walk: BlockWalk) -> int | None:
@@ -403,16 +394,13 @@ def _place(root: nn.Module, step: Step, prefix: str) -> tuple[Tensor, nn.Module,
 
 
 @torch.no_grad()
-def _load(plan: Plan, root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
+def _load(root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
     """Put the values of the files into the model: a block's as copies, since they will be changed; else mapped."""
     for step in steps:
-        there, module, key = _place(root, step, prefix)
+        _, module, key = _place(root, step, prefix)
         with safe_open(step.file, framework="pt", device="cpu") as file:
             values = file.get_tensor(step.entry.name)
-        if values.is_floating_point() and _states_dtype(plan):
-            values = values.to(there.dtype)
-        if prefix:
-            values = values.clone()
+        values = values.to(step.dtype, copy=bool(prefix))
         if key in module._parameters:
             module._parameters[key] = nn.Parameter(values, requires_grad=False)
         else:

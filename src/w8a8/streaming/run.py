@@ -75,7 +75,8 @@ def quantize_directory(
         scheme: A scheme that integers can run, or a weight-only one, without static activations.
         include, exclude, head: As for `w8a8.quantize`.
         shard_bytes: Of a file of the result.
-        overwrite: Replace a checkpoint that is there already, at the end.
+        overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
+            request.
         dry_run: Stop before the first byte is written.
         before: Called with the plan and what the job will take, by the first process.
         progress: Called after each tensor.
@@ -99,7 +100,7 @@ def quantize_directory(
             prediction = us.together(lambda: _predicted(plan, target, us, before, 0))
             return _told(plan, target, us, prediction, 0)
         with locked(partial, us.rank):
-            journal = us.first_then_others(lambda: Journal(partial, known, us.rank))
+            journal = us.first_then_others(lambda: Journal(partial, known, us.rank, restart=overwrite))
             finished = [shard for shard in plan.shards if journal.done(shard.file)]
             done = sum(step.bytes for shard in finished for step in shard.steps)
             try:
