@@ -50,6 +50,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/smoothing.py
 	$(MAKE) bench-smoothing-peer
+	$(BIN)/python bench/streaming.py --peer-python .venv-peer/bin/python
 	$(BIN)/python bench/report.py
 
 # llm-compressor pins older versions than the tests use: an environment of its own

@@ -7,13 +7,13 @@
 
 The checkpoint is random, in the shapes of Llama-2-7B, bfloat16, in shards of 5 GB; it and what is made of it are
 deleted at the end.  Every run is a process tree of its own, started with a cold page cache where the system lets us
-drop it, and ended when its files are on the disk (fsync).  Memory is read from /proc every 20 ms, summed over the tree:
+drop it, and ended when its files are on the disk (fsync).  Memory is read from /proc every 50 ms, summed over the tree:
 anonymous pages (RssAnon) are the process's own, file pages (RssFile) are libraries and mappings, shared and given up
 under pressure.
 
 Three baselines tell what is possible: a plain copy that reads the source and writes as many bytes as the result has;
 the copy of the source to itself; and the arithmetic alone, on tensors in memory.  The efficiency is
-(copy + arithmetic) / ours.
+(copy + arithmetic) / ours.  All but the peer run in turn, three times.
 
 llm-compressor's `model_free_ptq` takes the scheme "INT8": weights per channel and symmetric, activations per token.  It
 writes to its directory without fsync; the sync is counted in, as for the others.
@@ -38,6 +38,7 @@ RESULT = ROOT / "bench" / "results" / "streaming.json"
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
 _SHARD = 5_000_000_000
 _CHUNK = 8 << 20
+COPY = "plain copy, as many bytes written"
 _PAGES = Path("/proc/sys/vm/drop_caches")
 
 
@@ -160,10 +161,10 @@ def tree(root: int) -> list[int]:
     return found
 
 
-def resident(root: int) -> dict[str, int]:
-    """Bytes of anonymous and of file pages, summed over a tree of processes."""
+def resident(processes: list[int]) -> dict[str, int]:
+    """Bytes of anonymous and of file pages, summed over processes."""
     total = {"RssAnon": 0, "RssFile": 0}
-    for process in tree(root):
+    for process in processes:
         try:
             status = Path(f"/proc/{process}/status").read_text()
         except OSError:
@@ -193,11 +194,15 @@ def run(command: list[str], target: Path) -> dict[str, Any]:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=told, stderr=told, cwd=ROOT)
         peak = {"RssAnon": 0, "RssFile": 0, "Rss": 0}
+        looks = 0
         while process.poll() is None:
-            now = resident(process.pid)
+            if looks % 10 == 0:  # looking for new processes takes longer than looking at those that are known
+                known = tree(process.pid)
+            looks += 1
+            now = resident(known)
             now["Rss"] = now["RssAnon"] + now["RssFile"]
             peak = {kind: max(peak[kind], now[kind]) for kind in peak}
-            time.sleep(0.02)
+            time.sleep(0.05)
         seconds = time.perf_counter() - start
         if process.returncode:
             told.seek(0)
@@ -212,6 +217,13 @@ def run(command: list[str], target: Path) -> dict[str, Any]:
     }
 
 
+def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median time, with the times and the highest peaks of all."""
+    middle = dict(sorted(runs, key=lambda told: told["seconds"])[(len(runs) - 1) // 2])
+    middle |= {key: max(told[key] for told in runs) for key in middle if key.startswith("peak")}
+    return {**middle, "all_seconds": [told["seconds"] for told in runs]}
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All runs, one after the other."""
     from machine import describe_machine
@@ -223,16 +235,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         size = make(source, arguments.layers)
         quantize = ["-m", "w8a8", "quantize", str(source), "-o", str(target), "--json"]
         torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-        runs = {"ours, 1 process": run([python, *quantize], target)}
-        runs["ours, 2 processes"] = run([python, *torchrun, *quantize], target)
-        result_bytes = runs["ours, 1 process"]["written_bytes"]
+        result_bytes = run([python, *quantize], target)["written_bytes"]  # not counted: it warms up
         mine = [python, script, "--child", "copy", str(source), str(target)]
-        runs["plain copy, as many bytes written"] = run([*mine, str(result_bytes)], target)
-        runs["plain copy of the source"] = run([*mine, str(size)], target)
+        commands = {
+            "ours, 1 process": [python, *quantize],
+            COPY: [*mine, str(result_bytes)],
+            "ours, 2 processes": [python, *torchrun, *quantize],
+            "plain copy of the source": [*mine, str(size)],
+        }
+        rounds = [{name: run(command, target) for name, command in commands.items()} for _ in range(arguments.rounds)]
+        runs = {name: median([told[name] for told in rounds]) for name in commands}
         versions = {}
         if arguments.peer_python:
             peer = [arguments.peer_python, script, "--child", "llmcompressor", str(source), str(target), "0"]
-            runs["llm-compressor model_free_ptq"] = run(peer, target)
+            runs["llm-compressor model_free_ptq"] = median([run(peer, target)])
             versions = peer_versions(arguments.peer_python)
         alone = arithmetic(arguments.layers)
         start = run([python, "-c", "import torch, transformers, w8a8.streaming"], target)["seconds"]
@@ -259,16 +275,17 @@ def peer_versions(python: str) -> dict[str, str]:
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     runs, size = result["runs"], result["source_bytes"]
-    bound = runs["plain copy, as many bytes written"]["seconds"] + result["arithmetic_seconds"]
+    bound = runs[COPY]["seconds"] + result["arithmetic_seconds"]
     lines = [
-        "| run | seconds | GB of the source per second | (copy + arithmetic) / run | peak memory | of it anonymous "
-        "| of it files | GB written |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| run | seconds | all rounds | GB of the source per second | (copy + arithmetic) / run | peak memory "
+        "| of it anonymous | of it files | GB written |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, told in runs.items():
         share = "" if "copy" in name else f"{bound / told['seconds']:.0%}"
         cells = (
             f"{told['seconds']:.1f}",
+            ", ".join(f"{seconds:.1f}" for seconds in told["all_seconds"]),
             f"{size / told['seconds'] / 1e9:.2f}",
             share,
             *(f"{told[key] / 1e6:,.0f} MB" for key in ("peak_bytes", "peak_anonymous_bytes", "peak_file_bytes")),
@@ -285,7 +302,8 @@ def text(result: dict[str, Any]) -> str:
         f"A random checkpoint in the shapes of Llama-2-7B, {result['layers']} layers, {size / 1e9:.1f} GB of bfloat16; "
         f"each run goes from a {'cold' if result['cold'] else 'warm'} page cache to files that are synced. The "
         f"arithmetic alone takes {result['arithmetic_seconds']:.1f} s; imports, {result['import_seconds']:.1f} s, are "
-        "in every run of ours. Peaks are sums over the processes of a run, each kind's own; the largest tensor has "
+        "in every run of ours. Times are medians of rounds in turn; the peer ran once. Peaks are sums over the "
+        "processes of a run, each kind's own, the highest of all rounds; the largest tensor has "
         f"{largest / 1e6:.0f} MB, so that the bound is {(3 * largest + 500e6) / 1e6:,.0f} MB for each process."
     )
 
@@ -294,6 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--show", action="store_true", help="print the table of the results that are there")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", help="where the checkpoint is made; needs 35 GB for the whole")
     parser.add_argument("--peer-python", help="an interpreter that has llm-compressor")
     parser.add_argument("--child", nargs=4, metavar=("RUN", "SOURCE", "TARGET", "BYTES"), help=argparse.SUPPRESS)

@@ -30,7 +30,19 @@ INSIDE = {
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
     "checkpoint": ["headers", "layout", "describe", "files", "reader", "verify", "vllm", "writer", "rehearsal"],
     "evaluation": ["intervals", "text", "scores", "stored", "compare", "harness"],
-    "streaming": ["plan", "journal", "resources", "shard", "team", "run"],
+    "streaming": [
+        "plan",
+        "journal",
+        "resources",
+        "source",
+        "shard",
+        "team",
+        "run",
+        "blocks",
+        "activations",
+        "forecast",
+        "calibrated",
+    ],
 }
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -54,6 +54,10 @@ class CheckpointError(W8A8Error, OSError):
     __str__ = Exception.__str__
 
 
+class ElsewhereError(W8A8Error, RuntimeError):
+    """Another process of the same job failed; that one tells why, and this one ends without a word of its own."""
+
+
 class TextError(W8A8Error, OSError):
     """A text that is missing, unreadable or too short for what was asked."""
 

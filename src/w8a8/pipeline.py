@@ -310,7 +310,7 @@ def open_model(
             model.to(wanted)
     else:
         model = _open_float(directory, dtype if wanted is None else wanted)
-    return OpenedModel(_moved(model.eval(), device), _tokenizer(directory), directory, quantized)
+    return OpenedModel(_moved(model.eval(), device), open_tokenizer(directory), directory, quantized)
 
 
 def _open_float(directory: Path, dtype: torch.dtype | str) -> Any:
@@ -337,7 +337,7 @@ def _moved(model: Any, device: str) -> Any:
         raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _tokenizer(directory: Path) -> Any:
+def open_tokenizer(directory: Path) -> Any:
     """The tokenizer, or None where the directory has none."""
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None

@@ -127,6 +127,26 @@ def test_smoothing_is_asked_for_told_and_saved(call, tmp_path, demo_dir, text, o
     assert theirs.get_parameter(norm).shape == (128,)
 
 
+def test_calibration_streams_block_by_block_what_it_does_in_memory(call, tmp_path, demo_dir, text):
+    arguments = ["--scheme", "w8a8-static", "--calib", text, "--calib-samples", "2", "--calib-length", "64"]
+    dry = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--stream", "--dry-run")
+    assert dry[0] == 0
+    assert "memory at the peak" in dry[1]
+    assert "Nothing was written." in dry[1]
+    assert not (tmp_path / "out").exists()
+    code, out, _ = call(
+        "quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--stream", "--smooth", "0.5", "--json"
+    )
+    assert code == 0
+    told = json.loads(out)
+    assert told["smooth"]["alpha"] == 0.5
+    assert told["calibration"] == f"2 windows, 128 tokens, of {text}, seed 0"
+    assert call("quantize", demo_dir, "-o", tmp_path / "memory", *arguments, "--smooth", "0.5")[0] == 0
+    streamed, memory = (w8a8.load(tmp_path / name).state_dict() for name in ("out", "memory"))
+    assert streamed.keys() == memory.keys()
+    assert all(torch.equal(streamed[key], memory[key]) for key in memory)
+
+
 def test_the_seed_of_a_calibration_decides(call, tmp_path, demo_dir, text):
     scales = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -307,3 +327,11 @@ def test_a_model_without_tokenizer_says_so(call, tmp_path, text):
     code, _, err = call("eval", tmp_path / "m", "--text", text)
     assert code == 2
     assert "has no tokenizer" in err
+
+
+def test_torchrun_is_refused_where_the_work_is_done_in_memory(call, tmp_path, demo_dir, text, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, out, err = call("quantize", demo_dir, "-o", tmp_path / "out", "--calib", text)
+    assert (code, out) == (2, "")
+    assert err.startswith("w8a8: torchrun shares the work of streaming, and this is done in memory")
+    assert not (tmp_path / "out").exists()

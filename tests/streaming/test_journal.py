@@ -132,3 +132,14 @@ def test_the_digest_covers_the_header_and_every_byte(tmp_path):
         save_file(tensors, tmp_path / name)
         digests.add(digest_of(tmp_path / name))
     assert len(digests) == 4
+
+
+def test_restarting_throws_another_request_away_and_keeps_the_same_one(partial):
+    Journal(partial, KNOWN).record("one", shard(partial, "one.safetensors"))
+    assert Journal(partial, KNOWN, restart=True).done("one")
+    other = {**KNOWN, "scheme": "w8a16"}
+    assert not Journal(partial, other, restart=True).done("one")
+    assert not (partial / "one.safetensors").exists()
+    assert not Journal(partial, other).done("one")
+    with pytest.raises(CheckpointError, match=r"scheme: was w8a16, is w8a8[\s\S]*start again \(--force\)"):
+        Journal(partial, KNOWN)

@@ -20,7 +20,7 @@ from tests.conftest import gpt2, llama, mixtral, opt
 from w8a8.checkpoint.files import INDEX
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
-from w8a8.streaming import quantize_directory
+from w8a8.streaming import quantize_directory, run
 from w8a8.streaming.plan import UnplacedError, make_plan
 from w8a8.streaming.resources import Prediction
 
@@ -248,7 +248,7 @@ class TestResuming:
         source = saved(llama(), tmp_path / "source")
         quantize_directory(source, tmp_path / "whole", shard_bytes=20_000)
         with monkeypatch.context() as patch:
-            patch.setattr("w8a8.streaming.run._complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            patch.setattr("w8a8.streaming.run.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
             with pytest.raises(CheckpointError, match="stop"):
                 quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         victim = sorted(partial_of(tmp_path / "out").glob("*.safetensors"))[1]
@@ -272,7 +272,7 @@ class TestResuming:
     def test_another_request_or_source_does_not_go_on(self, tmp_path, monkeypatch, change, told):
         source = saved(llama(), tmp_path / "source")
         with monkeypatch.context() as patch:
-            patch.setattr("w8a8.streaming.run._complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            patch.setattr("w8a8.streaming.run.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
             with pytest.raises(CheckpointError, match="stop"):
                 quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         before = contents(partial_of(tmp_path / "out"))
@@ -410,3 +410,40 @@ def test_two_jobs_do_not_write_one_result(tmp_path):
 
 def test_the_plan_is_the_same_whatever_the_number_of_processes(large):
     assert make_plan(large, w8a8.Scheme.of("w8a8")).shards == make_plan(large, w8a8.Scheme.of("w8a8")).shards
+
+
+def test_force_goes_on_with_the_same_request_and_throws_another_away(tmp_path, monkeypatch):
+    source, target = saved(llama(), tmp_path / "source"), tmp_path / "out"
+    finished, write = [], run.write_shard
+
+    def stop_after_two(shard, *rest):
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        finished.append(shard.file)
+        return write(shard, *rest)
+
+    monkeypatch.setattr(run, "write_shard", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_directory(source, target, shard_bytes=20_000, overwrite=True)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"scheme: was [\s\S]*start again \(--force\)"):
+        quantize_directory(source, target, "w8a16", shard_bytes=20_000)
+    assert quantize_directory(source, target, shard_bytes=20_000, overwrite=True, dry_run=True).resumed == 0
+    assert quantize_directory(source, target, shard_bytes=20_000, overwrite=True).resumed == 2
+    finished.clear()
+    monkeypatch.setattr(run, "write_shard", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_directory(source, target, shard_bytes=20_000, overwrite=True)
+    monkeypatch.undo()
+    assert quantize_directory(source, target, "w8a16", shard_bytes=20_000, overwrite=True).resumed == 0
+    quantize_directory(source, tmp_path / "fresh", "w8a16", shard_bytes=20_000)
+    assert contents(target) == contents(tmp_path / "fresh")
+
+
+def test_torchrun_prints_one_message_for_all_its_processes(tmp_path, large):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "w8a8"]
+    arguments = ["quantize", large, "-o", tmp_path / "out", "--include", "*.nothing"]
+    done = subprocess.run([*command, *arguments], env=environment(), capture_output=True, timeout=300, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count(b"w8a8: include: '*.nothing' matches none") == 1
+    assert done.stderr.count(b"w8a8: ") == 1

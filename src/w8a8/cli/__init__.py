@@ -6,7 +6,7 @@ user's mistake (`W8A8Error`) is one message and exit code 2; anything else keeps
 
 import sys
 
-from w8a8.errors import W8A8Error
+from w8a8.errors import ElsewhereError, W8A8Error
 
 
 def main() -> None:
@@ -16,5 +16,6 @@ def main() -> None:
     try:
         app()
     except W8A8Error as error:
-        sys.stderr.write(f"w8a8: {error.explain()}\n")
+        if not isinstance(error, ElsewhereError):
+            sys.stderr.write(f"w8a8: {error.explain()}\n")
         sys.exit(2)

@@ -1,25 +1,15 @@
 """The command `quantize`."""
 
-from collections.abc import Iterable
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import (
-    Dtype,
-    Exclude,
-    Include,
-    Json,
-    Model,
-    app,
-    default_length,
-    open_named,
-    quiet_transformers,
-    show_coverage,
-)
+from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, app
 from w8a8.cli.evaluate import DEFAULT_WINDOWS, compare_named, show_comparison
-from w8a8.cli.output import print_json, print_line, print_note, print_table, progress
+from w8a8.cli.output import print_json
+from w8a8.cli.ways import Job, by_blocks, in_memory, streamed
 from w8a8.errors import SchemeError
 
 
@@ -81,7 +71,6 @@ def quantize(
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
     from w8a8.calibration.observers import observer_of
-    from w8a8.checkpoint.writer import check_target
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
@@ -93,195 +82,47 @@ def quantize(
             f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
-    check_target(output, overwrite=force)
     data_free = calib is None and smooth in (None, "none") and dtype == "auto"
-    if stream and not data_free:
-        raise SchemeError("--stream is for quantising without calibration, smoothing and --dtype; leave it out")
-    told: dict[str, Any] | None = None
-    selection = {"include": include, "exclude": exclude, "head": head}
-    if stream is not False and data_free:
-        options = {**selection, "shard_bytes": int(max_shard_gb * 1e9)}
-        told = _streamed(
-            model,
-            output,
-            wanted,
-            options,
-            target=target,
-            forced=bool(stream),
-            force=force,
-            dry_run=dry_run,
-            as_json=as_json,
+    if stream and not data_free and (calib is None or dtype != "auto"):
+        raise SchemeError(
+            "--stream goes from files to files: smoothing takes --calib FILE, and --dtype is that of the files; "
+            "give the one, leave out the other, or leave out --stream"
         )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by torchrun
+    job = Job(
+        model=model,
+        output=output,
+        scheme=wanted,
+        selection={"include": include, "exclude": exclude, "head": head},
+        calib=calib,
+        drawn={"samples": calib_samples, "length": calib_length, "seed": seed},
+        treatment={"observer": observer, "smooth": _alpha(smooth)},
+        target=target,
+        force=force,
+        dtype=dtype,
+        dry_run=dry_run,
+        quiet=as_json,
+    )
+    told: dict[str, Any] | None = None
+    if stream and not data_free:
+        told = by_blocks(job)
+    elif stream is not False and data_free:
+        told = streamed(job, int(max_shard_gb * 1e9), forced=bool(stream) or several)
     if told is None:
+        if several:
+            raise SchemeError("torchrun shares the work of streaming, and this is done in memory; start one process")
         if dry_run:
             raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
-        samples = {"samples": calib_samples, "length": calib_length, "seed": seed}
-        treatment = {"observer": observer, "smooth": _alpha(smooth)}
-        told = _in_memory(
-            model,
-            output,
-            wanted,
-            selection,
-            calib,
-            samples,
-            treatment,
-            target=target,
-            force=force,
-            dtype=dtype,
-            as_json=as_json,
-        )
+        told = in_memory(job)
     if not told:  # another process of torchrun speaks
         return
     if eval_text is not None and not dry_run:
         places = {"dtype": dtype, "device": "cpu"}
-        both = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
-        told["evaluation"] = both
+        told["evaluation"] = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
         if not as_json:
-            show_comparison(str(output), model, both, as_json=False)
+            show_comparison(str(output), model, told["evaluation"], as_json=False)
     if as_json:
         print_json(told)
-
-
-def _in_memory(
-    model: str,
-    output: Path,
-    scheme: Any,
-    selection: dict[str, Any],
-    calib: str | None,
-    samples: dict[str, Any],
-    treatment: dict[str, Any],
-    *,
-    target: str | None,
-    force: bool,
-    dtype: str,
-    as_json: bool,
-) -> dict[str, Any]:
-    """Load the model, quantise and save it, and tell."""
-    from w8a8 import pipeline
-    from w8a8.calibration.calibrate import Calibration
-    from w8a8.checkpoint.rehearsal import rehearse
-    from w8a8.checkpoint.writer import save
-
-    opened = open_named(model, dtype=dtype)
-    foreseen = pipeline.foresee(opened.model, scheme, **selection)
-    _check_target(foreseen, target)
-    rehearse(opened.model, scheme, output, opened.tokenizer)
-    data = None
-    if calib is not None:
-        length = samples["length"] or min(default_length(opened.model), 512)
-        data = Calibration.of(calib, opened.tokenizer, **{**samples, "length": length})
-    with progress("quantising") as step:
-        result = pipeline.quantize(opened.model, scheme, **selection, calibration=data, **treatment, progress=step)
-    save(opened.model, output, opened.tokenizer, overwrite=force)
-    if not as_json:
-        _show_result(result, foreseen)
-        if result.smooth is not None:
-            print_line(str(result.smooth))
-        if data is not None and scheme.static:
-            print_line(f"Activation scales by {treatment['observer']} on {data.description}.")
-        print_line(f"Saved in {output}.")
-    return {
-        "output": output,
-        "scheme": result.scheme.name,
-        "untied": result.untied,
-        "calibration": None if data is None else data.description,
-        "smooth": None if result.smooth is None else result.smooth.to_dict(),
-        "coverage": result.coverage.to_dict(),
-        "vllm": foreseen,
-    }
-
-
-def _streamed(
-    model: str,
-    output: Path,
-    scheme: Any,
-    options: dict[str, Any],
-    *,
-    target: str | None,
-    forced: bool,
-    force: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> dict[str, Any] | None:
-    """Quantise from files to files and tell; None where the model has to be loaded for it.
-
-    Empty in the processes that share a job and do not speak.
-    """
-    from w8a8.streaming import quantize_directory
-    from w8a8.streaming.plan import UnplacedError
-
-    found: list[Any] = []
-
-    def before(plan: Any, prediction: Any) -> None:
-        found.extend(plan.findings)
-        _check_target(plan.findings, target)
-        if not as_json:
-            _show_prediction(plan, prediction)
-
-    quiet_transformers()
-    try:
-        with progress("quantising") as step:
-            done = quantize_directory(
-                model,
-                output,
-                scheme,
-                **options,
-                overwrite=force,
-                dry_run=dry_run,
-                before=before,
-                progress=step,
-            )
-    except UnplacedError as error:
-        if forced or dry_run:
-            raise
-        print_note(f"not streamed, but in memory: {error}")
-        return None
-    if not done.first:
-        return {}
-    if not as_json:
-        _show_result(done, found)
-        if dry_run:
-            print_line("Nothing was written.")
-        else:
-            if done.resumed:
-                print_line(f"Gone on with: {done.resumed} of {done.shards} files were there already.")
-            print_line(f"Saved in {output}.")
-    return {
-        "output": output,
-        "scheme": done.scheme.name,
-        "untied": done.untied,
-        "calibration": None,
-        "smooth": None,
-        "coverage": done.coverage.to_dict(),
-        "vllm": found,
-        "prediction": done.prediction,
-        "shards": done.shards,
-        "resumed": done.resumed,
-    }
-
-
-def _show_prediction(plan: Any, found: Any) -> None:
-    minutes = f"{found.seconds / 60:.1f} min" if found.seconds > 60 else f"{found.seconds:.1f} s"
-    rows = [
-        ("memory at the peak", f"{found.peak_bytes / 1e9:.2f} GB", f"{found.memory_bytes / 1e9:.2f} GB available"),
-        ("disk", f"{found.output_bytes / 1e9:.3f} GB", f"{found.free_bytes / 1e9:.2f} GB free"),
-        ("time, at least", minutes, f"{found.source_bytes / 1e9:.3f} GB to read, {len(plan.shards)} files to write"),
-    ]
-    print_table(f"What {plan.source} will take", ("", "predicted", "here"), rows)
-
-
-def _check_target(found: Iterable[Any], target: str | None) -> None:
-    refused = [finding for finding in found if finding.refused]
-    if target is not None and refused:
-        raise SchemeError("\n  ".join(map(str, refused)))
-
-
-def _show_result(result: Any, found: Iterable[Any]) -> None:
-    show_coverage(result.coverage)
-    for finding in found:
-        print_line(f"  {finding}")
-    for name, other in result.untied.items():
-        print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
 
 
 def _alpha(smooth: str | None) -> str | float | None:

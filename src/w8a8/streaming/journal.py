@@ -34,21 +34,22 @@ class Journal:
         partial: The directory in which the result grows; made.
         fingerprint: What decides the bytes of the result, by names that a user understands.
         rank: Of this process among those that share the job.
+        restart: Throw away what is there of another job, instead of refusing.
 
     Raises:
         CheckpointError: the directory is of another job; what differs is named.
     """
 
-    def __init__(self, partial: Path, fingerprint: Mapping[str, str], rank: int = 0) -> None:
+    def __init__(self, partial: Path, fingerprint: Mapping[str, str], rank: int = 0, *, restart: bool = False) -> None:
         self.partial = partial
         self._path = partial / f"journal-{rank}.jsonl"
         partial.mkdir(parents=True, exist_ok=True)
         known = partial / FINGERPRINT
-        if known.exists():
+        if known.exists() and not (restart and _read(known) != dict(fingerprint)):
             _check_same(_read(known), dict(fingerprint), partial)
         else:
             _empty(partial)
-            _write_whole(known, json.dumps(dict(fingerprint), indent=1))
+            write_whole(known, json.dumps(dict(fingerprint), indent=1))
         self._finished = _lines(partial)
 
     def done(self, unit: str) -> bool:
@@ -170,7 +171,7 @@ def _check_same(was: Mapping[str, str], now: Mapping[str, str], partial: Path) -
         raise CheckpointError(
             f"{partial} holds a part of another result, so it is not gone on with:\n    "
             + "\n    ".join(changed)
-            + "\n  give what was given before, or remove that directory to start again"
+            + "\n  give what was given before, or start again (--force)"
         )
 
 
@@ -182,7 +183,7 @@ def _read(path: Path) -> dict[str, str]:
     return dict(found)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """A file that is there whole or not at all, whoever else writes the same."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -4,7 +4,8 @@ The model is built without memory, and the layers are chosen by `convert.select`
 of the files is found in the model under its own name, or with the model's `base_model_prefix` before it, as some
 files leave it out; the result has the model's names, which are what transformers' `save_pretrained` writes.  A tensor
 that has no place in the model is dropped where transformers would ignore it, and an error elsewhere: expert weights
-that transformers stacks while loading, for one.
+that transformers stacks while loading, for one.  Values are cast to the dtype that transformers would load them in, the
+config's, before anything else; a second copy of a tied weight is dropped.
 
 Shards are cut by bytes in the order of the source, so that they are the same for any number of processes.
 """
@@ -49,6 +50,7 @@ class Step:
     """One tensor of the source.
 
     name: In the result.
+    dtype: That the values are cast to first.
     spec: The grid of a weight that is quantised; None: it is copied.
     transposed: The weight is `Conv1D`'s, (K, N).
     outputs: Name, dtype and shape of what it becomes: itself, or codes and scales.
@@ -57,6 +59,7 @@ class Step:
     file: Path
     entry: Entry
     name: str
+    dtype: torch.dtype
     spec: QuantSpec | None
     transposed: bool
     outputs: tuple[Output, ...]
@@ -73,7 +76,7 @@ class Step:
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Positions in the file, from and to, of what is read at once: rows where the tensor is quantised."""
-        unit = 1
+        unit = self.entry.dtype.itemsize
         if self.spec is not None:
             unit = self.entry.bytes if self.whole else self.entry.shape[1] * self.entry.dtype.itemsize
         size = max(unit, PIECE // unit * unit) if unit else 1
@@ -121,6 +124,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     head: str = "float",
     shard_bytes: int = 1 << 30,
+    calibrated: bool = False,
 ) -> Plan:
     """Decide what becomes of every tensor.
 
@@ -128,6 +132,7 @@ def make_plan(
         source: The directory of a float model.
         scheme, include, exclude, head: As for `w8a8.quantize`.
         shard_bytes: Files of the result are not larger, save for a tensor that is.
+        calibrated: Static activation scales will be there.
 
     Raises:
         UnplacedError: the files hold tensors that have no place of their own in the model.
@@ -135,7 +140,7 @@ def make_plan(
         SchemeError: the scheme needs calibration, cannot be executed, or nothing is left to quantise.
         PatternError, ModelError: as `w8a8.quantize`.
     """
-    if scheme.static:
+    if scheme.static and not calibrated:
         raise SchemeError(
             f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
             "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
@@ -146,15 +151,18 @@ def make_plan(
     selection = convert.select(model, convert.with_head(model, include, head), exclude)
     found = _sources(source, model)
     chosen = {f"{name}.weight": name for name in selection.chosen}
+    copies = _copies(model, found, set(chosen))
+    dtypes = _dtypes(model)
     steps = []
     for parameter, (file, entry) in found.items():
+        dtype = dtypes.get(parameter, entry.dtype)
         if parameter in chosen:
-            steps.append(_quantized(model, chosen.pop(parameter), scheme, file, entry))
-        else:
-            steps.append(Step(file, entry, parameter, None, False, ((parameter, entry.dtype, entry.shape),)))
-    for name in chosen.values():  # tied: the files have it under the other name only
+            steps.append(_quantized(model, chosen.pop(parameter), scheme, dtype, file, entry))
+        elif parameter not in copies:
+            steps.append(Step(file, entry, parameter, dtype, None, False, ((parameter, dtype, entry.shape),)))
+    for parameter, name in chosen.items():  # tied: the files have it under the other name only
         file, entry = found[f"{selection.untied[name]}.weight"]
-        steps.append(_quantized(model, name, scheme, file, entry))
+        steps.append(_quantized(model, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
     layers = {
         step.name: _empty_layer(model.get_submodule(step.name), scheme) for step in steps if step.spec is not None
     }
@@ -215,14 +223,63 @@ def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path,
         )
 
 
-def _quantized(model: nn.Module, name: str, scheme: Scheme, file: Path, entry: Entry) -> Step:
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    """What transformers loads each float tensor in: the config's dtype, save where the architecture keeps its own.
+
+    Nothing where the config does not say: then files are taken as they are.
+    """
+    stated = getattr(model.config, "dtype", None)
+    if stated is None:
+        return {}
+    kept = {pattern.replace("*", ".*"): dtype for pattern, dtype in model._get_dtype_plan(stated).items()}
+    return {
+        name: next((dtype for pattern, dtype in kept.items() if re.search(pattern, name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+
+
+def _copies(model: nn.Module, found: dict[str, tuple[Path, Entry]], chosen: set[str]) -> set[str]:
+    """Names in the files whose tensor is tied to one that is there under an earlier name of the model.
+
+    Raises:
+        UnplacedError: the two are not equal, so that it is transformers' to say which of them counts.
+    """
+    first: dict[int, str] = {}
+    copies = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in found or name in chosen:
+            continue
+        kept = first.setdefault(id(tensor), name)
+        if kept != name:
+            if not _same_bytes(found[kept], found[name]):
+                raise UnplacedError(
+                    f"{found[name][0]}: {name} and {kept} are one weight by {CONFIG}, and two in the files; "
+                    "transformers decides while loading, so this model can only be quantised in memory (--no-stream)"
+                )
+            copies.add(name)
+    return copies
+
+
+def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
+    (path, a), (path_b, b) = one, other
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with path.open("rb") as file, path_b.open("rb") as file_b:
+        file.seek(a.begin)
+        file_b.seek(b.begin)
+        sizes = [min(PIECE, a.bytes - start) for start in range(0, a.bytes, PIECE)]
+        return all(file.read(size) == file_b.read(size) for size in sizes)
+
+
+def _quantized(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype, file: Path, entry: Entry) -> Step:
     if entry.dtype not in _FLOATS:
         raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
     linear = model.get_submodule(name)
     layer = _empty_layer(linear, scheme, name)
-    kept = {key: value for key, value in layer.state_dict().items() if key in ("weight", "weight_scale")}
+    kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
     outputs = tuple((f"{name}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
-    return Step(file, entry, name, scheme.weights, is_conv1d(linear), outputs)
+    return Step(file, entry, name, dtype, scheme.weights, is_conv1d(linear), outputs)
 
 
 def _empty_layer(linear: Any, scheme: Scheme, name: str = "") -> QuantLinear:

@@ -5,6 +5,7 @@ many bytes are written beside the target and removed.  The reads may come from a
 it can be.
 """
 
+import math
 import os
 import shutil
 import tempfile
@@ -109,7 +110,10 @@ def _control_groups() -> list[Path]:
 
 def _held(step: Step) -> int:
     """Bytes that are in memory at once while a tensor is made: of a whole one its values, and its codes twice."""
-    return step.entry.bytes + 2 * step.bytes if step.whole else _PIECES * PIECE
+    if not step.whole:
+        return _PIECES * PIECE
+    cast = 0 if step.dtype is step.entry.dtype else math.prod(step.entry.shape) * step.dtype.itemsize
+    return step.entry.bytes + cast + 2 * step.bytes
 
 
 def _largest(plan: Plan, *, quantized: bool) -> tuple[Path, int, int] | None:

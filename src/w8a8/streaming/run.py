@@ -75,7 +75,8 @@ def quantize_directory(
         scheme: A scheme that integers can run, or a weight-only one, without static activations.
         include, exclude, head: As for `w8a8.quantize`.
         shard_bytes: Of a file of the result.
-        overwrite: Replace a checkpoint that is there already, at the end.
+        overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
+            request.
         dry_run: Stop before the first byte is written.
         before: Called with the plan and what the job will take, by the first process.
         progress: Called after each tensor.
@@ -94,12 +95,12 @@ def quantize_directory(
             lambda: make_plan(directory, scheme, include=include, exclude=exclude, head=head, shard_bytes=shard_bytes)
         )
         partial = target.with_name(f".{target.name}.partial")
-        known = _fingerprint(plan, {"include": include, "exclude": exclude, "head": head, "shard_bytes": shard_bytes})
+        known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head, "shard_bytes": shard_bytes})
         if dry_run:
             prediction = us.together(lambda: _predicted(plan, target, us, before, 0))
             return _told(plan, target, us, prediction, 0)
         with locked(partial, us.rank):
-            journal = us.first_then_others(lambda: Journal(partial, known, us.rank))
+            journal = us.first_then_others(lambda: Journal(partial, known, us.rank, restart=overwrite))
             finished = [shard for shard in plan.shards if journal.done(shard.file)]
             done = sum(step.bytes for shard in finished for step in shard.steps)
             try:
@@ -109,7 +110,7 @@ def quantize_directory(
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             us.together(lambda: _write(plan, us, journal, partial, {shard.file for shard in finished}, progress))
-            us.together(_only_first(us, lambda: _complete(plan, partial, target, journal)))
+            us.together(_only_first(us, lambda: complete(plan, partial, target, journal)))
         return _told(plan, target, us, prediction, len(finished))
 
 
@@ -130,7 +131,7 @@ def _write(
         journal.record(shard.file, {shard.file: write_shard(shard, partial, told)})
 
 
-def _complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
+def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
     """Write what is beside the weights, look at the whole, and give it its name."""
     for path in companions(plan.source):
         shutil.copyfile(path, partial / path.name)
@@ -138,9 +139,9 @@ def _complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None
     if len(plan.shards) > 1:
         (partial / INDEX).write_text(json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     verify_structure(partial)
-    for path in partial.glob(".*.growing"):  # of a shard that was killed
-        path.unlink()
     journal.clear()
+    for path in partial.glob(".*"):  # what was growing when it was killed, and what passes between blocks
+        path.unlink()
     replace_directory(target, partial)
 
 
@@ -161,7 +162,7 @@ def _predicted(
     return found
 
 
-def _fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
+def fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
     """What decides the bytes of the result."""
     found = {"version of w8a8": __version__, "scheme": str(plan.scheme)}
     found |= {f"option {name}": str(value) for name, value in request.items()}

@@ -1,13 +1,13 @@
 """One file of the result: pieces are read ahead, quantised, and written behind.
 
 Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises, and hashes what is
-still in its cache, one writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own
-when it is whole and on the disk.
+still in its cache, one writes.  All of it releases Python's lock.  Pieces are read into the same rooms again and again.
+The file grows under a hidden name and takes its own when it is whole and on the disk.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,8 @@ from w8a8.checkpoint.headers import header_of
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.streaming.journal import disk_error, sync_directory
-from w8a8.streaming.plan import Output, Shard, Step
+from w8a8.streaming.plan import PIECE, Output, Shard, Step
+from w8a8.streaming.source import Room
 
 _AHEAD = 2  # pieces that may wait for the disk
 
@@ -41,7 +42,11 @@ class ShardWriter:
         self._hashes = {name: hashlib.sha256() for name in self._entries}
         self._whole = hashlib.sha256(text)
         self._file: BinaryIO = self._growing.open("wb")
-        self._put(text, 0)
+        try:
+            self._put(text, 0)
+        except CheckpointError:
+            self.abandon()
+            raise
 
     def place(self, name: str, values: Tensor) -> tuple[memoryview, int]:
         """Where the next values of a tensor, contiguous and of its dtype, are to be put; they count from now on."""
@@ -50,6 +55,10 @@ class ShardWriter:
         position = entry.begin + self._written[name]
         self._written[name] += len(data)
         return data, position
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Write the next values of a tensor, contiguous and of its dtype."""
+        self._put(*self.place(name, values))
 
     def finish(self) -> str:
         """Have it on the disk under its name; the digest."""
@@ -83,6 +92,23 @@ class ShardWriter:
             raise disk_error(error, self.path) from error
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Make a file of tensors that are in memory, those with the widest elements first; returns its digest.
+
+    Raises:
+        CheckpointError: the disk is full; nothing of the file is left.
+    """
+    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    writer = ShardWriter(path, [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in ordered])
+    try:
+        for name in ordered:
+            writer.put(name, tensors[name].contiguous())
+        return writer.finish()
+    except BaseException:
+        writer.abandon()
+        raise
+
+
 def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> str:
     """Make one file of the result.
 
@@ -102,11 +128,12 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             waiting: list[Future[None]] = []
-            for step, last, values in _read_ahead(shard, reading):
-                for name, part in _made(step, values):
-                    waiting.append(writing.submit(writer._put, *writer.place(name, part)))
-                del values
-                while len(waiting) > _AHEAD:
+            rooms: list[Room] = []  # free ones
+            for step, last, room, values in _read_ahead(shard, reading, rooms):
+                parts = [writer.place(name, part) for name, part in _made(step, values)]
+                waiting.append(writing.submit(_put_all, writer, parts, room, rooms))
+                del values, parts
+                while len(waiting) > (1 if step.whole else _AHEAD):
                     waiting.pop(0).result()
                 if last and told is not None:
                     told(step)
@@ -118,44 +145,44 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
         raise
 
 
-def _read_ahead(shard: Shard, reading: ThreadPoolExecutor) -> Iterator[tuple[Step, bool, Tensor]]:
-    """Every piece of the source with its step, and whether it is the step's last."""
+def _put_all(writer: ShardWriter, parts: list[tuple[memoryview, int]], room: Room, rooms: list[Room]) -> None:
+    """Write what a piece became, and set its room free, in which that may lie."""
+    for data, position in parts:
+        writer._put(data, position)
+    if room.size == PIECE:
+        rooms.append(room)
+
+
+def _read_ahead(
+    shard: Shard, reading: ThreadPoolExecutor, rooms: list[Room]
+) -> Iterator[tuple[Step, bool, Room, Tensor]]:
+    """Every piece of the source with its step, whether it is the step's last, and the room in which it lies."""
     jobs = [(step, *ends) for step in shard.steps for ends in (list(step.pieces()) or [(step.entry.begin,) * 2])]
-    next_read: Future[Tensor] | None = None
+    next_read: Future[tuple[Room, Tensor]] | None = None
     for i, (step, begin, end) in enumerate(jobs):
-        values = (next_read or reading.submit(_read, step, begin, end)).result()
+        room, values = (next_read or reading.submit(_read, step, begin, end, rooms)).result()
         following = jobs[i + 1] if i + 1 < len(jobs) else None
         next_read = None
         if following is not None and not (step.whole or following[0].whole):  # two whole tensors are too many
-            next_read = reading.submit(_read, *following)
-        yield step, end == step.entry.end, values
-        del values
+            next_read = reading.submit(_read, *following, rooms)
+        yield step, end == step.entry.end, room, values
+        del values, room
 
 
-def _read(step: Step, begin: int, end: int) -> Tensor:
-    """Bytes of the source as a tensor: (rows, K) where it is quantised, flat where it is copied."""
-    room = torch.empty(end - begin, dtype=torch.uint8)
-    view, position = _memory(room), begin
-    try:
-        descriptor = os.open(step.file, os.O_RDONLY)
-        try:
-            while view:
-                count = os.preadv(descriptor, [view], position)
-                if not count:
-                    raise CheckpointError(f"{step.file} ends within {step.entry.name}: it became shorter meanwhile")
-                view, position = view[count:], position + count
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{step.file} cannot be read: {error.strerror}") from error
-    values = room.view(step.entry.dtype) if room.numel() else room.new_empty(0, dtype=step.entry.dtype)
-    return values if step.spec is None else values.view(-1, step.entry.shape[1])
+def _read(step: Step, begin: int, end: int, rooms: list[Room]) -> tuple[Room, Tensor]:
+    """Bytes of the source as a tensor, (rows, K) where it is quantised, flat where it is copied, and where they lie."""
+    fits = end - begin <= PIECE
+    room = rooms.pop() if fits and rooms else Room(PIECE if fits else end - begin)
+    data = room.read(step.file, begin, end)
+    if data.storage_offset() % step.entry.dtype.itemsize:  # a file may put a tensor anywhere
+        data = data.clone()
+    values = data.view(step.entry.dtype)
+    return room, values if step.spec is None else values.view(-1, step.entry.shape[1])
 
 
 def _made(step: Step, values: Tensor) -> list[tuple[str, Tensor]]:
     """What a piece becomes, by the names of the outputs."""
+    values = values.to(step.dtype)
     if step.spec is None:
         return [(step.name, values)]
     try:

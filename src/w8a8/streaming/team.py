@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from w8a8.errors import CheckpointError, W8A8Error
+from w8a8.errors import CheckpointError, ElsewhereError, W8A8Error
 
 T = TypeVar("T")
 
@@ -28,9 +28,11 @@ class Team:
         """Run a step in every process, and go on when all have ended well.
 
         Raises:
-            W8A8Error: the step's own, and in the other processes one that says which of them failed.
+            W8A8Error: the step's own, in the first process that has one.
+            ElsewhereError: in the others, so that a machine prints one message.
+            CheckpointError: in the first process of every other machine, with the same message.
         """
-        failed: BaseException | None = None
+        failed: W8A8Error | None = None
         result: T | None = None
         try:
             result = step()
@@ -38,10 +40,12 @@ class Team:
             failed = error
         if self.size > 1:
             messages: list[str | None] = [None] * self.size
-            dist.all_gather_object(messages, None if failed is None else str(failed))
-            other = next((i for i, message in enumerate(messages) if message is not None), None)
-            if failed is None and other is not None:
-                raise CheckpointError(f"process {other} failed: {messages[other]}")
+            dist.all_gather_object(messages, None if failed is None else failed.explain())
+            first = next((i for i, message in enumerate(messages) if message is not None), self.rank)
+            if first != self.rank:
+                here = first // self.local == self.rank // self.local
+                kind = ElsewhereError if here or self.rank % self.local else CheckpointError
+                raise kind(f"process {first} failed: {messages[first]}") from failed
         if failed is not None:
             raise failed
         return result  # type: ignore[return-value]

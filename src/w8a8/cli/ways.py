@@ -1,0 +1,185 @@
+"""The three ways in which `quantize` does its work: in memory, from files to files, and block by block.
+
+Each tells what it did on standard output, unless the job is quiet, and returns it for JSON.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8.cli.app import default_length, open_named, quiet_transformers, show_coverage
+from w8a8.cli.output import print_line, print_note, print_table, progress
+from w8a8.errors import SchemeError
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for.
+
+    selection: include, exclude and head, as `w8a8.quantize` takes them.
+    drawn: samples, length and seed of the calibration data.
+    treatment: observer and smooth.
+    """
+
+    model: str
+    output: Path
+    scheme: Any
+    selection: dict[str, Any]
+    calib: str | None
+    drawn: dict[str, Any]
+    treatment: dict[str, Any]
+    target: str | None
+    force: bool
+    dtype: str
+    dry_run: bool
+    quiet: bool
+
+    def check_target(self, found: Iterable[Any]) -> None:
+        """Raise `SchemeError` where the result is to be for vLLM and would be refused."""
+        refused = [finding for finding in found if finding.refused]
+        if self.target is not None and refused:
+            raise SchemeError("\n  ".join(map(str, refused)))
+
+    def before(self, found: list[Any]) -> Callable[[Any, Any], None]:
+        """What is done when the plan is made and nothing is written: `found` gets what vLLM would say."""
+
+        def look(plan: Any, prediction: Any) -> None:
+            found.extend(plan.findings)
+            self.check_target(plan.findings)
+            if not self.quiet:
+                _show_prediction(plan, prediction)
+
+        return look
+
+
+def in_memory(job: Job) -> dict[str, Any]:
+    """Load the model, quantise and save it."""
+    from w8a8 import pipeline
+    from w8a8.calibration.calibrate import Calibration
+    from w8a8.checkpoint.rehearsal import rehearse
+    from w8a8.checkpoint.writer import check_target, save
+
+    check_target(job.output, overwrite=job.force)
+    opened = open_named(job.model, dtype=job.dtype)
+    foreseen = pipeline.foresee(opened.model, job.scheme, **job.selection)
+    job.check_target(foreseen)
+    rehearse(opened.model, job.scheme, job.output, opened.tokenizer)
+    data = None
+    if job.calib is not None:
+        length = job.drawn["length"] or min(default_length(opened.model), 512)
+        data = Calibration.of(job.calib, opened.tokenizer, **{**job.drawn, "length": length})
+    with progress("quantising") as step:
+        result = pipeline.quantize(
+            opened.model, job.scheme, **job.selection, calibration=data, **job.treatment, progress=step
+        )
+    save(opened.model, job.output, opened.tokenizer, overwrite=job.force)
+    told = _told(job, result, foreseen, result.smooth, data)
+    if not job.quiet:
+        print_line(f"Saved in {job.output}.")
+    return told
+
+
+def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | None:
+    """Quantise from files to files; None where the model has to be loaded for it.
+
+    Empty in the processes that share a job and do not speak.
+    """
+    from w8a8.streaming import quantize_directory
+    from w8a8.streaming.plan import UnplacedError
+
+    found: list[Any] = []
+    quiet_transformers()
+    try:
+        with progress("quantising") as step:
+            done = quantize_directory(
+                job.model,
+                job.output,
+                job.scheme,
+                **job.selection,
+                shard_bytes=shard_bytes,
+                overwrite=job.force,
+                dry_run=job.dry_run,
+                before=job.before(found),
+                progress=step,
+            )
+    except UnplacedError as error:
+        if forced or job.dry_run:
+            raise
+        print_note(f"not streamed, but in memory: {error}")
+        return None
+    return _streamed(job, done, found, None, None) if done.first else {}
+
+
+def by_blocks(job: Job) -> dict[str, Any]:
+    """Quantise block by block with calibration data, from files to files."""
+    from w8a8.calibration.calibrate import Calibration
+    from w8a8.checkpoint.files import resolve
+    from w8a8.checkpoint.reader import empty_model
+    from w8a8.pipeline import open_tokenizer
+    from w8a8.streaming import quantize_blocks
+
+    found: list[Any] = []
+    quiet_transformers()
+    directory = resolve(job.model)
+    length = job.drawn["length"] or min(default_length(empty_model(directory, None)), 512)
+    data = Calibration.of(job.calib, open_tokenizer(directory), **{**job.drawn, "length": length})
+    if job.treatment["smooth"] in (None, "auto") and not job.quiet:
+        print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
+    with progress("calibrating") as step:
+        done = quantize_blocks(
+            directory,
+            job.output,
+            job.scheme,
+            calibration=data,
+            **job.selection,
+            **job.treatment,
+            overwrite=job.force,
+            dry_run=job.dry_run,
+            before=job.before(found),
+            progress=step,
+        )
+    return _streamed(job, done, found, done.smooth, data)
+
+
+def _streamed(job: Job, done: Any, found: list[Any], smooth: Any, data: Any) -> dict[str, Any]:
+    told = _told(job, done, found, None if job.dry_run else smooth, data)
+    if not job.quiet and job.dry_run:
+        print_line("Nothing was written.")
+    elif not job.quiet:
+        if done.resumed:
+            print_line(f"Gone on with: {done.resumed} of {done.shards} files were there already.")
+        print_line(f"Saved in {job.output}.")
+    return told | {"prediction": done.prediction, "shards": done.shards, "resumed": done.resumed}
+
+
+def _told(job: Job, result: Any, found: Iterable[Any], smooth: Any, data: Any) -> dict[str, Any]:
+    if not job.quiet:
+        show_coverage(result.coverage)
+        for finding in found:
+            print_line(f"  {finding}")
+        for name, other in result.untied.items():
+            print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
+        if smooth is not None:
+            print_line(str(smooth))
+        if data is not None and job.scheme.static:
+            print_line(f"Activation scales by {job.treatment['observer']} on {data.description}.")
+    return {
+        "output": job.output,
+        "scheme": result.scheme.name,
+        "untied": result.untied,
+        "calibration": None if data is None else data.description,
+        "smooth": None if smooth is None else smooth.to_dict(),
+        "coverage": result.coverage.to_dict(),
+        "vllm": list(found),
+    }
+
+
+def _show_prediction(plan: Any, found: Any) -> None:
+    minutes = f"{found.seconds / 60:.1f} min" if found.seconds > 60 else f"{found.seconds:.1f} s"
+    rows = [
+        ("memory at the peak", f"{found.peak_bytes / 1e9:.2f} GB", f"{found.memory_bytes / 1e9:.2f} GB available"),
+        ("disk", f"{found.output_bytes / 1e9:.3f} GB", f"{found.free_bytes / 1e9:.2f} GB free"),
+        ("time, at least", minutes, f"{found.source_bytes / 1e9:.3f} GB to read, {len(plan.shards)} files to write"),
+    ]
+    print_table(f"What {plan.source} will take", ("", "predicted", "here"), rows)

@@ -1,0 +1,432 @@
+"""The job with calibration data: each block is loaded, measured, smoothed, quantised, written and dropped in turn.
+
+    outside of the blocks    mapped from the files: embeddings, the last norm, the head
+    block i                  in memory, on what block i - 1 returned (`activations`, on the disk)
+        pass 1               samples for smoothing, or ranges for static grids; what it returns is recorded
+        smoothing            groups that lie within the block: `smooth_undoable` on the model with one block (`blocks`)
+        pass 2               where both are asked for: ranges, on what the smoothed blocks before returned
+        codes                written as one shard, recorded in the journal
+    the end                  layers outside of the blocks, what is beside the weights, the name of the directory
+
+Every block reads what the *float* blocks before it returned, as in calibration of the whole model, and by the same
+calls in the same order: scales, codes and smoothed weights are those of `w8a8.quantize` in memory, bit for bit, where
+alpha is fixed or smoothing is off.  After smoothing with static scales two chains of activations are kept, since the
+samples come from the model before any fold and the ranges from the folded one.
+
+Smoothing "auto" chooses among whole quantised models, which is what does not fit; here it is "searched", and so it is
+reported.  A fold whose source and readers lie in different blocks, or outside of all, is not made.
+
+After a kill the finished blocks are skipped.  The activations that enter the first unfinished one are on the disk until
+it is recorded; where they are damaged the job goes back to the last that are whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from w8a8.affine import QParams
+from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
+from w8a8.calibration.observers import Observer
+from w8a8.checkpoint.files import resolve
+from w8a8.checkpoint.reader import empty_model
+from w8a8.checkpoint.writer import check_target
+from w8a8.convert import Progress, Selection
+from w8a8.coverage import Coverage
+from w8a8.errors import CheckpointError, SchemeError, W8A8Error
+from w8a8.linear import QuantLinear
+from w8a8.scheme import Scheme
+from w8a8.smoothing.alpha import check_alpha
+from w8a8.smoothing.report import GroupReport, SmoothReport
+from w8a8.smoothing.smooth import Alpha, smooth_undoable
+from w8a8.streaming.activations import Reader, Recorder
+from w8a8.streaming.blocks import BlockWalk
+from w8a8.streaming.forecast import predict_blocks
+from w8a8.streaming.journal import Journal, locked, write_whole
+from w8a8.streaming.plan import Plan, Shard, Step, make_plan
+from w8a8.streaming.resources import Prediction
+from w8a8.streaming.run import complete, fingerprint
+from w8a8.streaming.shard import write_tensors
+from w8a8.streaming.team import team
+
+PLAIN, FOLDED = "plain", "folded"  # what the blocks returned before any fold, and after
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What `quantize_blocks` did, or would do.
+
+    smooth: Of all blocks; None where nothing was smoothed.
+    shards, resumed: Files of weights, and how many an earlier run had finished.
+    """
+
+    output: Path
+    scheme: Scheme
+    coverage: Coverage
+    untied: dict[str, str]
+    smooth: SmoothReport | None
+    prediction: Prediction
+    shards: int
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of every block.  `alpha`: None where nothing is smoothed."""
+
+    scheme: Scheme
+    calibration: Calibration
+    observer: str | Callable[[], Observer]
+    alpha: Alpha | None
+
+    @property
+    def chains(self) -> tuple[str, ...]:
+        """The kinds of activations that pass from block to block."""
+        return (PLAIN, FOLDED) if self.alpha is not None and self.scheme.static else (PLAIN,)
+
+
+def quantize_blocks(
+    source: str | Path,
+    output: str | Path,
+    scheme: Scheme | str,
+    *,
+    calibration: Calibration,
+    observer: str | Callable[[], Observer] = "absmax",
+    smooth: str | float | None = None,
+    include: Any = ("*",),
+    exclude: Any = (),
+    head: str = "float",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    before: Callable[[Plan, Prediction], None] | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Quantise a model with calibration data without ever holding more of it than a block.
+
+    Args:
+        source: The directory or hub id of a float model.
+        output: Where to.
+        scheme: A scheme that integers can run, or a weight-only one.
+        calibration: Data of which the batches are known: not a loop.
+        observer: As for `w8a8.quantize`.
+        smooth: "searched" (also for None and "auto", whose contest takes the whole model), an alpha, or "none".
+        include, exclude, head: As for `w8a8.quantize`.
+        overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
+            request.
+        dry_run: Stop before the first byte is written.
+        before: Called with the plan and what the job will take.
+        progress: Called after each block.
+
+    Raises:
+        SchemeError: there is nothing to calibrate; the data is a loop; as `w8a8.quantize`.
+        ModelError: the model has no blocks that are called one after another; a fold cannot be kept.
+        CalibrationError, NonFiniteError, PatternError: as `w8a8.quantize`.
+        CheckpointError: as `quantize_directory`; several processes.
+    """
+    request = _request(Scheme.of(scheme), calibration, observer, smooth)
+    target = Path(output).absolute()
+    with team() as us:
+        if us.size > 1:
+            raise CheckpointError(
+                f"calibration block by block goes from each block to the next, and {us.size} processes were started: "
+                "run it without torchrun"
+            )
+    directory = resolve(source)
+    check_target(target, overwrite=overwrite)
+    plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
+    walk = BlockWalk(empty_model(directory, None))
+    plan = _by_blocks(plan, walk)
+    _load(walk.model, plan.shards[-1].steps, "")
+    walk.model.tie_weights()
+    walk.check(request.calibration)
+    known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head}) | _told_of(request)
+    partial = target.with_name(f".{target.name}.partial")
+
+    def predicted(unfinished: int) -> Prediction:
+        found = predict_blocks(plan, walk, target, request.chains, unfinished=unfinished, smoothed=smoothing)
+        if before is not None:
+            before(plan, found)
+        found.check(target)
+        return found
+
+    smoothing = request.alpha is not None
+    if dry_run:
+        return _result(plan, target, None, predicted(len(walk)), 0)
+    with locked(partial):
+        journal = Journal(partial, known, restart=overwrite)
+        job = _Job(plan, walk, request, journal)
+        first, finished = job.first(), len(job.done)
+        try:
+            prediction = predicted(len(walk) - first)
+        except W8A8Error:
+            if not finished:
+                journal.clear()
+                partial.rmdir()
+            raise
+        job.run(first, progress)
+        report = job.report()
+        complete(plan, partial, target, journal)
+    return _result(plan, target, report, prediction, finished)
+
+
+class _Job:
+    """The blocks of one model, from the first that is not finished."""
+
+    def __init__(self, plan: Plan, walk: BlockWalk, request: Request, journal: Journal) -> None:
+        self.plan = plan
+        self.walk = walk
+        self.request = request
+        self.journal = journal
+        self.done = {shard.file for shard in plan.shards if journal.done(shard.file)}  # read again once: hashed
+        self.outer = tuple(step.name for step in plan.shards[-1].steps if step.spec is not None)
+
+    def first(self) -> int:
+        """The first block to be made: not finished, or needed for what enters the first that is not."""
+        n = len(self.walk)
+        unfinished = next((i for i in range(n) if not self._is_finished(i)), n)
+        if unfinished == n and (self.plan.shards[-1].file in self.done or not self._last_is_read):
+            return n
+        return next(i for i in range(unfinished, -1, -1) if i == 0 or self.journal.done(self._unit(i)))
+
+    def _is_finished(self, number: int) -> bool:
+        told = self.request.alpha is None or self._report_file(number).is_file()
+        return told and self.plan.shards[number].file in self.done
+
+    def run(self, first: int, progress: Progress | None) -> None:
+        """Make all that is missing."""
+        n = len(self.walk)
+        for number in range(first, n):
+            self._block(number)
+            self._forget(number)
+            if progress is not None:
+                progress(number + 1, n, self.walk.prefix(number).removesuffix("."))
+        if self.plan.shards[-1].file not in self.done:
+            self._outside()
+
+    def report(self) -> SmoothReport | None:
+        """What smoothing did to all blocks, also those of an earlier run."""
+        if self.request.alpha is None:
+            return None
+        told = [json.loads(self._report_file(i).read_text(encoding="utf-8")) for i in range(len(self.walk))]
+
+        def groups(key: str) -> tuple[GroupReport, ...]:
+            return tuple(GroupReport(**{**g, "readers": tuple(g["readers"])}) for t in told for g in t[key])
+
+        change, bound = max(t["change"] for t in told), max(t["bound"] for t in told)
+        scheme, alpha, described = self.request.scheme.name, self.request.alpha, self.request.calibration.description
+        return SmoothReport(scheme, alpha, described, groups("groups"), groups("refused"), change, bound, {})
+
+    @property
+    def _last_is_read(self) -> bool:
+        return bool(self.outer) and self.request.scheme.static
+
+    def _block(self, number: int) -> None:
+        shard, prefix, block = self.plan.shards[number], self.walk.prefix(number), self.walk.blocks[number]
+        chosen = tuple(step.name for step in shard.steps if step.spec is not None)
+        _load(block, shard.steps, prefix)
+        block.requires_grad_(False)
+        recorders = {}
+        if number + 1 < len(self.walk) or self._last_is_read:
+            paths = {chain: self._activations(number + 1, chain) for chain in self.request.chains}
+            recorders = {chain: Recorder(path, self.walk.states) for chain, path in paths.items()}
+        try:
+            grids = self._measured(number, Selection(chosen, {}, {}), recorders)
+            tensors = _quantized(block, shard.steps, prefix, self.request.scheme, grids)
+            digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
+        except BaseException as error:
+            for recorder in recorders.values():
+                recorder.abandon()
+            if isinstance(error, W8A8Error):
+                error.add_note(f"while quantising {prefix.removesuffix('.')} of {self.plan.source}")
+            raise
+        if digests:
+            self.journal.record(self._unit(number + 1), digests)
+        self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
+        block.to_empty(device="meta")
+
+    def _measured(
+        self, number: int, selection: Selection, recorders: Mapping[str, Recorder]
+    ) -> dict[str, QParams] | None:
+        """Smooth a block, and measure what its layers read."""
+        scheme, alpha = self.request.scheme, self.request.alpha
+        record = {chain: recorder.put for chain, recorder in recorders.items()}
+        read = {chain: self._reader(number, chain) for chain in self.request.chains}
+        plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
+        enters = read[PLAIN]
+        if alpha is not None:
+            with self.walk.only(number, None if enters is None else enters(0)):
+                told, _ = smooth_undoable(self.walk.model, plain, alpha=alpha, scheme=scheme, selection=selection)
+            self._keep_report(number, told)
+        if not scheme.static:
+            return None
+        chain = self.request.chains[-1]
+        calibration = self.walk.calibration(self.request.calibration, number, read[chain], record.get(chain))
+        with self.walk.only(number, None):
+            if not selection.chosen:  # the pass is made all the same, for what it returns
+                calibration.run(self.walk.model)
+                return None
+            return self._grids(selection.chosen, calibration)
+
+    def _grids(self, names: tuple[str, ...], calibration: Calibration) -> dict[str, QParams]:
+        activations = self.request.scheme.activations
+        assert activations is not None, "a static scheme has activations"
+        return static_grids(self.walk.model, names, activations, calibration, self.request.observer)
+
+    def _outside(self) -> None:
+        """What lies outside of the blocks: the layers there are measured on what the last block returned."""
+        n, shard, grids = len(self.walk), self.plan.shards[-1], None
+        if self._last_is_read:
+            reader = self._reader(n, self.request.chains[-1])
+            grids = self._grids(self.outer, self.walk.calibration(self.request.calibration, n, reader))
+        tensors = _quantized(self.walk.model, shard.steps, "", self.request.scheme, grids)
+        self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
+
+    def _unit(self, number: int) -> str:
+        return f"activations that enter block {number}"
+
+    def _activations(self, number: int, chain: str) -> Path:
+        return self.journal.partial / f".activations-{number:05d}-{chain}.safetensors"
+
+    def _reader(self, number: int, chain: str) -> Reader | None:
+        return Reader(self._activations(number, chain)) if number else None
+
+    def _forget(self, number: int) -> None:
+        """Remove what entered a block that is finished."""
+        for chain in self.request.chains:
+            self._activations(number, chain).unlink(missing_ok=True)
+
+    def _report_file(self, number: int) -> Path:
+        return self.journal.partial / f".smooth-{number:05d}.json"
+
+    def _keep_report(self, number: int, report: SmoothReport) -> None:
+        """Groups of the block alone: what lies outside was seen too, and not touched."""
+        prefix = self.walk.prefix(number)
+
+        def own(groups: tuple[GroupReport, ...]) -> list[dict[str, Any]]:
+            return [asdict(g) for g in groups if g.source.startswith(prefix)]
+
+        told = {"groups": own(report.groups), "refused": own(report.refused)}
+        told_all = told | {"change": report.change, "bound": report.bound}
+        write_whole(self._report_file(number), json.dumps(told_all))
+
+
+def _request(
+    scheme: Scheme, calibration: Calibration, observer: str | Callable[[], Observer], smooth: str | float | None
+) -> Request:
+    """Check what can be known before a file is opened."""
+    if not calibration.batches:
+        raise SchemeError(
+            f"{calibration.description} is a loop: block by block the batches must be known; give texts, ids or batches"
+        )
+    if isinstance(smooth, str) and smooth not in ("auto", "searched", "none"):
+        raise SchemeError(f"smooth={smooth!r} is unknown; use 'searched', an alpha in 0..1, or 'none'")
+    alpha: Alpha | None = "searched"
+    if smooth == "none":
+        alpha = None
+    elif isinstance(smooth, float | int):
+        check_alpha(float(smooth))
+        alpha = float(smooth)
+    if scheme.static:
+        assert scheme.activations is not None, "a static scheme has activations"
+        checked_observer(observer, scheme.activations)
+    elif alpha is None:
+        raise SchemeError(
+            f"the scheme {scheme.name} without smoothing does not use calibration data: leave --calib out, and it is "
+            "streamed tensor by tensor"
+        )
+    return Request(scheme, calibration, observer, alpha)
+
+
+def _told_of(request: Request) -> dict[str, str]:
+    """What else decides the bytes: the data, what is done with it, and what computes it."""
+    data = hashlib.sha256()
+    for batch in request.calibration.batches:
+        values = batch if isinstance(batch, tuple) else (batch,) if isinstance(batch, Tensor) else batch
+        named = values.items() if isinstance(values, Mapping) else enumerate(values)
+        for key, value in named:
+            data.update(f"{key} ".encode())
+            data.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    observer = request.observer if isinstance(request.observer, str) else repr(request.observer())
+    return {
+        "calibration": f"{request.calibration.description}, digest {data.hexdigest()[:16]}",
+        "observer": observer,
+        "smoothing": str(request.alpha),
+        "arithmetic": f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def _bytes(values: Tensor) -> bytes:
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return f"{values.dtype} {tuple(values.shape)} ".encode() + flat.view(torch.uint8).numpy().tobytes()
+
+
+def _by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
+    """The plan with a shard for each block and one for all else."""
+    groups: list[list[Step]] = [[] for _ in range(len(walk) + 1)]
+    for step in plan.steps:
+        number = _number(step.name, walk)
+        groups[-1 if number is None else number].append(step)
+    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
+    shards = tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
+    return replace(plan, shards=shards)
+
+
+def _number(name: str, walk: BlockWalk) -> int | None:
+    """Of the block that a tensor belongs to."""
+    if not name.startswith(walk.name + "."):
+        return None
+    return int(name[len(walk.name) + 1 :].split(".")[0])
+
+
+def _place(root: nn.Module, step: Step, prefix: str) -> tuple[Tensor, nn.Module, str]:
+    """The tensor of the model that a step fills, its module and its name there."""
+    name = (step.name if step.spec is None else f"{step.name}.weight").removeprefix(prefix)
+    path, _, key = name.rpartition(".")
+    module = root.get_submodule(path)
+    return getattr(module, key), module, key
+
+
+@torch.no_grad()
+def _load(root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
+    """Put the values of the files into the model: a block's as copies, since they will be changed; else mapped."""
+    for step in steps:
+        _, module, key = _place(root, step, prefix)
+        with safe_open(step.file, framework="pt", device="cpu") as file:
+            values = file.get_tensor(step.entry.name)
+        values = values.to(step.dtype, copy=bool(prefix))
+        if key in module._parameters:
+            module._parameters[key] = nn.Parameter(values, requires_grad=False)
+        else:
+            module._buffers[key] = values
+
+
+def _quantized(
+    root: nn.Module, steps: tuple[Step, ...], prefix: str, scheme: Scheme, grids: Mapping[str, QParams] | None
+) -> dict[str, Tensor]:
+    """What the tensors of a block become, by their names in the result."""
+    tensors: dict[str, Tensor] = {}
+    for step in steps:
+        if step.spec is None:
+            tensors[step.name] = _place(root, step, prefix)[0].detach()
+            continue
+        linear = root.get_submodule(step.name.removeprefix(prefix))
+        try:
+            layer = QuantLinear.from_float(linear, scheme, input_params=None if grids is None else grids[step.name])
+        except W8A8Error as error:
+            error.add_note(f"while quantising {step.name}")
+            raise
+        kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
+        tensors.update({f"{step.name}.{key}": value for key, value in kept.items()})
+    return tensors
+
+
+def _result(plan: Plan, target: Path, smooth: SmoothReport | None, prediction: Prediction, resumed: int) -> Calibrated:
+    shards = len(plan.shards)
+    return Calibrated(target, plan.scheme, plan.coverage, plan.untied, smooth, prediction, shards, resumed)

@@ -1,0 +1,97 @@
+"""Bytes of a file into memory, at the least price: what is in the page cache from there, the rest past it.
+
+A model that does not fit into memory does not fit into the page cache either: reading through it costs a copy and a
+page of memory for each page of the file, 0.9 s of a core per GB where the disk itself takes 0.06 (both measured).  So
+a piece that is not cached is read with O_DIRECT, from one page's boundary to another, where the system and the file
+system have that; elsewhere through the cache.  Whether it is cached is asked by a read of its
+last byte that must not wait.
+"""
+
+import errno
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w8a8.errors import CheckpointError
+
+_PAGE = max(4096, mmap.PAGESIZE)
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
+
+
+class Room:
+    """Memory for the bytes of a piece, used again and again.
+
+    Args:
+        size: Bytes of the largest piece.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        held = torch.empty(size + 3 * _PAGE, dtype=torch.uint8)  # a piece begins and ends somewhere in a page
+        self._held = held[-held.data_ptr() % _PAGE :]
+
+    def read(self, path: Path, begin: int, end: int) -> Tensor:
+        """Bytes `begin` to `end` of a file: uint8, a view of the room that lasts until the next read.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is shorter.
+        """
+        assert end - begin <= self.size, f"{end - begin} bytes do not fit into {self.size}"
+        try:
+            head, whole = begin % _PAGE, -(-end // _PAGE) * _PAGE
+            direct = _DIRECT and not _cached(path, begin, end)
+            if direct and self._fill(path, _DIRECT, begin - head, whole, end - begin + head):
+                return self._held[head : head + end - begin]
+            if self._fill(path, 0, begin, end, end - begin):
+                return self._held[: end - begin]
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} ends before byte {end:,}: it became shorter meanwhile")
+
+    def _fill(self, path: Path, flags: int, begin: int, end: int, needed: int) -> bool:
+        """Whether at least the bytes that are needed are here; not where the file system knows no such flag."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | flags)
+        except OSError as error:
+            if flags and error.errno == errno.EINVAL:
+                return False
+            raise
+        try:
+            count = 0
+            while count < needed:
+                step = os.preadv(descriptor, [self._view(count, end - begin)], begin + count)
+                if not step:
+                    return False
+                count += step
+            return True
+        except OSError as error:
+            if flags and error.errno == errno.EINVAL:
+                return False
+            raise
+        finally:
+            os.close(descriptor)
+
+    def _view(self, start: int, end: int) -> memoryview:
+        array: Any = self._held[start:end].numpy()
+        return memoryview(array)
+
+
+def _cached(path: Path, begin: int, end: int) -> bool:
+    """Whether the last byte is in the page cache, and so probably the others."""
+    if not _AT_ONCE or begin == end:
+        return False
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # the question must not fetch what it asks for
+        return os.preadv(descriptor, [bytearray(1)], end - 1, _AT_ONCE) == 1
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):  # it would wait, or cannot say
+            return False
+        raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,390 @@
+"""Block by block: what the whole model does in memory, to the bit, and whoever kills it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import w8a8
+from tests import families
+from tests.conftest import gpt2, llama, opt
+from w8a8.calibration.calibrate import Calibration
+from w8a8.errors import CheckpointError, ModelError, NonFiniteError, SchemeError
+from w8a8.pipeline import open_model
+from w8a8.streaming import quantize_blocks
+from w8a8.streaming.activations import Reader, Recorder
+from w8a8.streaming.blocks import BlockWalk
+
+WALKED = (
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "opt",
+    "opt-post-norm",
+    "gpt2",
+    "gpt-neox",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "bloom",
+    "falcon-alibi",
+    "phi3",
+    "bert",
+)
+
+
+def data(**options):
+    ids = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
+    return Calibration.of(ids, samples=6, batch_size=2, **options)
+
+
+def saved(model, directory, dtype=torch.float32):
+    model.to(dtype).save_pretrained(directory, max_shard_size="40KB", save_original_format=False)
+    return directory
+
+
+def tensors(directory):
+    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def partial_of(target):
+    return target.with_name(f".{target.name}.partial")
+
+
+def in_memory(source, target, scheme, **options):
+    model = open_model(source).model
+    result = w8a8.quantize(model, scheme, **options)
+    w8a8.save(model, target)
+    return result, tensors(target)
+
+
+def assert_equal(found, wanted):
+    assert set(found) == set(wanted)
+    unequal = [name for name in wanted if not torch.equal(found[name], wanted[name])]
+    assert unequal == []
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in wanted.items()}
+
+
+def walked_outputs(model, calibration, tmp_path):
+    """Logits on each batch when only one block is there at a time."""
+    walk = BlockWalk(model)
+    walk.check(calibration)
+    read = None
+    for number in range(len(walk)):
+        recorder = Recorder(tmp_path / f"{number}.safetensors", walk.states)
+        with walk.only(number, None):
+            walk.calibration(calibration, number, read, recorder.put).run(model)
+        recorder.finish()
+        read = Reader(recorder.path)
+    found = []
+    handle = model.register_forward_hook(lambda module, args, output: found.append(output.logits))
+    walk.calibration(calibration, len(walk), read).run(model)
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", WALKED)
+def test_one_block_at_a_time_computes_what_the_model_does(tmp_path, family):
+    model, calibration = families.build(family, dtype=torch.float32), data()
+    with torch.no_grad():
+        wanted = [model(**inputs).logits for inputs in calibration.batches]
+    found = walked_outputs(model, calibration, tmp_path)
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_block_that_is_left_out_is_missed(tmp_path):
+    model, calibration = families.build("gemma3", dtype=torch.float32), data()
+    with torch.no_grad():
+        wanted = model(**calibration.batches[0]).logits
+    walk = BlockWalk(model)
+    walk.check(calibration)
+    with torch.no_grad():
+        assert not torch.equal(model(**calibration.batches[0]).logits, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "make", [llama, opt, gpt2, lambda: families.build("gemma3")], ids=["llama", "opt", "gpt2", "gemma3"]
+)
+def test_static_scales_are_those_of_the_model_in_memory(tmp_path, make, dtype):
+    source = saved(make(), tmp_path / "source", dtype)
+    done = quantize_blocks(source, tmp_path / "streamed", "w8a8-static", calibration=data(), smooth="none")
+    result, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", calibration=data(), smooth="none")
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+    assert done.smooth is None
+    assert [(m.name, m.scheme, m.macs) for m in done.coverage.modules] == [
+        (m.name, m.scheme, m.macs) for m in result.coverage.modules
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w8a8-o3"])
+@pytest.mark.parametrize("make", [llama, opt], ids=["llama", "opt"])
+def test_a_fixed_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, scheme):
+    source = saved(make(), tmp_path / "source")
+    done = quantize_blocks(source, tmp_path / "streamed", scheme, calibration=data(), smooth=0.5)
+    result, wanted = in_memory(source, tmp_path / "memory", scheme, calibration=data(), smooth=0.5)
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+    assert len(done.smooth.smoothed) == len(result.smooth.smoothed) > 0
+    assert {g.source for g in done.smooth.smoothed} == {g.source for g in result.smooth.smoothed}
+
+
+def test_a_searched_alpha_gives_the_weights_of_the_model_in_memory(tmp_path):
+    source = saved(opt(), tmp_path / "source")
+    done = quantize_blocks(source, tmp_path / "streamed", "w8a8-static", calibration=data())
+    _, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", calibration=data(), smooth="searched")
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+    assert done.smooth.alpha == "searched"
+
+
+def test_other_observers_and_int8_heads_are_as_in_memory(tmp_path):
+    source = saved(opt(), tmp_path / "source")
+    options = {"calibration": data(), "observer": "mse", "smooth": "none", "head": "int8"}
+    done = quantize_blocks(source, tmp_path / "streamed", "w8a8-static", **options)
+    _, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", **options)
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+    assert set(done.untied) == {"lm_head"}
+
+
+def test_tokens_that_the_mask_hides_do_not_count(tmp_path):
+    source = saved(llama(), tmp_path / "source")
+    ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    calibration = Calibration.of([{"input_ids": ids, "attention_mask": mask}])
+    quantize_blocks(source, tmp_path / "streamed", "w8a8-static", calibration=calibration, smooth="none")
+    _, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", calibration=calibration, smooth="none")
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+
+
+def test_a_block_that_stays_float_passes_its_activations_on(tmp_path):
+    source = saved(llama(num_hidden_layers=3), tmp_path / "source")
+    options = {"calibration": data(), "smooth": 0.5, "exclude": ["model.layers.1.*"]}
+    quantize_blocks(source, tmp_path / "streamed", "w8a8-static", **options)
+    _, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", **options)
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+
+
+def test_the_result_loads_and_has_nothing_else_in_it(tmp_path):
+    source = saved(llama(), tmp_path / "source")
+    quantize_blocks(source, tmp_path / "streamed", "w8a8-static", calibration=data())
+    assert not partial_of(tmp_path / "streamed").exists()
+    names = {path.name for path in (tmp_path / "streamed").iterdir()}
+    shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
+    assert names == {"config.json", "generation_config.json", "model.safetensors.index.json", *shards}
+    model = w8a8.load(tmp_path / "streamed")
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(**data().batches[0]).logits).all())
+    assert all(layer.kernel_calls() for _, layer in w8a8.linear.quant_linears(model))
+
+
+class _Stopped(Exception):  # noqa: N818 - ends a job between two blocks
+    pass
+
+
+def stopped_after(blocks, source, target, **options):
+    def stop(done, total, name):
+        if done == blocks:
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        quantize_blocks(source, target, "w8a8-static", calibration=data(), smooth=0.5, progress=stop, **options)
+    assert not target.exists()
+
+
+def resumed(source, target):
+    made = []
+    done = quantize_blocks(
+        source,
+        target,
+        "w8a8-static",
+        calibration=data(),
+        smooth=0.5,
+        progress=lambda done, total, name: made.append(name),
+    )
+    return done, made
+
+
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory):
+    """A model, and its result without a stop."""
+    torch.manual_seed(0)
+    place = tmp_path_factory.mktemp("four")
+    source = saved(llama(num_hidden_layers=4), place / "source")
+    resumed(source, place / "whole")
+    return source, contents(place / "whole")
+
+
+def test_finished_blocks_are_not_made_again(tmp_path, four_blocks):
+    source, whole = four_blocks
+    target = tmp_path / "out"
+    stopped_after(2, source, target)
+    done, made = resumed(source, target)
+    assert made == ["model.layers.2", "model.layers.3"]
+    assert done.resumed == 2
+    assert len(done.smooth.smoothed) == 4 * len([g for g in done.smooth.smoothed if "layers.0." in g.source])
+    assert contents(target) == whole
+
+
+def test_damaged_activations_are_made_again(tmp_path, four_blocks):
+    source, whole = four_blocks
+    target = tmp_path / "out"
+    stopped_after(3, source, target)
+    for path in partial_of(target).glob(".activations-*"):
+        path.write_bytes(path.read_bytes()[:-4] + b"oops")
+    _, made = resumed(source, target)
+    assert len(made) == 4
+    assert contents(target) == whole
+
+
+def test_a_damaged_shard_is_made_again_from_the_start(tmp_path, four_blocks):
+    source, whole = four_blocks
+    target = tmp_path / "out"
+    stopped_after(3, source, target)
+    shard = partial_of(target) / "model-00002-of-00005.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"oops")
+    resumed(source, target)
+    assert contents(target) == whole
+
+
+def test_other_calibration_data_is_not_gone_on_with(tmp_path, four_blocks):
+    source, _ = four_blocks
+    stopped_after(1, source, tmp_path / "out")
+    other = Calibration.of(torch.randint(3, 96, (6, 20)), samples=6, batch_size=2)
+    with pytest.raises(CheckpointError, match=r"calibration: was 3 batches|calibration: was .*digest"):
+        quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=other, smooth=0.5)
+    with pytest.raises(CheckpointError, match=r"smoothing: was 0.5, is searched"):
+        quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=data())
+
+
+_KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+from tests.streaming.test_blocks import resumed
+source, target, lasts = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+draw, kills = random.Random(0), 0
+while kills < 20:
+    if target.exists():  # it was faster than the kill
+        target.rename(target.with_name(f"whole-{kills}"))
+    pid = os.fork()
+    if not pid:
+        resumed(source, target)
+        os._exit(0)
+    time.sleep(draw.uniform(0, lasts / 2))
+    os.kill(pid, signal.SIGKILL)
+    kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+if not target.exists():
+    resumed(source, target)
+"""
+
+
+def test_a_job_that_is_killed_at_twenty_moments_gives_the_same_bytes(tmp_path, four_blocks):
+    source, whole = four_blocks
+    start = time.perf_counter()
+    resumed(source, tmp_path / "whole-0")
+    lasts = time.perf_counter() - start
+    # one process imports, and forks before torch has threads: what is killed is the job, not the import of torch
+    command = [sys.executable, "-c", _KILLER, str(source), str(tmp_path / "out"), str(lasts)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    for made in (tmp_path / "out", *tmp_path.glob("whole-*")):
+        assert contents(made) == whole
+
+
+def test_a_dry_run_predicts_and_writes_nothing(tmp_path):
+    source = saved(llama(), tmp_path / "source")
+    done = quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=data(), dry_run=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert done.prediction.output_bytes > sum(t.nbytes for t in tensors(source).values()) // 4
+    assert done.prediction.seconds > 0
+
+
+def test_too_little_disk_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    source = saved(llama(), tmp_path / "source")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 5, 5))
+    with pytest.raises(CheckpointError, match="make room"):
+        quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=data())
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_nan_is_an_error_that_names_the_layer(tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[3, 5] = torch.nan
+    source = saved(model, tmp_path / "source")
+    with pytest.raises(NonFiniteError) as caught:
+        quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=data(), smooth="none")
+    told = str(caught.value) + "".join(caught.value.__notes__)
+    assert "model.layers.1.self_attn" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "w8a8", "smooth": "none"}, "does not use calibration data"),
+        ({"scheme": "w8a8", "smooth": "loud"}, "smooth='loud' is unknown"),
+        ({"scheme": "w8a8", "smooth": 1.5}, "1.5"),
+        ({"scheme": "w8a8-static", "calibration": Calibration.of(lambda model: None)}, "is a loop"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_a_file_is_opened(tmp_path, options, message):
+    with pytest.raises(SchemeError, match=message):
+        quantize_blocks(tmp_path / "nowhere", tmp_path / "out", **{"calibration": data(), **options})
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    from w8a8.streaming import calibrated
+    from w8a8.streaming.team import Team
+
+    class Two:
+        def __enter__(self):
+            return Team(0, 2, 2)
+
+        def __exit__(self, *told):
+            return None
+
+    monkeypatch.setattr(calibrated, "team", Two)
+    with pytest.raises(CheckpointError, match="without torchrun"):
+        quantize_blocks(tmp_path, tmp_path / "out", "w8a8-static", calibration=data())
+
+
+@pytest.mark.parametrize("family", ["t5", "whisper"])
+def test_encoder_decoders_are_refused(family):
+    with pytest.raises(ModelError, match="an encoder and a decoder"):
+        BlockWalk(families.build(family, dtype=torch.float32))
+
+
+class _Skips(nn.Module):
+    """Blocks of which the second is given what the first was."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(96, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        return sum(block(x + i) for i, block in enumerate(self.blocks))
+
+
+def test_blocks_that_do_not_follow_one_another_are_refused():
+    with pytest.raises(ModelError, match="not called one after another"):
+        BlockWalk(_Skips()).check(data())
+
+
+def test_smoothing_is_told_as_json_can_hold_it(tmp_path):
+    source = saved(opt(), tmp_path / "source")
+    done = quantize_blocks(source, tmp_path / "out", "w8a8", calibration=data(), smooth=0.5)
+    told = json.loads(json.dumps(done.smooth.to_dict()))
+    assert all(group["source"].startswith("model.decoder.layers.") for group in told["groups"])

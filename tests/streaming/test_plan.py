@@ -1,0 +1,191 @@
+"""What becomes of every tensor is known from headers alone, and is what loading, quantising and saving make of it."""
+
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
+
+import w8a8
+from tests.conftest import llama, mixtral, opt
+from w8a8.checkpoint.files import CONFIG, SINGLE
+from w8a8.errors import CheckpointError, PatternError, SchemeError
+from w8a8.pipeline import open_model
+from w8a8.scheme import Scheme
+from w8a8.streaming import quantize_directory
+from w8a8.streaming.plan import PIECE, UnplacedError, make_plan
+
+W8A8 = Scheme.of("w8a8")
+EMBEDDING, HEAD = "model.decoder.embed_tokens.weight", "lm_head.weight"
+
+
+def rewrite(source, change):
+    """Change the tensors of a directory with one file."""
+    held = load_file(source / SINGLE)
+    change(held)
+    save_file(held, source / SINGLE, metadata={"format": "pt"})
+
+
+def reconfigure(source, **changes):
+    config = json.loads((source / CONFIG).read_text())
+    config |= changes
+    (source / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def assert_as_in_memory(source, place):
+    """Streaming makes the tensors that quantising in memory makes."""
+    quantize_directory(source, place / "streamed", shard_bytes=10**6)
+    model = open_model(source).model
+    w8a8.quantize(model)
+    w8a8.save(model, place / "memory")
+    found, wanted = (load_file(place / name / SINGLE) for name in ("streamed", "memory"))
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype is tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    return found
+
+
+@pytest.fixture
+def source(tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def tied(tmp_path):
+    opt().save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("stated", ["bfloat16", "float16", "float32", None])
+def test_values_are_cast_to_the_dtype_that_the_config_states_first(tmp_path, source, stated):
+    reconfigure(source, dtype=stated)
+    found = assert_as_in_memory(source, tmp_path)
+    assert found["model.norm.weight"].dtype is getattr(torch, stated or "float32")
+
+
+def test_a_file_of_float16_under_a_config_of_bfloat16_is_cast_piece_by_piece(tmp_path, source, monkeypatch):
+    rewrite(source, lambda held: held.update({name: t.half() for name, t in held.items()}))
+    reconfigure(source, dtype="bfloat16")
+    for module in ("plan", "shard"):
+        monkeypatch.setattr(f"w8a8.streaming.{module}.PIECE", 1000)
+    assert_as_in_memory(source, tmp_path)
+
+
+def test_what_an_architecture_keeps_in_float32_stays(tmp_path):
+    config = T5Config(vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4, tie_word_embeddings=False)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "source")
+    reconfigure(tmp_path / "source", dtype="float16")
+    model = open_model(tmp_path / "source").model
+    plan = make_plan(tmp_path / "source", W8A8)
+    dtypes = {step.name: step.dtype for step in plan.steps if step.spec is not None}
+    for name, dtype in dtypes.items():
+        assert dtype is model.get_submodule(name).weight.dtype, name
+    assert set(dtypes.values()) == {torch.float16, torch.float32}
+
+
+def test_a_second_copy_of_a_tied_weight_is_dropped(tmp_path, tied):
+    rewrite(tied, lambda held: held.update({HEAD: held[EMBEDDING].clone()}))
+    found = assert_as_in_memory(tied, tmp_path)
+    assert EMBEDDING in found
+    assert HEAD not in found
+
+
+def test_tied_weights_that_differ_are_left_to_transformers(tied):
+    rewrite(tied, lambda held: held.update({HEAD: held[EMBEDDING] + 1}))
+    with pytest.raises(UnplacedError, match=r"lm_head\.weight and .*embed_tokens\.weight are one weight by config"):
+        make_plan(tied, W8A8)
+
+
+def test_a_tied_head_that_is_named_is_quantised_whichever_name_the_files_have(tmp_path, tied):
+    results = []
+    for name in ("one", "two"):
+        quantize_directory(tied, tmp_path / name, head="int8")
+        results.append(load_file(tmp_path / name / SINGLE))
+        assert json.loads((tmp_path / name / CONFIG).read_text())["tie_word_embeddings"] is False
+        rewrite(tied, lambda held: held.update({HEAD: held[EMBEDDING].clone()}))
+    assert results[0][HEAD].dtype is torch.int8
+    assert results[0][EMBEDDING].dtype is torch.float32
+    assert all(torch.equal(results[0][key], results[1][key]) for key in {**results[0], **results[1]})
+
+
+def test_tensors_that_transformers_stacks_are_an_error_that_names_one(tmp_path):
+    mixtral().save_pretrained(tmp_path / "source")  # under the names of the hub: an expert each
+    with pytest.raises(UnplacedError, match=r"tensors have no place .*experts.*--no-stream"):
+        make_plan(tmp_path / "source", W8A8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda held: held.pop("model.norm.weight"), r"1 tensors are missing: model\.norm\.weight"),
+        (lambda held: held.update({"model.norm.weight": torch.ones(7)}), r"has shape \(7,\), config.json says \(64,\)"),
+        (
+            lambda held: held.update({"model.odd": torch.ones(7)}),
+            r"no place of their own in LlamaForCausalLM .*model.odd",
+        ),
+        (
+            lambda held: held.update({HEAD.replace("lm_head", "norm"): held["model.norm.weight"].clone()}),
+            r"norm\.weight is in model\.safetensors too: two values",
+        ),
+        (
+            lambda held: held.update({"model.layers.0.mlp.up_proj.weight": torch.ones(100, 64, dtype=torch.int8)}),
+            r"up_proj\.weight is torch\.int8, which is no weight of a float model",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_the_config_are_refused(source, change, message):
+    rewrite(source, change)
+    with pytest.raises(CheckpointError, match=message):
+        make_plan(source, W8A8)
+
+
+def test_a_request_that_cannot_be_met_is_refused(source):
+    with pytest.raises(SchemeError, match="static activation scales"):
+        make_plan(source, Scheme.of("w8a8-static"))
+    with pytest.raises(PatternError, match="matches none"):
+        make_plan(source, W8A8, include=["*.nothing"])
+    with pytest.raises(SchemeError, match="asymmetric weights"):
+        make_plan(source, replace(W8A8, weights=replace(W8A8.weights, symmetric=False)))
+
+
+def test_a_quantised_directory_is_refused(tmp_path, source):
+    quantize_directory(source, tmp_path / "out")
+    with pytest.raises(SchemeError, match="is quantised already"):
+        make_plan(tmp_path / "out", W8A8)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 5_000, 10**9])
+def test_shards_hold_every_tensor_once_and_no_more_than_they_may(source, shard_bytes):
+    plan = make_plan(source, W8A8, shard_bytes=shard_bytes)
+    names = [name for shard in plan.shards for name, _, _ in shard.outputs]
+    assert len(names) == len(set(names))
+    assert [step.name for step in plan.steps] == [s.name for s in make_plan(source, W8A8, shard_bytes=10**9).steps]
+    for shard in plan.shards:
+        assert sum(step.bytes for step in shard.steps) <= shard_bytes or len(shard.steps) == 1
+
+
+def test_tensors_lie_aligned_in_the_files(tmp_path, source):
+    quantize_directory(source, tmp_path / "out", shard_bytes=5_000)
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                tensor = file.get_tensor(name)
+                assert tensor.data_ptr() % tensor.element_size() == 0
+
+
+def test_pieces_are_whole_rows_and_make_up_the_tensor(source):
+    for step in make_plan(source, W8A8).steps:
+        wide = replace(step, entry=replace(step.entry, end=step.entry.begin + step.entry.bytes * 1000))
+        pieces = list(wide.pieces())
+        assert pieces[0][0] == wide.entry.begin
+        assert pieces[-1][1] == wide.entry.end
+        assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(pieces))
+        if step.spec is not None:
+            row = step.entry.shape[1] * step.entry.dtype.itemsize
+            assert all((end - begin) % row == 0 and end - begin <= PIECE for begin, end in pieces)
