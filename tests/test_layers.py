@@ -13,7 +13,8 @@ LAYERS = [
     {"kernels"},
     {"linear"},
     {"convert", "coverage"},
-    {"dataflow", "checkpoint", "evaluate", "corpus"},
+    {"dataflow", "checkpoint", "corpus"},
+    {"evaluation"},
     {"calibration"},
     {"smoothing"},
     {"pipeline", "experiment", "streaming", "hf"},
@@ -27,7 +28,8 @@ INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
-    "checkpoint": ["headers", "layout", "files", "reader", "verify", "vllm", "writer", "rehearsal"],
+    "checkpoint": ["headers", "layout", "describe", "files", "reader", "verify", "vllm", "writer", "rehearsal"],
+    "evaluation": ["intervals", "text", "scores", "stored", "compare", "harness"],
     "streaming": ["plan", "journal", "resources", "source", "shard", "team", "run"],
 }
 SOURCE = Path(w8a8.__file__).parent

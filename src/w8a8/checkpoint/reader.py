@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from w8a8 import convert, kernels
+from w8a8.checkpoint.describe import inscribe
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG, opened, read_quantization, resolve, tensor_files
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.errors import CheckpointError, ModelError, SchemeError
@@ -76,7 +77,8 @@ def load(
         scheme = _measured_as_it_comes(quantization.groups[0].scheme)
         convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
         convert.untie(model, selection)
-    model.config.__dict__.pop("quantization_config", None)  # what transformers would act upon; w8a8.save writes it
+    model.config.__dict__.pop("quantization_config", None)
+    inscribe(model)
     if (directory / GENERATION_CONFIG).exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     return model.eval()
