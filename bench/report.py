@@ -16,13 +16,11 @@ import model
 import overhead
 import smoothing
 import smoothing_peer
-import streaming
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 RESULTS = tuple(
-    script.RESULT
-    for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer, streaming)
+    script.RESULT for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer)
 )
 
 _HEAD = """# Performance
@@ -36,7 +34,7 @@ in one process, llama.cpp's excepted, which has its own.
 
 def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
-    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer, _streaming)
+    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer)
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
 
@@ -143,12 +141,6 @@ def _smoothing_peer(result: dict[str, Any]) -> str:
         "(relative norm) says whether it kept the function. The random Gemma-3 stores its norm weights less one.\n\n"
         + smoothing_peer.table(result)
         + "\n"
-    )
-
-
-def _streaming(result: dict[str, Any]) -> str:
-    return (
-        "## Bigger than memory\n\n" + _where(result) + streaming.text(result) + "\n\n" + streaming.table(result) + "\n"
     )
 
 
