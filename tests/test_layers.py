@@ -7,7 +7,7 @@ import w8a8
 
 LAYERS = [
     {"errors"},
-    {"scheme"},
+    {"scheme", "report"},
     {"affine"},
     {"functional", "tokens"},
     {"kernels"},
@@ -27,6 +27,7 @@ INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
+    "report": ["records", "png", "markup", "plots", "sections", "page", "collect"],
     "checkpoint": ["layout", "files", "reader", "writer"],
 }
 SOURCE = Path(w8a8.__file__).parent
