@@ -51,8 +51,12 @@ def standin(blocks: int = 32, *, seed: int = 0) -> dict[str, Any]:
         },
         "coverage": _coverage(layers),
         "layers": layers,
-        "rankings": {"kl_alone": alone, "kl_spared": spared, "disagree": [n for n in alone[:12] if n not in spared[:12]]},
-        "channels": [_channels(layer, rng) for layer in layers],
+        "rankings": {
+            "kl_alone": alone,
+            "kl_spared": spared,
+            "disagree": [n for n in alone[:12] if n not in spared[:12]],
+        },
+        "channels": [_channels(layer, seed) for layer in layers],
         "histograms": [_histogram(name, what, rng) for name in alone[:4] for what in ("weight", "input")],
         "smoothing": {"kept": "searched", "groups": [g for block in range(blocks) for g in _groups(block, rng)]},
         "budget": {"points": points, "chosen": 3, "constraint": "at most 0.5 % of the float model's perplexity lost"},
@@ -65,7 +69,9 @@ def standin(blocks: int = 32, *, seed: int = 0) -> dict[str, Any]:
             "command": "w8a8 quantize stand-in -o out --scheme w8a8-static --calib text.txt --seed 0",
             "seed": 0,
             "versions": {"w8a8": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
-            "hashes": {"model.safetensors (SHA-256)": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"},
+            "hashes": {
+                "model.safetensors (SHA-256)": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+            },
             "machine": {"processor": "AMD EPYC (Zen 4)", "cores": "2"},
         },
     }
@@ -118,7 +124,10 @@ def _coverage(layers: list[dict[str, Any]]) -> dict[str, Any]:
     return {"totals": totals, "modules": parts["all"]}
 
 
-def _channels(layer: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+def _channels(layer: dict[str, Any], seed: int) -> dict[str, Any]:
+    """q, k and v read one tensor, and so do gate and up."""
+    tensor = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(layer["kind"], layer["kind"])
+    rng = random.Random(f"{seed} {layer['block']} {tensor}")
     before = [round(math.exp(rng.gauss(0, 0.5)), 3) for _ in range(COLUMNS)]
     for place in (7, 70):
         before[place] *= 40 if layer["kind"] != "o_proj" else 1

@@ -11,7 +11,9 @@ from w8a8.cli.output import print_line
 
 @app.command()
 def report(
-    records: Annotated[Path, typer.Argument(metavar="RESULT.json", help="Records, as `w8a8.report.collect` makes them.")],
+    records: Annotated[
+        Path, typer.Argument(metavar="RESULT.json", help="Records, as `w8a8.report.collect` makes them.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.", show_default=False)],
 ) -> None:
     """Make one self-contained page from the records of a quantised model."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from w8a8.report.records import Interval
 
+ABSENT = "\u2013"  # how a value that was not measured reads
+
 
 @dataclass(frozen=True)
 class Column:
@@ -55,13 +57,17 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], *, caption: 
     """
     heads = []
     for place, column in enumerate(columns):
+        numbers = [row[place] for row in rows if row[place] is not None]
+        right = ' class="n"' if place and numbers and all(isinstance(v, int | float) for v in numbers) else ""
         about = f' title="{text(column.about)}"' if column.about else ""
         name = text(column.title)
         if key is not None:
             name = f'<button type="button" data-column="{place}">{name}<span aria-hidden="true"></span></button>'
-        heads.append(f'<th scope="col"{about}{_sort(key)}>{name}</th>')
+        heads.append(f'<th scope="col"{right}{about}{_sort(key)}>{name}</th>')
     body = "".join(
-        "<tr>" + "".join(_cell(c, v, place == 0, key) for place, (c, v) in enumerate(zip(columns, row, strict=True))) + "</tr>"
+        "<tr>"
+        + "".join(_cell(c, v, place == 0, key) for place, (c, v) in enumerate(zip(columns, row, strict=True)))
+        + "</tr>"
         for row in rows
     )
     named = "" if key is None else f' id="{text(key)}"'
@@ -92,7 +98,7 @@ def drawing(svg: str, title: str) -> str:
 def interval(value: Interval | None, digits: int, *, factor: float = 1.0, unit: str = "") -> str:
     """`1.234 (1.200 to 1.300)`, or a dash."""
     if value is None:
-        return "–"
+        return ABSENT
     shown = f"{value.mean * factor:.{digits}f}{unit}"
     if value.low is None or value.high is None:
         return shown
@@ -105,7 +111,9 @@ def _sort(key: str | None) -> str:
 
 def _cell(column: Column, value: Any, heading: bool, key: str | None) -> str:
     number = isinstance(value, int | float)
-    shown = "–" if value is None else text(column.shown(value))
+    shown = ABSENT if value is None else text(column.shown(value))
     data = f' data-v="{value!r}"' if number and key is not None else ""
     kind = ' class="n"' if number else ""
+    if heading:
+        shown = shown.replace(".", ".<wbr>")  # a module's name breaks at its dots
     return f'<th scope="row">{shown}</th>' if heading else f"<td{kind}{data}>{shown}</td>"

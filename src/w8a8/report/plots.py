@@ -33,6 +33,7 @@ _CONFIG = {
         "labelFontSize": 12,
         "titleFontSize": 12,
         "titleFontWeight": "normal",
+        "titlePadding": 12,  # the browser's font is wider than the one that was measured
     },
     "legend": {
         "labelColor": "var(--ink)",
@@ -42,6 +43,7 @@ _CONFIG = {
         "title": None,
         "orient": "bottom",
         "columns": 3,
+        "columnPadding": 22,
     },
 }
 
@@ -110,8 +112,15 @@ def against(layers: Sequence[Layer]) -> str:
             "data": {"values": rows},
             "mark": _POINT,
             "encoding": {
-                "x": {**_x("alone", "KL with this layer alone quantised, nats", scale=axis), "axis": _LOG | _few("x")},
-                "y": {**_y("spared", "KL saved by sparing it, nats"), "scale": axis, "axis": _LOG | _few("y")},
+                "x": {
+                    **_x("alone", "KL with this layer alone quantised, nats", scale=axis),
+                    "axis": _logarithmic([x.kl_alone for x in layers]),
+                },
+                "y": {
+                    **_y("spared", "KL saved by sparing it, nats"),
+                    "scale": axis,
+                    "axis": _logarithmic([x.kl_spared for x in layers]),
+                },
                 **_series([layer.kind for layer in layers]),
                 "description": {"field": "label"},
             },
@@ -120,11 +129,12 @@ def against(layers: Sequence[Layer]) -> str:
 
 
 def histogram(found: Histogram) -> str:
-    """Counts per bin on a symmetric logarithmic axis, with the codes of the grid drawn under them and its ends as lines."""
+    """Counts per bin on a logarithmic axis that has a zero; the grid is drawn as its codes and its two ends."""
     bins = [
         {"left": left, "right": right, "count": count, "label": f"{left:.4g} to {right:.4g}: {count:,}"}
         for left, right, count in zip(found.edges, found.edges[1:], found.counts, strict=False)
     ]
+    top = max(1, *found.counts)
     codes, every = shown_codes(found)
     ticks = [{"value": (q - found.zero_point) * found.scale, "label": f"code {q}"} for q in codes]
     ends = [ticks[0], ticks[-1]]
@@ -135,22 +145,46 @@ def histogram(found: Histogram) -> str:
             "layer": [
                 {
                     "data": {"values": bins},
-                    "mark": {"type": "bar", "color": "var(--s0)", "binSpacing": 0, "stroke": None},
+                    "mark": {
+                        "type": "bar",
+                        "orient": "vertical",
+                        "color": "var(--s0)",
+                        "binSpacing": 0,
+                        "stroke": None,
+                    },
                     "encoding": {
                         "x": _x("left", f"value; ticks: every {_nth(every)} code; dashed: the ends of the grid"),
                         "x2": {"field": "right"},
-                        "y": {**_y("count", "count, log (1 + n)"), "scale": {"type": "symlog"}, "axis": _few("y")},
+                        "y": {
+                            **_y("count", "count"),
+                            "scale": {"type": "symlog", "domain": [0, top], "nice": False},
+                            "axis": {"values": _decades(1, top)},
+                        },
+                        "y2": {"datum": 0},
                         **label,
                     },
                 },
                 {
                     "data": {"values": ticks},
-                    "mark": {"type": "tick", "color": "var(--s1)", "size": 10, "thickness": 1.5, "opacity": 1, "yOffset": -5},
+                    "mark": {
+                        "type": "tick",
+                        "color": "var(--s1)",
+                        "size": 10,
+                        "thickness": 1.5,
+                        "opacity": 1,
+                        "yOffset": -5,
+                    },
                     "encoding": {"x": value, "y": {"value": HEIGHT}, **label},
                 },
                 {
                     "data": {"values": ends},
-                    "mark": {"type": "rule", "color": "var(--s1)", "strokeDash": [5, 4], "strokeWidth": 1.5, "opacity": 1},
+                    "mark": {
+                        "type": "rule",
+                        "color": "var(--s1)",
+                        "strokeDash": [5, 4],
+                        "strokeWidth": 1.5,
+                        "opacity": 1,
+                    },
                     "encoding": {"x": value, **label},
                 },
             ]
@@ -167,7 +201,7 @@ def shown_codes(found: Histogram) -> tuple[list[int], int]:
 
 
 def alphas(groups: Sequence[Group]) -> str:
-    """Alpha of every group in the order of the forward; groups that were left alone lie at the bottom, as crosses."""
+    """Alpha of every group in the order of the forward; groups that were left alone lie at the bottom, as squares."""
     rows = [
         {
             "place": place,
@@ -202,7 +236,10 @@ def smoothing_errors(groups: Sequence[Group]) -> str:
         for when, error in (("before", group.error_before), ("after", group.error_after))
     ]
     place = _x("place", "group, in the order of the forward", scale={"nice": False, "padding": 8}, whole=True)
-    axis = {"scale": {"type": "log", "nice": False, "padding": 8}, "axis": _LOG | _few("y")}
+    axis = {
+        "scale": {"type": "log", "nice": False, "padding": 8},
+        "axis": _logarithmic([e for g in groups for e in (g.error_before, g.error_after)]),
+    }
     return _chart(
         {
             "layer": [
@@ -251,9 +288,7 @@ def costs(budget: Budget) -> str:
         {
             "data": {"values": rows},
             "mark": _POINT,
-            "encoding": encoding
-            | _series(["predicted", "measured"])
-            | {"description": {"field": "label"}},
+            "encoding": encoding | _series(["predicted", "measured"]) | {"description": {"field": "label"}},
         },
     ]
     if budget.chosen is not None:
@@ -269,7 +304,6 @@ def costs(budget: Budget) -> str:
 
 
 _POINT = {"type": "point", "filled": True, "size": 45, "opacity": 0.9}
-_LOG = {"format": "~e", "labelOverlap": True}
 
 
 def _chart(body: dict[str, Any]) -> str:
@@ -287,6 +321,24 @@ def _y(field: str, title: str) -> dict[str, Any]:
 
 def _few(axis: str) -> dict[str, Any]:
     return {"tickCount": 6 if axis == "x" else 5}
+
+
+def _logarithmic(found: Sequence[float | None]) -> dict[str, Any]:
+    """An axis with a line per decade, or where there is hardly one, at 1, 2 and 5."""
+    values = [value for value in found if value is not None]
+    low, high = min(values), max(values)
+    marks = _decades(low, high)
+    if len(marks) < 2:
+        marks = [step * 10.0**power for power in _powers(low, high) for step in (1, 2, 5)]
+    return {"values": marks, "format": ".0e"}
+
+
+def _decades(low: float, high: float) -> list[float]:
+    return [10.0**power for power in _powers(low, high) if low <= 10.0**power <= high]
+
+
+def _powers(low: float, high: float) -> range:
+    return range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
 
 
 def _series(names: Sequence[str], *, field: str = "kind") -> dict[str, Any]:

@@ -13,6 +13,7 @@ that speak of the schema and not of the file.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -129,7 +130,7 @@ class Rankings:
 
 @dataclass(frozen=True)
 class Channels:
-    """Absmax of a layer's input channels, at most `MAX_COLUMNS` of them; `after` smoothing, None where there was none."""
+    """Absmax of a layer's input channels, at most `MAX_COLUMNS`; `after` smoothing, or None."""
 
     layer: str
     before: list[float]
@@ -197,7 +198,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What would help a layer; `gain_kl_nats` is the measured fall of the model's KL, None where it was not measured."""
+    """What would help a layer; `gain_kl_nats` is the measured fall of the model's KL, or None."""
 
     layer: str
     remedy: str
@@ -271,8 +272,7 @@ def check(records: Any) -> Records:
         where = f"records.histograms[{i}]"
         if len(histogram.edges) != len(histogram.counts) + 1:
             raise ReportError(
-                f"{where} has {len(histogram.edges)} edges and {len(histogram.counts)} counts; "
-                "n bins have n + 1 edges"
+                f"{where} has {len(histogram.edges)} edges and {len(histogram.counts)} counts; n bins have n + 1 edges"
             )
         if any(a >= b for a, b in zip(histogram.edges, histogram.edges[1:], strict=False)):
             raise ReportError(f"{where}.edges do not ascend; sort the bins and drop empty ones")
@@ -297,7 +297,7 @@ def binned(absmax: list[float], columns: int = MAX_COLUMNS) -> list[float]:
     if len(absmax) <= columns:
         return list(absmax)
     cuts = [i * len(absmax) // columns for i in range(columns + 1)]
-    return [max(absmax[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [max(absmax[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _dataclass(kind: type[_T], value: Any, where: str) -> _T:

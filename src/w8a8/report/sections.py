@@ -5,10 +5,9 @@ A plot leaves out what was not measured, and says how many that are; its table h
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from w8a8.report import plots, png
-from w8a8.report.markup import Column, drawing, figure, folded, interval, table, text
+from w8a8.report.markup import ABSENT, Column, drawing, figure, folded, interval, table, text
 from w8a8.report.records import Channels, Headline, Histogram, Interval, Layer, Records
 
 _WORST = 10  # layers that are named as the worst
@@ -20,7 +19,7 @@ Section = tuple[str, str, str]  # its id, its heading, its HTML
 def headline(records: Records) -> str:
     """Verdict and tiles; a tile whose numbers are absent is left out."""
     found = records.headline
-    tiles = [(name, value, small) for name, value, small in _tiles(found) if value != "–"]
+    tiles = [(name, value, small) for name, value, small in _tiles(found) if value != ABSENT]
     cells = "".join(
         f"<div><dt>{text(name)}</dt><dd>{text(value)}{f'<small>{text(small)}</small>' if small else ''}</dd></div>"
         for name, value, small in tiles
@@ -45,7 +44,7 @@ def sections(records: Records) -> list[Section]:
 
 
 def _tiles(h: Headline) -> list[tuple[str, str, str]]:
-    size = speed = ratio = "–"
+    size = speed = ratio = ABSENT
     shrunk = faster = ""
     if h.bytes_before is not None and h.bytes_after is not None:
         size, shrunk = f"{_mb(h.bytes_before)} → {_mb(h.bytes_after)}", _times(h.bytes_before, h.bytes_after, "smaller")
@@ -69,14 +68,14 @@ def _tiles(h: Headline) -> list[tuple[str, str, str]]:
 
 
 def _split(
-    value: Interval | None, digits: int, more: str = "–", *, factor: float = 1, unit: str = ""
+    value: Interval | None, digits: int, more: str = ABSENT, *, factor: float = 1, unit: str = ""
 ) -> tuple[str, str]:
     """A tile's number, and under it its interval and what else there is to say."""
     if value is None:
-        return "–", ""
+        return ABSENT, ""
     whole = interval(value, digits, factor=factor, unit=unit)
     mean, _, ends = whole.partition(" (")
-    return mean, ", ".join(part for part in (f"95 %: {ends[:-1]}" if ends else "", more) if part not in ("", "–"))
+    return mean, ", ".join(part for part in (f"95 %: {ends[:-1]}" if ends else "", more) if part not in ("", ABSENT))
 
 
 def _worst(records: Records) -> str:
@@ -102,7 +101,12 @@ def _worst(records: Records) -> str:
     by_name = {layer.name: layer for layer in records.layers}
     places = [{name: place for place, name in enumerate(order, start=1)} for order in ranks.values()]
     rows = [
-        [name, *(place.get(name) for place in places), *_measures(by_name.get(name)), "; ".join(helped.get(name, [])) or None]
+        [
+            name,
+            *(place.get(name) for place in places),
+            *_measures(by_name.get(name)),
+            "; ".join(helped.get(name, [])) or None,
+        ]
         for name in names
     ]
     columns = [
@@ -138,9 +142,10 @@ def _coverage(records: Records) -> str:
     if records.coverage is None:
         return ""
     every = records.coverage.totals.get("all")
+    parameters, macs = (None, None) if every is None else (every.parameters, every.macs)
     totals = [
-        [name, t.modules, t.parameters, _part(t.parameters, every and every.parameters), t.bytes, t.macs,
-         _part(t.macs, every and every.macs)]
+        [name, t.modules, t.parameters, _part(t.parameters, parameters), t.bytes, t.macs,
+         _part(t.macs, macs)]
         for name, t in records.coverage.totals.items()
     ]  # fmt: skip
     columns = ("", "modules", "parameters", "of all", "bytes", "multiply-adds per token", "of all")
@@ -152,13 +157,13 @@ def _coverage(records: Records) -> str:
             left.setdefault(module.reason, []).append(module.name)
     reasons = [[why, len(names), ", ".join(names)] for why, names in left.items()]
     modules = [
-        [m.name, m.kind, " × ".join(map(str, m.shape)), m.parameters, m.scheme or "float", m.reason]
+        [m.name, m.kind, " x ".join(map(str, m.shape)), m.parameters, m.scheme or "float", m.reason]
         for m in records.coverage.modules
     ]
     return (
         table(shown, totals, caption="What is quantised and what stayed float")
         + folded(
-            f"Why {sum(len(names) for names in left.values())} modules stayed float",
+            f"Why modules stayed float ({sum(len(names) for names in left.values())})",
             table([Column("why"), Column("modules"), Column("names")], reasons, caption="Reasons"),
         )
         + folded(
@@ -209,7 +214,7 @@ LAYER_COLUMNS = (
     ("layer", "name", str, ""),
     ("kind", "kind", str, "the last part of the name"),
     ("block", "block", str, "depth"),
-    ("shape", "shape", str, "out × in"),
+    ("shape", "shape", str, "out x in"),
     ("scheme", "scheme", str, ""),
     ("weight dB", "weight_sqnr_db", lambda v: f"{v:.1f}", "SQNR of the weight"),
     ("input dB", "input_sqnr_db", lambda v: f"{v:.1f}", "SQNR of the input"),
@@ -233,14 +238,14 @@ def _layers(records: Records) -> str:
     ]
     kinds = "".join(f"<option>{text(kind)}</option>" for kind in dict.fromkeys(layer.kind for layer in records.layers))
     count = len(rows)
+    meanings = "".join(f"<li>{text(title)}: {text(about)}</li>" for title, _, _, about in LAYER_COLUMNS if about)
     return (
         '<form><label>Name contains<input id="filter-name" type="search" autocomplete="off"></label>'
         f'<label>Kind<select id="filter-kind"><option value="">all</option>{kinds}</select></label>'
         '<button class="button" type="reset">Show all</button>'
         f'<output id="shown" for="filter-name filter-kind">{count} of {count} layers</output></form>'
         + table(columns, rows, caption="Every layer; its headings sort", key="layers")
-        + '<p class="note">Headings sort. dB are signal over error power; KL is in nats per token; hover a heading '
-        "for what it means.</p>"
+        + folded("What the columns mean", f"<ul>{meanings}</ul>")
     )
 
 
@@ -253,10 +258,13 @@ def _channels(records: Records) -> str:
         kinds.setdefault(known.get(row.layer, row.layer.rpartition(".")[2]), []).append(row)
     values = [v for row in records.channels for v in (*row.before, *(row.after or ())) if v > 0]
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
-    figures = "".join(_heat(kind, rows, low, high) for kind, rows in kinds.items())
+    pictures: dict[str, tuple[list[str], list[Channels]]] = {}  # kinds that read one tensor are one picture
+    for kind, rows in kinds.items():
+        pictures.setdefault(repr([(row.before, row.after) for row in rows]), ([], rows))[0].append(kind)
+    figures = "".join(_heat(", ".join(names), rows, low, high) for names, rows in pictures.values())
     bar = png.data_uri([list(range(_LEVELS + 1))])
     return (
-        "<p>Largest magnitude of each input channel, first block at the top; where there are more than "
+        "<p>Largest magnitude of each input channel, where there are more than "
         "128 channels, of each run of neighbours. One logarithmic scale for all.</p>"
         f'<div class="scale"><span>{low:.2g}</span><img alt="dark is small, bright is large" src="{bar}">'
         f'<span>{high:.3g}</span></div><div class="plots">{figures}</div>'
@@ -281,11 +289,15 @@ def _heat(kind: str, rows: Sequence[Channels], low: float, high: float) -> str:
         for when, pixels in parts
     )
     data = table(
-        [Column("layer"), *(Column(f"{what} {when}", _three) for when in ("before", "after") for what in ("max", "median"))],
+        [
+            Column("layer"),
+            *(Column(f"{what} {when}", _three) for when in ("before", "after") for what in ("max", "median")),
+        ],
         [[row.layer, *_ends(row.before), *_ends(row.after)] for row in rows],
         caption=f"Input channels of {kind}; every value is in the records",
     )
-    return figure(f"Input of {kind}", f'<div class="heat">{pictures}</div>', "", data)
+    note = f"{len(rows)} rows, the first layer at the top; {width} columns."
+    return figure(f"Input of {kind}", f'<div class="heat">{pictures}</div>', note, data)
 
 
 def _ends(values: Sequence[float] | None) -> tuple[float | None, float | None]:
@@ -379,7 +391,7 @@ def _without(count: int, what: str) -> str:
 
 
 def _shape(shape: list[int] | None) -> str | None:
-    return None if shape is None else " × ".join(map(str, shape))
+    return None if shape is None else " x ".join(map(str, shape))
 
 
 def _part(part: int, whole: int | None) -> float | None:
@@ -387,7 +399,7 @@ def _part(part: int, whole: int | None) -> float | None:
 
 
 def _mb(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB"
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
 
 
 def _times(more: float, less: float, what: str) -> str:
