@@ -49,6 +49,11 @@ def test_parts_that_are_absent_leave_their_sections_out():
     ]  # fmt: skip
 
 
+def test_a_column_that_was_measured_for_no_layer_is_left_out():
+    page = report(collect(model="m", scheme="w8a8", layers=[{"name": "a.fc1", "kind": "fc1", "cosine": 0.5}]))
+    assert re.findall(r'<button type="button" data-column="\d">([^<]+)<', page) == ["layer", "kind", "cosine"]
+
+
 def test_embedded_data_cannot_end_its_element():
     document = embedded({"</script><!--": "\u2028\u2029&"})
     assert re.search("[<>&\u2028\u2029]", document) is None

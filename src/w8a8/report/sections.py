@@ -231,14 +231,15 @@ LAYER_COLUMNS = (
 def _layers(records: Records) -> str:
     if not records.layers:
         return ""
-    columns = [Column(title, shown, about) for title, _, shown, about in LAYER_COLUMNS]
+    used = [c for c in LAYER_COLUMNS if any(getattr(layer, c[1]) is not None for layer in records.layers)]
+    columns = [Column(title, shown, about) for title, _, shown, about in used]
     rows = [
-        [_shape(layer.shape) if name == "shape" else getattr(layer, name) for _, name, _, _ in LAYER_COLUMNS]
+        [_shape(layer.shape) if name == "shape" else getattr(layer, name) for _, name, _, _ in used]
         for layer in records.layers
     ]
     kinds = "".join(f"<option>{text(kind)}</option>" for kind in dict.fromkeys(layer.kind for layer in records.layers))
     count = len(rows)
-    meanings = "".join(f"<li>{text(title)}: {text(about)}</li>" for title, _, _, about in LAYER_COLUMNS if about)
+    meanings = "".join(f"<li>{text(title)}: {text(about)}</li>" for title, _, _, about in used if about)
     return (
         '<form><label>Name contains<input id="filter-name" type="search" autocomplete="off"></label>'
         f'<label>Kind<select id="filter-kind"><option value="">all</option>{kinds}</select></label>'
