@@ -7,7 +7,7 @@ import w8a8
 
 LAYERS = [
     {"errors"},
-    {"scheme"},
+    {"scheme", "report"},
     {"affine"},
     {"functional", "tokens"},
     {"kernels"},
@@ -43,6 +43,7 @@ INSIDE = {
         "forecast",
         "calibrated",
     ],
+    "report": ["records", "png", "markup", "plots", "sections", "page", "collect"],
 }
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

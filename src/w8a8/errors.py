@@ -64,6 +64,10 @@ class TextError(W8A8Error, OSError):
     __str__ = Exception.__str__
 
 
+class ReportError(W8A8Error, ValueError):
+    """Records that no page can be made from, or a page that cannot be made here."""
+
+
 def closest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """`", closest: a, b"` for an unknown name, or the first known ones where nothing is close."""
     known = list(known)

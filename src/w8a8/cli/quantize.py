@@ -8,7 +8,8 @@ import typer
 
 from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, app
 from w8a8.cli.evaluate import DEFAULT_WINDOWS, compare_named, show_comparison
-from w8a8.cli.output import print_json
+from w8a8.cli.output import print_json, print_line
+from w8a8.cli.page import check_drawing, page_of
 from w8a8.cli.ways import Job, by_blocks, in_memory, streamed
 from w8a8.errors import SchemeError
 
@@ -62,6 +63,9 @@ def quantize(
         str | None,
         typer.Option("--eval-text", metavar="FILE", help="Score the result against the float model on this text."),
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE.html", help="A page about the result, in one file.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option("--target", metavar="vllm", help="Stop where vLLM would refuse the result.")
     ] = None,
@@ -82,6 +86,8 @@ def quantize(
             f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
+    if report is not None:
+        check_drawing()
     data_free = calib is None and smooth in (None, "none") and dtype == "auto"
     if stream and not data_free and (calib is None or dtype != "auto"):
         raise SchemeError(
@@ -121,6 +127,10 @@ def quantize(
         told["evaluation"] = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
         if not as_json:
             show_comparison(str(output), model, told["evaluation"], as_json=False)
+    if report is not None and not dry_run:
+        page_of(told, model, output, seed).write(report)
+        if not as_json:
+            print_line(f"The page is {report}.")
     if as_json:
         print_json(told)
 

@@ -1,0 +1,82 @@
+"""The one place where records are assembled from what the rest of the package returns.
+
+It takes plain data (`Coverage.to_dict()`, `SmoothReport.to_dict()`, a `Comparison` as `cli.output.plain` gives it), so
+it needs no torch, and works as well on a result that was read back from a file.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from w8a8.report.records import SCHEMA, check
+
+_GROUP = ("source", "readers", "alpha", "error_before", "error_after", "change", "reason")
+
+
+def collect(
+    *,
+    model: str,
+    scheme: str,
+    verdict: str | None = None,
+    bytes_before: int | None = None,
+    bytes_after: int | None = None,
+    coverage: Mapping[str, Any] | None = None,
+    smooth: Mapping[str, Any] | None = None,
+    comparison: Mapping[str, Any] | None = None,
+    headline: Mapping[str, Any] | None = None,
+    layers: Sequence[Mapping[str, Any]] = (),
+    reproduce: Mapping[str, Any] | None = None,
+    **parts: Any,
+) -> dict[str, Any]:
+    """Records of one quantised model.
+
+    Args:
+        model, scheme: Their names.
+        verdict: A sentence; made from the comparison where it is None.
+        bytes_before, bytes_after: Of the model; after is the coverage's total where it is None.
+        coverage: `Coverage.to_dict()`.
+        smooth: `SmoothReport.to_dict()`.
+        comparison: `plain(evaluation.Comparison)`: the quantised model against the float one.
+        headline: More fields of `records.Headline`, which go before what follows from the other arguments.
+        layers: Fields of `records.Layer`.
+        reproduce: Fields of `records.Reproduce`.
+        parts: Other parts by their name in `records.Records`: rankings, channels, histograms, budget, remedies.
+
+    Returns:
+        Plain data that follows the schema, for `report` or a JSON file.
+
+    Raises:
+        ReportError: a part does not follow the schema.
+    """
+    found: dict[str, Any] = {"model": model, "scheme": scheme, "bytes_before": bytes_before, "bytes_after": bytes_after}
+    if coverage is not None and bytes_after is None:
+        found["bytes_after"] = coverage["totals"]["all"]["bytes"]
+    if comparison is not None:
+        found |= {
+            "perplexity_float": comparison["reference"]["perplexity"],
+            "perplexity_quantized": comparison["model"]["perplexity"],
+            "bits_per_byte_float": comparison["reference"]["bits_per_byte"],
+            "bits_per_byte_quantized": comparison["model"]["bits_per_byte"],
+            "kl_mean_nats": comparison["kl_nats"],
+            "kl_p99_nats": comparison["kl_p99_nats"],
+            "top1_agreement": comparison["top1_agreement"],
+        }
+    found["verdict"] = verdict or verdict_of(comparison)
+    records: dict[str, Any] = {
+        "schema": SCHEMA,
+        "headline": found | dict(headline or {}),
+        "layers": [dict(layer) for layer in layers],
+        "reproduce": dict(reproduce or {}),
+        **parts,
+    }
+    if coverage is not None:
+        records["coverage"] = dict(coverage)
+    if smooth is not None:
+        groups = [{key: group[key] for key in _GROUP} for group in smooth["groups"]]
+        records["smoothing"] = {"kept": smooth["kept"], "groups": groups}
+    check(records)
+    return records
+
+
+def verdict_of(comparison: Mapping[str, Any] | None) -> str:
+    """One sentence about perplexity."""
+    return "Quality was not measured." if comparison is None else f"Perplexity: {comparison['verdict']}."

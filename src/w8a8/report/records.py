@@ -1,0 +1,347 @@
+"""The records that a page is made from: the schema, and its check.
+
+A file of records is one JSON object with `"schema": 1`.  Each part below is a dataclass, its fields are the keys, a
+field with a default may be left out, and `X | None` may be null: nothing that was not measured has to be invented.
+An unknown key is an error that names the closest known one, because a misspelt part would silently leave the page.
+
+Units: bytes; nats for losses and divergences; dB for SQNR (10 log10 of signal power over error power); shares and
+cosines as plain ratios.  Lists of channels hold absmax per input channel, or per run of neighbouring channels where
+there are more than `MAX_COLUMNS`: their largest.
+
+JSON Schema with a validator was the alternative: a dependency, a second description of the same types, and messages
+that speak of the schema and not of the file.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from w8a8.errors import ReportError, closest
+
+SCHEMA = 1
+MAX_COLUMNS = 128  # of a heat map: more are narrower than a pixel on a phone
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval; the ends are None where there was one window."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What a reader wants first.  Bytes are of the weights; perplexities are per token."""
+
+    model: str
+    scheme: str
+    verdict: str
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+    tok_per_s_before: float | None = None
+    tok_per_s_after: float | None = None
+    perplexity_float: Interval | None = None
+    perplexity_quantized: Interval | None = None
+    bits_per_byte_float: Interval | None = None
+    bits_per_byte_quantized: Interval | None = None
+    kl_mean_nats: Interval | None = None
+    kl_p99_nats: Interval | None = None
+    top1_agreement: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over modules, as `w8a8.coverage.Totals`."""
+
+    modules: int
+    parameters: int
+    bytes: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module that holds parameters, as `w8a8.coverage.ModuleCoverage`."""
+
+    name: str
+    kind: str
+    shape: list[int]
+    parameters: int
+    bytes: int
+    macs: int
+    scheme: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Covered:
+    """`Coverage.to_dict()`: totals of "quantized", "float" and "all", and every module."""
+
+    totals: dict[str, Totals]
+    modules: list[Module]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What was measured of one linear layer.
+
+    kind: The last part of its name: q_proj, down_proj, ...
+    block: Its depth; None for what stands outside the blocks.
+    saturated_share: Of the input's codes, those at an end of the grid.
+    dead_share: Of the input channels, those that were always zero.
+    outlier_ratio: The input's largest channel absmax over the median one.
+    kl_alone: KL of the model in which this layer alone is quantised, nats per token.
+    kl_spared: How much less the KL of the quantised model is with this layer alone left in float, nats per token.
+    """
+
+    name: str
+    kind: str
+    block: int | None = None
+    shape: list[int] | None = None
+    scheme: str | None = None
+    weight_sqnr_db: float | None = None
+    input_sqnr_db: float | None = None
+    output_sqnr_db: float | None = None
+    cosine: float | None = None
+    saturated_share: float | None = None
+    dead_share: float | None = None
+    outlier_ratio: float | None = None
+    kl_alone: float | None = None
+    kl_spared: float | None = None
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Layers by damage, the worst first, and those on which the two orders do not agree."""
+
+    kl_alone: list[str]
+    kl_spared: list[str]
+    disagree: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Absmax of a layer's input channels, at most `MAX_COLUMNS`; `after` smoothing, or None."""
+
+    layer: str
+    before: list[float]
+    after: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """A tensor's values and the grid that rounds them.
+
+    what: "weight" or "input".
+    edges: Bin edges, ascending, one more than `counts`.
+    scale, zero_point, qmin, qmax: The grid: (q - zero_point) * scale for q in qmin..qmax; the loosest one where there
+        are several.  qmin is -qmax where it is not given.
+    """
+
+    layer: str
+    what: str
+    edges: list[float]
+    counts: list[int]
+    scale: float
+    qmax: int
+    qmin: int | None = None
+    zero_point: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """What became of one smoothing group, as `w8a8.smoothing.report.GroupReport`; errors are relative output errors."""
+
+    source: str
+    readers: list[str]
+    alpha: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    change: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Alpha per group, in the order of the forward; `kept` won the contest."""
+
+    groups: list[Group]
+    kept: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to spend bytes; `measured_kl_nats` is None where only the sum of the layers' costs is known."""
+
+    bytes: int
+    predicted_kl_nats: float
+    measured_kl_nats: float | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The choices that were found; `chosen` is an index into `points`."""
+
+    points: list[Choice]
+    chosen: int | None = None
+    constraint: str | None = None
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """What would help a layer; `gain_kl_nats` is the measured fall of the model's KL, or None."""
+
+    layer: str
+    remedy: str
+    gain_kl_nats: float | None = None
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """What it takes to get the same numbers again."""
+
+    command: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything a page can show.  Only the headline must be there."""
+
+    headline: Headline
+    schema: int = SCHEMA
+    coverage: Covered | None = None
+    layers: list[Layer] = field(default_factory=list)
+    rankings: Rankings | None = None
+    channels: list[Channels] = field(default_factory=list)
+    histograms: list[Histogram] = field(default_factory=list)
+    smoothing: Smoothing | None = None
+    budget: Budget | None = None
+    remedies: list[Remedy] = field(default_factory=list)
+    reproduce: Reproduce = field(default_factory=Reproduce)
+
+
+def read_records(path: Path) -> dict[str, Any]:
+    """The records in a JSON file, checked.
+
+    Raises:
+        ReportError: the file is missing, is not JSON, or its records do not follow the schema.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReportError(f"{path} cannot be read as a JSON file of records: {error}") from error
+    try:
+        check(records)
+    except ReportError as error:
+        error.add_note(f"in {path}")
+        raise
+    return dict(records)
+
+
+def check(records: Any) -> Records:
+    """Records as dataclasses.
+
+    Args:
+        records: What JSON gives.  Not modified.
+
+    Raises:
+        ReportError: another schema; a key that is unknown or missing; a value of another type, not finite, or that
+            contradicts another (edges and counts, more columns than a heat map has).  The place is named.
+    """
+    if not isinstance(records, dict) or records.get("schema") != SCHEMA:
+        found = records.get("schema") if isinstance(records, dict) else type(records).__name__
+        raise ReportError(
+            f'records need "schema": {SCHEMA}, found {found!r}; '
+            "a page is made from what `w8a8.report.collect` returns, by the version of w8a8 that wrote it"
+        )
+    read = _dataclass(Records, records, "records")
+    for i, histogram in enumerate(read.histograms):
+        where = f"records.histograms[{i}]"
+        if len(histogram.edges) != len(histogram.counts) + 1:
+            raise ReportError(
+                f"{where} has {len(histogram.edges)} edges and {len(histogram.counts)} counts; n bins have n + 1 edges"
+            )
+        if any(a >= b for a, b in zip(histogram.edges, histogram.edges[1:], strict=False)):
+            raise ReportError(f"{where}.edges do not ascend; sort the bins and drop empty ones")
+        if histogram.scale <= 0:
+            raise ReportError(f"{where}.scale is {histogram.scale}; a grid's scale is positive")
+    for i, row in enumerate(read.channels):
+        columns = {len(row.before), len(row.before if row.after is None else row.after)}
+        if len(columns) > 1 or not 1 <= max(columns) <= MAX_COLUMNS:
+            raise ReportError(
+                f"records.channels[{i}] has {len(row.before)} values before and "
+                f"{len(row.after or [])} after; they are as many, 1..{MAX_COLUMNS}: `binned` makes them so"
+            )
+    if read.budget is not None and read.budget.chosen is not None:
+        points = len(read.budget.points)
+        if not 0 <= read.budget.chosen < points:
+            raise ReportError(f"records.budget.chosen is {read.budget.chosen}; it counts the {points} points from 0")
+    return read
+
+
+def binned(absmax: list[float], columns: int = MAX_COLUMNS) -> list[float]:
+    """At most so many columns: the largest of each run of neighbours, so that no outlier is averaged away."""
+    if len(absmax) <= columns:
+        return list(absmax)
+    cuts = [i * len(absmax) // columns for i in range(columns + 1)]
+    return [max(absmax[a:b]) for a, b in itertools.pairwise(cuts)]
+
+
+def _dataclass(kind: type[_T], value: Any, where: str) -> _T:
+    if not isinstance(value, dict):
+        raise _wrong(where, "an object", value)
+    hints = typing.get_type_hints(kind)
+    unknown = [key for key in value if key not in hints]
+    if unknown:
+        raise ReportError(f"{where} has the unknown key {unknown[0]!r}; {closest(str(unknown[0]), hints)}")
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    for f in fields:
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and f.name not in value:
+            raise ReportError(f"{where} has no {f.name!r}; found {', '.join(map(repr, value)) or 'nothing'}")
+    return kind(**{key: _value(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """A value as its annotation wants it: a dataclass, a list, a dict, a union with None, or a plain type."""
+    if isinstance(hint, types.UnionType):
+        (inner,) = [option for option in typing.get_args(hint) if option is not types.NoneType]
+        return None if value is None else _value(inner, value, where)
+    if typing.get_origin(hint) is list:
+        if not isinstance(value, list | tuple):
+            raise _wrong(where, "a list", value)
+        (inner,) = typing.get_args(hint)
+        return [_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if typing.get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise _wrong(where, "an object", value)
+        inner = typing.get_args(hint)[1]
+        return {str(key): _value(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return _dataclass(hint, value, where)  # type: ignore[arg-type]
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _wrong(where, "a number", value)
+        if not math.isfinite(value):
+            raise ReportError(f"{where} is {value}, which JSON has not; write null for what was not measured")
+        return float(value)
+    if not isinstance(value, hint) or isinstance(value, bool):
+        raise _wrong(where, {int: "a whole number", str: "a text"}[hint], value)
+    return value
+
+
+def _wrong(where: str, wanted: str, value: Any) -> ReportError:
+    return ReportError(f"{where} should be {wanted}, found {type(value).__name__} {value!r:.60}")

@@ -1,0 +1,110 @@
+import base64
+import hashlib
+import re
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from tests.report.standin import standin
+from w8a8.errors import ReportError
+from w8a8.report import collect, report, write_report
+from w8a8.report.collect import verdict_of
+from w8a8.report.markup import embedded
+from w8a8.report.plots import shown_codes
+from w8a8.report.png import PALETTE, data_uri
+from w8a8.report.records import Histogram
+
+RATIO = {"mean": 1.006, "low": 1.004, "high": 1.009}
+
+
+def test_a_page_of_32_blocks_is_below_3_mb_and_names_nothing_outside(tmp_path):
+    write_report(tmp_path / "page.html", standin(32))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 3e6
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+    assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_by_their_hashes():
+    page = report(standin(1))
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page).group(1)
+    assert policy.startswith("default-src 'none'; ")
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+
+
+def test_parts_that_are_absent_leave_their_sections_out():
+    page = report(collect(model="m", scheme="w8a8"))
+    assert "Quality was not measured." in page
+    assert re.findall(r'<h2 id="([^"]+)"', page) == []
+    assert re.findall(r'<h2 id="([^"]+)"', report(standin(1))) == [
+        "worst", "coverage", "plots", "per-layer", "channels", "histograms", "smoothing", "budget", "reproduce",
+    ]  # fmt: skip
+
+
+def test_a_column_that_was_measured_for_no_layer_is_left_out():
+    page = report(collect(model="m", scheme="w8a8", layers=[{"name": "a.fc1", "kind": "fc1", "cosine": 0.5}]))
+    assert re.findall(r'<button type="button" data-column="\d">([^<]+)<', page) == ["layer", "kind", "cosine"]
+
+
+def test_embedded_data_cannot_end_its_element():
+    document = embedded({"</script><!--": "\u2028\u2029&"})
+    assert re.search("[<>&\u2028\u2029]", document) is None
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(ReportError, match="cannot be written"):
+        write_report(tmp_path / "page.html", standin(1))
+    assert [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_without_vl_convert_the_way_out_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(ReportError, match=r"pip install 'w8a8\[report\]'"):
+        report(standin(1))
+
+
+def test_the_package_imports_no_torch():
+    code = "import sys, w8a8.report; assert not {'torch', 'vl_convert'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_picture_holds_one_palette_index_per_element():
+    png = base64.b64decode(data_uri([[0, 1, 255], [7, 8, 9]]).partition(",")[2])
+    assert png[16:24] == (3).to_bytes(4, "big") + (2).to_bytes(4, "big")
+    start = png.index(b"IDAT")
+    length = int.from_bytes(png[start - 4 : start], "big")
+    assert zlib.decompress(png[start + 4 : start + 4 + length]) == bytes([0, 0, 1, 255, 0, 7, 8, 9])
+    assert (len(PALETTE), PALETTE[:3], PALETTE[-3:]) == (768, b"\x00\x22\x4e", b"\xfe\xe8\x38")
+
+
+@pytest.mark.parametrize(("qmin", "qmax", "every"), [(None, 1, 1), (-8, 7, 1), (None, 127, 8), (0, 255, 8)])
+def test_the_drawn_codes_hold_both_ends_of_the_grid(qmin, qmax, every):
+    codes, step = shown_codes(Histogram("a", "weight", [0.0, 1.0], [1], 0.1, qmax, qmin))
+    assert (codes[0], codes[-1], step) == (-qmax if qmin is None else qmin, qmax, every)
+    assert len(codes) <= 35
+
+
+def test_the_verdict_is_that_of_the_comparison():
+    assert verdict_of({"verdict": "worse by 0.40 % to 0.90 %"}) == "Perplexity: worse by 0.40 % to 0.90 %."
+    assert verdict_of(None) == "Quality was not measured."
+
+
+def test_collected_smoothing_and_other_parts_reach_the_records():
+    group = {"source": "a", "readers": ("b",), "alpha": 0.5, "error_before": 2.0, "error_after": 1.0, "change": 0.0,
+             "reason": None}  # fmt: skip
+    records = collect(
+        model="m", scheme="s", smooth={"groups": [group], "kept": "searched"}, headline={"tok_per_s_after": 3}
+    )
+    assert records["smoothing"]["groups"][0]["alpha"] == 0.5
+    assert records["headline"]["tok_per_s_after"] == 3
+    with pytest.raises(ReportError, match="unknown key 'remedy'"):
+        collect(model="m", scheme="s", remedy=[])
