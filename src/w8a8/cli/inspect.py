@@ -27,7 +27,7 @@ def inspect(
         show_pairs(open_named(model), as_json=as_json)
         return
     from w8a8.checkpoint.files import read_quantization, resolve
-    from w8a8.checkpoint.reader import empty_model
+    from w8a8.checkpoint.skeleton import empty_model
     from w8a8.convert import select
     from w8a8.coverage import coverage
 
