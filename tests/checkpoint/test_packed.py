@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import w8a8
 from tests.conftest import llama
@@ -72,13 +73,16 @@ def test_packed_directories_run_with_the_same_bits(tmp_path, scheme):
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.weight_only], ids=str)
 def test_compressed_tensors_reads_the_same_weights_from_them(tmp_path, scheme):
+    """By its decompressor: transformers 5.23 expects packed zero points in another shape and refuses them."""
     packed_directory(tmp_path / "d", scheme)
     loaded = w8a8.load(tmp_path / "d")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "d", dtype=torch.float32)
-    with torch.inference_mode():
-        theirs(torch.arange(8)[None])  # decompresses
+    config = json.loads((tmp_path / "d/config.json").read_text())["quantization_config"]
+    theirs = QuantizationScheme(**config["config_groups"]["group_0"])
+    tensors = load_file(tmp_path / "d/model.safetensors")
     for name, layer in quant_linears(loaded):
-        assert torch.equal(theirs.get_submodule(name).weight, layer.dequantized_weight())
+        state = {key.rpartition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        weight = PackedQuantizationCompressor.decompress(state, theirs)["weight"]
+        assert torch.equal(weight, layer.dequantized_weight())
 
 
 LAYER = "model.layers.0.mlp.down_proj"

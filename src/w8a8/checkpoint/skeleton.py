@@ -5,8 +5,8 @@ names code of its own (`auto_map`), that is an error.  Where transformers does h
 lies beside it.
 
 The sizes in a config are believed only as far as the files bear them out (`check_size`): a model cannot have more
-layers than its files have tensors, nor a shape that they do not have.  Modules are built on the meta device first, where no
-size costs memory, and compared; then again with real buffers, as they hold values that no file has.
+layers than its files have tensors, nor a shape that they do not have.  Modules are built on the meta device first,
+where no size costs memory, and compared; then again with real buffers, as they hold values that no file has.
 """
 
 import re

@@ -16,6 +16,7 @@ from w8a8.cli.app import (
     Model,
     SeqLen,
     Text,
+    TrustRemoteCode,
     app,
     default_length,
     open_named,
@@ -37,13 +38,14 @@ def evaluate(
     head: Head = "float",
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's perplexity on a text, alone or against another model."""
     from w8a8 import evaluate as scoring
 
     content = read_text(text)
-    opened = open_named(model, dtype=dtype, device=device, head=head)
+    opened = open_named(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
     ids = scoring.encode(opened.tokenizer, content)[:max_tokens]
     length = seq_len or default_length(opened.model)
     if against is None:
@@ -54,7 +56,7 @@ def evaluate(
             return
         print_table(f"{model}: {_windows(alone)}", ("measure", "value", "95 % interval"), _evaluation_rows("", alone))
         return
-    reference = open_named(against, dtype=dtype, device=device)
+    reference = open_named(against, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     with progress("comparing") as step:
         both = scoring.compare(opened.model, reference.model, ids, seq_len=length, stride=stride, progress=step)
     if as_json:
@@ -81,6 +83,7 @@ def study(
     exclude: Exclude = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Simulate every granularity of weights and activations: perplexity and mean SQNR of each."""
@@ -88,7 +91,7 @@ def study(
     from w8a8 import experiment
 
     content = read_text(text)
-    opened = open_named(model, dtype=dtype, device=device)
+    opened = open_named(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     ids = scoring.encode(opened.tokenizer, content)[:max_tokens]
     length = seq_len or default_length(opened.model)
     with progress("studying") as step:

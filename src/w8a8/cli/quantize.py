@@ -11,6 +11,7 @@ from w8a8.cli.app import (
     Include,
     Json,
     Model,
+    TrustRemoteCode,
     app,
     default_length,
     open_named,
@@ -68,6 +69,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what streaming will take, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
@@ -85,9 +87,11 @@ def quantize(
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
     check_target(output, overwrite=force)
-    data_free = calib is None and smooth in (None, "none") and dtype == "auto"
+    data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
     if stream and not data_free:
-        raise SchemeError("--stream is for quantising without calibration, smoothing and --dtype; leave it out")
+        raise SchemeError(
+            "--stream is for quantising without calibration, smoothing, --dtype and remote code; leave it out"
+        )
     if stream is not False and data_free:
         options = {"include": include, "exclude": exclude, "head": head, "shard_bytes": int(max_shard_gb * 1e9)}
         if _streamed(
@@ -96,7 +100,7 @@ def quantize(
             return
     if dry_run:
         raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
-    opened = open_named(model, dtype=dtype)
+    opened = open_named(model, dtype=dtype, trust_remote_code=trust_remote_code)
     data = None
     if calib is not None:
         length = calib_length or min(default_length(opened.model), 512)

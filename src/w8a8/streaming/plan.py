@@ -216,7 +216,7 @@ def _quantized(model: nn.Module, name: str, scheme: Scheme, file: Path, entry: E
         raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
     linear = model.get_submodule(name)
     layer = _empty_layer(linear, scheme, name)
-    kept = {key: value for key, value in layer.state_dict().items() if key in ("weight", "weight_scale")}
+    kept = {key: value for key, value in layer.state_dict().items() if key.startswith("weight")}
     outputs = tuple((f"{name}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
     return Step(file, entry, name, scheme.weights, is_conv1d(linear), outputs)
 
