@@ -27,7 +27,18 @@ INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
-    "checkpoint": ["headers", "layout", "packed", "files", "skeleton", "reader", "writer", "verify"],
+    "checkpoint": [
+        "headers",
+        "layout",
+        "packed",
+        "files",
+        "skeleton",
+        "reader",
+        "verify",
+        "vllm",
+        "writer",
+        "rehearsal",
+    ],
     "streaming": ["plan", "journal", "resources", "shard", "team", "run"],
 }
 SOURCE = Path(w8a8.__file__).parent

@@ -17,6 +17,7 @@ from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import load_float
+from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
 from w8a8.convert import Progress
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
@@ -109,6 +110,29 @@ def quantize(
         smooth=smooth,
         progress=progress,
     )
+
+
+def foresee(
+    model: nn.Module,
+    scheme: Scheme | str = "w8a8",
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    head: str = "float",
+) -> tuple[Finding, ...]:
+    """What vLLM would make of the model that `quantize` would make.
+
+    Args:
+        model: Float, with or without values (on the meta device).  Not modified.
+        scheme, include, exclude, head: As for `quantize`.
+
+    Raises:
+        SchemeError, PatternError, ModelError: as `quantize`.
+    """
+    scheme = Scheme.of(scheme)
+    chosen = convert.select(model, convert.with_head(model, include, head), exclude).chosen
+    schemes = {name: scheme if name in chosen else None for name in schemes_of(model)}
+    return findings(schemes, heads=convert.heads(model), transposed=transposed_of(model))
 
 
 def simulate(

@@ -18,6 +18,7 @@ from torch import nn
 
 from w8a8.checkpoint.files import CONFIG
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
+from w8a8.checkpoint.verify import verify_values
 from w8a8.errors import CheckpointError, ModelError
 from w8a8.linear import is_conv1d, quant_linears
 from w8a8.scheme import Scheme
@@ -30,6 +31,7 @@ def save(
     *,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    verify: bool = True,
 ) -> None:
     """Write a model that transformers, vLLM and `w8a8.load` read.
 
@@ -39,11 +41,12 @@ def save(
         tokenizer: Saved beside the model where given.
         overwrite: Replace a checkpoint that is there already.
         max_shard_size: Files larger than this are split.
+        verify: Read the files again before they get their name, and compare them with the model, bit for bit.
 
     Raises:
         ModelError: not a transformers model, or nothing in it is quantised.
         SchemeError: the file format has no word for a layer's scheme.
-        CheckpointError: the directory exists and may not be overwritten.
+        CheckpointError: the directory exists and may not be overwritten; what was written is not what the model holds.
     """
     target = Path(directory)
     quantization = describe(model)
@@ -57,6 +60,8 @@ def save(
         config = json.loads((partial / CONFIG).read_text())
         config["quantization_config"] = to_json(quantization)
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if verify:
+            verify_values(partial, model)
 
 
 def describe(model: nn.Module) -> QuantizationConfig:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from w8a8.cli.app import Json, Model, TrustRemoteCode, app, open_named, show_coverage
-from w8a8.cli.output import print_json, print_table
+from w8a8.cli.output import print_json, print_line, print_table
 from w8a8.cli.pairs import show_pairs
 
 
@@ -29,6 +29,7 @@ def inspect(
         return
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.skeleton import empty_model
+    from w8a8.checkpoint.vllm import findings, schemes_of, transposed_of
     from w8a8.convert import select
     from w8a8.coverage import coverage
 
@@ -44,13 +45,22 @@ def inspect(
     else:
         reasons = {}
     found = coverage(built, reasons)
+    foreseen = () if quantization is None else findings(schemes_of(built), transposed=transposed_of(built))
     if as_json:
         schemes = [] if quantization is None else [group.scheme for group in quantization.groups]
         print_json(
-            {"directory": directory, "quantized": quantization is not None, "schemes": schemes, **found.to_dict()}
+            {
+                "directory": directory,
+                "quantized": quantization is not None,
+                "schemes": schemes,
+                "vllm": foreseen,
+                **found.to_dict(),
+            }
         )
         return
     show_coverage(found)
+    for finding in foreseen:
+        print_line(f"  {finding}")
     rows = [
         (m.name, m.kind, "x".join(map(str, m.shape)), f"{m.parameters:,}", m.scheme or "float", m.reason or "")
         for m in found.modules

@@ -1,5 +1,6 @@
 """The command `quantize`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,6 +68,9 @@ def quantize(
     ] = None,
     max_shard_gb: Annotated[float, typer.Option("--max-shard-gb", min=0.0001, help="Of a file, when streaming.")] = 1.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what streaming will take, and stop.")] = False,
+    target: Annotated[
+        str | None, typer.Option("--target", metavar="vllm", help="Stop where vLLM would refuse the result.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -76,10 +80,13 @@ def quantize(
     from w8a8 import pipeline
     from w8a8.calibration.calibrate import Calibration
     from w8a8.calibration.observers import observer_of
+    from w8a8.checkpoint.rehearsal import rehearse
     from w8a8.checkpoint.writer import check_target, save
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
+    if target not in (None, "vllm"):
+        raise SchemeError(f"--target {target} is unknown; use vllm, or leave it out")
     observer_of(observer)
     if wanted.static and calib is None:
         raise SchemeError(
@@ -90,17 +97,28 @@ def quantize(
     data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
     if stream and not data_free:
         raise SchemeError(
-            "--stream is for quantising without calibration, smoothing, --dtype and remote code; leave it out"
+            "--stream is for quantising without calibration, smoothing, --dtype and remote code; leave it"
         )
     if stream is not False and data_free:
         options = {"include": include, "exclude": exclude, "head": head, "shard_bytes": int(max_shard_gb * 1e9)}
         if _streamed(
-            model, output, wanted, options, forced=bool(stream), force=force, dry_run=dry_run, as_json=as_json
+            model,
+            output,
+            wanted,
+            options,
+            target=target,
+            forced=bool(stream),
+            force=force,
+            dry_run=dry_run,
+            as_json=as_json,
         ):
             return
     if dry_run:
         raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
     opened = open_named(model, dtype=dtype, trust_remote_code=trust_remote_code)
+    foreseen = pipeline.foresee(opened.model, wanted, include=include, exclude=exclude, head=head)
+    _check_target(foreseen, target)
+    rehearse(opened.model, wanted, output, opened.tokenizer)
     data = None
     if calib is not None:
         length = calib_length or min(default_length(opened.model), 512)
@@ -127,10 +145,11 @@ def quantize(
                 "calibration": None if data is None else data.description,
                 "smooth": None if result.smooth is None else result.smooth.to_dict(),
                 "coverage": result.coverage.to_dict(),
+                "vllm": foreseen,
             }
         )
         return
-    _show_result(result)
+    _show_result(result, foreseen)
     if result.smooth is not None:
         print_line(str(result.smooth))
     if data is not None and wanted.static:
@@ -144,6 +163,7 @@ def _streamed(
     scheme: Any,
     options: dict[str, Any],
     *,
+    target: str | None,
     forced: bool,
     force: bool,
     dry_run: bool,
@@ -152,6 +172,14 @@ def _streamed(
     """Quantise from files to files and tell; False where the model has to be loaded for it."""
     from w8a8.streaming import quantize_directory
     from w8a8.streaming.plan import UnplacedError
+
+    found: list[Any] = []
+
+    def before(plan: Any, prediction: Any) -> None:
+        found.extend(plan.findings)
+        _check_target(plan.findings, target)
+        if not as_json:
+            _show_prediction(plan, prediction)
 
     quiet_transformers()
     try:
@@ -163,7 +191,7 @@ def _streamed(
                 **options,
                 overwrite=force,
                 dry_run=dry_run,
-                before=None if as_json else _show_prediction,
+                before=before,
                 progress=step,
             )
     except UnplacedError as error:
@@ -182,13 +210,14 @@ def _streamed(
                 "calibration": None,
                 "smooth": None,
                 "coverage": done.coverage.to_dict(),
+                "vllm": found,
                 "prediction": done.prediction,
                 "shards": done.shards,
                 "resumed": done.resumed,
             }
         )
         return True
-    _show_result(done)
+    _show_result(done, found)
     if dry_run:
         print_line("Nothing was written.")
         return True
@@ -208,8 +237,16 @@ def _show_prediction(plan: Any, found: Any) -> None:
     print_table(f"What {plan.source} will take", ("", "predicted", "here"), rows)
 
 
-def _show_result(result: Any) -> None:
+def _check_target(found: Iterable[Any], target: str | None) -> None:
+    refused = [finding for finding in found if finding.refused]
+    if target is not None and refused:
+        raise SchemeError("\n  ".join(map(str, refused)))
+
+
+def _show_result(result: Any, found: Iterable[Any]) -> None:
     show_coverage(result.coverage)
+    for finding in found:
+        print_line(f"  {finding}")
     for name, other in result.untied.items():
         print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
 

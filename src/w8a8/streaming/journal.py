@@ -11,6 +11,7 @@ written in any order.  Resuming reads what is recorded again: a file that has ch
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -46,6 +47,7 @@ class Journal:
         if known.exists():
             _check_same(_read(known), dict(fingerprint), partial)
         else:
+            _empty(partial)
             _write_whole(known, json.dumps(dict(fingerprint), indent=1))
         self._finished = _lines(partial)
 
@@ -60,12 +62,18 @@ class Journal:
         Args:
             unit: Its name.
             files: The digest of each of its files, which are in the directory and on the disk.
+
+        Raises:
+            CheckpointError: the disk is full.
         """
         told = {name: {"bytes": (self.partial / name).stat().st_size, "digest": d} for name, d in files.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"unit": unit, "files": told}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = "\n" + json.dumps({"unit": unit, "files": told}) + "\n"  # the line before may be torn
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise disk_error(error, self._path) from error
         self._finished[unit] = told
 
     def clear(self) -> None:
@@ -117,19 +125,38 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def disk_error(error: OSError, path: Path) -> CheckpointError:
+    """What a user is told where a file cannot be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            f"{path}: the disk is full; make room and run the same command again, it goes on where it stopped"
+        )
+    return CheckpointError(f"{path} cannot be written: {error.strerror}")
+
+
 def _is_still(path: Path, told: Any) -> bool:
-    return path.is_file() and path.stat().st_size == told["bytes"] and digest_of(path) == told["digest"]
+    if not path.is_file() or path.stat().st_size != told["bytes"]:
+        return False
+    try:
+        return bool(digest_of(path) == told["digest"])
+    except CheckpointError:  # its header is damaged
+        return False
+
+
+def _empty(partial: Path) -> None:
+    """Remove what an unfinished result left that has lost its fingerprint; locks stay."""
+    for path in partial.iterdir():
+        if path.is_file() and not path.name.startswith("lock-"):
+            path.unlink()
 
 
 def _lines(partial: Path) -> dict[str, Any]:
     found = {}
     for path in sorted(partial.glob("journal-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+            with contextlib.suppress(ValueError):  # blank, or killed while it was written
                 told = json.loads(line)
-            except ValueError:  # killed while it was written
-                continue
-            found[told["unit"]] = told["files"]
+                found[told["unit"]] = told["files"]
     return found
 
 
@@ -158,8 +185,11 @@ def _read(path: Path) -> dict[str, str]:
 def _write_whole(path: Path, text: str) -> None:
     """A file that is there whole or not at all, whoever else writes the same."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise disk_error(error, path) from error

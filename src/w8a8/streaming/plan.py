@@ -24,13 +24,14 @@ from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, 
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.skeleton import empty_model
+from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
 from w8a8.checkpoint.writer import describe
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.linear import QuantLinear, is_conv1d
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
 
-PIECE = 32 << 20
+PIECE = 8 << 20
 """Bytes of the source that are in memory at once, save for tensors that must be seen whole."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +97,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole job.  `config` is the config.json of the result."""
+    """The whole job.  `config` is the config.json of the result, `findings` what vLLM will make of it."""
 
     source: Path
     scheme: Scheme
@@ -104,6 +105,7 @@ class Plan:
     config: dict[str, Any]
     coverage: Coverage
     untied: dict[str, str]
+    findings: tuple[Finding, ...]
 
     @property
     def steps(self) -> list[Step]:
@@ -156,13 +158,15 @@ def make_plan(
     layers = {
         step.name: _empty_layer(model.get_submodule(step.name), scheme) for step in steps if step.spec is not None
     }
+    heads = convert.heads(model)
     convert.swap(model, layers)
+    found_by_vllm = findings(schemes_of(model), heads=heads, transposed=transposed_of(model))
     config = {k: v for k, v in read_json(source / CONFIG).items() if k != "compression_config"}
     config["quantization_config"] = to_json(describe(model))
     if selection.untied:
         config["tie_word_embeddings"] = False
     shards = _cut(steps, shard_bytes)
-    return Plan(source, scheme, shards, config, coverage(model, selection.reasons), selection.untied)
+    return Plan(source, scheme, shards, config, coverage(model, selection.reasons), selection.untied, found_by_vllm)
 
 
 def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:

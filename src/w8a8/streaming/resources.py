@@ -17,10 +17,12 @@ import torch
 
 from w8a8.errors import CheckpointError
 from w8a8.kernels.weights import quantize_weight
-from w8a8.streaming.plan import PIECE, Plan
+from w8a8.streaming.plan import PIECE, Plan, Step
 
 _TRIAL = 16 << 20  # bytes written in the trial
-_SPARE = 64 << 20  # bytes of memory for what else Python needs: headers, the plan, threads
+_SPARE = 160 << 20  # bytes of memory for all else: what malloc keeps for each thread, headers, the journal
+_PIECES = 4  # of the source that are in memory at once: being read, being quantised, and waiting for the disk
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ class Prediction:
             )
 
 
-def predict(plan: Plan, target: Path, *, processes: int = 1, finished_bytes: int = 0) -> Prediction:
+def predict(plan: Plan, target: Path, *, processes: int = 1, here: int = 1, finished_bytes: int = 0) -> Prediction:
     """Look at the plan, and try.
 
     Args:
         plan: What is to be done.
         target: Where the result will be; what is written in the trial lies beside it.
-        processes: How many share the job on this machine.
+        processes: How many share the job.
+        here: How many of them are on this machine.
         finished_bytes: Of the result, on the disk already.
 
     Raises:
@@ -66,10 +69,9 @@ def predict(plan: Plan, target: Path, *, processes: int = 1, finished_bytes: int
     to_do = max(0.0, 1 - finished_bytes / output) if output else 0.0
     quantized = sum(step.entry.bytes for step in plan.steps if step.spec is not None)
     seconds = (quantized * _quantising(plan) + source * _reading(plan) + output * _writing(place, output)) / processes
-    largest = max((PIECE if not step.whole else step.entry.bytes for step in plan.steps), default=0)
     held = psutil.Process().memory_info().rss
     return Prediction(
-        peak_bytes=processes * (held + 4 * largest + _SPARE),
+        peak_bytes=here * (held + max(map(_held, plan.steps), default=0) + _SPARE),
         memory_bytes=available_memory() + held,
         output_bytes=output - finished_bytes,
         free_bytes=shutil.disk_usage(place).free,
@@ -79,20 +81,35 @@ def predict(plan: Plan, target: Path, *, processes: int = 1, finished_bytes: int
 
 
 def available_memory() -> int:
-    """Bytes that this process can still have: what the machine has free, or the control group if that is less."""
+    """Bytes that this process can still have: what the machine has free, or its control groups if that is less."""
     free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for group in _control_groups():
         try:
-            most = Path("/sys/fs/cgroup", limit).read_text().strip()
-            now = int(Path("/sys/fs/cgroup", used).read_text())
-        except OSError:
+            most = (group / "memory.max").read_text().strip()
+            now = int((group / "memory.current").read_text())
+            pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except OSError:  # no such group, or none with a limit of memory
             continue
         if most != "max":
-            free = min(free, int(most) - now)
+            given_up = int(pages.get("active_file", 0)) + int(pages.get("inactive_file", 0))  # cache of files
+            free = min(free, int(most) - now + given_up)
     return max(0, free)
+
+
+def _control_groups() -> list[Path]:
+    """The group that this process is in and those around it (version 2); none where the system has none."""
+    try:
+        told = Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return []
+    path = next((line.removeprefix("0::") for line in told.splitlines() if line.startswith("0::")), "/")
+    group = _CGROUPS / path.strip("/")
+    return [group, *(parent for parent in group.parents if parent.is_relative_to(_CGROUPS))]
+
+
+def _held(step: Step) -> int:
+    """Bytes that are in memory at once while a tensor is made: of a whole one its values, and its codes twice."""
+    return step.entry.bytes + 2 * step.bytes if step.whole else _PIECES * PIECE
 
 
 def _largest(plan: Plan, *, quantized: bool) -> tuple[Path, int, int] | None:

@@ -154,7 +154,7 @@ def _index(shards: Sequence[Shard]) -> dict[str, Any]:
 def _predicted(
     plan: Plan, target: Path, us: Team, before: Callable[[Plan, Prediction], None] | None, finished: int
 ) -> Prediction:
-    found = predict(plan, target, processes=us.size, finished_bytes=finished)
+    found = predict(plan, target, processes=us.size, here=us.local, finished_bytes=finished)
     if us.rank == 0 and before is not None:
         before(plan, found)
     found.check(target)

@@ -1,11 +1,10 @@
 """One file of the result: pieces are read ahead, quantised, and written behind.
 
-Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises, one hashes and
-writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own when it is whole and
-on the disk.
+Three threads, each at most a few pieces ahead of the next: one reads the source, one quantises, and hashes what is
+still in its cache, one writes.  All of it releases Python's lock.  The file grows under a hidden name and takes its own
+when it is whole and on the disk.
 """
 
-import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from w8a8.affine import QTensor
 from w8a8.checkpoint.headers import header_of
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
-from w8a8.streaming.journal import sync_directory
+from w8a8.streaming.journal import disk_error, sync_directory
 from w8a8.streaming.plan import Output, Shard, Step
 
 _AHEAD = 2  # pieces that may wait for the disk
@@ -44,12 +43,13 @@ class ShardWriter:
         self._file: BinaryIO = self._growing.open("wb")
         self._put(text, 0)
 
-    def write(self, name: str, values: Tensor) -> None:
-        """The next values of a tensor, contiguous and of its dtype."""
+    def place(self, name: str, values: Tensor) -> tuple[memoryview, int]:
+        """Where the next values of a tensor, contiguous and of its dtype, are to be put; they count from now on."""
         entry, data = self._entries[name], _memory(values)
         self._hashes[name].update(data)
-        self._put(data, entry.begin + self._written[name])
+        position = entry.begin + self._written[name]
         self._written[name] += len(data)
+        return data, position
 
     def finish(self) -> str:
         """Have it on the disk under its name; the digest."""
@@ -59,7 +59,7 @@ class ShardWriter:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise _disk(error, self.path) from error
+            raise disk_error(error, self.path) from error
         finally:
             self._file.close()
         self._growing.rename(self.path)
@@ -72,13 +72,15 @@ class ShardWriter:
         self._growing.unlink(missing_ok=True)
 
     def _put(self, data: bytes | memoryview, position: int) -> None:
-        view = memoryview(data)
+        view, start, descriptor = memoryview(data), position, self._file.fileno()
         try:
             while view:
-                count = os.pwrite(self._file.fileno(), view, position)
+                count = os.pwrite(descriptor, view, position)
                 view, position = view[count:], position + count
+            if hasattr(os, "posix_fadvise"):  # the disk begins now, so that fsync has little left to wait for
+                os.posix_fadvise(descriptor, start, len(data), os.POSIX_FADV_DONTNEED)
         except OSError as error:
-            raise _disk(error, self.path) from error
+            raise disk_error(error, self.path) from error
 
 
 def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> str:
@@ -102,7 +104,8 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
             waiting: list[Future[None]] = []
             for step, last, values in _read_ahead(shard, reading):
                 for name, part in _made(step, values):
-                    waiting.append(writing.submit(writer.write, name, part))
+                    waiting.append(writing.submit(writer._put, *writer.place(name, part)))
+                del values
                 while len(waiting) > _AHEAD:
                     waiting.pop(0).result()
                 if last and told is not None:
@@ -118,11 +121,13 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
 def _read_ahead(shard: Shard, reading: ThreadPoolExecutor) -> Iterator[tuple[Step, bool, Tensor]]:
     """Every piece of the source with its step, and whether it is the step's last."""
     jobs = [(step, *ends) for step in shard.steps for ends in (list(step.pieces()) or [(step.entry.begin,) * 2])]
-    next_read = reading.submit(_read, *jobs[0]) if jobs else None
-    for i, (step, _, end) in enumerate(jobs):
-        assert next_read is not None, "there is a job"
-        values = next_read.result()
-        next_read = reading.submit(_read, *jobs[i + 1]) if i + 1 < len(jobs) else None
+    next_read: Future[Tensor] | None = None
+    for i, (step, begin, end) in enumerate(jobs):
+        values = (next_read or reading.submit(_read, step, begin, end)).result()
+        following = jobs[i + 1] if i + 1 < len(jobs) else None
+        next_read = None
+        if following is not None and not (step.whole or following[0].whole):  # two whole tensors are too many
+            next_read = reading.submit(_read, *following)
         yield step, end == step.entry.end, values
         del values
 
@@ -166,11 +171,3 @@ def _memory(values: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
     array: Any = values.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
-
-
-def _disk(error: OSError, path: Path) -> CheckpointError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CheckpointError(
-            f"{path}: the disk is full; make room and run the same command again, it goes on where it stopped"
-        )
-    return CheckpointError(f"{path} cannot be written: {error.strerror}")

@@ -1,0 +1,79 @@
+"""Our directories read by the real compressed-tensors, inside transformers: codes and scales, exactly."""
+
+import json
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig
+from transformers import AutoModelForCausalLM
+
+import w8a8
+from tests.conftest import llama, opt
+from w8a8 import PRESETS, PerChannel, PerGroup, PerToken, QuantSpec, Scheme
+from w8a8.checkpoint.layout import check_writable
+from w8a8.linear import quant_linears
+from w8a8.streaming import quantize_directory
+
+IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()} | {
+    "group": Scheme(QuantSpec(granularity=PerGroup(4)), QuantSpec(granularity=PerToken())),
+    "four bits": Scheme(QuantSpec(4, PerChannel()), QuantSpec(granularity=PerToken())),
+}
+
+
+def decompressed(directory):
+    """The model as transformers and compressed-tensors make it: float weights from our codes."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        model(IDS)  # the library decompresses at the first forward
+    return model
+
+
+def check(directory, model):
+    theirs = decompressed(directory)
+    layers = dict(quant_linears(model))
+    assert layers
+    for name, layer in layers.items():
+        found = theirs.get_submodule(name)
+        assert torch.equal(found.weight.detach(), layer.dequantized_weight())
+        for key in ("input_scale", "input_zero_point"):
+            if getattr(layer, key) is not None:
+                assert torch.equal(
+                    getattr(found, key).view(-1).to(torch.float64), getattr(layer, key).to(torch.float64)
+                )
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in layers:
+            assert torch.equal(theirs.get_parameter(name), parameter)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [llama, opt], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_and_scales_are_what_the_library_reads(tmp_path, make, name):
+    check_writable(SCHEMES[name])
+    model = make()
+    w8a8.quantize(model, SCHEMES[name], calibration=IDS if SCHEMES[name].static else None, smooth="none")
+    w8a8.save(model, tmp_path / "out")
+    check(tmp_path / "out", model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_streamed_directory_is_what_the_library_reads(tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    quantize_directory(tmp_path / "source", tmp_path / "out", shard_bytes=20_000)
+    check(tmp_path / "out", w8a8.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_no_key_is_written_that_the_library_does_not_know(tmp_path, name):
+    model = llama()
+    w8a8.quantize(model, SCHEMES[name], calibration=IDS if SCHEMES[name].static else None, smooth="none")
+    w8a8.save(model, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    known = QuantizationConfig.model_validate(written).model_dump(mode="json")
+    assert written.keys() <= known.keys()
+    for group, held in written["config_groups"].items():
+        assert held.keys() <= known["config_groups"][group].keys()
+        for operand in ("weights", "input_activations"):
+            if held[operand] is not None:
+                assert held[operand].items() <= known["config_groups"][group][operand].items()
