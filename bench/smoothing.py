@@ -27,7 +27,7 @@ from w8a8 import PerChannel, PerTensor, PerToken, QuantSpec, Scheme, corpus, out
 from w8a8.calibration.calibrate import Calibration
 from w8a8.cli.output import plain
 from w8a8.demo import demo_directory
-from w8a8.evaluate import encode, perplexity
+from w8a8.evaluation import encode, perplexity
 from w8a8.pipeline import open_model
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def schemes() -> Iterator[tuple[str, int, Scheme]]:
 def injected_case(arguments: argparse.Namespace) -> Case:
     """The small Llama with outliers."""
     opened = open_model(arguments.model, dtype="float32")
-    ids = encode(opened.tokenizer, Path(arguments.text).read_text(encoding="utf-8"))
+    ids = encode(opened.tokenizer, Path(arguments.text).read_text(encoding="utf-8")).ids
     middle = ids.numel() // 3  # the last fifth of tinystories_val.txt is another kind of text: perplexity 8, not 4
     done = outliers.inject_(opened.model, arguments.profile, power=POWER)
     calibration = Calibration.of(ids[:middle], samples=arguments.samples, length=WINDOW)
@@ -78,9 +78,9 @@ def injected_case(arguments: argparse.Namespace) -> Case:
 def demo_case(arguments: argparse.Namespace) -> Case:
     """The shipped OPT as it is."""
     opened = open_model(demo_directory(), dtype="float32")
-    training = encode(opened.tokenizer, corpus.training_text())
+    training = encode(opened.tokenizer, corpus.training_text()).ids
     calibration = Calibration.of(training, samples=arguments.samples, length=WINDOW)
-    ids = encode(opened.tokenizer, corpus.held_out_text())[: arguments.tokens]
+    ids = encode(opened.tokenizer, corpus.held_out_text()).ids[: arguments.tokens]
     return Case("demo OPT", opened.model, calibration, ids, None)
 
 

@@ -135,11 +135,11 @@ def child(tool: str, directory: Path, output: Path) -> None:
 def make_llama(directory: Path, arguments: argparse.Namespace) -> str:
     """The trained Llama, with outliers, and windows of its text."""
     from w8a8 import outliers
-    from w8a8.evaluate import encode
+    from w8a8.evaluation import encode
     from w8a8.pipeline import open_model
 
     opened = open_model(arguments.model, dtype="float32")
-    ids = encode(opened.tokenizer, Path(arguments.text).read_text(encoding="utf-8"))
+    ids = encode(opened.tokenizer, Path(arguments.text).read_text(encoding="utf-8")).ids
     outliers.inject_(opened.model, arguments.profile, power=POWER)
     opened.model.save_pretrained(directory)
     save_windows(directory, ids[: 64 * LENGTH], ids[ids.numel() // 3 :][: 64 * LENGTH])

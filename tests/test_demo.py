@@ -5,7 +5,7 @@ import torch
 
 from w8a8.corpus import held_out_text
 from w8a8.demo import SCHEMES, demo_model, run_demo
-from w8a8.evaluate import encode, perplexity
+from w8a8.evaluation import encode, perplexity
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def report():
 
 def test_the_shipped_model_is_trained():
     opened = demo_model()
-    ids = encode(opened.tokenizer, held_out_text())
+    ids = encode(opened.tokenizer, held_out_text()).ids
     counts = torch.bincount(ids, minlength=opened.model.config.vocab_size) + 1.0
     unigram = math.exp(-float((counts / counts.sum()).log()[ids].mean()))  # of the best unigram for this very text
     assert perplexity(opened.model, ids[:4096], seq_len=256).perplexity.mean < unigram / 4

@@ -5,7 +5,7 @@ from tests.conftest import llama
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
 from w8a8.errors import SchemeError
-from w8a8.evaluate import encode, perplexity
+from w8a8.evaluation import encode, perplexity
 from w8a8.experiment import grid, study
 from w8a8.linear import quant_linears
 from w8a8.pipeline import quantize
@@ -23,7 +23,7 @@ def measured():
     """The shipped model at 6 and 4 bits, where the differences are large."""
     torch.manual_seed(0)
     opened = demo_model()
-    ids = encode(opened.tokenizer, held_out_text())[:1024]
+    ids = encode(opened.tokenizer, held_out_text()).ids[:1024]
     return opened.model, ids, study(opened.model, ids, seq_len=256, bits=(6, 4))
 
 

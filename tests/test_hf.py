@@ -128,12 +128,14 @@ class TestEnable:
             assert list(quant_linears(opened(tmp_path / "saved")))
         assert not list(quant_linears(opened(tmp_path / "saved")))
 
-    @pytest.mark.parametrize("change", [{"num_bits": 4}, {"type": "float"}])
+    @pytest.mark.parametrize("change", [{"num_bits": 4}, {"type": "float"}, {"kv": 8}, {"format": "float-quantized"}])
     def test_what_is_not_ours_goes_to_transformers_quantizer(self, tmp_path, change):
         w8a8.save(quantized(demo_directory()), tmp_path / "saved")
         config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
         group = config["config_groups"]["group_0"]
-        group["weights"] |= change
+        group["weights"] |= {key: value for key, value in change.items() if key in ("num_bits", "type")}
+        config["kv_cache_scheme"] = {"num_bits": 8, "type": "int"} if "kv" in change else None
+        config["format"] = change.get("format", "int-quantized")
         asked = []
 
         class Theirs:
@@ -146,6 +148,7 @@ class TestEnable:
         assert ours.from_dict(config) == "theirs"
         assert asked == [config]
         group["weights"] |= {"num_bits": 8, "type": "int"}
+        config |= {"kv_cache_scheme": None, "format": "int-quantized"}
         assert isinstance(ours.from_dict(config), W8A8Config)
 
     def test_a_malformed_description_of_our_layers_is_an_error(self, tmp_path):
@@ -179,6 +182,7 @@ class TestEnable:
         assert all(sum(calls.values()) >= 5 for calls in w8a8.ledger(run.model).values())
 
     def test_the_evaluation_harness_runs_it(self, tmp_path):
+        from lm_eval.api.instance import Instance
         from lm_eval.models.huggingface import HFLM
 
         tokenizer = AutoTokenizer.from_pretrained(demo_directory())
@@ -186,7 +190,8 @@ class TestEnable:
         w8a8.enable()
         with pytest.warns(UserWarning, match="already has a `quantization_config`"):  # it hands on what the file says
             harness = HFLM(pretrained=str(tmp_path / "saved"), device="cpu", batch_size=1)
-        assert all(isinstance(layer.fc1, QuantLinear) for layer in harness.model.model.decoder.layers)
+        harness.loglikelihood([Instance("loglikelihood", {}, ("Return", " the"), 0)], disable_tqdm=True)
+        assert all(sum(calls.values()) > 0 for calls in w8a8.ledger(harness.model).values())
 
 
 class TestSaving:
@@ -203,6 +208,14 @@ class TestSaving:
         w8a8.enable()
         opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled", save_original_format=False)
         assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
+
+    def test_after_quantize_and_load_save_pretrained_writes_it_too(self, source, tmp_path):
+        model = quantized(source)
+        w8a8.save(model, tmp_path / "wanted")
+        model.save_pretrained(tmp_path / "quantized", save_original_format=False)
+        assert contents(tmp_path / "quantized") == contents(tmp_path / "wanted")
+        w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded", save_original_format=False)
+        assert contents(tmp_path / "loaded") == contents(tmp_path / "wanted")
 
     def test_dense_models_need_no_option(self, tmp_path):
         model = opened(demo_directory(), quantization_config=W8A8Config())

@@ -13,7 +13,8 @@ LAYERS = [
     {"kernels"},
     {"linear"},
     {"convert", "coverage"},
-    {"dataflow", "checkpoint", "evaluate", "corpus"},
+    {"dataflow", "checkpoint", "corpus"},
+    {"evaluation"},
     {"calibration"},
     {"smoothing"},
     {"pipeline", "experiment", "streaming", "hf"},
@@ -30,6 +31,7 @@ INSIDE = {
     "checkpoint": [
         "headers",
         "layout",
+        "describe",
         "packed",
         "files",
         "skeleton",
@@ -39,6 +41,7 @@ INSIDE = {
         "writer",
         "rehearsal",
     ],
+    "evaluation": ["intervals", "text", "scores", "stored", "compare", "harness"],
     "streaming": ["plan", "journal", "resources", "shard", "team", "run"],
 }
 SOURCE = Path(w8a8.__file__).parent

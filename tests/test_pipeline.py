@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel
 import w8a8
 from tests.conftest import MODELS, gpt2, llama, opt
 from w8a8.errors import CheckpointError, KernelError, ModelError, NonFiniteError, PatternError, SchemeError
-from w8a8.evaluate import perplexity
+from w8a8.evaluation import perplexity
 from w8a8.linear import Mode, quant_linears
 from w8a8.pipeline import open_model
 from w8a8.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
@@ -161,7 +161,7 @@ def test_opening_badly_is_explained(saved):
     with pytest.raises(ModelError, match="device 'nowhere' cannot be used"):
         open_model(saved / "float", device="nowhere")
     (saved / "float" / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         open_model(saved / "float")
     with pytest.raises(CheckpointError, match="there is no such directory, and the hub did not give it"):
         open_model("nobody/nothing")
@@ -195,7 +195,7 @@ def test_torn_float_files_and_tokenizers_are_named(saved):
     path = saved / "float" / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="model.safetensors is torn or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is torn or not a safetensors file"):
         open_model(saved / "float")
     path.write_bytes(whole)
     (saved / "float" / "tokenizer.json").write_text('{"version": ')

@@ -17,7 +17,7 @@ import torch
 from w8a8.checkpoint import load, save
 from w8a8.convert import Progress
 from w8a8.corpus import held_out_text
-from w8a8.evaluate import compare, context_length, encode, perplexity
+from w8a8.evaluation import compare, context_length, encode, perplexity
 from w8a8.generation import continue_text
 from w8a8.pipeline import OpenedModel, open_model, quantize, simulate
 
@@ -80,10 +80,10 @@ def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None)
         TextError: the standard library's sources, which hold the text, are not there.
     """
     opened = demo_model()
-    ids = encode(opened.tokenizer, held_out_text())[:max_tokens]
+    text = encode(opened.tokenizer, held_out_text()).first(max_tokens)
     length = context_length(opened.model)
     assert length is not None, "an OPT has a context"
-    float_perplexity = perplexity(opened.model, ids, seq_len=length).perplexity.mean
+    float_perplexity = perplexity(opened.model, text, seq_len=length).perplexity.mean
     rows = [
         DemoRow(
             "float",
@@ -105,11 +105,11 @@ def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None)
             save(quantized.to(torch.float16), directory, opened.tokenizer)  # as the shipped file has it
             loaded = OpenedModel(load(directory).to(torch.float32), opened.tokenizer, directory, quantized=True)
             size = (directory / "model.safetensors").stat().st_size
-            measured = compare(loaded.model, opened.model, ids, seq_len=length)
+            measured = compare(loaded.model, opened.model, text, seq_len=length)
             rows.append(
                 DemoRow(
                     scheme,
-                    perplexity(simulated, ids, seq_len=length).perplexity.mean,
+                    perplexity(simulated, text, seq_len=length).perplexity.mean,
                     measured.model.perplexity.mean,
                     measured.top1_agreement.mean,
                     size,
@@ -123,7 +123,7 @@ def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None)
             progress(done, len(SCHEMES), scheme)
     parameters = sum(p.numel() for p in opened.model.parameters())
     return DemoReport(
-        parameters, ids.numel(), torch.get_num_threads(), float_perplexity, tuple(rows), coverage, PROMPT, sample
+        parameters, text.ids.numel(), torch.get_num_threads(), float_perplexity, tuple(rows), coverage, PROMPT, sample
     )
 
 

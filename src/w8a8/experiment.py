@@ -18,7 +18,7 @@ from w8a8 import convert
 from w8a8.affine import sqnr_db
 from w8a8.convert import Progress
 from w8a8.errors import SchemeError
-from w8a8.evaluate import Evaluation, perplexity
+from w8a8.evaluation import Evaluation, perplexity
 from w8a8.linear import QuantLinear
 from w8a8.scheme import Granularity, PerChannel, PerColumn, PerTensor, PerToken, QuantSpec, Scheme
 
@@ -84,7 +84,7 @@ def study(
 
     Raises:
         SchemeError: a width out of range, or no executable cell; and as `w8a8.quantize`.
-        ModelError, TextError: as `w8a8.evaluate.perplexity`.
+        ModelError, TextError: as `w8a8.evaluation.perplexity`.
     """
     schemes = list(grid(bits))
     if not any(scheme.integer_executable for scheme in schemes):

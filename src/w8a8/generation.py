@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from w8a8.errors import ModelError
-from w8a8.evaluate import context_length
+from w8a8.evaluation import context_length
 from w8a8.pipeline import OpenedModel
 
 

@@ -4,7 +4,7 @@
     w8a8.enable(); AutoModelForCausalLM.from_pretrained(w8a8_directory)
 
 Both are a quantizer that transformers calls while it loads.  In the first the weights are quantised one by one as they
-come from the files, each to what `w8a8.quantize` would make of it, so that the float model is never whole.  In the
+come from the files, each to what `w8a8.quantize` would make of it.  In the
 second the configuration class that transformers has for compressed-tensors is replaced by one that looks first: what
 this package runs in integers becomes ours, everything else stays theirs.  `disable` puts theirs back.
 
@@ -29,11 +29,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from w8a8 import convert
+from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.headers import read_header
 from w8a8.checkpoint.layout import from_json, runs_here, to_json
 from w8a8.checkpoint.reader import checked_tensor
 from w8a8.checkpoint.skeleton import insert_quant_linears
-from w8a8.checkpoint.writer import describe
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears

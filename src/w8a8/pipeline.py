@@ -15,6 +15,7 @@ from w8a8.affine import QParams
 from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
 from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
+from w8a8.checkpoint.describe import inscribe
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import load_float
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
@@ -212,6 +213,7 @@ def _convert(
         undo()
         raise
     convert.untie(model, selection)
+    inscribe(model)
     return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report)
 
 

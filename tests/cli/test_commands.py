@@ -166,7 +166,7 @@ def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
         (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--smooth", "much"), "smooth='much' is unknown"),
         (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--smooth", "2"), "alpha=2.0 is not a number in 0..1"),
         (("quantize", "MODEL", "-o", "OUT", "--smooth", "0.5"), "which needs calibration data"),
-        (("eval", "MODEL", "--text", "/nowhere"), "--text /nowhere cannot be read as UTF-8"),
+        (("eval", "MODEL", "--text", "/nowhere"), "the text /nowhere cannot be read as UTF-8"),
         (("eval", "MODEL", "--text", "TEXT", "--seq-len", "100000"), "seq_len=100000 is out of range"),
         (("eval", "MODEL", "--text", "TEXT", "--stride", "5000"), "stride=5000 is out of range"),
         (("study", "MODEL", "--text", "TEXT", "--bits", "1"), "bits=1 is out of range"),

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 from tests.conftest import llama, opt
 from w8a8 import convert
 from w8a8.calibration.calibrate import Calibration
-from w8a8.evaluate import perplexity
+from w8a8.evaluation import perplexity
 from w8a8.pipeline import simulate
 from w8a8.scheme import Scheme
 from w8a8.smoothing import contest

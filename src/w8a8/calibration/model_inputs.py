@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.errors import CalibrationError
-from w8a8.evaluate import context_length
+from w8a8.evaluation import context_length
 
 ModelInputs: TypeAlias = Mapping[str, Any] | Tensor | tuple[Any, ...]
 """One call of a model: keyword arguments, one positional argument, or several."""

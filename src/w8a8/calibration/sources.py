@@ -9,7 +9,7 @@ Every source of text ends as windows of token ids, at most `length` tokens each:
     token ids     one axis is cut as a .txt is; of two axes (n, T) `samples` rows are drawn, as they are.
 
 Drawing is without replacement and with a generator of its own, so the seed alone decides.  No special tokens
-are added, as in `w8a8.evaluate`.
+are added, as in `w8a8.evaluation`.
 """
 
 import importlib
@@ -25,6 +25,7 @@ from torch import Tensor
 from w8a8.errors import CalibrationError, TextError
 
 SAMPLES = 128
+_HUB_TEXTS = 2000  # of a hub data set that is scored
 _SHUFFLED = 1000  # texts of a hub data set among which the next one is drawn
 
 
@@ -47,6 +48,23 @@ def windows_of_file(path: Path, tokenizer: Any, samples: int, length: int, seed:
         f"the calibration file {path} ends in {path.suffix!r}: known are .txt (text) and .jsonl "
         '(one object with a "text" in each line); rename or convert it'
     )
+
+
+def content_of(source: str | Path) -> str:
+    """The text of a file (.jsonl: the "text" of its lines, a blank line between), or of a data set on the hub.
+
+    Raises:
+        TextError: the file is missing or cannot be read.
+        CalibrationError: a line of a .jsonl is not an object with a string "text"; the hub does not give the data set.
+    """
+    path = Path(source)
+    if not path.exists() and not path.suffix and not path.is_absolute() and len(path.parts) == 2:
+        return "\n\n".join(hub_texts(str(source), _HUB_TEXTS, 0))
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"the text {path} cannot be read as UTF-8 text: {error}") from error
+    return "\n\n".join(_json_texts(content, path)) if path.suffix == ".jsonl" else content
 
 
 def windows_of_texts(texts: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:

@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from w8a8 import convert, kernels
+from w8a8.checkpoint.describe import inscribe
 from w8a8.checkpoint.files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -91,7 +92,8 @@ def load(
         scheme = _measured_as_it_comes(quantization.groups[0].scheme)
         convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
         convert.untie(model, selection)
-    model.config.__dict__.pop("quantization_config", None)  # what transformers would act upon; w8a8.save writes it
+    model.config.__dict__.pop("quantization_config", None)
+    inscribe(model)
     if (directory / GENERATION_CONFIG).exists():
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)

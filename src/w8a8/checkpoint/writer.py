@@ -16,12 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import CONFIG
-from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
+from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.verify import verify_values
-from w8a8.errors import CheckpointError, ModelError
-from w8a8.linear import is_conv1d, quant_linears
-from w8a8.scheme import Scheme
+from w8a8.errors import CheckpointError
 
 
 def save(
@@ -62,32 +61,6 @@ def save(
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if verify:
             verify_values(partial, model)
-
-
-def describe(model: nn.Module) -> QuantizationConfig:
-    """The groups and the ignored layers of a model.
-
-    Where every plain linear layer has one scheme the target is "Linear", as other tools write it; with
-    several schemes, and for layers that were a `Conv1D`, layers are listed by name.
-
-    Raises:
-        ModelError: not a transformers model, or nothing in it is quantised.
-        SchemeError: the file format has no word for a scheme.
-    """
-    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
-        raise ModelError(f"expected a transformers model with a config, found {type(model).__name__}")
-    by_scheme: dict[Scheme, list[str]] = {}
-    was_conv1d = False
-    for name, layer in quant_linears(model):
-        check_writable(layer.scheme)
-        by_scheme.setdefault(layer.scheme, []).append(name)
-        was_conv1d |= layer.was_conv1d
-    if not by_scheme:
-        raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
-    left = tuple(name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
-    if len(by_scheme) == 1 and not was_conv1d:
-        return QuantizationConfig((Group(("Linear",), next(iter(by_scheme))),), left)
-    return QuantizationConfig(tuple(Group(tuple(names), scheme) for scheme, names in by_scheme.items()), left)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:

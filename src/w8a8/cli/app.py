@@ -1,13 +1,11 @@
 """The application, and what several commands have in common: options, opening a model, reading a text."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from w8a8 import __version__
 from w8a8.cli.output import megabytes, percent, print_line, print_table
-from w8a8.errors import TextError
 
 app = typer.Typer(
     add_completion=False,
@@ -20,7 +18,6 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory or a hub id, float or quantised.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-Text = Annotated[Path, typer.Option("--text", help="The text to score, UTF-8.", show_default=False)]
 SeqLen = Annotated[
     int | None,
     typer.Option("--seq-len", min=2, help="Tokens in a window; by default the model's context, at most 2048."),
@@ -48,7 +45,7 @@ TrustRemoteCode = Annotated[
 SCORING = (
     "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
     "overlap (--stride makes them overlap); the first token of a window is not scored, nor is one that an earlier "
-    "window scored; every scored token weighs the same.  Intervals are 95 %, over windows."
+    "window scored; every scored token weighs the same.  Intervals are 95 %, by the bootstrap over windows."
 )
 
 
@@ -83,15 +80,15 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"--text {path} cannot be read as UTF-8 text: {error}") from error
+def content_of(source: str) -> str:
+    """The text that --text names."""
+    from w8a8.calibration.sources import content_of as read
+
+    return read(source)
 
 
 def default_length(model: Any) -> int:
-    from w8a8.evaluate import context_length
+    from w8a8.evaluation import context_length
 
     return min(context_length(model) or 2048, 2048)
 

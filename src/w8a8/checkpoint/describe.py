@@ -1,0 +1,50 @@
+"""What a quantised model says of itself in config.json.
+
+A model that was quantised here carries the description in its config, so that transformers' own `save_pretrained`
+writes it too: int8 weights without it would be read as float.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
+from w8a8.errors import ModelError
+from w8a8.linear import Mode, is_conv1d, quant_linears
+from w8a8.scheme import Scheme
+
+
+def describe(model: nn.Module) -> QuantizationConfig:
+    """The groups and the ignored layers of a model.
+
+    Where every plain linear layer has one scheme the target is "Linear", as other tools write it; with
+    several schemes, and for layers that were a `Conv1D`, layers are listed by name.
+
+    Raises:
+        ModelError: not a transformers model, or nothing in it is quantised.
+        SchemeError: the file format has no word for a scheme.
+    """
+    if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+        raise ModelError(f"expected a transformers model with a config, found {type(model).__name__}")
+    by_scheme: dict[Scheme, list[str]] = {}
+    was_conv1d = False
+    for name, layer in quant_linears(model):
+        check_writable(layer.scheme)
+        by_scheme.setdefault(layer.scheme, []).append(name)
+        was_conv1d |= layer.was_conv1d
+    if not by_scheme:
+        raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
+    left = tuple(name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
+    if len(by_scheme) == 1 and not was_conv1d:
+        return QuantizationConfig((Group(("Linear",), next(iter(by_scheme))),), left)
+    return QuantizationConfig(tuple(Group(tuple(names), scheme) for scheme, names in by_scheme.items()), left)
+
+
+def inscribe(model: Any) -> None:
+    """Put the description into the model's config, where it has one; the config is changed.
+
+    A model with a simulated layer is not described: what it computes is not what its files would.
+    """
+    layers = [layer for _, layer in quant_linears(model)]
+    if hasattr(model, "save_pretrained") and layers and all(layer.mode is not Mode.SIMULATED for layer in layers):
+        model.config.quantization_config = to_json(describe(model))

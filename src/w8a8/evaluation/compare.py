@@ -1,0 +1,192 @@
+"""Perplexity, bits per byte, Kullback-Leibler divergence and agreement, each with an interval.
+
+The text is tokenised without special tokens and cut into windows of `seq_len` tokens, `stride` apart
+(`seq_len` by default: they do not overlap).  The first token of a window is not scored, nor is one that an
+earlier window scored.  Every scored token weighs the same.  One window is one forward of batch 1, so that a
+per-tensor scheme does not depend on how windows would be batched.
+
+    perplexity    = exp(mean of -log p(token | the tokens before it in its window))
+    bits per byte = sum of -log2 p(token | ...) / UTF-8 bytes that the scored tokens stand for
+    KL            = sum_v p(v) (log p(v) - log q(v)) of a token,  p the reference, q the model, in nats:
+                    the mean, and the value that 99 % of the tokens do not exceed
+    agreement     = share of the tokens for which both have the same most likely token
+
+Intervals are 95 %, by the bootstrap over windows, paired where two models are compared (see `intervals`).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from w8a8.convert import Progress
+from w8a8.errors import ModelError
+from w8a8.evaluation.intervals import Bootstrap, Estimate, verdict
+from w8a8.evaluation.scores import logits_of, token_kl, token_losses
+from w8a8.evaluation.stored import Reference, stored_kl
+from w8a8.evaluation.text import Text, windows_for
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text.  `bits_per_byte` is None where the tokenizer does not tell bytes."""
+
+    perplexity: Estimate
+    loss_nats: Estimate
+    bits_per_byte: Estimate | None
+    tokens: int
+    windows: int
+    seq_len: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against a reference on the same windows.
+
+    loss_difference_nats: Model minus reference; `perplexity_ratio` is its exponential.
+    kl_nats, kl_p99_nats: Of a token, the mean and the 99th percentile.
+    top_k: The reference was stored with so many tokens each, so that KL is a lower bound; None: it was not stored.
+    verdict: What the interval of `perplexity_ratio` says.
+    """
+
+    model: Evaluation
+    reference: Evaluation
+    loss_difference_nats: Estimate
+    perplexity_ratio: Estimate
+    kl_nats: Estimate
+    kl_p99_nats: Estimate
+    top1_agreement: Estimate
+    top_k: int | None
+    verdict: str
+
+
+def perplexity(
+    model: Any,
+    text: Text | Tensor,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a text.
+
+    Args:
+        model: A causal language model in evaluation mode.  Not modified.
+        text: What `encode` makes, or (T,) token ids.
+        seq_len: Tokens in a window, at least 2.
+        stride: Distance of the windows' starts, 1..seq_len; `seq_len` by default.
+        seed: Of the bootstrap.
+        progress: Called after each window.
+
+    Raises:
+        TextError: fewer than two tokens.
+        ModelError: seq_len or stride out of range, or the model's logits are not finite.
+    """
+    text = _text(text)
+    cut = windows_for(model, text.ids, seq_len, stride)
+    losses = []
+    for done, (start, first, end) in enumerate(cut, start=1):
+        logits = logits_of(model, text.ids[start:end], start)
+        losses.append(float(token_losses(logits[first - start - 1 : -1], text.ids[first:end]).sum()))
+        if progress is not None:
+            progress(done, len(cut), "perplexity")
+    return _evaluation(losses, text, cut, seq_len, stride, Bootstrap(len(cut), seed=seed))
+
+
+def compare(
+    model: Any,
+    reference: Any,
+    text: Text | Tensor,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Score a text with two models, and compare their predictions token by token.
+
+    Args:
+        model: A causal language model.  Not modified.
+        reference: Another one over the same vocabulary, or its stored predictions of the same windows.
+        text, seq_len, stride, seed, progress: As for `perplexity`.
+
+    Raises:
+        ModelError: as `perplexity`; the vocabularies differ; the predictions are of another text or other windows.
+        TextError: as `perplexity`.
+    """
+    text = _text(text)
+    cut = windows_for(model, text.ids, seq_len, stride)
+    if isinstance(reference, Reference):
+        reference.check(text, seq_len, stride or seq_len)
+    else:
+        windows_for(reference, text.ids, seq_len, stride)
+    ours: list[float] = []
+    theirs: list[float] = []
+    agree: list[float] = []
+    kl: list[NDArray[np.float32]] = []
+    seen = 0
+    for done, (start, first, end) in enumerate(cut, start=1):
+        q = logits_of(model, text.ids[start:end], start)[first - start - 1 : -1]
+        if isinstance(reference, Reference):
+            rows = slice(seen, seen + end - first)
+            _same_vocabulary(q.shape[1], reference.vocabulary)
+            losses, best = reference.losses[rows], reference.best[rows].to(q.device)
+            divergence = stored_kl(reference.top[rows], reference.log_p[rows], q)
+        else:
+            p = logits_of(reference, text.ids[start:end], start)[first - start - 1 : -1]
+            _same_vocabulary(q.shape[1], p.shape[1])
+            losses, best, divergence = token_losses(p, text.ids[first:end]), p.argmax(-1), token_kl(p, q)
+        ours.append(float(token_losses(q, text.ids[first:end]).sum()))
+        theirs.append(float(losses.sum()))
+        agree.append(float((q.argmax(-1) == best).sum()))
+        kl.append(divergence.cpu().numpy().astype(np.float32))
+        seen += end - first
+        if progress is not None:
+            progress(done, len(cut), "comparison")
+    draw, counts = Bootstrap(len(cut), seed=seed), [end - first for _, first, end in cut]
+    difference = draw.ratio([a - b for a, b in zip(ours, theirs, strict=True)], counts)
+    stored = isinstance(reference, Reference) and reference.top.shape[1] < reference.vocabulary
+    return Comparison(
+        _evaluation(ours, text, cut, seq_len, stride, draw),
+        _evaluation(theirs, text, cut, seq_len, stride, draw),
+        difference,
+        difference.exp(),
+        draw.ratio([float(values.astype(np.float64).sum()) for values in kl], counts),
+        draw.quantile(kl, 0.99),
+        draw.ratio(agree, counts),
+        reference.top.shape[1] if stored else None,
+        verdict(difference.exp()),
+    )
+
+
+def _text(text: Text | Tensor) -> Text:
+    return text if isinstance(text, Text) else Text(text)
+
+
+def _same_vocabulary(ours: int, theirs: int) -> None:
+    if ours != theirs:
+        raise ModelError(f"vocabularies of {ours} and {theirs} tokens cannot be compared")
+
+
+def _evaluation(
+    losses: Sequence[float],
+    text: Text,
+    cut: Sequence[tuple[int, int, int]],
+    seq_len: int,
+    stride: int | None,
+    draw: Bootstrap,
+) -> Evaluation:
+    counts = [end - first for _, first, end in cut]
+    loss = draw.ratio(losses, counts)
+    bits = None
+    if text.byte_ends is not None:
+        read = [text.bytes_between(first, end) for _, first, end in cut]
+        if sum(read):
+            bits = draw.ratio([nats / math.log(2) for nats in losses], read)
+    return Evaluation(loss.exp(), loss, bits, sum(counts), len(cut), seq_len, stride or seq_len)

@@ -1,0 +1,147 @@
+"""What a comparison needs of the reference's predictions, stored, so that two models need not be in memory at once.
+
+Of each scored token: the log-probability of the target, the most likely token, and the k most likely tokens with
+their log-probabilities; the rest of the vocabulary is one number, its probability.  The divergence is then measured
+between distributions over k + 1 outcomes, the k tokens and "another one", which is never more than the true one
+(merging outcomes cannot increase a divergence: Cover and Thomas, Elements of Information Theory, theorem 2.8.1
+applied to a partition), and equal to it for k = V.  Perplexity and agreement are exact.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from w8a8.checkpoint.files import opened
+from w8a8.convert import Progress
+from w8a8.errors import CheckpointError, ModelError
+from w8a8.evaluation.scores import ROWS, logits_of, token_losses
+from w8a8.evaluation.text import Text, windows_for
+
+TOP_K = 512
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model's predictions of a text.
+
+    losses: (S,) float64, nats of each scored token.
+    best: (S,) int64, the most likely token.
+    top: (S, k) int64 and log_p: (S, k) float32, the most likely tokens and their log-probabilities.
+    vocabulary, seq_len, stride: What it was made with.
+    text: The SHA-256 of the token ids.
+    """
+
+    losses: Tensor
+    best: Tensor
+    top: Tensor
+    log_p: Tensor
+    vocabulary: int
+    seq_len: int
+    stride: int
+    text: str
+
+    def check(self, text: Text, seq_len: int, stride: int) -> None:
+        """Raise `ModelError` where this was made from another text or other windows."""
+        asked = (_hash(text.ids), seq_len, stride)
+        if asked != (self.text, self.seq_len, self.stride):
+            raise ModelError(
+                f"the stored predictions are of windows of {self.seq_len}, {self.stride} apart, of text "
+                f"{self.text[:12]}, and {seq_len}, {stride}, {asked[0][:12]} was asked for; store them again"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        tensors = {name: getattr(self, name) for name in ("losses", "best", "top", "log_p")}
+        told = {name: str(getattr(self, name)) for name in ("vocabulary", "seq_len", "stride", "text")}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=told)
+
+    @classmethod
+    def load(cls, path: Path) -> "Reference":
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is torn, or holds something else.
+        """
+        with opened(path, {"losses", "best", "top", "log_p"}) as file:
+            told = file.metadata() or {}
+            try:
+                sizes: dict[str, Any] = {name: int(told[name]) for name in ("vocabulary", "seq_len", "stride")}
+            except (KeyError, ValueError) as error:
+                raise CheckpointError(f"{path} holds no stored predictions: {error}") from error
+            tensors = {name: file.get_tensor(name).clone() for name in ("losses", "best", "top", "log_p")}
+        return cls(**{**tensors, **sizes, "text": told.get("text", "")})
+
+
+def store(
+    reference: Any,
+    text: Text,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    top_k: int = TOP_K,
+    progress: Progress | None = None,
+) -> Reference:
+    """Score a text with a reference, and keep what comparisons need.
+
+    Args:
+        reference: A causal language model in evaluation mode.  Not modified.
+        text, seq_len, stride, progress: As for `perplexity`.
+        top_k: How many tokens' probabilities are kept for each position.
+
+    Raises:
+        ModelError, TextError: as `perplexity`.
+    """
+    cut = windows_for(reference, text.ids, seq_len, stride)
+    losses, best, top, log_p, vocabulary = [], [], [], [], 0
+    for done, (start, first, end) in enumerate(cut, start=1):
+        logits = logits_of(reference, text.ids[start:end], start)[first - start - 1 : -1]
+        vocabulary = logits.shape[1]
+        losses.append(token_losses(logits, text.ids[first:end]))
+        for rows in logits.split(ROWS):
+            values, places = rows.to(torch.float32).log_softmax(-1).topk(min(top_k, vocabulary), dim=-1)
+            log_p.append(values.cpu())
+            top.append(places.cpu())
+        best.append(logits.argmax(-1).cpu())
+        if progress is not None:
+            progress(done, len(cut), "reference")
+    return Reference(
+        torch.cat(losses).cpu(),
+        torch.cat(best),
+        torch.cat(top),
+        torch.cat(log_p),
+        vocabulary,
+        seq_len,
+        stride or seq_len,
+        _hash(text.ids),
+    )
+
+
+def stored_kl(top: Tensor, log_p: Tensor, q: Tensor) -> Tensor:
+    """The divergence of each row over k + 1 outcomes, float64.
+
+    Args:
+        top, log_p: (T, k), of the reference.
+        q: (T, V), logits of the model.
+    """
+    log_q = q.to(torch.float64).log_softmax(-1).gather(1, top.to(q.device))
+    log_p = log_p.to(q.device, torch.float64)
+    if top.shape[1] < q.shape[1]:
+        log_p, log_q = (torch.cat([t, _rest(t)], dim=1) for t in (log_p, log_q))
+    # sum p d, and sum q - sum p = 0 added, so that terms are positive and the rounding of log_p cancels: see `scores`
+    d = log_p - log_q
+    return (log_p.exp() * (torch.expm1(-d) + d)).sum(-1)
+
+
+def _rest(log_p: Tensor) -> Tensor:
+    """The logarithm of the probability of all other tokens: (T, k) -> (T, 1)."""
+    return torch.log((1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-12))
+
+
+def _hash(ids: Tensor) -> str:
+    return hashlib.sha256(ids.to(torch.int64).cpu().numpy().tobytes()).hexdigest()

@@ -1,0 +1,103 @@
+"""A text as token ids, with the bytes that each token stands for, cut into windows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w8a8.errors import ModelError, TextError
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenised text.
+
+    ids: (T,) int64.
+    byte_ends: (T,) int64, how many UTF-8 bytes of the text end with each token; None where the tokenizer does not say.
+    """
+
+    ids: Tensor
+    byte_ends: Tensor | None = None
+
+    def first(self, tokens: int | None) -> "Text":
+        """The first so many tokens."""
+        return Text(self.ids[:tokens], None if self.byte_ends is None else self.byte_ends[:tokens])
+
+    def bytes_between(self, first: int, end: int) -> int:
+        """How many bytes the tokens from `first` up to `end` stand for; `first` is not the text's first token."""
+        assert self.byte_ends is not None, "asked before"
+        return int(self.byte_ends[end - 1] - self.byte_ends[first - 1])
+
+
+def encode(tokenizer: Any, text: str) -> Text:
+    """A text, tokenised without special tokens.
+
+    Raises:
+        ModelError: there is no tokenizer.
+        TextError: fewer than two tokens.
+    """
+    if tokenizer is None:
+        raise ModelError("the model's directory has no tokenizer, so a text cannot be read; save one beside it")
+    offsets = bool(getattr(tokenizer, "is_fast", False))
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=offsets)
+    ids = torch.tensor(found["input_ids"], dtype=torch.int64)
+    if ids.numel() < 2:
+        raise TextError(f"the text has {ids.numel()} tokens; scoring needs two or more")
+    return Text(ids, _byte_ends(text, found["offset_mapping"]) if offsets else None)
+
+
+def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> Tensor:
+    """UTF-8 bytes before the end of each token, from its end in characters."""
+    ends, seen, at = [], 0, 0
+    for _, end in offsets:
+        seen += len(text[at:end].encode()) if end > at else 0
+        at = max(at, end)
+        ends.append(seen)
+    return torch.tensor(ends, dtype=torch.int64)
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence that the model has positions for, or None where its config does not say."""
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(model.config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def windows(tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first scored, end) of each window over a text of so many tokens."""
+    scored_to = 0
+    for start in range(0, tokens, stride):
+        end = min(start + seq_len, tokens)
+        first = max(scored_to, start + 1)
+        if first < end:
+            yield start, first, end
+        scored_to = end
+        if end == tokens:
+            return
+
+
+def windows_for(model: Any, ids: Tensor, seq_len: int, stride: int | None) -> list[tuple[int, int, int]]:
+    """The windows of a text that a model can score.
+
+    Raises:
+        ModelError: seq_len or stride out of range; ids that the model does not know.
+        TextError: fewer than two tokens.
+    """
+    limit = context_length(model)
+    if seq_len < 2 or (limit is not None and seq_len > limit):
+        raise ModelError(f"seq_len={seq_len} is out of range: 2..{limit or ''} for this model")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise ModelError(f"stride={stride} is out of range: 1..seq_len={seq_len}")
+    if ids.ndim != 1 or ids.numel() < 2:
+        raise TextError(f"the text has {ids.numel()} tokens; scoring needs two or more")
+    vocabulary, largest = getattr(model.config, "vocab_size", None), int(ids.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise ModelError(
+            f"the text has the token id {largest}, {type(model).__name__} knows 0..{vocabulary - 1}: "
+            "it was encoded with the tokenizer of another model"
+        )
+    return list(windows(ids.numel(), seq_len, stride or seq_len))
