@@ -51,6 +51,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/smoothing.py
+	$(BIN)/python bench/loading.py
 	$(MAKE) bench-smoothing-peer
 	$(BIN)/python bench/report.py
 

@@ -1,4 +1,4 @@
-"""Ways to damage a model's directory, drawn from hypothesis or from a seeded generator, and what may come of it."""
+"""Ways to damage a model's directory, drawn from a seeded generator, and what may come of it."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 import w8a8
 from w8a8.errors import W8A8Error
 
-Draw = random.Random  # hypothesis' st.randoms gives one too
+Draw = random.Random
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 ABSURD = [
     None, True, -1, 0, 0.5, 1e308, 10**12, 2**62, 2**64, 10**40, "", "x", "../../etc/passwd", "/etc/passwd", "\u0000",
