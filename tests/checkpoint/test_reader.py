@@ -19,6 +19,11 @@ from w8a8.linear import Mode, QuantLinear, quant_linears
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def replace(key, make):
+    return lambda tensors: tensors.update({key: make(tensors[key])})
 
 
 def relative_error(y, expected):
@@ -211,6 +216,10 @@ def test_a_float_directory_is_loaded_as_a_float_model(tmp_path, make, dtype):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            replace("model.norm.weight", lambda t: t.to(torch.int32)),
+            "model.norm.weight is int32 .*expected float values",
+        ),
         (lambda t: t.pop("model.norm.weight"), "1 weights of LlamaForCausalLM are not in the files"),
         (
             lambda t: t.update({"model.odd.weight": torch.ones(2)}),
@@ -271,13 +280,6 @@ def edit_tensors(directory, change):
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
-
-
-DOWN = "model.layers.0.mlp.down_proj"
-
-
-def replace(key, make):
-    return lambda tensors: tensors.update({key: make(tensors[key])})
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def load(
             raise ModelError(f"head='int8' was asked for, but {directory} holds a float model; quantise it first")
         return load_float(directory, trust_remote_code=trust_remote_code)
     files = tensor_files(directory)
-    check_size(directory, files, trust_remote_code=trust_remote_code)
+    check_size(directory, files, quantized=True, trust_remote_code=trust_remote_code)
     options = {"simulated": simulated, "kernel": kernel, "strict": strict}
     model, packed = empty_layers(directory, quantization, trust_remote_code=trust_remote_code, **options)
     _fill(model, files, packed)
@@ -115,7 +115,7 @@ def load_float(directory: Path, *, dtype: torch.dtype | str = "auto", trust_remo
         ModelError: transformers cannot open it; weights are missing, left over, or of another shape.
     """
     files = tensor_files(directory)
-    check_size(directory, files, trust_remote_code=trust_remote_code)
+    check_size(directory, files, quantized=False, trust_remote_code=trust_remote_code)
     kind, _ = architecture(directory, trust_remote_code=trust_remote_code)
     try:
         model, told = kind.from_pretrained(

@@ -114,8 +114,14 @@ def empty_layers(
     return model, insert_quant_linears(model, quantization, str(directory / CONFIG), **options)
 
 
-def check_size(directory: Path, files: Mapping[Path, set[str] | None], *, trust_remote_code: bool = False) -> None:
-    """Raise `CheckpointError` where config.json tells of a larger model than the files hold; takes no memory for it."""
+def check_size(
+    directory: Path, files: Mapping[Path, set[str] | None], *, quantized: bool, trust_remote_code: bool = False
+) -> None:
+    """Raise `CheckpointError` where config.json and the headers of the files tell of different models.
+
+    Takes no memory, whatever sizes are told.  A float model may have integers in its buffers only: transformers would
+    convert the others without a word.
+    """
     found: dict[str, tuple[Path, Entry]] = {}
     for path, promised in files.items():
         for name, entry in header(path, promised).items():
@@ -136,6 +142,8 @@ def check_size(directory: Path, files: Mapping[Path, set[str] | None], *, trust_
         if "meta tensor" in str(error):  # a class that looks at values while it is made is compared later
             return
         raise CheckpointError(f"{where}: {kind.__name__} cannot be made of it: {error}") from error
+    if not quantized:
+        _check_floats(model, found)
     for name, parameter in model.named_parameters():
         if name not in found:  # of another name in the files, or missing: told when they are read
             continue
@@ -144,6 +152,17 @@ def check_size(directory: Path, files: Mapping[Path, set[str] | None], *, trust_
         if entry.shape not in (wanted, wanted[::-1]):  # a quantised Conv1D is stored as a Linear
             held = f"{str(entry.dtype).removeprefix('torch.')} of shape {entry.shape}"
             raise CheckpointError(f"{path}: {name} is {held}, expected shape {wanted} by {CONFIG}")
+
+
+def _check_floats(model: Any, found: Mapping[str, tuple[Path, Entry]]) -> None:
+    buffers = [name for name, _ in model.named_buffers()]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    for name, (path, entry) in found.items():
+        if entry.dtype.is_floating_point or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if not any(f".{buffer}".endswith(f".{name}") or name.endswith(f".{buffer}") for buffer in buffers):
+            held = str(entry.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{path}: {name} is {held} of shape {entry.shape}, expected float values")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
