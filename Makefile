@@ -21,9 +21,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
 
-# the tests, and the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu
+# the tests; the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu; and 10,000 damaged
+# directories, each an error of ours or the model that was saved
 test-all: test
 	$(MAKE) -C tests/native check sanitize arm
+	$(BIN)/python -m tests.checkpoint.fuzz --cases 10000
 
 # what needs no running model: format, lint, types, and that imports point down
 check: $(VENV)/.installed
@@ -49,6 +51,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/smoothing.py
+	$(BIN)/python bench/loading.py
 	$(MAKE) bench-smoothing-peer
 	$(BIN)/python bench/streaming.py --peer-python .venv-peer/bin/python
 	$(BIN)/python bench/report.py

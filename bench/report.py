@@ -12,6 +12,7 @@ import calibration
 import demo
 import layout
 import linear
+import loading
 import model
 import overhead
 import smoothing
@@ -20,7 +21,8 @@ import smoothing_peer
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 RESULTS = tuple(
-    script.RESULT for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer)
+    script.RESULT
+    for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer, loading)
 )
 
 _HEAD = """# Performance
@@ -34,7 +36,7 @@ in one process, llama.cpp's excepted, which has its own.
 
 def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
-    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer)
+    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer, _loading)
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
 
@@ -141,6 +143,17 @@ def _smoothing_peer(result: dict[str, Any]) -> str:
         "(relative norm) says whether it kept the function. The random Gemma-3 stores its norm weights less one.\n\n"
         + smoothing_peer.table(result)
         + "\n"
+    )
+
+
+def _loading(result: dict[str, Any]) -> str:
+    return (
+        "## Opening a W8A8 directory\n\n"
+        + _where(result)
+        + f"TinyLlama's shape, {result['bytes'] / 1e9:.2f} GB in int8 with float embeddings, in the page cache; a "
+        "process for each opening, in turn; medians, and the range. Memory is the peak resident size over that after "
+        "the imports; pages of mapped files are in it, which processes share. transformers decompresses at the first "
+        "forward, of one token, which is in its time.\n\n" + loading.table(result) + "\n"
     )
 
 

@@ -32,7 +32,8 @@ from w8a8 import convert
 from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.headers import read_header
 from w8a8.checkpoint.layout import from_json, runs_here, to_json
-from w8a8.checkpoint.reader import checked_tensor, insert_quant_linears
+from w8a8.checkpoint.reader import checked_tensor
+from w8a8.checkpoint.skeleton import insert_quant_linears
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears
@@ -200,8 +201,13 @@ class _Quantize(ConversionOps):
         except W8A8Error as error:
             error.add_note(f"while quantising {name}")
             raise
-        kwargs["missing_keys"].discard(f"{name}.weight_scale")
-        return {f"{name}.weight": q.codes, f"{name}.weight_scale": q.scale.reshape(layer.weight_scale.shape)}
+        shape = layer.weight_scale.shape
+        made = {f"{name}.weight": q.codes, f"{name}.weight_scale": q.scale.reshape(shape)}
+        if q.zero_point is not None:
+            made[f"{name}.weight_zero_point"] = q.zero_point.reshape(shape)
+        for key in made:
+            kwargs["missing_keys"].discard(key)
+        return made
 
 
 def enable() -> None:

@@ -14,7 +14,7 @@ The buffers carry the names and shapes of a compressed-tensors file, so that `st
     weight             (N, K) int8 codes; where a simulated grid is wider than 8 bits, its float32 values,
                        and then there is no weight_scale and no weight_zero_point
     weight_scale       (1,), (N, 1), (N, G) or, per column, (1, K) float32
-    weight_zero_point  as weight_scale, int32; only where simulated weights are asymmetric
+    weight_zero_point  as weight_scale, int32; only where weights are asymmetric
     bias               (N,) in the dtype of the float layer
     input_scale        (1,) float32, and input_zero_point (1,) int32: only where activations are static
 
@@ -257,6 +257,7 @@ class QuantLinear(nn.Module):
         groups = self.weight_sum.shape[1]
         return (
             codes.device.type == "cpu"
+            and self.scheme.weights.symmetric
             and native.can_pack(self.out_features, self.in_features, groups, symmetric=activations.symmetric)
             and kernels.first_choice(self.kernel) == native.NATIVE.name
         )
@@ -302,6 +303,7 @@ class QuantLinear(nn.Module):
             buffers["weight"] if packed is None else packed,
             buffers["weight_scale"],
             buffers["weight_sum"],
+            buffers["weight_zero_point"],
             buffers["bias"],
             buffers["input_scale"],
             buffers["input_zero_point"],
@@ -453,7 +455,7 @@ def _mode(scheme: Scheme, k: int, *, simulated: bool) -> Mode:
         raise SchemeError(f"{scheme} cannot run in integers: {scheme.not_executable_because}")
     assert activations is not None, "weight-only schemes have left above"
     reach = activations.qmax - activations.qmin if not activations.symmetric else activations.qmax
-    limit = 2**31 // (reach * weights.qmax)
+    limit = 2**31 // (reach * (weights.qmax if weights.symmetric else weights.qmax - weights.qmin))
     if k >= limit:
         raise SchemeError(f"K={k} could overflow the int32 sum, which holds K < {limit} here; use simulated=True")
     return Mode.INTEGER

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 
 from w8a8 import convert, kernels
@@ -18,7 +17,7 @@ from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
 from w8a8.checkpoint.describe import inscribe
 from w8a8.checkpoint.files import read_quantization, resolve
-from w8a8.checkpoint.reader import architecture
+from w8a8.checkpoint.reader import load_float
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
 from w8a8.convert import Progress
 from w8a8.coverage import Coverage, coverage
@@ -284,7 +283,12 @@ class OpenedModel:
 
 
 def open_model(
-    source: str | os.PathLike[str], *, dtype: str = "auto", device: str = "cpu", head: str = "float"
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    head: str = "float",
+    trust_remote_code: bool = False,
 ) -> OpenedModel:
     """Open a model, float or quantised, in the class that its config names, from a directory or the hub.
 
@@ -293,41 +297,27 @@ def open_model(
         dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
         device: Where the model goes.
         head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
+        trust_remote_code: Run Python code from the repository where transformers has no class for the model.
 
     Raises:
-        CheckpointError: missing, torn, or in a format unknown here.
+        CheckpointError: missing, torn, in a format unknown here, or in need of code of its own.
         ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that
             transformers can open, or its files lack weights.
     """
-    directory = resolve(source)
+    directory = resolve(source, trust_remote_code=trust_remote_code)
     quantized = read_quantization(directory) is not None
     wanted = _dtype(dtype)
     if not quantized and head != "float":
         raise ModelError(f"head={head!r} was asked for, but {directory} holds a float model; quantise it first")
     if quantized:
-        model = load(directory, head=head)
+        model = load(directory, head=head, trust_remote_code=trust_remote_code)
         if wanted is not None:
             model.to(wanted)
     else:
-        model = _open_float(directory, dtype if wanted is None else wanted)
-    return OpenedModel(_moved(model.eval(), device), open_tokenizer(directory), directory, quantized)
-
-
-def _open_float(directory: Path, dtype: torch.dtype | str) -> Any:
-    """The float model of the class that its config names, all of whose weights are in the files."""
-    kind, _ = architecture(directory)
-    try:
-        model, told = kind.from_pretrained(directory, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{directory}: transformers cannot open it: {error}") from error
-    missing = sorted(told["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{directory}: {len(missing)} weights of {kind.__name__} are not in the files and would be random: "
-            + ", ".join(missing[:3])
-            + (", ..." if len(missing) > 3 else "")
-        )
-    return model
+        chosen = dtype if wanted is None else wanted
+        model = load_float(directory, dtype=chosen, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(directory, trust_remote_code=trust_remote_code)
+    return OpenedModel(_moved(model.eval(), device), tokenizer, directory, quantized)
 
 
 def _moved(model: Any, device: str) -> Any:
@@ -337,12 +327,12 @@ def _moved(model: Any, device: str) -> Any:
         raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def open_tokenizer(directory: Path) -> Any:
+def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer, or None where the directory has none."""
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(directory)
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory}: transformers cannot read its tokenizer: {error}; copy it again") from error
 

@@ -220,8 +220,6 @@ class Scheme:
             return f"per-column weights: {varies_along_k}; use PerChannel() for the weights, or simulate"
         if isinstance(activations.granularity, PerChannel):
             return f"per-channel activations: {varies_along_k}; use PerToken() for the activations, or simulate"
-        if not weights.symmetric:
-            return "asymmetric weights: the integer sum has no weight zero point; use symmetric=True, or simulate"
         widest = max(weights.bits, activations.bits)
         if widest > MAX_CODE_BITS:
             return f"{widest} bits do not fit int8 codes; use {MAX_CODE_BITS} bits or fewer, or simulate"

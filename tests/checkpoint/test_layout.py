@@ -1,6 +1,10 @@
 import copy
+import itertools
+from collections import Counter, OrderedDict
+from random import Random
 
 import pytest
+from torch import nn
 
 from w8a8.checkpoint.layout import Group, QuantizationConfig, from_json, to_json
 from w8a8.errors import CheckpointError, SchemeError
@@ -71,12 +75,80 @@ def test_targets_are_names_expressions_or_classes_and_ignore_wins():
     parsed = QuantizationConfig(
         (Group(("Linear",), rest), Group(("re:.*mlp", "model.q"), mlp)), ("lm_head", "re:.*router$")
     )
-    assert parsed.scheme_for("a.mlp.up", "Linear") is mlp
-    assert parsed.scheme_for("model.q", "Linear") is mlp
-    assert parsed.scheme_for("model.k", "Linear") is rest
-    assert parsed.scheme_for("model.k", "Conv1D") is None
-    assert parsed.scheme_for("lm_head", "Linear") is None
-    assert parsed.scheme_for("a.mlp.router", "Linear") is None
+    schemes = {
+        (name, kind): group and group.scheme
+        for name in ("a.mlp.up", "model.q", "model.k", "lm_head", "a.mlp.router")
+        for kind in ("Linear", "Conv1D")
+        for group in [parsed.group_for(name, (kind, "Module"))]
+    }
+    assert schemes["a.mlp.up", "Linear"] is mlp
+    assert schemes["model.q", "Linear"] is mlp
+    assert schemes["model.k", "Linear"] is rest
+    assert schemes["model.k", "Conv1D"] is None
+    assert schemes["lm_head", "Linear"] is None
+    assert schemes["a.mlp.router", "Linear"] is None
+
+
+NAMES = [
+    "lm_head",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0.self_attn.qkv_proj",
+    "model.layers.1.self_attn.q_proj",
+    "model.layers.10.mlp.down_proj",
+    "model.layers.1.mlp.gate_up_proj",
+    "model.layers.1.block_sparse_moe.experts.3.w2",
+    "visual.merger.linear",
+]
+TARGETS = [
+    *NAMES,
+    "Linear",
+    "Module",
+    "NonDynamicallyQuantizableLinear",
+    "linear",
+    "q_proj",
+    "model.layers.1",
+    "re:.*",
+    "re:lm_head",
+    "re:.*lm_head$",
+    "re:q_proj",
+    "re:.*q_proj",
+    "re:.*[qk]_proj$",
+    "re:model\\.layers\\.1\\..*",
+    "re:model.layers.1",
+    "re:.*experts\\.\\d+\\.w[123]",
+    "re:visual.*|.*down_proj",
+    "re:.*self_attn\\.(q|k|v)_proj$",
+    "re:(?!.*mlp).*proj",
+    "re:",
+]
+
+
+class NonDynamicallyQuantizableLinear(nn.Linear):
+    """As torch's attention has it."""
+
+
+def test_targets_match_as_compressed_tensors_matches_them():
+    """Which group a layer gets, for a thousand random configurations of three groups and an ignore list."""
+    from compressed_tensors.quantization.lifecycle.apply import _scheme_from_targets
+    from compressed_tensors.utils.match import is_match, match_targets
+
+    random = Random(0)
+    schemes = [PRESETS[name].scheme for name in ("w8a8", "w8a8-asym", "w8a8-tensor")]
+    modules = [nn.Linear(1, 1), NonDynamicallyQuantizableLinear(1, 1)]
+    seen = Counter()
+    for _ in range(1000):
+        groups = tuple(Group(tuple(random.sample(TARGETS, random.randint(1, 3))), scheme) for scheme in schemes)
+        ours = QuantizationConfig(groups, tuple(random.sample(TARGETS, random.randint(0, 1))))
+        by_target = OrderedDict((target, group.scheme) for group in groups for target in group.targets)
+        for name, module in itertools.product(NAMES, modules):
+            theirs = None
+            if is_match(name, module, by_target) and not is_match(name, module, ours.ignore):
+                theirs = _scheme_from_targets(by_target, match_targets(name, module, by_target), name)
+            classes = [cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
+            found = ours.group_for(name, classes)
+            assert (found and found.scheme) == theirs, (name, ours)
+            seen[theirs] += 1
+    assert min(seen[scheme] for scheme in (None, *schemes)) > 500
 
 
 def changed(path, value):
@@ -99,7 +171,9 @@ G = "config_groups.group_0"
     ("path", "value", "message"),
     [
         ("quant_method", "gptq", "quant_method is 'gptq'"),
-        ("format", "pack-quantized", "format is 'pack-quantized'"),
+        ("format", "marlin-24", "format is 'marlin-24'"),
+        ("sparsity_config", {"format": "sparse-24-bitmask"}, "sparsity_config is .*sparse weights are unknown"),
+        ("transform_config", {"config_groups": {"u": 1}}, "transform_config is .*rotations at run time are unknown"),
         ("format", "float-quantized", "format is 'float-quantized'"),
         ("config_groups", {}, "expected at least one group"),
         ("config_groups", KeyError, "expected at least one group"),
@@ -119,6 +193,8 @@ G = "config_groups.group_0"
         (f"{G}.weights.strategy", "token", "strategy 'token' .* is unknown"),
         (f"{G}.weights.strategy", "group", "strategy 'group' .* is unknown"),
         (f"{G}.weights.actorder", "group", "reordered groups"),
+        (f"{G}.weights.symmetric", "false", "symmetric is 'false', expected true or false"),
+        (f"{G}.weights.dynamic", True, "weights.dynamic is true"),
         (f"{G}.weights.block_structure", [128, 128], "blocks are unknown"),
         (f"{G}.input_activations.strategy", "channel", "strategy 'channel' .* is unknown"),
         (f"{G}.input_activations.dynamic", "local", "dynamic is 'local'"),
@@ -142,3 +218,22 @@ def test_older_files_without_a_method_or_format_are_read():
     data = changed("quant_method", KeyError)
     del data["format"]
     assert from_json(data, "x").groups[0].scheme == PRESETS["w8a8"].scheme
+
+
+@pytest.mark.parametrize("place", ["format", f"{G}.format"])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_packed_groups_are_known_by_their_format(place, bits):
+    data = changed(place, "pack-quantized")
+    if place == "format":
+        data["config_groups"]["group_0"]["format"] = None
+    data["config_groups"]["group_0"]["weights"]["num_bits"] = bits
+    assert from_json(data, "x").groups[0].packed
+
+
+def test_packed_widths_that_versions_order_differently_are_refused():
+    data = changed(f"{G}.format", "pack-quantized")
+    data["config_groups"]["group_0"]["weights"]["num_bits"] = 3
+    with pytest.raises(
+        CheckpointError, match="num_bits is 3, which writers of 'pack-quantized' have packed in two ways"
+    ):
+        from_json(data, "x")

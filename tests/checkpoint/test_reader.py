@@ -11,11 +11,19 @@ from transformers import AutoModelForCausalLM
 
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
-from w8a8.errors import CheckpointError, SchemeError
+from w8a8.checkpoint import reader
+from w8a8.checkpoint.files import read_quantization, tensor_files
+from w8a8.checkpoint.skeleton import empty_layers
+from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.linear import Mode, QuantLinear, quant_linears
-from w8a8.scheme import PerChannel, PerGroup, PerToken, QuantSpec, Scheme
+from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor"
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def replace(key, make):
+    return lambda tensors: tensors.update({key: make(tensors[key])})
 
 
 def relative_error(y, expected):
@@ -148,15 +156,105 @@ def test_the_loaded_model_can_be_told_how_to_run(tmp_path):
     assert w8a8.ledger(simulated) == {}
 
 
-def test_a_scheme_that_integers_cannot_run_is_loaded_in_simulation(tmp_path):
-    asymmetric = Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken()))
-    model = w8a8.simulate(llama(), asymmetric).model
-    w8a8.save(model, tmp_path / "out")
-    with pytest.raises(SchemeError, match="asymmetric weights") as caught:
-        w8a8.load(tmp_path / "out")
-    assert "simulated=True runs every scheme" in caught.value.explain()
+ASYMMETRIC = [
+    Scheme(QuantSpec(8, weights, symmetric=False), QuantSpec(8, granularity, symmetric, dynamic))
+    for weights in (PerChannel(), PerTensor(), PerGroup(4))
+    for symmetric in (True, False)
+    for granularity, dynamic in ((PerToken(), True), (PerTensor(), True), (PerTensor(), False))
+]
+
+
+@pytest.mark.parametrize("scheme", ASYMMETRIC, ids=str)
+def test_weights_with_zero_points_run_in_integers_as_simulated(tmp_path, scheme):
     ids = torch.randint(0, 96, (1, 8))
+    model = w8a8.quantize(llama(), scheme, calibration=[ids] if scheme.static else None, observer="minmax").model
+    w8a8.save(model, tmp_path / "out")
+    loaded = w8a8.load(tmp_path / "out")
+    assert {layer.mode for _, layer in quant_linears(loaded)} == {Mode.INTEGER}
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
     assert torch.equal(logits(w8a8.load(tmp_path / "out", simulated=True), ids), logits(model, ids))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    logits(theirs, ids)  # decompresses
+    for name, layer in quant_linears(model):
+        assert torch.equal(theirs.get_submodule(name).weight, layer.dequantized_weight())
+
+
+def test_a_scheme_that_integers_cannot_run_is_an_error_that_names_the_layer(directory):
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= {"strategy": "group", "group_size": 7}
+    edit_config(directory, **config)
+    with pytest.raises(SchemeError, match="does not divide into groups of 7") as caught:
+        w8a8.load(directory)
+    assert "while loading model.layers.0.self_attn.q_proj" in caught.value.explain()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_every_float_dtype_are_read(directory, dtype):
+    key = f"{DOWN}.weight_scale"
+    scale = load_file(directory / "model.safetensors")[key].to(dtype)
+    edit_tensors(directory, lambda tensors: tensors.update({key: scale}))
+    loaded = w8a8.load(directory).get_submodule(DOWN).weight_scale
+    assert loaded.dtype is torch.float32
+    assert torch.equal(loaded, scale.float())
+
+
+@pytest.mark.parametrize("make", [llama, opt, gpt2, mixtral])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float_directory_is_loaded_as_a_float_model(tmp_path, make, dtype):
+    model = make().to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    loaded = w8a8.load(tmp_path)
+    assert not loaded.training
+    held = loaded.state_dict()
+    assert held.keys() == model.state_dict().keys()
+    assert all(t.dtype is dtype and torch.equal(t, held[name]) for name, t in model.state_dict().items())
+    ids = torch.randint(0, 96, (2, 16))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)  # a bfloat16 model keeps its rotation's float32
+    assert torch.equal(logits(loaded, ids), logits(theirs, ids))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            replace("model.norm.weight", lambda t: t.to(torch.int32)),
+            "model.norm.weight is int32 .*expected float values",
+        ),
+        (lambda t: t.pop("model.norm.weight"), "1 weights of LlamaForCausalLM are not in the files"),
+        (
+            lambda t: t.update({"model.odd.weight": torch.ones(2)}),
+            "are in the files and have no place: model.odd.weight",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"float32 of shape \(3,\), expected shape \(64,\)"),
+    ],
+)
+def test_a_float_directory_is_loaded_strictly(tmp_path, change, message):
+    llama().save_pretrained(tmp_path)
+    edit_tensors(tmp_path, change)
+    with pytest.raises(W8A8Error, match=message):
+        w8a8.load(tmp_path)
+
+
+def test_a_float_directory_has_no_int8_head(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="holds a float model; quantise it first"):
+        w8a8.load(tmp_path, head="int8")
+
+
+def test_no_second_copy_of_a_weight_is_made(tmp_path):
+    """Loading allocates what the packed weights take, and less than one weight more; the files' pages are let go."""
+    model = llama(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
+    w8a8.save(w8a8.quantize(model).model, tmp_path / "out")
+    empty, packed = empty_layers(tmp_path / "out", read_quantization(tmp_path / "out"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        reader._fill(empty, tensor_files(tmp_path / "out"), packed)
+    allocated = sum(e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0)
+    held = sum(layer.packed_weight.numel() for _, layer in quant_linears(empty))
+    assert held > 7 << 20
+    allocated -= (tmp_path / "out/model.safetensors").stat().st_size  # the mapping, which the profiler counts
+    assert allocated < held + (512 << 10)
+    weights = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(weights) <= 1  # the float tensors' mapping
 
 
 def test_saving_after_loading_gives_the_same_files(tmp_path):
@@ -182,13 +280,6 @@ def edit_tensors(directory, change):
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
-
-
-DOWN = "model.layers.0.mlp.down_proj"
-
-
-def replace(key, make):
-    return lambda tensors: tensors.update({key: make(tensors[key])})
 
 
 @pytest.mark.parametrize(
@@ -260,7 +351,10 @@ def test_a_truncated_file_is_named(directory, keep):
 
 def test_missing_weights_or_config_are_named(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"neither model.safetensors nor .*pickles are never read"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"neither model.safetensors nor .*pytorch_model.bin is a pickle, which .* is never read: convert it",
+    ):
         w8a8.load(directory)
     (directory / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
@@ -284,12 +378,6 @@ def test_a_config_that_cannot_be_used_is_named(directory, changes, message):
     edit_config(directory, **changes)
     with pytest.raises(CheckpointError, match=message):
         w8a8.load(directory)
-
-
-def test_a_float_model_is_sent_to_quantize(tmp_path):
-    llama().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="this is a float model"):
-        w8a8.load(tmp_path)
 
 
 def test_targets_that_match_nothing_are_an_error(directory):

@@ -291,7 +291,7 @@ def test_study_prints_the_grid_and_names_the_best(call, demo_dir, text):
     result = json.loads(call(*arguments, "--json")[1])
     assert len(result["cells"]) == 36
     assert result["best_executable"]["executable"] is True
-    assert sum(cell["executable"] for cell in result["cells"]) == 8
+    assert sum(cell["executable"] for cell in result["cells"]) == 16
 
 
 def test_generate_goes_on_from_the_prompt(call, quantized):

@@ -15,7 +15,8 @@ from w8a8.linear import QuantLinear
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 SCHEMES = [
-    Scheme(QuantSpec(bits, weights), QuantSpec(bits, activations, symmetric))
+    Scheme(QuantSpec(bits, weights, weights_symmetric), QuantSpec(bits, activations, symmetric))
+    for weights_symmetric in (True, False)
     for bits in (8, 4)
     for weights in (PerChannel(), PerTensor(), PerGroup(20))
     for activations in (PerToken(), PerTensor())
@@ -29,8 +30,8 @@ def layer(scheme, k=100, n=33, *, bias=True, **options):
 
 
 def runs(kernel, scheme):
-    """The native kernel has no groups."""
-    return kernel != "native" or not isinstance(scheme.weights.granularity, PerGroup)
+    """The native kernel has no groups and no weight zero points."""
+    return kernel != "native" or (scheme.weights.symmetric and not isinstance(scheme.weights.granularity, PerGroup))
 
 
 def oracle(q: QuantLinear, x: torch.Tensor) -> torch.Tensor:
@@ -48,6 +49,9 @@ def oracle(q: QuantLinear, x: torch.Tensor) -> torch.Tensor:
         q.weight_scale.numpy().reshape(-1, q.weight_sum.shape[1] if q.weight_scale.ndim == 2 else 1),
         (n, q.weight_sum.shape[1]),
     )
+    zw = np.zeros(sw.shape, dtype=object)
+    if q.weight_zero_point is not None:
+        zw = np.broadcast_to(q.weight_zero_point.numpy().astype(object).reshape(-1, sw.shape[1]), sw.shape)
     size = k // sw.shape[1]
     y = np.empty((len(qx), n), dtype=f32)
     for m in range(len(qx)):
@@ -55,7 +59,7 @@ def oracle(q: QuantLinear, x: torch.Tensor) -> torch.Tensor:
             total = None
             for g in range(sw.shape[1]):
                 piece = slice(g * size, (g + 1) * size)
-                acc = int(((qx[m, piece] - zx[m]) * qw[row, piece]).sum())
+                acc = int(((qx[m, piece] - zx[m]) * (qw[row, piece] - zw[row, g])).sum())
                 part = f32(f32(f32(acc) * sx[m, 0]) * sw[row, g])
                 total = part if total is None else f32(total + part)
             y[m, row] = total if q.bias is None else f32(total + f32(q.bias[row].item()))
@@ -329,3 +333,37 @@ def test_torch_cpu_refuses_what_is_not_on_the_cpu():
     q = layer("w8a8").to("meta")
     request = kernels.LinearRequest(*q._operands(torch.empty(2, 100, device="meta"))[:-1])
     assert "on meta" in torch_cpu.TORCH_CPU.refuses(request)
+
+
+@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_zero_point_is_exact_to_the_last_k(kernel, symmetric):
+    """All codes at one end and all zero points at the other: the largest sum that a K can have."""
+    k = 2**31 // ((127 if symmetric else 255) * 255) - 1
+    scheme = Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken(), symmetric))
+    q = QuantLinear(k, 3, scheme, bias=None, kernel=kernel, strict=True)
+    codes = torch.full((3, k), 127, dtype=torch.int8)
+    codes[1], codes[2, ::2] = -128, -128
+    q.weight_scale.fill_(1.0)
+    q.weight_zero_point = torch.tensor([[-128], [127], [5]], dtype=torch.int32)
+    q.set_codes(codes)
+    x = torch.ones(2, k)
+    assert torch.equal(q(x), oracle(q, x))
+    assert q(x)[0, 0] > 250.0 * k
+
+
+def test_a_weight_zero_point_that_could_overflow_is_refused():
+    scheme = Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken(), symmetric=False))
+    with pytest.raises(SchemeError, match="holds K < 33025"):
+        QuantLinear(33_025, 2, scheme, bias=None, device="meta")
+    assert QuantLinear(33_024, 2, scheme, bias=None, device="meta").in_features == 33_024
+
+
+def test_the_native_kernel_says_that_it_has_no_weight_zero_points():
+    scheme = Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken()))
+    with pytest.raises(KernelError, match="it has no weight zero points"):
+        layer(scheme, kernel="native", strict=True)(torch.randn(2, 100))
+    q = layer(scheme)
+    q(torch.randn(2, 100))
+    assert "native" not in q.kernel_calls()
+    assert torch.equal(q.weight, q._buffers["weight"])

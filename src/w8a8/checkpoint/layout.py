@@ -4,13 +4,18 @@ The format is `int-quantized` of the compressed-tensors project (github.com/vllm
 for each quantised linear layer the tensors `weight` int8 (N, K), `weight_scale`, `weight_zero_point` where
 asymmetric, and `input_scale`, `input_zero_point` where activations are static.  `config_groups` holds the
 schemes, each with the `targets` it is for; `ignore` takes layers out again.  A target is a module's name,
-its class name, or "re:" and a regular expression matched from the start of the name.
+the name of its class or of a parent class, or "re:" and a regular expression matched from the start of the name.
+Where several targets match, names go before expressions, these before classes, each kind in alphabetical order;
+of two groups with the same target the later one counts.  So compressed-tensors 0.20 does it (`match_targets`), and
+a test compares.
+
+`pack-quantized` is read as well: codes of 8, 4 or 2 bits side by side in int32 words (`w8a8.checkpoint.packed`).
 
 Parsing is strict: a field that would change the numbers and is not understood is an error that names it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +33,18 @@ from w8a8.scheme import (
 )
 
 FORMAT = "int-quantized"
+PACKED = "pack-quantized"
+_PACKED_BITS = (8, 4, 2)  # those that fill words: the order of others differs between versions of compressed-tensors
 _NAIVE = "naive-quantized"  # the same tensors under an older name
 
 
 @dataclass(frozen=True)
 class Group:
-    """A scheme and the targets it is for."""
+    """A scheme and the targets it is for; `packed`: the codes lie in int32 words in the file."""
 
     targets: tuple[str, ...]
     scheme: Scheme
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,25 +54,19 @@ class QuantizationConfig:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
 
-    def scheme_for(self, name: str, kind: str) -> Scheme | None:
-        """The scheme of a layer, or None: it is float.
+    def group_for(self, name: str, classes: Collection[str]) -> Group | None:
+        """The group of a layer, or None: it is float.
 
         Args:
             name: The module's dotted name.
-            kind: Its class name in the float model, "Linear".
+            classes: The names of its class and of that one's parents, as far as they are modules.
         """
-        if any(_matches(target, name, kind) for target in self.ignore):
+        if any(_names(target, name) or target in classes for target in self.ignore):
             return None
-        by_rank = sorted(
-            (
-                (_rank(target), group)
-                for group in self.groups
-                for target in group.targets
-                if _matches(target, name, kind)
-            ),
-            key=lambda found: found[0],
-        )
-        return by_rank[0][1].scheme if by_rank else None
+        groups = {target: group for group in self.groups for target in group.targets}
+        order = sorted(groups, key=lambda target: ("re:" in target, target))
+        found = [*(t for t in order if _names(t, name)), *(t for t in order if t in classes)]
+        return groups[found[0]] if found else None
 
 
 def to_json(config: QuantizationConfig) -> dict[str, Any]:
@@ -119,10 +121,13 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
         raise CheckpointError(f"{where}: quantization_config.config_groups is {groups!r}, expected at least one group")
     if data.get("kv_cache_scheme") is not None:
         raise CheckpointError(f"{where}: quantization_config.kv_cache_scheme: a quantised cache is unknown here")
-    known = (FORMAT, _NAIVE, "mixed-precision")
+    for key, what in (("sparsity_config", "sparse weights are"), ("transform_config", "rotations at run time are")):
+        if data.get(key) and data[key] != {"format": "dense"}:
+            raise CheckpointError(f"{where}: quantization_config.{key} is {str(data[key])[:80]}: {what} unknown here")
+    known = (FORMAT, _NAIVE, PACKED, "mixed-precision")
     if data.get("format") not in (*known, "dense", None):
         raise CheckpointError(
-            f"{where}: quantization_config.format is {data['format']!r}, this version reads {FORMAT!r} (8-bit W8A8)"
+            f"{where}: quantization_config.format is {data['format']!r}, this version reads {FORMAT!r} and {PACKED!r}"
         )
     parsed = []
     for key, group in groups.items():
@@ -130,14 +135,21 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
         if not isinstance(group, Mapping):
             raise CheckpointError(f"{path} is {group!r}, expected an object")
         if group.get("format") not in (*known, None):
-            raise CheckpointError(f"{path}.format is {group['format']!r}, this version reads {FORMAT!r}")
+            raise CheckpointError(f"{path}.format is {group['format']!r}, this version reads {FORMAT!r} and {PACKED!r}")
         if group.get("output_activations") is not None:
             raise CheckpointError(f"{path}.output_activations: quantised outputs are unknown here")
         weights = _spec(group.get("weights"), f"{path}.weights", weight=True)
         if weights is None:
             raise CheckpointError(f"{path}.weights is null: a group without quantised weights is unknown here")
         activations = _spec(group.get("input_activations"), f"{path}.input_activations", weight=False)
-        parsed.append(Group(_strings(group.get("targets"), f"{path}.targets"), _scheme(weights, activations, path)))
+        packed = (group.get("format") or data.get("format")) == PACKED
+        if packed and weights.bits not in _PACKED_BITS:
+            raise CheckpointError(
+                f"{path}.weights.num_bits is {weights.bits}, which writers of {PACKED!r} have packed in two ways; "
+                f"this version reads {', '.join(map(str, _PACKED_BITS))}"
+            )
+        targets = _strings(group.get("targets"), f"{path}.targets")
+        parsed.append(Group(targets, _scheme(weights, activations, path), packed))
     return QuantizationConfig(tuple(parsed), _strings(data.get("ignore") or [], f"{where}: quantization_config.ignore"))
 
 
@@ -161,9 +173,6 @@ def runs_here(data: Mapping[str, Any]) -> bool:
             )
             if not known:
                 return False
-        assert isinstance(weights, Mapping), "known"
-        if not weights.get("symmetric", True):
-            return False
     return True
 
 
@@ -225,6 +234,11 @@ def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
     dynamic = args.get("dynamic", False)
     if not isinstance(dynamic, bool):
         raise CheckpointError(f"{path}.dynamic is {dynamic!r}, this version runs true and false")
+    if weight and dynamic:
+        raise CheckpointError(f"{path}.dynamic is true: weights without stored scales are unknown here")
+    symmetric = args.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise CheckpointError(f"{path}.symmetric is {symmetric!r}, expected true or false")
     strategy, size = args.get("strategy"), args.get("group_size")
     if strategy is None:
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
@@ -235,14 +249,14 @@ def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
         granularity = PerChannel()
     elif strategy == "token" and not weight:
         granularity = PerToken()
-    elif strategy == "group" and weight and isinstance(size, int) and size > 0:
+    elif strategy == "group" and weight and type(size) is int and size > 0:
         granularity = PerGroup(size)
     else:
         allowed = "'tensor', 'channel' and 'group' with a group_size" if weight else "'tensor' and 'token'"
         raise CheckpointError(
             f"{path}: strategy {strategy!r} with group_size {size!r} is unknown, this version runs {allowed}"
         )
-    return QuantSpec(bits, granularity, bool(args.get("symmetric", True)), dynamic=weight or dynamic)
+    return QuantSpec(bits, granularity, symmetric, dynamic=weight or dynamic)
 
 
 def _scheme(weights: QuantSpec, activations: QuantSpec | None, path: str) -> Scheme:
@@ -264,12 +278,8 @@ def _strings(value: Any, path: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _matches(target: str, name: str, kind: str) -> bool:
+def _names(target: str, name: str) -> bool:
+    """Whether a target is a module's name or an expression that matches it."""
     if target.startswith("re:"):
         return re.match(target[3:], name) is not None
-    return target in (name, kind)
-
-
-def _rank(target: str) -> int:
-    """A name or an expression is meant before a class of modules."""
-    return 1 if target == "Linear" else 0
+    return target == name

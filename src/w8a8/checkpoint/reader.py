@@ -1,8 +1,9 @@
-"""Load a compressed-tensors directory and run it in int8.
+"""Load a model's directory: compressed-tensors runs in int8, a float model is loaded as transformers does it.
 
-transformers decompresses such a directory to float.  Here the model is built without memory (parameters on
+transformers decompresses the former to float.  Here the model is built without memory (parameters on
 the meta device), its linear layers become empty `QuantLinear`, and the tensors are mapped from the files: the
-weights are never float, and never copied but for the native kernel, which packs them as it reads them.
+weights are never float, and are in memory once.  Where they are packed for the native kernel, this is done one by one,
+each from a mapping of its own that is dropped before the next.
 
 Everything is checked before it is used: the index points into the directory, the files are whole, each
 tensor has the shape and dtype that the config promises, none is missing and none is left over.
@@ -10,22 +11,32 @@ tensor has the shape and dtype that the config promises, none is missing and non
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from w8a8 import convert, kernels
 from w8a8.checkpoint.describe import inscribe
-from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG, opened, read_quantization, resolve, tensor_files
-from w8a8.checkpoint.layout import QuantizationConfig
-from w8a8.errors import CheckpointError, ModelError, SchemeError
-from w8a8.linear import QuantLinear, is_conv1d, quant_linears
-from w8a8.scheme import PerGroup, Scheme
+from w8a8.checkpoint.files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    header,
+    mapped,
+    opened,
+    read_quantization,
+    resolve,
+    tensor_files,
+)
+from w8a8.checkpoint.packed import unpack_rows, words
+from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
+from w8a8.errors import CheckpointError, ModelError
+from w8a8.linear import QuantLinear
+from w8a8.scheme import PerGroup, PerTensor, Scheme
 
 _SCALES = ("weight_scale", "input_scale")
 _DERIVED = (".weight_sum", ".packed_weight")
@@ -39,15 +50,18 @@ def load(
     simulated: bool = False,
     kernel: str = kernels.AUTO,
     strict: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """A model from a compressed-tensors directory, running in int8.
+    """A model from a directory: a compressed-tensors one runs in int8, a float one is a float model.
 
     Args:
         source: A local directory, or the id of a repository on the Hugging Face hub.
         head: "int8" quantises the output head as it is loaded, in the scheme of the file's first group, whatever the
             file holds; a tied head becomes a copy of its own.  Where that scheme is static its activations are
             dynamic here, since the head's input was never measured.  "float" leaves it as the file has it.
-        simulated, kernel, strict: As for `QuantLinear`.
+        simulated, kernel, strict: As for `QuantLinear`; a float model has none.
+        trust_remote_code: Run Python code from the repository where transformers has no class for the model.  Never
+            without it.
 
     Returns:
         The transformers model of the directory's architecture, in evaluation mode.  Tensors are mapped from the
@@ -55,23 +69,24 @@ def load(
         Float tensors have the dtype of the file.
 
     Raises:
-        CheckpointError: the directory is missing, not quantised, torn or untruthful; file and tensor are
+        CheckpointError: the directory is missing, torn, untruthful or needs code of its own; file and tensor are
             named.
-        ModelError: `head` is neither "float" nor "int8".
+        ModelError: `head` is neither "float" nor "int8", or int8 for a float model.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
     if head not in ("float", "int8"):
         raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
-    directory = resolve(source)
+    directory = resolve(source, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
     if quantization is None:
-        raise CheckpointError(
-            f"{directory / CONFIG} has no quantization_config: this is a float model; "
-            "load it with transformers and call w8a8.quantize"
-        )
+        if head == "int8":
+            raise ModelError(f"head='int8' was asked for, but {directory} holds a float model; quantise it first")
+        return load_float(directory, trust_remote_code=trust_remote_code)
     files = tensor_files(directory)
-    model = empty_model(directory, quantization, simulated=simulated, kernel=kernel, strict=strict)
-    _fill(model, files)
+    check_size(directory, files, quantized=True, trust_remote_code=trust_remote_code)
+    options = {"simulated": simulated, "kernel": kernel, "strict": strict}
+    model, packed = empty_layers(directory, quantization, trust_remote_code=trust_remote_code, **options)
+    _fill(model, files, packed)
     if head == "int8" and convert.heads(model):  # none where the file's own head is int8
         selection = convert.select(model, convert.heads(model))
         scheme = _measured_as_it_comes(quantization.groups[0].scheme)
@@ -80,7 +95,48 @@ def load(
     model.config.__dict__.pop("quantization_config", None)
     inscribe(model)
     if (directory / GENERATION_CONFIG).exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+        except OTHERS_ERRORS as error:
+            raise CheckpointError(f"{directory / GENERATION_CONFIG}: transformers cannot read it: {error}") from error
+    return model.eval()
+
+
+def load_float(directory: Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+    """The float model of a directory, in evaluation mode, all of whose weights are in its safetensors files.
+
+    Args:
+        directory: From `resolve`.
+        dtype: Of the result; "auto" is the file's.
+        trust_remote_code: As for `load`.
+
+    Raises:
+        CheckpointError: the files are missing, torn or untruthful, or the model needs code of its own.
+        ModelError: transformers cannot open it; weights are missing, left over, or of another shape.
+    """
+    files = tensor_files(directory)
+    check_size(directory, files, quantized=False, trust_remote_code=trust_remote_code)
+    kind, _ = architecture(directory, trust_remote_code=trust_remote_code)
+    try:
+        model, told = kind.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of below, shorter
+            trust_remote_code=trust_remote_code,
+        )
+    except OTHERS_ERRORS as error:
+        raise ModelError(f"{directory}: transformers cannot open it: {error}") from error
+    for key, what in (
+        ("missing_keys", "are not in the files and would be random"),
+        ("mismatched_keys", "have another shape in the files"),
+        ("unexpected_keys", "are in the files and have no place"),
+    ):
+        names = sorted(str(name) for name in told[key])
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise ModelError(f"{directory}: {len(names)} weights of {kind.__name__} {what}: {shown}; copy it again")
     return model.eval()
 
 
@@ -91,104 +147,78 @@ def _measured_as_it_comes(scheme: Scheme) -> Scheme:
     return replace(scheme, activations=replace(scheme.activations, dynamic=True))
 
 
-def architecture(directory: Path) -> tuple[Any, Any]:
-    """The model class that config.json names, and the config.
-
-    Raises:
-        CheckpointError: config.json is not one that transformers reads, or names no class that it has.
-    """
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{directory / CONFIG}: transformers cannot read it: {error}") from error
-    names = config.architectures or []
-    kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    if kind is None:
-        raise CheckpointError(
-            f"{directory / CONFIG}: architectures is {names}, transformers {transformers.__version__} has none of them"
-        )
-    return kind, config
-
-
-def empty_model(directory: Path, quantization: QuantizationConfig | None, **options: Any) -> Any:
-    """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
-
-    Raises:
-        CheckpointError: config.json names no architecture that transformers has, or targets that match nothing.
-        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
-    """
-    kind, config = architecture(directory)
-    with init_empty_weights(include_buffers=False):
-        model = kind._from_config(config)  # in the dtype that the config states
-    model.tie_weights()
-    if quantization is not None:
-        insert_quant_linears(model, quantization, str(directory / CONFIG), **options)
-    return model
-
-
-def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, where: str, **options: Any) -> None:
-    """Put empty `QuantLinear` in the places of the linear layers that are quantised.
+def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -> None:
+    """Map every tensor into its place, then see that none is missing.
 
     Args:
-        model: Float, on the meta device; changed.
-        quantization: What is quantised, and how.
-        where: The file that says so, for messages.
-        options: As for `QuantLinear`.
-
-    Raises:
-        CheckpointError: the targets match no layer.
-        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
+        model: Without values; changed.
+        files: From `tensor_files`.
+        packed: The layers whose weights the files have in words.
     """
-    found = 0
-    for name, linear in list(model.named_modules()):
-        conv1d = is_conv1d(linear)
-        if not isinstance(linear, nn.Linear) and not conv1d:
-            continue
-        scheme = quantization.scheme_for(name, type(linear).__name__)
-        if scheme is None:
-            continue
-        k, n = linear.weight.shape if conv1d else reversed(linear.weight.shape)
-        bias = None if linear.bias is None else linear.bias.dtype
-        try:
-            layer = QuantLinear(k, n, scheme, bias=bias, device="meta", was_conv1d=conv1d, **options)
-        except SchemeError as error:
-            error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
-            raise
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, layer)
-        found += 1
-    if not found:
-        raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
-
-
-def _fill(model: Any, files: dict[Path, set[str] | None]) -> None:
-    """Map every tensor into its place, then see that none is missing."""
     modules = dict(model.named_modules())
     wanted = set(model.state_dict())
     seen: dict[str, Path] = {}
     for path, promised in files.items():
+        entries = header(path, promised)
         with opened(path, promised) as file:
-            for name in sorted(file.keys()):
+            for name in sorted(entries):
                 if name in seen:
                     raise CheckpointError(f"{path}: {name} is in {seen[name].name} too: two values for one tensor")
                 seen[name] = path
                 prefix, _, key = name.rpartition(".")
-                tensor = file.get_tensor(name)
-                if name in wanted:
-                    _place(modules[prefix], key, tensor, f"{path}: {name}")
+                module, where = modules.get(prefix), f"{path}: {name}"
+                if isinstance(module, QuantLinear) and key in (("weight_packed",) if prefix in packed else ("weight",)):
+                    _place_weight(module, mapped(path, entries[name]), where, packed=prefix in packed)
+                elif prefix in packed and key == "weight_shape":
+                    _check_stored_shape(modules[prefix], file.get_tensor(name), where)
+                elif prefix in packed and key == "weight_zero_point" and name in wanted:
+                    modules[prefix]._buffers[key] = _unpacked_zero_point(modules[prefix], file.get_tensor(name), where)
+                elif name in wanted and not (prefix in packed and key == "weight"):
+                    _place(modules[prefix], key, file.get_tensor(name), where)
                 else:
-                    _check_superfluous(model, modules.get(prefix), key, tensor, f"{path}: {name}")
+                    _check_superfluous(model, module, key, file.get_tensor(name), where)
     model.tie_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, t in tensors if t.is_meta and not name.endswith(_DERIVED)]
+    missing = [f"{name}_packed" if name.removesuffix(".weight") in packed else name for name in missing]
     if missing:
         raise CheckpointError(
             f"{', '.join(str(path) for path in files)}: {len(missing)} tensors are missing: "
             + ", ".join(missing[:4])
             + (", ..." if len(missing) > 4 else "")
         )
-    for _, layer in quant_linears(model):
-        layer.set_codes(layer.weight)
+
+
+def _place_weight(layer: QuantLinear, tensor: Tensor, where: str, *, packed: bool) -> None:
+    """Codes into their layer, which packs them for the kernel or keeps the mapping."""
+    n, k = layer.out_features, layer.in_features
+    if not packed:
+        layer.set_codes(checked_tensor(layer, "weight", tensor, where))
+        return
+    bits = layer.scheme.weights.bits
+    want = (n, words(k, bits))
+    if tensor.dtype is not torch.int32 or tensor.shape != want:
+        raise CheckpointError(f"{where} is {_describe(tensor)}, expected int32 of shape {want}")
+    layer.set_codes(unpack_rows(tensor, bits, k))
+
+
+def _check_stored_shape(layer: Any, shape: Tensor, where: str) -> None:
+    if shape.is_floating_point() or shape.tolist() != [layer.out_features, layer.in_features]:
+        raise CheckpointError(
+            f"{where} is {str(shape.tolist())[:80]}, expected {[layer.out_features, layer.in_features]}"
+        )
+
+
+def _unpacked_zero_point(layer: Any, tensor: Tensor, where: str) -> Tensor:
+    """The zero points of a packed weight, whose words run along N; a single one is not packed."""
+    spec, n = layer.scheme.weights, layer.out_features
+    if isinstance(spec.granularity, PerTensor):
+        return checked_tensor(layer, "weight_zero_point", tensor, where)
+    want = (words(n, spec.bits), layer.weight_scale.shape[1])
+    if tensor.dtype is not torch.int32 or tensor.shape != want:
+        raise CheckpointError(f"{where} is {_describe(tensor)}, expected int32 of shape {want}")
+    codes = unpack_rows(tensor.t().contiguous(), spec.bits, n).t().contiguous()
+    return checked_tensor(layer, "weight_zero_point", codes, where)
 
 
 def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:

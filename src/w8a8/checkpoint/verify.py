@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from w8a8.checkpoint.files import opened, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, read_header
-from w8a8.checkpoint.reader import empty_model
+from w8a8.checkpoint.skeleton import empty_model
 from w8a8.errors import CheckpointError
 
 

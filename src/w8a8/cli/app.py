@@ -37,6 +37,11 @@ Head = Annotated[
     str, typer.Option("--head", help="The output head: float, or int8 at run time whatever the file holds.")
 ]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code from MODEL where transformers has no class for it."),
+]
+
 SCORING = (
     "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
     "overlap (--stride makes them overlap); the first token of a window is not scored, nor is one that an earlier "
@@ -59,11 +64,13 @@ def _main(
     pass
 
 
-def open_named(model: str, *, dtype: str = "auto", device: str = "cpu", head: str = "float") -> Any:
+def open_named(
+    model: str, *, dtype: str = "auto", device: str = "cpu", head: str = "float", trust_remote_code: bool = False
+) -> Any:
     from w8a8.pipeline import open_model
 
     quiet_transformers()
-    return open_model(model, dtype=dtype, device=device, head=head)
+    return open_model(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
 
 
 def quiet_transformers() -> None:

@@ -16,6 +16,7 @@ from w8a8.cli.app import (
     MaxTokens,
     Model,
     SeqLen,
+    TrustRemoteCode,
     app,
     content_of,
     default_length,
@@ -64,25 +65,26 @@ def evaluate(
     head: Head = "float",
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model's perplexity on a text, alone or against another model, or run tasks of the harness."""
     from w8a8 import evaluation as scoring
 
     if tasks is not None:
-        opened = open_named(model, dtype=dtype, device=device, head=head)
+        opened = open_named(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
         _show_tasks(model, opened, tasks.split(","), limit, num_fewshot, include_path, as_json=as_json)
         return
     if text is None:
         raise SchemeError("give --text FILE to score, or --tasks A,B to ask")
     options = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "seed": seed}
     if against is not None:
-        places = {"dtype": dtype, "device": device}
+        places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         both = compare_named(model, against, text, options, places, head=head, one_at_a_time=one_at_a_time, cache=cache)
         show_comparison(model, against, both, as_json=as_json)
         return
     content = content_of(text)
-    opened = open_named(model, dtype=dtype, device=device, head=head)
+    opened = open_named(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
     encoded = scoring.encode(opened.tokenizer, content).first(max_tokens)
     length = seq_len or default_length(opened.model)
     with progress("scoring") as step:
@@ -98,7 +100,7 @@ def compare_named(
     against: str,
     text: str,
     options: dict[str, Any],
-    places: dict[str, str],
+    places: dict[str, Any],
     *,
     head: str = "float",
     one_at_a_time: bool = False,
@@ -202,13 +204,14 @@ def study(
     exclude: Exclude = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Simulate every granularity of weights and activations: perplexity and mean SQNR of each."""
     from w8a8 import evaluation as scoring
     from w8a8 import experiment
 
-    opened = open_named(model, dtype=dtype, device=device)
+    opened = open_named(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     ids = scoring.encode(opened.tokenizer, content_of(text)).first(max_tokens).ids
     length = seq_len or default_length(opened.model)
     with progress("studying") as step:

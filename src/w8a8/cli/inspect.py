@@ -1,10 +1,10 @@
 """The commands that look: `inspect`, `schemes` and `doctor`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Json, Model, app, open_named, show_coverage
+from w8a8.cli.app import Json, Model, TrustRemoteCode, app, open_named, show_coverage
 from w8a8.cli.output import print_json, print_line, print_table
 from w8a8.cli.pairs import show_pairs
 
@@ -20,21 +20,24 @@ def inspect(
             "scale from which norm or layer, and for the others why not.",
         ),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show what of a model is quantised, or would be, and what is not and why.  Reads no weights without --pairs."""
     if pairs:
-        show_pairs(open_named(model), as_json=as_json)
+        show_pairs(open_named(model, trust_remote_code=trust_remote_code), as_json=as_json)
         return
     from w8a8.checkpoint.files import read_quantization, resolve
-    from w8a8.checkpoint.reader import empty_model
+    from w8a8.checkpoint.skeleton import empty_model
     from w8a8.checkpoint.vllm import foresee_as_it_is
     from w8a8.convert import select
     from w8a8.coverage import coverage
 
-    directory = resolve(model)
+    directory = resolve(model, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
-    options = {} if quantization is None else {"simulated": True}  # a scheme that cannot run can still be shown
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        options["simulated"] = True  # a scheme that cannot run can still be shown
     built = empty_model(directory, quantization, **options)
     if quantization is None:
         selection = select(built)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, app
+from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app
 from w8a8.cli.evaluate import DEFAULT_WINDOWS, compare_named, show_comparison
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.page import check_drawing, page_of
@@ -71,6 +71,7 @@ def quantize(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
@@ -88,11 +89,11 @@ def quantize(
         )
     if report is not None:
         check_drawing()
-    data_free = calib is None and smooth in (None, "none") and dtype == "auto"
-    if stream and not data_free and (calib is None or dtype != "auto"):
+    data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
+    if stream and not data_free and (calib is None or dtype != "auto" or trust_remote_code):
         raise SchemeError(
-            "--stream goes from files to files: smoothing takes --calib FILE, and --dtype is that of the files; "
-            "give the one, leave out the other, or leave out --stream"
+            "--stream goes from files to files: smoothing takes --calib FILE, --dtype is that of the files, and remote "
+            "code is for models in memory; give the one, leave out the other, or leave out --stream"
         )
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by torchrun
     job = Job(
@@ -106,6 +107,7 @@ def quantize(
         target=target,
         force=force,
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
         dry_run=dry_run,
         quiet=as_json,
     )

@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Head, Json, MaxTokens, Model, app, open_named, quiet_transformers
+from w8a8.cli.app import (
+    Device,
+    Dtype,
+    Head,
+    Json,
+    MaxTokens,
+    Model,
+    TrustRemoteCode,
+    app,
+    open_named,
+    quiet_transformers,
+)
 from w8a8.cli.output import megabytes, print_json, print_line, print_table, progress
 
 
@@ -18,12 +29,13 @@ def generate(
     head: Head = "float",
     dtype: Dtype = "auto",
     device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Let a model go on from a prompt."""
     from w8a8.generation import continue_text
 
-    opened = open_named(model, dtype=dtype, device=device, head=head)
+    opened = open_named(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
     result = continue_text(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         print_json(result)

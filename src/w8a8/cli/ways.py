@@ -32,6 +32,7 @@ class Job:
     target: str | None
     force: bool
     dtype: str
+    trust_remote_code: bool
     dry_run: bool
     quiet: bool
 
@@ -61,7 +62,7 @@ def in_memory(job: Job) -> dict[str, Any]:
     from w8a8.checkpoint.writer import check_target, save
 
     check_target(job.output, overwrite=job.force)
-    opened = open_named(job.model, dtype=job.dtype)
+    opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     foreseen = pipeline.foresee(opened.model, job.scheme, **job.selection)
     job.check_target(foreseen)
     rehearse(opened.model, job.scheme, job.output, opened.tokenizer)
@@ -115,7 +116,7 @@ def by_blocks(job: Job) -> dict[str, Any]:
     """Quantise block by block with calibration data, from files to files."""
     from w8a8.calibration.calibrate import Calibration
     from w8a8.checkpoint.files import resolve
-    from w8a8.checkpoint.reader import empty_model
+    from w8a8.checkpoint.skeleton import empty_model
     from w8a8.pipeline import open_tokenizer
     from w8a8.streaming import quantize_blocks
 

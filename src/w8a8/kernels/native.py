@@ -225,6 +225,8 @@ def _refuses(request: LinearRequest) -> str | None:
         return f"it runs on CPU tensors, the input is on {request.x.device}"
     if request.groups != 1:
         return "it has no groups along K"
+    if request.weight_zero_point is not None:
+        return "it has no weight zero points"
     if not request.is_packed:
         return "the layer is too large for its sums, or empty"
     if request.x.dtype not in _DTYPES:

@@ -22,13 +22,13 @@ from w8a8.kernels.select import select
 
 _LIBRARY = torch.library.Library("w8a8", "DEF")
 _LIBRARY.define(
-    "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, Tensor? bias, "
-    "Tensor? input_scale, Tensor? input_zero_point, int bits, bool per_token, bool symmetric, "
-    "int in_features, str kernel, bool strict, int layer) -> Tensor",
+    "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor weight_sum, "
+    "Tensor? weight_zero_point, Tensor? bias, Tensor? input_scale, Tensor? input_zero_point, int bits, bool per_token, "
+    "bool symmetric, int in_features, str kernel, bool strict, int layer) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-_IN_FEATURES = 6  # its place after weight_sum
+_IN_FEATURES = 7  # its place after weight_sum
 _LEDGER: defaultdict[int, Counter[str]] = defaultdict(Counter)
 
 
@@ -52,6 +52,7 @@ def _int8_linear(
     weight: Tensor,
     weight_scale: Tensor,
     weight_sum: Tensor,
+    weight_zero_point: Tensor | None,
     bias: Tensor | None,
     input_scale: Tensor | None,
     input_zero_point: Tensor | None,
@@ -75,6 +76,7 @@ def _int8_linear(
         weight,
         weight_scale,
         weight_sum,
+        weight_zero_point,
         bias,
         input_scale,
         input_zero_point,

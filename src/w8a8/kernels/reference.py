@@ -40,7 +40,14 @@ def linear(request: LinearRequest) -> Tensor:
     if qx.zero_point is not None:
         codes -= qx.zero_point
     weight = request.row_major()
-    return request.rescale(lambda g, k: exact_product(codes[:, k], weight[:, k]), qx.scale)
+
+    def accumulate(g: int, k: slice) -> Tensor:
+        acc = exact_product(codes[:, k], weight[:, k])
+        return request.less_weight_zero_point(
+            acc, g, lambda: codes[:, k].to(torch.int32).sum(1, keepdim=True, dtype=torch.int32)
+        )
+
+    return request.rescale(accumulate, qx.scale)
 
 
 REFERENCE = Kernel(

@@ -20,6 +20,7 @@ class LinearRequest:
     weight_scale: (1,), (N, 1) or (N, G) float32.
     weight_sum: (N, G) int32, the sums of the codes along K (G = 1 without groups): what the shift to
         unsigned codes and the zero point of an activation are corrected with.
+    weight_zero_point: as weight_scale, int32, for an asymmetric weight; else None.
     bias: (N,) any float dtype, or None.
     input_scale, input_zero_point: one element each, for a static activation grid; else None.
     bits, per_token, symmetric: the activation's `QuantSpec`.
@@ -29,6 +30,7 @@ class LinearRequest:
     weight: Tensor
     weight_scale: Tensor
     weight_sum: Tensor
+    weight_zero_point: Tensor | None
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
@@ -65,11 +67,27 @@ class LinearRequest:
             self.x, QuantSpec(self.bits, granularity, self.symmetric, dynamic=static is None), static
         )
 
+    def less_weight_zero_point(self, acc: Tensor, g: int, code_sum: Callable[[], Tensor]) -> Tensor:
+        """sum_k (qx - zx) (qw - zw) of one group, from the same sum without zw.
+
+        Args:
+            acc: (M, N) int32 sums of (qx - zx) qw over the group; overwritten.
+            g: The group.
+            code_sum: (M, 1) int32 sums of qx - zx over the group; asked for only where the weight is asymmetric.
+
+        Returns:
+            acc - zw sum_k (qx - zx).  Products may wrap around int32 on the way: the true sum fits.
+        """
+        if self.weight_zero_point is None:
+            return acc
+        zw = self.weight_zero_point if self.weight_zero_point.ndim == 1 else self.weight_zero_point[:, g]
+        return acc.addcmul_(code_sum(), zw, value=-1)
+
     def rescale(self, accumulate: Callable[[int, slice], Tensor], sx: Tensor) -> Tensor:
         """From integer sums to the output, in the order that the contract fixes.
 
         Args:
-            accumulate: The sums (M, N) int32 of group g over the slice of K that is its.
+            accumulate: The sums (M, N) int32 of group g over the slice of K that is its; overwritten.
             sx: (M, 1) float32.
 
         Returns:

@@ -72,8 +72,16 @@ def _linear(request: LinearRequest) -> Tensor:
         acc = torch._int_mm(left[:, k], weight[:, k].t())
         wsum = request.weight_sum[:, g]
         if shift is not None:
-            return acc.addcmul_(shift, wsum, value=-1)
-        return acc.sub_(wsum, alpha=128) if left.dtype is torch.uint8 else acc
+            acc.addcmul_(shift, wsum, value=-1)
+        elif left.dtype is torch.uint8:
+            acc.sub_(wsum, alpha=128)
+        return request.less_weight_zero_point(acc, g, lambda: code_sum(left[:, k]))
+
+    def code_sum(part: Tensor) -> Tensor:
+        total = part.sum(1, keepdim=True, dtype=torch.int32)
+        if shift is not None:
+            return total.sub_(shift * part.shape[1])
+        return total.sub_(128 * part.shape[1]) if part.dtype is torch.uint8 else total
 
     return request.rescale(accumulate, qx.scale)
 

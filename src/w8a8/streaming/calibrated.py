@@ -35,7 +35,7 @@ from w8a8.affine import QParams
 from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.files import resolve
-from w8a8.checkpoint.reader import empty_model
+from w8a8.checkpoint.skeleton import empty_model
 from w8a8.checkpoint.writer import check_target
 from w8a8.convert import Progress, Selection
 from w8a8.coverage import Coverage

@@ -25,7 +25,7 @@ from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import to_json
-from w8a8.checkpoint.reader import empty_model
+from w8a8.checkpoint.skeleton import empty_model
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError

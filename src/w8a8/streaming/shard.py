@@ -190,7 +190,8 @@ def _made(step: Step, values: Tensor) -> list[tuple[str, Tensor]]:
     except W8A8Error as error:
         error.add_note(f"while quantising {step.name} of {step.file}")
         raise
-    return [(f"{step.name}.weight", q.codes), (f"{step.name}.weight_scale", q.scale.contiguous())]
+    made = {"weight": q.codes, "weight_scale": q.scale, "weight_zero_point": q.zero_point}
+    return [(f"{step.name}.{key}", t.contiguous()) for key, t in made.items() if t is not None]
 
 
 def _memory(values: Tensor) -> memoryview:

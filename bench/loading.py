@@ -1,0 +1,124 @@
+"""How fast a W8A8 directory is opened, and what it takes in memory.
+
+    python bench/loading.py [--rounds 3] [--directory DIR]
+
+A Llama of TinyLlama's shape with random weights is quantised and written; then processes take turns in opening it: a
+plain read of the same bytes, ours with the native kernel (packs while loading), ours with torch_cpu (weights stay the
+files' pages), and transformers with compressed-tensors, which decompresses at the first forward.  The files are in the
+page cache.  Memory is the peak resident size over that after the imports; pages of mapped files count as long as they
+are mapped, though processes share them.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import w8a8
+from machine import describe_machine
+
+RESULT = Path(__file__).parent / "results" / "loading.json"
+WAYS = {
+    "a plain read": "plain",
+    "ours, native: packs while loading": "native",
+    "ours, torch_cpu: mapped": "torch_cpu",
+    "transformers, decompressed to float": "transformers",
+}
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+
+
+def write(directory: Path) -> None:
+    """The random model, quantised; bfloat16 where it is float."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE, dtype="bfloat16", tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    w8a8.save(w8a8.quantize(model.eval()).model, directory)
+
+
+def resident_peak() -> int:
+    """Bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@torch.inference_mode()
+def open_once(way: str, directory: Path) -> dict[str, float]:
+    """Open the directory, and tell seconds and bytes at the peak over those before."""
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    w8a8.kernels.available()
+    before, start = resident_peak(), time.perf_counter()
+    if way == "plain":
+        for path in sorted(directory.glob("*.safetensors")):
+            room = bytearray(64 << 20)
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(room):
+                    pass
+    elif way == "transformers":
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory)
+        model(ids)
+    else:
+        w8a8.load(directory, kernel=way, strict=True)
+    return {"seconds": time.perf_counter() - start, "peak_bytes": resident_peak() - before}
+
+
+def in_a_process(way: str, directory: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", way, "--directory", str(directory)]
+    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    found: dict[str, float] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = ["| | seconds | GB/s | peak memory, times the files |", "|---|---|---|---|"]
+    size = result["bytes"]
+    for way, runs in result["ways"].items():
+        seconds = [run["seconds"] for run in runs]
+        middle = statistics.median(seconds)
+        peak = statistics.median(run["peak_bytes"] for run in runs)
+        spread = f"{min(seconds):.2f}-{max(seconds):.2f}"
+        lines.append(f"| {way} | {middle:.2f} ({spread}) | {size / middle / 1e9:.2f} | {peak / size:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="Where the model is, or is made; a temporary one by default.")
+    parser.add_argument("--child", choices=list(WAYS.values()), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(open_once(arguments.child, arguments.directory)))
+        return
+    with tempfile.TemporaryDirectory() as room:
+        directory = arguments.directory or Path(room) / "model"
+        if not directory.exists():
+            write(directory)
+        in_a_process("plain", directory)  # into the page cache
+        ways: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+        for _ in range(arguments.rounds):
+            for name, way in WAYS.items():
+                ways[name].append(in_a_process(way, directory))
+        size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    result = {"machine": describe_machine(), "bytes": size, "ways": ways}
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

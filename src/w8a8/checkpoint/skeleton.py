@@ -1,0 +1,220 @@
+"""The model of a directory without its values: the class that config.json names, on the meta device.
+
+Nothing of a repository is executed unless it is asked for: where transformers has no class for a model and its config
+names code of its own (`auto_map`), that is an error.  Where transformers does have a class it is taken, whatever code
+lies beside it.
+
+The sizes in a config are believed only as far as the files bear them out (`check_size`): a model cannot have more
+layers than its files have tensors, nor a shape that they do not have.  Modules are built on the meta device first,
+where no size costs memory, and compared; then again with real buffers, as they hold values that no file has.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CONFIG_MAPPING
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from w8a8.checkpoint.files import CONFIG, header, read_json
+from w8a8.checkpoint.headers import Entry
+from w8a8.checkpoint.layout import QuantizationConfig
+from w8a8.errors import CheckpointError, SchemeError
+from w8a8.linear import QuantLinear, is_conv1d
+
+OTHERS_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers raises over a config that makes no sense: whatever its code stumbles on."""
+
+_COUNT = re.compile(r"(\w+_)?(layers?|experts|blocks|depth)")
+
+
+def architecture(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The model class that config.json names, and the config.
+
+    Args:
+        directory: Of the model.
+        trust_remote_code: Import the classes that `auto_map` names from Python files of the directory, where
+            transformers has none of its own.
+
+    Raises:
+        CheckpointError: config.json is not one that transformers reads, names no class that it has, or needs code of
+            the repository.
+    """
+    stated = read_json(directory / CONFIG)
+    own = stated.get("auto_map")
+    if own and not trust_remote_code and stated.get("model_type") not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{directory / CONFIG}: transformers {transformers.__version__} has no model_type "
+            f"{stated.get('model_type')!r}; the repository brings code of its own ({str(own)[:200]}), which is not "
+            "run: read that code, then allow it with trust_remote_code=True (--trust-remote-code)"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except OTHERS_ERRORS as error:
+        raise CheckpointError(f"{directory / CONFIG}: transformers cannot read it: {error}") from error
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{directory / CONFIG}: architectures is {names!r}, expected a list of names")
+    found = (getattr(transformers, name, None) for name in names)
+    kind: Any = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    if kind is None and trust_remote_code and isinstance(own, dict):
+        reference = own.get("AutoModelForCausalLM") or own.get("AutoModel")
+        if isinstance(reference, str):
+            kind = get_class_from_dynamic_module(reference, directory)
+    if kind is None:
+        raise CheckpointError(
+            f"{directory / CONFIG}: architectures is {names}, transformers {transformers.__version__} has none of them"
+        )
+    return kind, config
+
+
+def empty_model(directory: Path, quantization: QuantizationConfig | None, **options: Any) -> Any:
+    """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
+
+    Raises:
+        CheckpointError: config.json names no architecture that transformers has, or targets that match nothing.
+        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
+    """
+    return empty_layers(directory, quantization, **options)[0]
+
+
+def empty_layers(
+    directory: Path, quantization: QuantizationConfig | None, *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, set[str]]:
+    """`empty_model`, and the names of the layers whose weights the files have in words."""
+    kind, config = architecture(directory, trust_remote_code=trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = kind._from_config(config)  # in the dtype that the config states
+        model.tie_weights()
+    except OTHERS_ERRORS as error:
+        raise CheckpointError(f"{directory / CONFIG}: {kind.__name__} cannot be made of it: {error}") from error
+    if quantization is None:
+        return model, set()
+    return model, insert_quant_linears(model, quantization, str(directory / CONFIG), **options)
+
+
+def check_size(
+    directory: Path, files: Mapping[Path, set[str] | None], *, quantized: bool, trust_remote_code: bool = False
+) -> None:
+    """Raise `CheckpointError` where config.json and the headers of the files tell of different models.
+
+    Takes no memory, whatever sizes are told.  A float model may have integers in its buffers only: transformers would
+    convert the others without a word.
+    """
+    found: dict[str, tuple[Path, Entry]] = {}
+    for path, promised in files.items():
+        for name, entry in header(path, promised).items():
+            if name in found:
+                raise CheckpointError(f"{path}: {name} is in {found[name][0].name} too: two values for one tensor")
+            found[name] = path, entry
+    where = directory / CONFIG
+    most = max([len(found), *(size for _, entry in found.values() for size in entry.shape)])
+    for key, value in _numbers(read_json(where)):
+        limit = most if _COUNT.fullmatch(key) else 2**63 - 1
+        if value > limit:
+            raise CheckpointError(f"{where}: {key} is {value}, more than the files of this model can hold ({limit})")
+    kind, config = architecture(directory, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(config)
+    except OTHERS_ERRORS as error:
+        if "meta tensor" in str(error):  # a class that looks at values while it is made is compared later
+            return
+        raise CheckpointError(f"{where}: {kind.__name__} cannot be made of it: {error}") from error
+    if not quantized:
+        _check_floats(model, found)
+    for name, parameter in model.named_parameters():
+        if name not in found:  # of another name in the files, or missing: told when they are read
+            continue
+        path, entry = found[name]
+        wanted = tuple(parameter.shape)
+        if entry.shape not in (wanted, wanted[::-1]):  # a quantised Conv1D is stored as a Linear
+            held = f"{str(entry.dtype).removeprefix('torch.')} of shape {entry.shape}"
+            raise CheckpointError(f"{path}: {name} is {held}, expected shape {wanted} by {CONFIG}")
+
+
+def _check_floats(model: Any, found: Mapping[str, tuple[Path, Entry]]) -> None:
+    buffers = [name for name, _ in model.named_buffers()]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    for name, (path, entry) in found.items():
+        if entry.dtype.is_floating_point or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if not any(f".{buffer}".endswith(f".{name}") or name.endswith(f".{buffer}") for buffer in buffers):
+            held = str(entry.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{path}: {name} is {held} of shape {entry.shape}, expected float values")
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Every integer in a JSON value, with its key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, int):
+        yield key, value
+
+
+def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, where: str, **options: Any) -> set[str]:
+    """Put empty `QuantLinear` in the places of the linear layers that are quantised.
+
+    Args:
+        model: Float, on the meta device; changed.
+        quantization: What is quantised, and how.
+        where: The file that says so, for messages.
+        options: As for `QuantLinear`.
+
+    Returns:
+        The names of the layers whose weights the files have in words.
+
+    Raises:
+        CheckpointError: the targets match no layer.
+        SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
+    """
+    found = 0
+    packed = set()
+    for name, linear in list(model.named_modules()):
+        conv1d = is_conv1d(linear)
+        if not isinstance(linear, nn.Linear) and not conv1d:
+            continue
+        classes = [cls.__name__ for cls in type(linear).__mro__ if issubclass(cls, nn.Module)]
+        group = quantization.group_for(name, classes)
+        if group is None:
+            continue
+        k, n = linear.weight.shape if conv1d else reversed(linear.weight.shape)
+        bias = None if linear.bias is None else linear.bias.dtype
+        try:
+            layer = QuantLinear(k, n, group.scheme, bias=bias, device="meta", was_conv1d=conv1d, **options)
+        except SchemeError as error:
+            error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
+            raise
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, layer)
+        found += 1
+        if group.packed:
+            packed.add(name)
+    if not found:
+        raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
+    return packed
