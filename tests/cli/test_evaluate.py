@@ -25,6 +25,10 @@ def test_stored_predictions_are_used_again(call, tmp_path, demo_dir, text, quant
     written = cache.stat().st_mtime_ns
     assert json.loads(call(*arguments)[1]) == first
     assert cache.stat().st_mtime_ns == written
+    other = ("eval", demo_dir, "--text", text, "--against", quantized, "--cache", cache)
+    code, _, err = call(*other)
+    assert code == 2
+    assert "holds the predictions of another model" in err
     code, _, err = call(*arguments, "--seq-len", "64")
     assert code == 2
     assert "store them again" in err

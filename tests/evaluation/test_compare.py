@@ -165,6 +165,16 @@ def test_bits_per_byte_are_those_of_the_bytes_that_were_scored():
     assert perplexity(opened.model, text.first(20), seq_len=32).tokens == 19
 
 
+def test_models_that_have_nothing_in_common_are_far_apart_and_not_infinitely():
+    from w8a8.evaluation.scores import token_kl
+
+    p = torch.tensor([[50.0, -50.0, 0.0], [60.0, -60.0, 0.0], [0.1, 0.2, 0.3]])
+    q = torch.tensor([[-50.0, 50.0, 0.0], [-60.0, 60.0, 0.0], [0.1, 0.2, 0.4]])
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    exact = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert token_kl(p, q).double().tolist() == pytest.approx(exact.tolist(), rel=1e-5)
+
+
 class TestStored:
     def models(self):
         reference = llama()
@@ -216,6 +226,8 @@ class TestStored:
 
         from w8a8.errors import CheckpointError
 
-        save_file({name: torch.ones(2) for name in ("losses", "best", "top", "log_p")}, tmp_path / "x.safetensors")
+        save_file(
+            {name: torch.ones(2) for name in ("losses", "best", "top", "log_p", "log_rest")}, tmp_path / "x.safetensors"
+        )
         with pytest.raises(CheckpointError, match="holds no stored predictions"):
             Reference.load(tmp_path / "x.safetensors")

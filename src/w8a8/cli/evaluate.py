@@ -1,5 +1,6 @@
 """The commands that score: `eval` and `study`."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from w8a8.cli.app import (
     open_named,
 )
 from w8a8.cli.output import megabytes, plain, print_json, print_line, print_table, progress
-from w8a8.errors import SchemeError
+from w8a8.errors import ModelError, SchemeError
 
 DEFAULT_WINDOWS = {"seq_len": None, "stride": None, "max_tokens": None, "seed": 0}
 """How a text is scored where nothing is said."""
@@ -112,16 +113,23 @@ def compare_named(
     from w8a8.streaming.resources import available_memory
 
     content = content_of(text)
-    bytes_of = sum(path.stat().st_size for name in (model, against) for path in tensor_files(resolve(name)))
+    wider = 2 if places["dtype"] == "float32" else 1  # files of two bytes a weight, perhaps
+    bytes_of = wider * sum(path.stat().st_size for name in (model, against) for path in tensor_files(resolve(name)))
+    name = _fingerprint(against, places["dtype"])
     apart = one_at_a_time or cache is not None or bytes_of > 0.8 * available_memory()
     reference: Any = None
     if apart and cache is not None and cache.exists():
         reference = scoring.Reference.load(cache)
+        if reference.model != name:
+            raise ModelError(
+                f"{cache} holds the predictions of another model than {against} in {places['dtype']}; "
+                "remove it, or give another --cache"
+            )
     elif apart:
         opened = open_named(against, **places)
         windows = _cut(opened, content, options)
         with progress("reference") as step:
-            reference = scoring.store(opened.model, progress=step, **windows)
+            reference = scoring.store(opened.model, name=name, progress=step, **windows)
         if cache is not None:
             reference.save(cache)
         del opened
@@ -185,6 +193,18 @@ def _show_tasks(
                 error = metrics.get(f"{measure}_stderr,{filtered}")
                 rows.append((task, measure, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""))
     print_table(f"{model}: lm-evaluation-harness", ("task", "measure", "value", "standard error"), rows)
+
+
+def _fingerprint(model: str, dtype: str) -> str:
+    """What a reference is told from another by: its config, the headers and times of its files, the dtype."""
+    from w8a8.checkpoint.files import CONFIG, resolve, tensor_files
+
+    directory = resolve(model)
+    found = hashlib.sha256((directory / CONFIG).read_bytes() + dtype.encode())
+    for path in sorted(tensor_files(directory)):
+        status = path.stat()
+        found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return found.hexdigest()
 
 
 def _on_disk(model: str) -> int:

@@ -137,7 +137,7 @@ def compare(
             rows = slice(seen, seen + end - first)
             _same_vocabulary(q.shape[1], reference.vocabulary)
             losses, best = reference.losses[rows], reference.best[rows].to(q.device)
-            divergence = stored_kl(reference.top[rows], reference.log_p[rows], q)
+            divergence = stored_kl(reference, rows, q)
         else:
             p = logits_of(reference, text.ids[start:end], start)[first - start - 1 : -1]
             _same_vocabulary(q.shape[1], p.shape[1])

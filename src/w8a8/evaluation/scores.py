@@ -58,5 +58,10 @@ def token_kl(p: Tensor, q: Tensor) -> Tensor:
         weights = p_rows.to(torch.float32).softmax(-1)
         u = p_rows.to(torch.float32) - q_rows.to(torch.float32)
         u -= torch.linalg.vecdot(weights, u)[:, None]
-        found.append(torch.log1p(torch.linalg.vecdot(weights, torch.expm1(-u).add_(u))).clamp_(min=0))
+        kl = torch.log1p(torch.linalg.vecdot(weights, torch.expm1(-u).add_(u))).clamp_(min=0)
+        far = ~torch.isfinite(kl)  # exp overflows where the models have nothing in common: no small difference there
+        if bool(far.any()):
+            log_p, log_q = (rows[far].to(torch.float64).log_softmax(-1) for rows in (p_rows, q_rows))
+            kl[far] = (log_p.exp() * (log_p - log_q)).sum(-1).to(torch.float32)
+        found.append(kl)
     return torch.cat(found)

@@ -23,6 +23,7 @@ from w8a8.evaluation.scores import ROWS, logits_of, token_losses
 from w8a8.evaluation.text import Text, windows_for
 
 TOP_K = 512
+_TENSORS = ("losses", "best", "top", "log_p", "log_rest")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Reference:
 
     losses: (S,) float64, nats of each scored token.
     best: (S,) int64, the most likely token.
-    top: (S, k) int64 and log_p: (S, k) float32, the most likely tokens and their log-probabilities.
+    top: (S, k) int32 and log_p: (S, k) float32, the most likely tokens and their log-probabilities.
+    log_rest: (S,) float32, the log-probability of all other tokens together.
+    model: What the predictions are of: a fingerprint of the reference's files, or any other name of it.
     vocabulary, seq_len, stride: What it was made with.
     text: The SHA-256 of the token ids.
     """
@@ -40,10 +43,12 @@ class Reference:
     best: Tensor
     top: Tensor
     log_p: Tensor
+    log_rest: Tensor
     vocabulary: int
     seq_len: int
     stride: int
     text: str
+    model: str = ""
 
     def check(self, text: Text, seq_len: int, stride: int) -> None:
         """Raise `ModelError` where this was made from another text or other windows."""
@@ -56,10 +61,12 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
-        tensors = {name: getattr(self, name) for name in ("losses", "best", "top", "log_p")}
-        told = {name: str(getattr(self, name)) for name in ("vocabulary", "seq_len", "stride", "text")}
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        told = {name: str(getattr(self, name)) for name in ("vocabulary", "seq_len", "stride", "text", "model")}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=told)
+        growing = path.with_name(f".{path.name}.growing")
+        save_file(tensors, growing, metadata=told)
+        growing.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> "Reference":
@@ -68,14 +75,14 @@ class Reference:
         Raises:
             CheckpointError: the file is torn, or holds something else.
         """
-        with opened(path, {"losses", "best", "top", "log_p"}) as file:
+        with opened(path, set(_TENSORS)) as file:
             told = file.metadata() or {}
             try:
                 sizes: dict[str, Any] = {name: int(told[name]) for name in ("vocabulary", "seq_len", "stride")}
             except (KeyError, ValueError) as error:
                 raise CheckpointError(f"{path} holds no stored predictions: {error}") from error
-            tensors = {name: file.get_tensor(name).clone() for name in ("losses", "best", "top", "log_p")}
-        return cls(**{**tensors, **sizes, "text": told.get("text", "")})
+            tensors = {name: file.get_tensor(name).clone() for name in _TENSORS}
+        return cls(**{**tensors, **sizes, "text": told.get("text", ""), "model": told.get("model", "")})
 
 
 def store(
@@ -85,6 +92,7 @@ def store(
     seq_len: int,
     stride: int | None = None,
     top_k: int = TOP_K,
+    name: str = "",
     progress: Progress | None = None,
 ) -> Reference:
     """Score a text with a reference, and keep what comparisons need.
@@ -93,20 +101,22 @@ def store(
         reference: A causal language model in evaluation mode.  Not modified.
         text, seq_len, stride, progress: As for `perplexity`.
         top_k: How many tokens' probabilities are kept for each position.
+        name: Kept as `Reference.model`.
 
     Raises:
         ModelError, TextError: as `perplexity`.
     """
     cut = windows_for(reference, text.ids, seq_len, stride)
-    losses, best, top, log_p, vocabulary = [], [], [], [], 0
+    losses, best, top, log_p, log_rest, vocabulary = [], [], [], [], [], 0
     for done, (start, first, end) in enumerate(cut, start=1):
         logits = logits_of(reference, text.ids[start:end], start)[first - start - 1 : -1]
         vocabulary = logits.shape[1]
         losses.append(token_losses(logits, text.ids[first:end]))
         for rows in logits.split(ROWS):
-            values, places = rows.to(torch.float32).log_softmax(-1).topk(min(top_k, vocabulary), dim=-1)
-            log_p.append(values.cpu())
-            top.append(places.cpu())
+            values, places = rows.to(torch.float64).log_softmax(-1).sort(dim=-1, descending=True)
+            log_p.append(values[:, :top_k].to(torch.float32).cpu())
+            top.append(places[:, :top_k].to(torch.int32).cpu())
+            log_rest.append(values[:, top_k:].logsumexp(-1).to(torch.float32).cpu())  # -inf where nothing is left
         best.append(logits.argmax(-1).cpu())
         if progress is not None:
             progress(done, len(cut), "reference")
@@ -115,32 +125,33 @@ def store(
         torch.cat(best),
         torch.cat(top),
         torch.cat(log_p),
+        torch.cat(log_rest),
         vocabulary,
         seq_len,
         stride or seq_len,
         _hash(text.ids),
+        name,
     )
 
 
-def stored_kl(top: Tensor, log_p: Tensor, q: Tensor) -> Tensor:
+def stored_kl(reference: Reference, rows: slice, q: Tensor) -> Tensor:
     """The divergence of each row over k + 1 outcomes, float64.
 
     Args:
-        top, log_p: (T, k), of the reference.
+        reference: The stored predictions.
+        rows: Which of them.
         q: (T, V), logits of the model.
     """
-    log_q = q.to(torch.float64).log_softmax(-1).gather(1, top.to(q.device))
-    log_p = log_p.to(q.device, torch.float64)
+    whole = q.to(torch.float64).log_softmax(-1)
+    top = reference.top[rows].to(q.device, torch.int64)
+    log_p, log_q = reference.log_p[rows].to(q.device, torch.float64), whole.gather(1, top)
     if top.shape[1] < q.shape[1]:
-        log_p, log_q = (torch.cat([t, _rest(t)], dim=1) for t in (log_p, log_q))
+        others = whole.scatter(1, top, -torch.inf).logsumexp(-1)
+        rest = reference.log_rest[rows].to(q.device, torch.float64)
+        log_p, log_q = torch.cat([log_p, rest[:, None]], dim=1), torch.cat([log_q, others[:, None]], dim=1)
     # sum p d, and sum q - sum p = 0 added, so that terms are positive and the rounding of log_p cancels: see `scores`
     d = log_p - log_q
     return (log_p.exp() * (torch.expm1(-d) + d)).sum(-1)
-
-
-def _rest(log_p: Tensor) -> Tensor:
-    """The logarithm of the probability of all other tokens: (T, k) -> (T, 1)."""
-    return torch.log((1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-12))
 
 
 def _hash(ids: Tensor) -> str:
