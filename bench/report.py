@@ -153,7 +153,8 @@ def _loading(result: dict[str, Any]) -> str:
         + f"TinyLlama's shape, {result['bytes'] / 1e9:.2f} GB in int8 with float embeddings, in the page cache; a "
         "process for each opening, in turn; medians, and the range. Memory is the peak resident size over that after "
         "the imports; pages of mapped files are in it, which processes share. transformers decompresses at the first "
-        "forward, of one token, which is in its time.\n\n" + loading.table(result) + "\n"
+        "forward, of one token, which is in its time. New memory has to be cleared, here behind a hypervisor: whatever "
+        "makes a copy pays for that.\n\n" + loading.table(result) + "\n"
     )
 
 
