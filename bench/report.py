@@ -14,13 +14,15 @@ import layout
 import linear
 import model
 import overhead
+import sensitivity
 import smoothing
 import smoothing_peer
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 RESULTS = tuple(
-    script.RESULT for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer)
+    script.RESULT
+    for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer, sensitivity)
 )
 
 _HEAD = """# Performance
@@ -34,7 +36,7 @@ in one process, llama.cpp's excepted, which has its own.
 
 def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
-    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer)
+    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer, _sensitivity)
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
 
@@ -151,6 +153,16 @@ def _where(result: dict[str, Any]) -> str:
     return (
         f"{machine['processor']}, {machine['native kernel runs']}, {threads} threads, a shared and noisy machine; "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {machine['date']}.\n\n"
+    )
+
+
+def _sensitivity(result: dict[str, Any]) -> str:
+    return (
+        "## Which layers matter\n\n"
+        + _where(result)
+        + "`w8a8.sensitivity` on the shipped model and held-out text. "
+        + sensitivity.summary(result)
+        + "\n"
     )
 
 

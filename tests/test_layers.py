@@ -18,7 +18,7 @@ LAYERS = [
     {"calibration"},
     {"smoothing"},
     {"pipeline", "experiment", "streaming", "hf"},
-    {"generation", "diagnosis"},
+    {"generation", "diagnosis", "analysis"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -30,6 +30,7 @@ INSIDE = {
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
     "checkpoint": ["headers", "layout", "describe", "files", "reader", "verify", "vllm", "writer", "rehearsal"],
     "evaluation": ["intervals", "text", "scores", "stored", "compare", "harness"],
+    "analysis": ["replay", "measure", "layers"],
     "streaming": ["plan", "journal", "resources", "shard", "team", "run"],
 }
 SOURCE = Path(w8a8.__file__).parent

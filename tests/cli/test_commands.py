@@ -307,3 +307,16 @@ def test_a_model_without_tokenizer_says_so(call, tmp_path, text):
     code, _, err = call("eval", tmp_path / "m", "--text", text)
     assert code == 2
     assert "has no tokenizer" in err
+
+
+def test_sensitivity_prints_the_ten_worst_layers_or_json(call, demo_dir, text):
+    options = ["--text", text, "--windows", 1, "--seq-len", 32, "--include", "*fc*"]
+    code, out, _ = call("sensitivity", demo_dir, *options)
+    assert code == 0
+    assert out.count("model.decoder.layers.") >= 10
+    assert "worst layers" in out
+    code, out, _ = call("sensitivity", demo_dir, *options, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert len(found["layers"]) == 12
+    assert found["rankings"]["kl_alone"][0] == max(found["layers"], key=lambda each: each["kl_alone"])["name"]
