@@ -195,10 +195,11 @@ def sensitivity(
     measures = {
         name: LayerMeasure(model.get_submodule(name), layers[name], *ranges[name]) for name in names if name in ranges
     }
-    alone, spared, groups = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0), {name: name for name in names}
+    alone, spared = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    groups = dict(zip(names, names, strict=True))
     total, replayed = 0.0, True
     for i, (start, ids) in enumerate(sample.windows):
-        _observe(model, ids, start, names, measures, groups)
+        groups = observe_readers(model, ids, start, names, measures)
         exact = record(model, ids, start, {})
         quantized = record(model, ids, start, layers)
         total += divergence(exact, quantized.logits)
@@ -343,15 +344,25 @@ def _ranges(model: nn.Module, names: Sequence[str], data: Calibration) -> dict[s
     }
 
 
-def _observe(
+def observe_readers(
     model: nn.Module,
     ids: Tensor,
     start: int,
     names: Sequence[str],
-    measures: Mapping[str, LayerMeasure],
-    groups: dict[str, str],
-) -> None:
-    """One float forward, each layer's input and output measured, and who reads the same tensor."""
+    measures: Mapping[str, LayerMeasure] | None = None,
+) -> dict[str, str]:
+    """Who reads the same tensor, seen in one float forward.
+
+    Args:
+        model: Not modified.
+        ids: (T,) the window; start: where it begins in the text.
+        names: Of the linear layers.
+        measures: Fed with each layer's input and output, where given.
+
+    Returns:
+        For each layer the first one with the same parent that read the same tensor: often itself.
+    """
+    found = dict(zip(names, names, strict=True))
     readers: dict[tuple[str, int], tuple[weakref.ref[Tensor], str]] = {}
 
     def hook(name: str) -> Any:
@@ -360,8 +371,9 @@ def _observe(
             key = name.rpartition(".")[0], id(x)
             if key not in readers or readers[key][0]() is not x:  # the id may be a dead tensor's
                 readers[key] = weakref.ref(x), name
-            groups[name] = readers[key][1]
-            measures[name].update(x, output)
+            found[name] = readers[key][1]
+            if measures is not None:
+                measures[name].update(x, output)
 
         return see
 
@@ -371,6 +383,7 @@ def _observe(
             handle = model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
             stack.callback(handle.remove)
         logits_of(model, ids, start)
+    return found
 
 
 def _figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
