@@ -10,11 +10,13 @@ from typing import Any
 import allocator
 import calibration
 import demo
+import evaluation
 import layout
 import linear
 import loading
 import model
 import overhead
+import sensitivity
 import smoothing
 import smoothing_peer
 
@@ -22,7 +24,10 @@ ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
 RESULTS = tuple(
     script.RESULT
-    for script in (linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer, loading)
+    for script in (
+        *(linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer),
+        *(loading, evaluation, sensitivity),
+    )
 )
 
 _HEAD = """# Performance
@@ -36,7 +41,10 @@ in one process, llama.cpp's excepted, which has its own.
 
 def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
-    sections = (_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer, _loading)
+    sections = (
+        *(_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer),
+        *(_loading, _evaluation, _sensitivity),
+    )
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
 
@@ -146,6 +154,10 @@ def _smoothing_peer(result: dict[str, Any]) -> str:
     )
 
 
+def _evaluation(result: dict[str, Any]) -> str:
+    return "## Evaluating\n\n" + _where(result) + evaluation.text(result) + "\n"
+
+
 def _loading(result: dict[str, Any]) -> str:
     return (
         "## Opening a W8A8 directory\n\n"
@@ -165,6 +177,16 @@ def _where(result: dict[str, Any]) -> str:
     return (
         f"{machine['processor']}, {machine['native kernel runs']}, {threads} threads, a shared and noisy machine; "
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}; {machine['date']}.\n\n"
+    )
+
+
+def _sensitivity(result: dict[str, Any]) -> str:
+    return (
+        "## Which layers matter\n\n"
+        + _where(result)
+        + "`w8a8.sensitivity` on the shipped model and held-out text. "
+        + sensitivity.summary(result)
+        + "\n"
     )
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"calibration"},
     {"smoothing"},
     {"pipeline", "experiment", "streaming", "hf"},
-    {"generation", "diagnosis"},
+    {"generation", "diagnosis", "analysis"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -56,6 +56,7 @@ INSIDE = {
         "calibrated",
     ],
     "report": ["records", "png", "markup", "plots", "sections", "page", "collect"],
+    "analysis": ["replay", "measure", "layers", "budget"],
 }
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -206,3 +206,51 @@ def test_torn_float_files_and_tokenizers_are_named(saved):
 def test_what_is_no_module_is_refused():
     with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, found str: load the model first"):
         w8a8.quantize("facebook/opt-125m")
+
+
+def test_a_mapping_gives_each_layer_the_scheme_of_its_first_pattern(tokens):
+    model = opt()
+    result = w8a8.quantize(model, {"*.layers.0.fc2": None, "*.fc2": "w8a8-asym", "*.fc1": "w8a16", "*_proj": "w8a8"})
+    schemes = {name: layer.scheme.name for name, layer in quant_linears(model)}
+    assert schemes == {name: scheme.name for name, scheme in result.schemes.items()}
+    assert "model.decoder.layers.0.fc2" not in schemes
+    assert schemes["model.decoder.layers.1.fc2"] == "w8a8-asym"
+    assert schemes["model.decoder.layers.1.fc1"] == "w8a16"
+    assert result.scheme.name == "w8a8"
+    reasons = {module.name: module.reason for module in result.coverage.modules if module.scheme is None}
+    assert "'*.layers.0.fc2'" in reasons["model.decoder.layers.0.fc2"]
+
+
+def test_layers_that_no_pattern_of_a_mapping_matches_stay_float():
+    model = opt()
+    result = w8a8.quantize(model, {"*.fc1": "w8a8"})
+    assert set(result.schemes) == {"model.decoder.layers.0.fc1", "model.decoder.layers.1.fc1"}
+    assert {name for name, _ in quant_linears(model)} == set(result.schemes)
+
+
+def test_a_mapping_with_static_layers_measures_those_only(tokens):
+    model = llama()
+    w8a8.quantize(model, {"*.mlp.*": "w8a8-static", "*": "w8a8"}, calibration=tokens, smooth="none")
+    static = {name for name, layer in quant_linears(model) if layer.input_scale is not None}
+    assert static == {name for name, _ in quant_linears(model) if ".mlp." in name}
+
+
+def test_a_mapping_survives_saving_and_loading(tmp_path, tokens):
+    model = llama()
+    w8a8.quantize(model, {"*.mlp.*": None, "*.o_proj": "w8a8-asym", "*": "w8a8"})
+    w8a8.save(model, tmp_path / "out")
+    loaded = w8a8.load(tmp_path / "out")
+    schemes = [{name: layer.scheme for name, layer in quant_linears(each)} for each in (model, loaded)]
+    assert schemes[0] == schemes[1]
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_wrong_mappings_are_refused_and_change_nothing():
+    model = llama()
+    with pytest.raises(PatternError, match=r"'\*.fc1' matches none"):
+        w8a8.quantize(model, {"*.fc1": "w8a8", "*": "w8a8"})
+    with pytest.raises(SchemeError, match="leave all 14 layers float"):
+        w8a8.quantize(model, {"*": None})
+    with pytest.raises(SchemeError, match="unknown scheme"):
+        w8a8.quantize(model, {"*": "w8a7"})
+    assert not list(quant_linears(model))

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from w8a8 import affine, dataflow, functional, kernels
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
+    from w8a8.analysis import Allocation, Budget, Sensitivity, allocate, sensitivity
     from w8a8.calibration import observers
     from w8a8.calibration.calibrate import Calibration, collect
     from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
@@ -49,6 +50,11 @@ _HOME = {
     "l2_error": "affine",
     "qparams": "affine",
     "sqnr_db": "affine",
+    "Allocation": "analysis",
+    "Budget": "analysis",
+    "allocate": "analysis",
+    "Sensitivity": "analysis",
+    "sensitivity": "analysis",
     "Calibration": "calibration.calibrate",
     "W8A8Config": "hf",
     "disable": "hf",
@@ -98,6 +104,8 @@ __all__ = [
     "OBSERVERS",
     "PRESETS",
     "AbsMax",
+    "Allocation",
+    "Budget",
     "Calibration",
     "Coverage",
     "MinMax",
@@ -114,10 +122,12 @@ __all__ = [
     "Reservoir",
     "Result",
     "Scheme",
+    "Sensitivity",
     "SmoothReport",
     "W8A8Config",
     "W8A8Error",
     "affine",
+    "allocate",
     "collect",
     "dataflow",
     "dequantize",
@@ -136,6 +146,7 @@ __all__ = [
     "quantize",
     "quantize_directory",
     "save",
+    "sensitivity",
     "simulate",
     "smooth_",
     "smooth_scales",

@@ -18,8 +18,9 @@ the model as it was; `swapped` puts the old layers back at its end.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import TypeAlias
 
 from torch import nn
 
@@ -31,6 +32,9 @@ from w8a8.scheme import Scheme
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, name) after each step of a long walk."""
+
+Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
+"""One scheme for all layers; or by pattern, where the first that matches a layer decides, and None is float."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,53 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     return Selection(tuple(chosen), reasons, untied)
 
 
+def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str, Scheme]]:
+    """Give each chosen layer its scheme.
+
+    Args:
+        selection: What `select` chose.
+        schemes: One scheme or preset for all; or a mapping from exact names and globs to schemes, presets and None.
+            The first pattern that matches a layer decides; layers that none matches stay float.
+
+    Returns:
+        The selection without the layers that stay float, and the scheme of each that is left.
+
+    Raises:
+        PatternError: a pattern matches none of the chosen layers; the message lists the closest names.
+        SchemeError: no preset has this name; every layer is left float.
+    """
+    if not isinstance(schemes, Mapping):
+        return selection, dict.fromkeys(selection.chosen, Scheme.of(schemes))
+    for pattern in schemes:
+        if not any(fnmatchcase(name, pattern) for name in selection.chosen):
+            raise PatternError(
+                f"schemes: {pattern!r} matches none of the {len(selection.chosen)} layers to quantise; "
+                + closest(pattern, selection.chosen)
+            )
+    known = {pattern: None if scheme is None else Scheme.of(scheme) for pattern, scheme in schemes.items()}
+    found, reasons = {}, dict(selection.reasons)
+    for name in selection.chosen:
+        match = next((pattern for pattern in known if fnmatchcase(name, pattern)), None)
+        scheme = None if match is None else known[match]
+        if scheme is not None:
+            found[name] = scheme
+        elif match is None:
+            reasons[name] = "no pattern of the schemes matches it"
+        else:
+            reasons[name] = f"left float by the schemes' {match!r}"
+    if not found:
+        raise SchemeError(
+            f"there is nothing to quantise: the schemes {schemes!r} leave all {len(selection.chosen)} layers float; "
+            "give one pattern a scheme"
+        )
+    untied = {name: other for name, other in selection.untied.items() if name in found}
+    return replace(selection, chosen=tuple(found), reasons=reasons, untied=untied), found
+
+
 def build(
     model: nn.Module,
     selection: Selection,
-    scheme: Scheme,
+    schemes: Scheme | Mapping[str, Scheme],
     *,
     simulated: bool = False,
     kernel: str = kernels.AUTO,
@@ -106,9 +153,10 @@ def build(
     """Make the new layers.  The model is not modified.
 
     Args:
-        model, selection, scheme: What to quantise and how.
+        model, selection: What to quantise.
+        schemes: One for all, or each chosen layer's own, as `assign` gives them.
         simulated, kernel, strict: As for `QuantLinear`.
-        input_params: The grid of each chosen layer's input, where the scheme's activations are static.
+        input_params: The grid of each chosen layer's input whose scheme has static activations.
         progress: Called after each layer.
 
     Raises:
@@ -119,11 +167,11 @@ def build(
         try:
             layers[name] = QuantLinear.from_float(
                 model.get_submodule(name),
-                scheme,
+                schemes if isinstance(schemes, Scheme) else schemes[name],
                 simulated=simulated,
                 kernel=kernel,
                 strict=strict,
-                input_params=None if input_params is None else input_params[name],
+                input_params=None if input_params is None else input_params.get(name),
             )
         except W8A8Error as error:
             error.add_note(f"while quantising {name}")

@@ -1,8 +1,9 @@
 """The main jobs, each one call: `quantize`, `simulate`, and opening a model by name."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from w8a8.checkpoint.describe import inscribe
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import load_float
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
-from w8a8.convert import Progress
+from w8a8.convert import Progress, Schemes
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
 from w8a8.linear import ledger
@@ -32,10 +33,11 @@ class Result:
     """What `quantize` and `simulate` did.
 
     model: The model that was given, changed in place.
-    scheme: The scheme of the new layers.
+    scheme: The scheme of the new layers; where they differ, the one that most of them have.
     coverage: What is quantised, what is not, and why not.
     untied: Layers whose weight was shared and is now a copy of its own, each with the module it shared with.
     smooth: What smoothing did before; None where it was not asked for.
+    schemes: The scheme of each new layer.
     """
 
     model: nn.Module
@@ -43,6 +45,7 @@ class Result:
     coverage: Coverage
     untied: dict[str, str]
     smooth: SmoothReport | None = None
+    schemes: dict[str, Scheme] = field(default_factory=dict)
 
     def ledger(self) -> dict[str, dict[str, int]]:
         """How often each kernel has run so far, per layer."""
@@ -51,7 +54,7 @@ class Result:
 
 def quantize(
     model: nn.Module,
-    scheme: Scheme | str = "w8a8",
+    scheme: Schemes = "w8a8",
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -71,7 +74,9 @@ def quantize(
 
     Args:
         model: Any module; changed only if everything succeeds.
-        scheme: A scheme that integers can run, a weight-only one, or a preset's name.
+        scheme: A scheme that integers can run, a weight-only one, or a preset's name; or a mapping from exact names and
+            globs to such schemes, or None: the first pattern that matches a layer decides, and what is None or matched
+            by none stays float.  Smoothing is then for the scheme that most layers have.
         include: Exact names or globs over dotted names.  ("*", "lm_head") is everything and the head.
         exclude: Exact names or globs that stay float.
         head: "int8" takes the output head too, as naming it in `include` does; files are then not what vLLM reads.
@@ -92,7 +97,7 @@ def quantize(
         SchemeError: the scheme cannot be executed (the message says why and what to use), does not fit a
             layer, or there is nothing to quantise; it is static, or to be smoothed for, and there is no calibration.
         CalibrationError: the calibration data cannot be used, or a layer read none of it.
-        PatternError: a pattern matches no linear layer.
+        PatternError: a pattern matches no linear layer, or one of `scheme` none of the chosen.
         ModelError: `head` is unknown, or there is none to quantise.
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
@@ -115,7 +120,7 @@ def quantize(
 
 def foresee(
     model: nn.Module,
-    scheme: Scheme | str = "w8a8",
+    scheme: Schemes = "w8a8",
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -130,15 +135,14 @@ def foresee(
     Raises:
         SchemeError, PatternError, ModelError: as `quantize`.
     """
-    scheme = Scheme.of(scheme)
-    chosen = convert.select(model, convert.with_head(model, include, head), exclude).chosen
-    schemes = {name: scheme if name in chosen else None for name in schemes_of(model)}
+    _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
+    schemes = {name: chosen.get(name) for name in schemes_of(model)}
     return findings(schemes, heads=convert.heads(model), transposed=transposed_of(model))
 
 
 def simulate(
     model: nn.Module,
-    scheme: Scheme | str = "w8a8",
+    scheme: Schemes = "w8a8",
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -178,7 +182,7 @@ def simulate(
 
 def _convert(
     model: nn.Module,
-    scheme: Scheme | str,
+    scheme: Schemes,
     include: Sequence[str],
     exclude: Sequence[str],
     *,
@@ -190,22 +194,24 @@ def _convert(
     smooth: str | float | None,
     progress: Progress | None,
 ) -> Result:
-    scheme = Scheme.of(scheme)
     kernels.check_name(kernel)
-    selection = convert.select(model, include, exclude)
+    selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
+    counted = Counter(schemes.values())
     if calibration is not None:
         calibration = Calibration.of(calibration)
-    _check_static(scheme, calibration, observer)
+    for each in counted:
+        _check_static(each, calibration, observer)
+    ((scheme, _),) = counted.most_common(1)
     report, undo = _smoothed(model, selection, scheme, calibration, smooth, progress)
     try:
         layers = convert.build(
             model,
             selection,
-            scheme,
+            schemes,
             simulated=simulated,
             kernel=kernel,
             strict=strict,
-            input_params=_static_grids(model, selection, scheme, calibration, observer, progress),
+            input_params=_static_grids(model, schemes, calibration, observer, progress),
             progress=progress,
         )
         convert.swap(model, layers)
@@ -214,7 +220,7 @@ def _convert(
         raise
     convert.untie(model, selection)
     inscribe(model)
-    return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report)
+    return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report, schemes)
 
 
 def _smoothed(
@@ -243,18 +249,19 @@ def _smoothed(
 
 def _static_grids(
     model: nn.Module,
-    selection: convert.Selection,
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     calibration: Calibration | None,
     observer: str | Callable[[], Observer],
     progress: Progress | None,
-) -> dict[str, QParams] | None:
-    """The grids of the chosen layers' inputs, or None where the scheme measures each input as it comes."""
-    if not scheme.static:
-        return None
-    assert scheme.activations is not None, "a static scheme has activations"
-    assert calibration is not None, "checked before"
-    return static_grids(model, selection.chosen, scheme.activations, calibration, observer, progress=progress)
+) -> dict[str, QParams]:
+    """The grids of the inputs of those layers whose schemes do not measure each input as it comes."""
+    grids: dict[str, QParams] = {}
+    for spec in dict.fromkeys(scheme.activations for scheme in schemes.values() if scheme.static):
+        assert spec is not None, "a static scheme has activations"
+        assert calibration is not None, "checked before"
+        names = [name for name, scheme in schemes.items() if scheme.activations == spec]
+        grids |= static_grids(model, names, spec, calibration, observer, progress=progress)
+    return grids
 
 
 def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:

@@ -335,3 +335,16 @@ def test_torchrun_is_refused_where_the_work_is_done_in_memory(call, tmp_path, de
     assert (code, out) == (2, "")
     assert err.startswith("w8a8: torchrun shares the work of streaming, and this is done in memory")
     assert not (tmp_path / "out").exists()
+
+
+def test_sensitivity_prints_the_ten_worst_layers_or_json(call, demo_dir, text):
+    options = ["--text", text, "--windows", 1, "--seq-len", 32, "--include", "*fc*"]
+    code, out, _ = call("sensitivity", demo_dir, *options)
+    assert code == 0
+    assert out.count("model.decoder.layers.") >= 10
+    assert "worst layers" in out
+    code, out, _ = call("sensitivity", demo_dir, *options, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert len(found["layers"]) == 12
+    assert found["rankings"]["kl_alone"][0] == max(found["layers"], key=lambda each: each["kl_alone"])["name"]

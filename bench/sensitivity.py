@@ -1,0 +1,76 @@
+"""What a sensitivity analysis of all layers costs, on the shipped model.
+
+python bench/sensitivity.py            measure, and write bench/results/sensitivity.json
+python bench/sensitivity.py --show     print the summary of the results that are there
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+RESULT = Path(__file__).parent / "results" / "sensitivity.json"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """One sentence."""
+    return (
+        f"{result['layers']} layers, {result['windows']} windows of {result['seq_len']} tokens, "
+        f"{2 * result['layers']} changed models: {result['seconds']:.1f} s, {result['forwards']:.0f} times a float "
+        f"forward of the sample ({result['forward_seconds']:.3f} s). The orders by KL alone and by KL spared have the "
+        f"rank correlation {result['spearman']:.2f}, and {result['overlap']} of the {result['top']} worst in common."
+    )
+
+
+def measure() -> dict[str, Any]:
+    """Analyse the shipped model on held-out text."""
+    import torch
+
+    from machine import describe_machine
+    from w8a8.analysis.layers import draw, sensitivity
+    from w8a8.corpus import held_out_text
+    from w8a8.demo import demo_model
+    from w8a8.evaluation import encode
+    from w8a8.evaluation.scores import logits_of
+
+    opened = demo_model()
+    text = encode(opened.tokenizer, held_out_text())
+    windows = draw(opened.model, text).windows
+    for _ in range(2):  # the first is warm-up
+        start = time.perf_counter()
+        for first, ids in windows:
+            logits_of(opened.model, ids, first)
+        forward_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    found = sensitivity(opened.model, text)
+    seconds = time.perf_counter() - start
+    return {
+        "machine": describe_machine(),
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "forward_seconds": forward_seconds,
+        "forwards": seconds / forward_seconds,
+        "layers": len(found.layers),
+        "windows": found.windows,
+        "seq_len": found.seq_len,
+        "kl_nats": found.kl_nats,
+        "spearman": found.rankings.spearman,
+        "overlap": found.rankings.overlap,
+        "top": found.rankings.top,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", action="store_true")
+    if parser.parse_args().show:
+        result = json.loads(RESULT.read_text())
+    else:
+        result = measure()
+        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(summary(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Which layers matter: what each does to the model's predictions, and what to do about it under a budget."""
+
+from w8a8.analysis.budget import Allocation, Budget, allocate
+from w8a8.analysis.layers import Sensitivity, sensitivity
+
+__all__ = ["Allocation", "Budget", "Sensitivity", "allocate", "sensitivity"]

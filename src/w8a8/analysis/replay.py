@@ -1,0 +1,132 @@
+"""Forwards of nearly the same model: what one changed layer does to the logits, without running what is before it.
+
+A forward is recorded: what each block (an element of an `nn.ModuleList`) returned.  When a layer of block b is then
+swapped, all that ran before b returns its record, and the model computes from b on.  A sweep over all layers costs
+half a forward each, and one window's block outputs in memory.
+
+Which modules are blocks and in which order they run is observed.  A replay is exact only if blocks hand on nothing but
+what they return, so each recording is checked: going on from the middle block and from the last must give the recorded
+logits, bit for bit.  Where it does not, or a block runs twice, `Recording.outputs` is empty and every forward is whole.
+
+The alternative, to call the blocks by themselves in a loop, needs to know how a model makes masks and positions.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from w8a8.calibration.model_inputs import evaluating
+from w8a8.convert import swapped
+from w8a8.evaluation.scores import logits_of
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward of a window.
+
+    ids: (T,) the window; start: where it begins in the text.
+    logits: (T, V).
+    outputs: What each block returned, by name, in the order in which they ran; empty where replaying is not exact.
+    """
+
+    ids: Tensor
+    start: int
+    logits: Tensor
+    outputs: dict[str, Any]
+
+
+def record(model: nn.Module, ids: Tensor, start: int, layers: Mapping[str, nn.Module]) -> Recording:
+    """Run a window through a model, some of its layers swapped, and keep what its blocks return.
+
+    Args:
+        model: A causal language model.  Not modified.
+        ids: (T,) the window.
+        start: Where it begins in the text, for messages.
+        layers: To put in the places of those of the same names.
+
+    Raises:
+        ModelError: the model predicts no tokens, or its logits are not finite.
+    """
+    outputs: dict[str, Any] = {}
+    calls: list[str] = []
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            calls.append(name)
+            outputs[name] = _cloned(output)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(swapped(model, layers))
+        for name in blocks_of(model):
+            stack.callback(model.get_submodule(name).register_forward_hook(keep(name)).remove)
+        logits = logits_of(model, ids, start)
+    whole = Recording(ids, start, logits, {})
+    if not outputs or len(calls) > len(outputs):
+        return whole
+    found, names = Recording(ids, start, logits, outputs), list(outputs)
+    resumed = (replay(model, found, layers, [f"{names[i]}."]) for i in {len(names) // 2, len(names) - 1})
+    return found if all(torch.equal(again, logits) for again in resumed) else whole
+
+
+def replay(model: nn.Module, recording: Recording, layers: Mapping[str, nn.Module], changed: Iterable[str]) -> Tensor:
+    """The logits (T, V) of the recorded window, in a model that differs from the recorded one in a few layers.
+
+    Args:
+        model: That of the recording.  Not modified.
+        recording: What ran before the first changed layer is taken from it.
+        layers: Everything to be swapped in, whether it was when recording or not.
+        changed: The names of those layers that are not as they were when recording.
+
+    Raises:
+        ModelError: as `record`.
+    """
+    first = min((block_index(list(recording.outputs), name) for name in changed), default=0)
+    before = dict(list(recording.outputs.items())[:first])
+    with evaluating(model), swapped(model, layers), _returning(model, before):
+        return logits_of(model, recording.ids, recording.start)
+
+
+def block_index(blocks: list[str], name: str) -> int:
+    """Which block holds a layer; 0 for a layer outside of all, before which nothing can be skipped."""
+    return next((i for i, block in enumerate(blocks) if name.startswith(block + ".")), 0)
+
+
+def blocks_of(model: nn.Module) -> list[str]:
+    """The elements of the outermost module lists that are more than one operation."""
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(block + ".") for block in blocks):
+            blocks += [f"{name}.{key}" for key, child in module.named_children() if any(True for _ in child.children())]
+    return blocks
+
+
+@contextlib.contextmanager
+def _returning(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Have blocks return what they did, for the length of a `with` block, instead of running."""
+    blocks = {name: model.get_submodule(name) for name in outputs}
+    own = {name: block.__dict__["forward"] for name, block in blocks.items() if "forward" in block.__dict__}
+    try:
+        for name, block in blocks.items():
+            block.__dict__["forward"] = lambda *args, name=name, **kwargs: _cloned(outputs[name])
+        yield
+    finally:
+        for name, block in blocks.items():
+            del block.__dict__["forward"]
+            if name in own:  # accelerate and others put one there
+                block.__dict__["forward"] = own[name]
+
+
+def _cloned(value: Any) -> Any:
+    """The tensors of a block's output copied, since some models add to them in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(_cloned(item) for item in value)
+    return value

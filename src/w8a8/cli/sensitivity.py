@@ -1,0 +1,82 @@
+"""The command `sensitivity`: which layers matter."""
+
+from typing import Annotated, Any
+
+import typer
+
+from w8a8.cli.app import Device, Dtype, Exclude, Include, Json, Model, SeqLen, app, content_of, open_named
+from w8a8.cli.output import print_json, print_line, print_table, progress
+
+Windows = Annotated[int, typer.Option("--windows", min=1, help="How many windows are drawn from the text.")]
+
+
+@app.command()
+def sensitivity(
+    model: Model,
+    text: Annotated[str, typer.Option("--text", metavar="FILE", help="Where windows are drawn.", show_default=False)],
+    scheme: Annotated[str, typer.Option("--scheme", help="A preset; `w8a8 schemes` lists them.")] = "w8a8",
+    windows: Windows = 8,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the drawing.")] = 0,
+    include: Include = ["*"],  # noqa: B006 - typer wants a list, and copies it
+    exclude: Exclude = [],  # noqa: B006
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure what quantising each layer of a float model does to it and to the model's predictions."""
+    from w8a8 import analysis
+    from w8a8.evaluation import encode
+    from w8a8.scheme import Scheme
+
+    wanted = Scheme.of(scheme)
+    opened = open_named(model, dtype=dtype, device=device)
+    ids = encode(opened.tokenizer, content_of(text))
+    with progress("measuring") as step:
+        found = analysis.sensitivity(
+            opened.model,
+            ids,
+            wanted,
+            include=include,
+            exclude=exclude,
+            windows=windows,
+            seq_len=seq_len,
+            seed=seed,
+            progress=step,
+        )
+    if as_json:
+        print_json({"model": model, **found.to_dict()})
+        return
+    show_sensitivity(model, found)
+
+
+def show_sensitivity(model: str, found: Any) -> None:
+    """The ten worst layers, and whether the two orders agree."""
+    by_spared = {name: rank for rank, name in enumerate(found.rankings.kl_spared, start=1)}
+    rows = [
+        (
+            layer.name,
+            f"{layer.kl_alone:.2e}",
+            f"{layer.kl_spared:.2e}",
+            str(by_spared[layer.name]),
+            _figure(layer.weight_sqnr_db, 1),
+            _figure(layer.input_sqnr_db, 1),
+            _figure(layer.output_sqnr_db, 1),
+            _figure(layer.outlier_ratio, 1),
+            _figure(layer.saturated_share, 4),
+            _figure(layer.dead_share, 3),
+        )
+        for layer in found.worst()
+    ]
+    columns = ("worst first", "KL alone", "KL spared", "rank", "weight dB", "input dB", "output dB", "outliers")
+    title = f"{model}: {found.tokens:,} tokens, KL(float || quantised) {found.kl_nats:.3e} nats per token"
+    print_table(title, (*columns, "saturated", "dead"), rows)
+    orders = found.rankings
+    agree = "" if orders.spearman is None else f", rank correlation {orders.spearman:.2f}"
+    print_line(f"Of the {orders.top} worst layers {orders.overlap} are in both orders{agree}.")
+    if orders.disagree:
+        print_line(f"In one of the two only: {', '.join(orders.disagree)}")
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

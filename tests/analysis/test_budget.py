@@ -1,0 +1,165 @@
+import itertools
+import sys
+
+import pytest
+import torch
+
+import w8a8
+from tests.conftest import llama, opt
+from w8a8 import checkpoint, pipeline
+from w8a8.analysis import Budget, allocate
+from w8a8.analysis.budget import GroupCosts, solve
+from w8a8.corpus import held_out_text
+from w8a8.demo import demo_model
+from w8a8.errors import ModelError, SchemeError
+from w8a8.evaluation import encode
+from w8a8.linear import quant_linears
+
+IDS = torch.randint(0, 96, (600,), generator=torch.Generator().manual_seed(3))
+SHORT = {"windows": 1, "seq_len": 32}
+
+
+def ruin(up, down):
+    """A huge weight in each row, for a channel that is always zero: the float function stays, 8-bit codes are lost."""
+    with torch.no_grad():
+        up.weight[7] = 0.0
+        if up.bias is not None:
+            up.bias[7] = 0.0
+        down.weight[:, 7] = 1000.0
+
+
+@pytest.mark.parametrize(("written", "expected"), [
+    ("12MB", Budget(bytes=12_000_000)),
+    ("1.5 GiB", Budget(bytes=3 * 2**29)),
+    ("4096", Budget(bytes=4096)),
+    (4096, Budget(bytes=4096)),
+    ("0.5%", Budget(percent=0.5)),
+])  # fmt: skip
+def test_a_budget_is_bytes_or_percent(written, expected):
+    assert Budget.of(written) == expected
+
+
+@pytest.mark.parametrize("written", ["", "12 apples", "-3MB", "0", "half"])
+def test_what_is_no_budget_is_told_how_one_is_written(written):
+    with pytest.raises(SchemeError, match=r"'0\.5%'"):
+        Budget.of(written)
+
+
+def random_groups(seed):
+    draw = torch.Generator().manual_seed(seed)
+    groups = []
+    for i in range(5):
+        size = int(torch.randint(100, 1000, (1,), generator=draw))
+        kl = torch.rand(2, generator=draw).mul(1e-3).tolist()
+        groups.append(GroupCosts((f"l{i}",), ("a", "b", "float"), (size, size + 40, 4 * size), (*kl, 0.0)))
+    return groups
+
+
+def total(groups, picked):
+    places = [g.options.index(option) for g, option in zip(groups, picked, strict=True)]
+    bytes_ = sum(g.bytes[i] for g, i in zip(groups, places, strict=True))
+    return bytes_, sum(g.kl_nats[i] for g, i in zip(groups, places, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_is_the_best_of_all_of_them(seed):
+    groups = random_groups(seed)
+    every = [total(groups, picked) for picked in itertools.product(("a", "b", "float"), repeat=5)]
+    limit = sorted(size for size, _ in every)[len(every) // 2]
+    size, kl = total(groups, solve(groups, 50, limit=limit + 50))
+    assert size <= limit
+    assert kl == pytest.approx(min(cost for other, cost in every if other <= limit), rel=1e-6)
+    bound = sorted(cost for _, cost in every)[len(every) // 3]
+    size, kl = total(groups, solve(groups, kl_bound=bound))
+    assert kl <= bound * (1 + 1e-6)
+    assert size == min(other for other, cost in every if cost <= bound)
+
+
+def test_a_ruined_layer_of_the_demo_is_left_float_and_nothing_else():
+    opened = demo_model()
+    block = opened.model.model.decoder.layers[2]
+    ruin(block.fc1, block.fc2)
+    text = encode(opened.tokenizer, held_out_text())
+    found = allocate(opened.model, text, "0.5%", windows=1, seq_len=64)
+    assert [name for name, scheme in found.schemes.items() if scheme is None] == ["model.decoder.layers.2.fc2"]
+    assert found.perplexity_ratio < 1.005
+    assert found.chosen.predicted_kl_nats < 0.005
+    limit = found.chosen.bytes
+    by_bytes = allocate(opened.model, text, limit, windows=1, seq_len=64)
+    assert by_bytes.schemes["model.decoder.layers.2.fc2"] is None
+    assert by_bytes.chosen.bytes <= limit
+
+
+def test_shards_that_vllm_fuses_move_together_and_vllm_takes_the_result(tmp_path):
+    model = llama()
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.input_layernorm.weight[7] = 0.0
+        layer.self_attn.v_proj.weight[:, 7] = 1000.0
+    shards = [f"model.layers.1.self_attn.{kind}_proj" for kind in "qkv"]
+    spare = sum(3 * model.get_submodule(name).weight.numel() for name in shards)
+    least = allocate(model, IDS, "50%", **SHORT).chosen.bytes
+    found = allocate(model, IDS, least + spare, **SHORT)
+    assert {found.schemes[name] for name in shards} == {None}
+    assert any(scheme is not None for scheme in found.schemes.values())
+    assert not pipeline.foresee(model, found.schemes)
+    w8a8.quantize(model, found.schemes)
+    w8a8.save(model, tmp_path / "out")
+    loaded = w8a8.load(tmp_path / "out")
+    assert {name for name, _ in quant_linears(loaded)} == {name for name, s in found.schemes.items() if s is not None}
+    logits = [each(IDS[None, :16]).logits for each in (model, loaded)]
+    assert torch.equal(*logits)
+
+
+def test_bytes_are_those_of_the_file(tmp_path):
+    model = llama()
+    float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = allocate(model, IDS, int(0.7 * float_bytes), **SHORT)
+    assert found.float_bytes == float_bytes
+    assert None in found.schemes.values()
+    assert found.chosen.bytes <= 0.7 * float_bytes
+    w8a8.quantize(model, found.schemes)
+    state = model.state_dict()
+    assert sum(t.numel() * t.element_size() for t in state.values()) == found.chosen.bytes
+
+
+def test_more_bytes_never_cost_more(tmp_path):
+    found = allocate(opt(), IDS, "1%", **SHORT)
+    costs = [point.predicted_kl_nats for point in found.curve]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] == 0.0
+    record = found.record()
+    assert record["points"][record["chosen"]]["measured_kl_nats"] == found.chosen.measured_kl_nats
+    assert set(record) == {"points", "chosen", "constraint"}
+    assert "predicted" in str(found)
+    assert found.to_dict()["schemes"]["model.decoder.layers.0.fc1"] in ("w8a8", "w8a8-asym", "float")
+
+
+def test_a_budget_that_cannot_be_kept_says_what_can():
+    model = llama()
+    with pytest.raises(SchemeError, match="as small as it gets"):
+        allocate(model, IDS, 1000, **SHORT)
+    assert not list(quant_linears(model))
+
+
+def test_an_option_that_cannot_run_is_refused():
+    simulated = w8a8.Scheme(w8a8.QuantSpec(8, w8a8.PerColumn()), w8a8.QuantSpec(8, w8a8.PerToken()))
+    with pytest.raises(SchemeError, match="cannot run"):
+        allocate(llama(), IDS, "1%", options=[simulated], **SHORT)
+
+
+def test_without_scipy_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(ModelError, match=r"w8a8\[budget\]"):
+        allocate(llama(), IDS, "1%", **SHORT)
+
+
+def test_compressed_tensors_reads_the_groups_of_a_choice(tmp_path):
+    from compressed_tensors.quantization import QuantizationConfig
+
+    model = llama()
+    schemes = {"*.mlp.*": None, "*.o_proj": "w8a8-asym", "*": "w8a8"}
+    w8a8.quantize(model, schemes)
+    config = QuantizationConfig.model_validate(checkpoint.layout.to_json(checkpoint.describe.describe(model)))
+    assert len(config.config_groups) == 2
+    assert "model.layers.0.mlp.up_proj" in config.ignore
