@@ -15,7 +15,7 @@ from w8a8.scheme import PerChannel, PerColumn, PerTensor, PerToken
 def test_the_grid_is_the_notebooks_experiment():
     schemes = list(grid())
     assert len(schemes) == len(set(schemes)) == 3 * 2 * 3 * 2 * 3
-    assert sum(scheme.integer_executable for scheme in schemes) == 2 * 2 * 2 * 3
+    assert sum(scheme.integer_executable for scheme in schemes) == 2 * 2 * 2 * 2 * 3
 
 
 @pytest.fixture(scope="module")
