@@ -242,8 +242,8 @@ def solve(
     costs = np.array([max(0.0, kl) for group in groups for kl in group.kl_nats])
     one_each = np.zeros((len(groups), len(sizes)))
     at = 0
-    for row, group in enumerate(groups):
-        one_each[row, at : at + len(group.options)] = 1
+    for i, group in enumerate(groups):
+        one_each[i, at : at + len(group.options)] = 1
         at += len(group.options)
     if limit is not None:
         least = fixed + sum(min(group.bytes) for group in groups)

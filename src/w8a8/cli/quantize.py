@@ -13,6 +13,7 @@ from w8a8.cli.app import (
     Json,
     Model,
     app,
+    content_of,
     default_length,
     open_named,
     quiet_transformers,
@@ -56,6 +57,19 @@ def quantize(
             "the whole model (auto), or not.  By default auto with --calib, else none.",
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZE|PERCENT",
+            help="Choose a scheme or float for each layer: 12MB of tensors in all, or 0.5% of perplexity lost. Costs "
+            "are measured on --text.",
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="For --budget.")] = None,
+    option: Annotated[
+        list[str], typer.Option("--option", help="For --budget: a preset to choose, repeatable; float always is one.")
+    ] = ["w8a8", "w8a8-asym"],  # noqa: B006
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -91,8 +105,14 @@ def quantize(
             f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
+    if budget is not None and (text is None or calib is not None or smooth not in (None, "none") or stream):
+        raise SchemeError(
+            "--budget measures float weights on --text FILE: give that, and leave out --calib, --smooth and --stream"
+        )
+    if text is not None and budget is None:
+        raise SchemeError("--text is what --budget measures on, and no budget was given; --calib is calibration data")
     check_target(output, overwrite=force)
-    data_free = calib is None and smooth in (None, "none") and dtype == "auto"
+    data_free = calib is None and smooth in (None, "none") and dtype == "auto" and budget is None
     if stream and not data_free:
         raise SchemeError("--stream is for quantising without calibration, smoothing and --dtype; leave it out")
     if stream is not False and data_free:
@@ -112,7 +132,11 @@ def quantize(
     if dry_run:
         raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
     opened = open_named(model, dtype=dtype)
-    foreseen = pipeline.foresee(opened.model, wanted, include=include, exclude=exclude, head=head)
+    chosen: Any = None
+    if budget is not None and text is not None:
+        chosen = _allocated(opened, text, budget, option, include, exclude, head, seed)
+    schemes = wanted if chosen is None else chosen.schemes
+    foreseen = pipeline.foresee(opened.model, schemes, include=include, exclude=exclude, head=head)
     _check_target(foreseen, target)
     rehearse(opened.model, wanted, output, opened.tokenizer)
     data = None
@@ -122,7 +146,7 @@ def quantize(
     with progress("quantising") as step:
         result = pipeline.quantize(
             opened.model,
-            wanted,
+            schemes,
             include=include,
             exclude=exclude,
             head=head,
@@ -137,6 +161,7 @@ def quantize(
             {
                 "output": output,
                 "scheme": result.scheme.name,
+                "budget": None if chosen is None else chosen.to_dict(),
                 "untied": result.untied,
                 "calibration": None if data is None else data.description,
                 "smooth": None if result.smooth is None else result.smooth.to_dict(),
@@ -146,11 +171,37 @@ def quantize(
         )
         return
     _show_result(result, foreseen)
+    if chosen is not None:
+        print_line(str(chosen))
     if result.smooth is not None:
         print_line(str(result.smooth))
     if data is not None and wanted.static:
         print_line(f"Activation scales by {observer} on {data.description}.")
     print_line(f"Saved in {output}.")
+
+
+def _allocated(
+    opened: Any,
+    text: str,
+    budget: str,
+    options: list[str],
+    include: list[str],
+    exclude: list[str],
+    head: str,
+    seed: int,
+) -> Any:
+    """A scheme for each layer."""
+    from w8a8 import convert
+    from w8a8.analysis import Budget, allocate
+    from w8a8.evaluation import encode
+
+    wanted = Budget.of(budget)
+    ids = encode(opened.tokenizer, content_of(text))
+    patterns = convert.with_head(opened.model, include, head)
+    with progress("measuring") as step:
+        return allocate(
+            opened.model, ids, wanted, options=options, include=patterns, exclude=exclude, seed=seed, progress=step
+        )
 
 
 def _streamed(
