@@ -30,7 +30,7 @@ INSIDE = {
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
     "checkpoint": ["headers", "layout", "describe", "files", "reader", "verify", "vllm", "writer", "rehearsal"],
     "evaluation": ["intervals", "text", "scores", "stored", "compare", "harness"],
-    "analysis": ["replay", "measure", "layers", "budget"],
+    "analysis": ["replay", "sample", "measure", "layers", "remedies", "budget"],
     "streaming": ["plan", "journal", "resources", "shard", "team", "run"],
 }
 SOURCE = Path(w8a8.__file__).parent
