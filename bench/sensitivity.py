@@ -28,7 +28,8 @@ def measure() -> dict[str, Any]:
     import torch
 
     from machine import describe_machine
-    from w8a8.analysis.layers import draw, sensitivity
+    from w8a8.analysis.layers import sensitivity
+    from w8a8.analysis.sample import draw
     from w8a8.corpus import held_out_text
     from w8a8.demo import demo_model
     from w8a8.evaluation import encode

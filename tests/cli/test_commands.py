@@ -348,3 +348,36 @@ def test_sensitivity_prints_the_ten_worst_layers_or_json(call, demo_dir, text):
     assert code == 0
     assert len(found["layers"]) == 12
     assert found["rankings"]["kl_alone"][0] == max(found["layers"], key=lambda each: each["kl_alone"])["name"]
+
+
+def test_a_budget_chooses_a_scheme_for_each_layer_and_says_what_it_measured(call, demo_dir, text, tmp_path):
+    half = sum(p.numel() for p in demo_model().model.parameters()) * 3 // 2  # of the float16 file's 2 bytes
+    out = tmp_path / "out"
+    options = ["--budget", str(half), "--text", text, "--include", "*fc*", "--target", "vllm"]
+    code, printed, _ = call("quantize", demo_dir, "-o", out, *options)
+    assert code == 0
+    assert f"Budget: at most {half:,} bytes." in printed
+    assert "measured" in printed
+    names = {name for name, _ in quant_linears(w8a8.load(out))}
+    assert names
+    assert all(".fc" in name for name in names)
+    code, printed, _ = call("quantize", demo_dir, "-o", tmp_path / "other", *options, "--json")
+    found = json.loads(printed)["budget"]
+    assert code == 0
+    assert {name for name, scheme in found["schemes"].items() if scheme != "float"} == names
+    assert found["chosen"]["bytes"] <= half
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--budget", "1MB"], "--text FILE"),
+        (["--budget", "1MB", "--text", "t.txt", "--calib", "c.txt"], "leave out --calib"),
+        (["--text", "t.txt"], "no budget was given"),
+    ],
+)
+def test_a_budget_without_what_it_needs_is_refused(call, demo_dir, tmp_path, options, told):
+    code, _, err = call("quantize", demo_dir, "-o", tmp_path / "out", *options)
+    assert code == 2
+    assert told in err
+    assert not (tmp_path / "out").exists()

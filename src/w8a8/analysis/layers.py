@@ -17,7 +17,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,21 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from w8a8 import convert
-from w8a8.affine import QParams
 from w8a8.analysis.measure import Histogram, LayerMeasure
-from w8a8.analysis.replay import Recording, block_index, blocks_of, record, replay
-from w8a8.calibration.calibrate import Calibration, collect, static_grids
+from w8a8.analysis.replay import block_index, blocks_of, record, replay
+from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
+from w8a8.calibration.calibrate import Calibration, collect
 from w8a8.calibration.model_inputs import evaluating
 from w8a8.calibration.observers import MinMax, Observer
 from w8a8.convert import Progress, Schemes
-from w8a8.errors import CalibrationError
-from w8a8.evaluation.scores import logits_of, token_kl
-from w8a8.evaluation.text import Text, context_length, windows_for
-from w8a8.linear import QuantLinear, float_operands
-from w8a8.scheme import MAX_CODE_BITS, PerChannel, Scheme
+from w8a8.evaluation.scores import logits_of
+from w8a8.evaluation.text import Text
+from w8a8.linear import float_operands
+from w8a8.scheme import PerChannel
 
-WINDOWS = 8
-SEQ_LEN = 256
 MAX_COLUMNS = 128
 TOP = 10
 
@@ -264,74 +261,6 @@ def rankings(layers: Sequence[LayerSensitivity], top: int = TOP) -> Rankings:
     squares = sum((rank - place[name]) ** 2 for rank, name in enumerate(alone))
     spearman = 1 - 6 * squares / (n * (n * n - 1)) if n > 1 else None
     return Rankings(alone, spared, [name for name in alone if name in heads], top, spearman)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Windows of a text: where each starts, and its ids."""
-
-    windows: tuple[tuple[int, Tensor], ...]
-    seq_len: int
-
-    @property
-    def scored(self) -> int:
-        """Tokens that are predicted: of each window all but the first."""
-        return sum(len(ids) - 1 for _, ids in self.windows)
-
-    def calibration(self) -> Calibration:
-        """The same windows, to measure ranges on."""
-        return Calibration([{"input_ids": ids[None]} for _, ids in self.windows], f"{len(self.windows)} windows")
-
-
-def draw(
-    model: Any, text: Text | Tensor, *, windows: int = WINDOWS, seq_len: int | None = None, seed: int = 0
-) -> Sample:
-    """A seeded sample of a text's windows, in the order of the text.
-
-    Raises:
-        CalibrationError: `windows` is not positive.
-        ModelError, TextError: as `w8a8.evaluation.perplexity`.
-    """
-    if windows < 1:
-        raise CalibrationError(f"windows={windows} is out of range: at least 1; {WINDOWS} is the default")
-    ids = text.ids if isinstance(text, Text) else text
-    length = min(context_length(model) or SEQ_LEN, SEQ_LEN) if seq_len is None else seq_len
-    cut = [(start, end) for start, _, end in windows_for(model, ids, length, None)]
-    cut = [(start, end) for start, end in cut if end - start == length] or cut[:1]
-    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows]
-    return Sample(tuple((cut[i][0], ids[slice(*cut[i])]) for i in sorted(order.tolist())), length)
-
-
-def layers_for(
-    model: nn.Module,
-    selection: convert.Selection,
-    schemes: Mapping[str, Scheme],
-    calibration: Calibration,
-    observer: str | Callable[[], Observer] = "absmax",
-) -> dict[str, QuantLinear]:
-    """The quantised layers of the chosen ones: in integers where they can run so, else simulated."""
-    grids: dict[str, QParams] = {}
-    for spec in dict.fromkeys(scheme.activations for scheme in schemes.values() if scheme.static):
-        assert spec is not None, "a static scheme has activations"
-        names = [name for name, scheme in schemes.items() if scheme.activations == spec]
-        grids |= static_grids(model, names, spec, calibration, observer)
-    layers: dict[str, QuantLinear] = {}
-    for simulated in (False, True):
-        part = tuple(name for name in selection.chosen if _simulated(schemes[name]) is simulated)
-        layers |= convert.build(
-            model, replace(selection, chosen=part), schemes, simulated=simulated, input_params=grids
-        )
-    return {name: layers[name] for name in selection.chosen}
-
-
-def divergence(exact: Recording, logits: Tensor) -> float:
-    """The sum over the window's predicted tokens of KL(float || model), nats."""
-    return float(token_kl(exact.logits[:-1], logits[:-1]).to(torch.float64).sum())
-
-
-def _simulated(scheme: Scheme) -> bool:
-    runs = scheme.integer_executable or (scheme.weight_only and scheme.weights.bits <= MAX_CODE_BITS)
-    return not runs
 
 
 def _ranges(model: nn.Module, names: Sequence[str], data: Calibration) -> dict[str, tuple[Tensor, Tensor]]:

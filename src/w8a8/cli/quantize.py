@@ -48,6 +48,19 @@ def quantize(
             "the whole model (auto), or not.  By default auto with --calib, else none.",
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SIZE|PERCENT",
+            help="Choose a scheme or float for each layer: 12MB of tensors in all, or 0.5% of perplexity lost. Costs "
+            "are measured on --text.",
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="For --budget.")] = None,
+    option: Annotated[
+        list[str], typer.Option("--option", help="For --budget: a preset to choose, repeatable; float always is one.")
+    ] = ["w8a8", "w8a8-asym"],  # noqa: B006
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -87,9 +100,16 @@ def quantize(
             f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
+    if budget is not None and (text is None or calib is not None or smooth not in (None, "none") or stream):
+        raise SchemeError(
+            "--budget measures float weights on --text FILE: give that, and leave out --calib, --smooth and --stream"
+        )
+    if text is not None and budget is None:
+        raise SchemeError("--text is what --budget measures on, and no budget was given; --calib is calibration data")
     if report is not None:
         check_drawing()
     data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
+    data_free = data_free and budget is None
     if stream and not data_free and (calib is None or dtype != "auto" or trust_remote_code):
         raise SchemeError(
             "--stream goes from files to files: smoothing takes --calib FILE, --dtype is that of the files, and remote "
@@ -104,6 +124,7 @@ def quantize(
         calib=calib,
         drawn={"samples": calib_samples, "length": calib_length, "seed": seed},
         treatment={"observer": observer, "smooth": _alpha(smooth)},
+        budget=None if budget is None else {"limit": budget, "text": text, "options": option, "seed": seed},
         target=target,
         force=force,
         dtype=dtype,

@@ -20,6 +20,7 @@ class Job:
     selection: include, exclude and head, as `w8a8.quantize` takes them.
     drawn: samples, length and seed of the calibration data.
     treatment: observer and smooth.
+    budget: limit, text, options and seed, or None: every layer has the scheme.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Job:
     calib: str | None
     drawn: dict[str, Any]
     treatment: dict[str, Any]
+    budget: dict[str, Any] | None
     target: str | None
     force: bool
     dtype: str
@@ -63,7 +65,9 @@ def in_memory(job: Job) -> dict[str, Any]:
 
     check_target(job.output, overwrite=job.force)
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
-    foreseen = pipeline.foresee(opened.model, job.scheme, **job.selection)
+    chosen = None if job.budget is None else _allocated(job, opened)
+    schemes = job.scheme if chosen is None else chosen.schemes
+    foreseen = pipeline.foresee(opened.model, schemes, **job.selection)
     job.check_target(foreseen)
     rehearse(opened.model, job.scheme, job.output, opened.tokenizer)
     data = None
@@ -72,13 +76,39 @@ def in_memory(job: Job) -> dict[str, Any]:
         data = Calibration.of(job.calib, opened.tokenizer, **{**job.drawn, "length": length})
     with progress("quantising") as step:
         result = pipeline.quantize(
-            opened.model, job.scheme, **job.selection, calibration=data, **job.treatment, progress=step
+            opened.model, schemes, **job.selection, calibration=data, **job.treatment, progress=step
         )
     save(opened.model, job.output, opened.tokenizer, overwrite=job.force)
     told = _told(job, result, foreseen, result.smooth, data)
     if not job.quiet:
+        if chosen is not None:
+            print_line(str(chosen))
         print_line(f"Saved in {job.output}.")
-    return told
+    return told | {"budget": None if chosen is None else chosen.to_dict()}
+
+
+def _allocated(job: Job, opened: Any) -> Any:
+    """A scheme for each layer."""
+    from w8a8 import convert
+    from w8a8.analysis import Budget, allocate
+    from w8a8.cli.app import content_of
+    from w8a8.evaluation import encode
+
+    assert job.budget is not None, "asked for"
+    wanted = Budget.of(job.budget["limit"])
+    ids = encode(opened.tokenizer, content_of(job.budget["text"]))
+    patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
+    with progress("measuring") as step:
+        return allocate(
+            opened.model,
+            ids,
+            wanted,
+            options=job.budget["options"],
+            include=patterns,
+            exclude=job.selection["exclude"],
+            seed=job.budget["seed"],
+            progress=step,
+        )
 
 
 def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | None:
