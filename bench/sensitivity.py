@@ -17,9 +17,9 @@ def summary(result: dict[str, Any]) -> str:
     """One sentence."""
     return (
         f"{result['layers']} layers, {result['windows']} windows of {result['seq_len']} tokens, "
-        f"{2 * result['layers']} changed models: {result['seconds']:.1f} s, {result['forwards']:.0f} times a float "
-        f"forward of the sample ({result['forward_seconds']:.3f} s). The orders by KL alone and by KL spared have the "
-        f"rank correlation {result['spearman']:.2f}, and {result['overlap']} of the {result['top']} worst in common."
+        f"{2 * result['layers']} changed models: {result['seconds']:.1f} s, once. The orders by KL alone and by KL "
+        f"spared have the rank correlation {result['spearman']:.2f}, and {result['overlap']} of the {result['top']} "
+        "worst in common."
     )
 
 
@@ -29,20 +29,12 @@ def measure() -> dict[str, Any]:
 
     from machine import describe_machine
     from w8a8.analysis.layers import sensitivity
-    from w8a8.analysis.sample import draw
     from w8a8.corpus import held_out_text
     from w8a8.demo import demo_model
     from w8a8.evaluation import encode
-    from w8a8.evaluation.scores import logits_of
 
     opened = demo_model()
     text = encode(opened.tokenizer, held_out_text())
-    windows = draw(opened.model, text).windows
-    for _ in range(2):  # the first is warm-up
-        start = time.perf_counter()
-        for first, ids in windows:
-            logits_of(opened.model, ids, first)
-        forward_seconds = time.perf_counter() - start
     start = time.perf_counter()
     found = sensitivity(opened.model, text)
     seconds = time.perf_counter() - start
@@ -50,8 +42,6 @@ def measure() -> dict[str, Any]:
         "machine": describe_machine(),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
-        "forward_seconds": forward_seconds,
-        "forwards": seconds / forward_seconds,
         "layers": len(found.layers),
         "windows": found.windows,
         "seq_len": found.seq_len,

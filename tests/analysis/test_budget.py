@@ -123,6 +123,16 @@ def test_bytes_are_those_of_the_file(tmp_path):
     assert sum(t.numel() * t.element_size() for t in state.values()) == found.chosen.bytes
 
 
+def test_a_tied_head_that_is_quantised_is_paid_for_and_a_float_one_is_not():
+    model = opt()
+    float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = allocate(model, IDS, 10 * float_bytes, include=["*", "lm_head"], **SHORT)
+    assert found.chosen.bytes == float_bytes
+    (head,) = [group for group in found.groups if group.layers == ("lm_head",)]
+    assert head.bytes[-1] == 0
+    assert head.bytes[0] == 96 * 48 + 96 * 4
+
+
 def test_more_bytes_never_cost_more(tmp_path):
     found = allocate(opt(), IDS, "1%", **SHORT)
     costs = [point.predicted_kl_nats for point in found.curve]

@@ -19,7 +19,7 @@ it is named.  A greedy choice by KL per byte was the alternative without scipy; 
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,11 +187,9 @@ def allocate(
             raise SchemeError(f"the option {scheme.name} cannot run: {scheme.not_executable_because}")
         schemes = dict.fromkeys(selection.chosen, scheme)
         built[scheme.name] = layers_for(model, selection, schemes, sample.calibration())
-    groups = _costs(model, sample, _groups(model, sample, selection.chosen), built, progress)
+    groups = _costs(model, sample, _groups(model, sample, selection.chosen), built, selection.untied, progress)
     float_bytes = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
-    # a tied weight that is quantised becomes a copy, and its float tensor stays
     fixed = float_bytes - sum(group.bytes[-1] for group in groups)
-    fixed += sum(_size(model.get_submodule(name)) for name in selection.untied)
     check = _check_sample(model, text, sample, windows, seed)
     allowed = math.inf if budget.percent is None else math.log1p(budget.percent / 100)
     bound = allowed
@@ -318,6 +316,7 @@ def _costs(
     sample: Sample,
     groups: Sequence[tuple[str, ...]],
     built: Mapping[str, Mapping[str, QuantLinear]],
+    tied: Collection[str],
     progress: Progress | None,
 ) -> tuple[GroupCosts, ...]:
     totals = {(group, option): 0.0 for group in groups for option in built}
@@ -336,7 +335,7 @@ def _costs(
             (*built, FLOAT),
             (
                 *(sum(_size(built[option][name]) for name in group) for option in built),
-                sum(_size(model.get_submodule(name)) for name in group),
+                sum(_size(model.get_submodule(name), without_weight=name in tied) for name in group),
             ),
             (*(totals[group, option] / sample.scored for option in built), 0.0),
         )
@@ -344,8 +343,13 @@ def _costs(
     )
 
 
-def _size(layer: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+def _size(layer: nn.Module, *, without_weight: bool = False) -> int:
+    """Bytes of a layer; a tied float weight is not its own: quantised it becomes a copy, and the float one stays."""
+    return sum(
+        t.numel() * t.element_size()
+        for name, t in layer.state_dict().items()
+        if not (without_weight and name == "weight")
+    )
 
 
 def _check_sample(model: Any, text: Text | Tensor, sample: Sample, windows: int, seed: int) -> Sample:
