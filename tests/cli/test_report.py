@@ -29,7 +29,9 @@ def test_quantize_writes_a_page_about_its_result(monkeypatch, tmp_path, capsys):
     assert not stopped.value.code
     assert f"The page is {page}." in capsys.readouterr().out
     html = page.read_text()
-    for words in ("w8a8 quantize", "model.decoder.layers.0.fc1", "Perplexity: ", "Bits per byte"):
+    assert len(html) < 3_000_000
+    layer = "model.decoder.layers.0.fc1"
+    for words in ("w8a8 quantize", layer, "Perplexity: ", "Bits per byte", "Every layer", "KL falls by"):
         assert words in html
 
 

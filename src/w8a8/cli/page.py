@@ -5,12 +5,16 @@ import importlib.util
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.cli.output import plain
+from w8a8.cli.app import content_of, open_named
+from w8a8.cli.output import plain, progress
+from w8a8.cli.ways import Job
 from w8a8.errors import ReportError
+
+_DRAWN = 6  # layers whose weight and input are drawn
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,30 @@ def check_drawing() -> None:
         raise ReportError("the plots of a page are drawn by vl-convert: pip install 'w8a8[report]'")
 
 
-def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, **parts: Any) -> Page:
+@dataclass(frozen=True)
+class Layers:
+    """What was measured of the layers, and what would help the worst."""
+
+    sensitivity: Any
+    remedies: Any
+
+
+def layers_of(job: Job, text: str) -> Layers:
+    """Measure the layers of the float model under the job's scheme, on windows of a text."""
+    from w8a8 import convert
+    from w8a8.analysis import remedies, sensitivity
+    from w8a8.evaluation import encode
+
+    opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    ids = encode(opened.tokenizer, content_of(text))
+    patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
+    choice = {"include": patterns, "exclude": job.selection["exclude"]}
+    with progress("measuring layers") as step:
+        found = sensitivity(opened.model, ids, job.scheme, **choice, seed=job.drawn["seed"], progress=step)
+    return Layers(found, remedies(opened.model, ids, found, job.scheme, **choice))
+
+
+def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found: Layers | None) -> Page:
     """The page about a result.
 
     Args:
@@ -40,13 +67,20 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, **par
         source: The float model.
         output: The directory of the quantised one.
         seed: Of the drawing of calibration data.
-        parts: More parts of the records, by their names.
+        found: What was measured of the layers.
     """
     from w8a8.checkpoint.files import CONFIG, resolve, tensor_files
     from w8a8.diagnosis import diagnose
     from w8a8.report import collect
 
-    found = diagnose()
+    here = diagnose()
+    parts: dict[str, Any] = {}
+    if found is not None:
+        parts |= {**found.sensitivity.records(), "remedies": [asdict(remedy) for remedy in found.remedies]}
+        worst = {layer.name for layer in found.sensitivity.worst(_DRAWN)}  # a drawing each: the page must stay small
+        parts["histograms"] = [drawn for drawn in parts["histograms"] if drawn["layer"] in worst]
+    if told.get("budget") is not None:
+        parts["budget"] = told["budget"]["record"]
     before, after = tensor_files(resolve(source)), tensor_files(output)
     comparison = told.get("evaluation")
     records = collect(
@@ -60,9 +94,9 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, **par
         reproduce={
             "command": shlex.join(["w8a8", *sys.argv[1:]]),
             "seed": seed,
-            "versions": {name: str(version) for name, version in found.versions.items()},
+            "versions": {name: str(version) for name, version in here.versions.items()},
             "hashes": {f"config.json of {output.name}": hashlib.sha256((output / CONFIG).read_bytes()).hexdigest()},
-            "machine": {name: str(value) for name, value in found.machine.items()},
+            "machine": {name: str(value) for name, value in here.machine.items()},
         },
         **parts,
     )

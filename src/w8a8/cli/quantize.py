@@ -9,7 +9,8 @@ import typer
 from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app
 from w8a8.cli.evaluate import DEFAULT_WINDOWS, compare_named, show_comparison
 from w8a8.cli.output import print_json, print_line
-from w8a8.cli.page import check_drawing, page_of
+from w8a8.cli.page import check_drawing, layers_of, page_of
+from w8a8.cli.sensitivity import show_sensitivity
 from w8a8.cli.ways import Job, by_blocks, in_memory, streamed
 from w8a8.errors import SchemeError
 
@@ -77,7 +78,12 @@ def quantize(
         typer.Option("--eval-text", metavar="FILE", help="Score the result against the float model on this text."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="A page about the result, in one file.")
+        Path | None,
+        typer.Option(
+            "--report",
+            metavar="FILE.html",
+            help="A page about the result, in one file; with --eval-text the layers are measured for it.",
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option("--target", metavar="vllm", help="Stop where vLLM would refuse the result.")
@@ -151,7 +157,10 @@ def quantize(
         if not as_json:
             show_comparison(str(output), model, told["evaluation"], as_json=False)
     if report is not None and not dry_run:
-        page_of(told, model, output, seed).write(report)
+        found = None if eval_text is None else layers_of(job, eval_text)
+        page_of(told, model, output, seed, found).write(report)
+        if found is not None and not as_json:
+            show_sensitivity(model, found.sensitivity)
         if not as_json:
             print_line(f"The page is {report}.")
     if as_json:

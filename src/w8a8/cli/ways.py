@@ -84,7 +84,7 @@ def in_memory(job: Job) -> dict[str, Any]:
         if chosen is not None:
             print_line(str(chosen))
         print_line(f"Saved in {job.output}.")
-    return told | {"budget": None if chosen is None else chosen.to_dict()}
+    return told | {"budget": None if chosen is None else {**chosen.to_dict(), "record": chosen.record()}}
 
 
 def _allocated(job: Job, opened: Any) -> Any:
