@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 from tests.report.standin import COLUMNS, standin
 from w8a8.cli.output import plain
@@ -176,7 +176,7 @@ def test_names_and_kinds_filter_together_and_reset(visit):
     assert seen.names() == ["model.layers.3.mlp.down_proj"]
     assert seen.page.locator("#shown").text_content() == f"1 of {7 * BLOCKS} layers"
     seen.page.get_by_role("button", name="Show all").click()
-    seen.page.wait_for_function(f"document.getElementById('shown').textContent.startsWith('{7 * BLOCKS} of')")
+    expect(seen.page.locator("#shown")).to_have_text(f"{7 * BLOCKS} of {7 * BLOCKS} layers")  # it waits
     assert len(seen.names()) == 7 * BLOCKS
 
 
