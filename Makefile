@@ -52,6 +52,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/smoothing.py
 	$(BIN)/python bench/loading.py
+	$(BIN)/python bench/evaluation.py
+	$(BIN)/python bench/sensitivity.py
 	$(MAKE) bench-smoothing-peer
 	$(BIN)/python bench/streaming.py --peer-python .venv-peer/bin/python
 	$(BIN)/python bench/report.py

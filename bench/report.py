@@ -19,6 +19,7 @@ import overhead
 import sensitivity
 import smoothing
 import smoothing_peer
+import streaming
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "performance.md", ROOT / "README.md"
@@ -26,7 +27,7 @@ RESULTS = tuple(
     script.RESULT
     for script in (
         *(linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer),
-        *(loading, evaluation, sensitivity),
+        *(loading, evaluation, sensitivity, streaming),
     )
 )
 
@@ -43,7 +44,7 @@ def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
     sections = (
         *(_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer),
-        *(_loading, _evaluation, _sensitivity),
+        *(_loading, _evaluation, _sensitivity, _streaming),
     )
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
@@ -167,6 +168,12 @@ def _loading(result: dict[str, Any]) -> str:
         "the imports; pages of mapped files are in it, which processes share. transformers decompresses at the first "
         "forward, of one token, which is in its time. New memory has to be cleared, here behind a hypervisor: whatever "
         "makes a copy pays for that.\n\n" + loading.table(result) + "\n"
+    )
+
+
+def _streaming(result: dict[str, Any]) -> str:
+    return (
+        "## Bigger than memory\n\n" + _where(result) + streaming.text(result) + "\n\n" + streaming.table(result) + "\n"
     )
 
 

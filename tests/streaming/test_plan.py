@@ -15,7 +15,7 @@ from tests.conftest import llama, mixtral, opt
 from w8a8.checkpoint.files import CONFIG, SINGLE
 from w8a8.errors import CheckpointError, PatternError, SchemeError
 from w8a8.pipeline import open_model
-from w8a8.scheme import Scheme
+from w8a8.scheme import PerColumn, Scheme
 from w8a8.streaming import quantize_directory
 from w8a8.streaming.plan import PIECE, UnplacedError, make_plan
 
@@ -150,8 +150,8 @@ def test_a_request_that_cannot_be_met_is_refused(source):
         make_plan(source, Scheme.of("w8a8-static"))
     with pytest.raises(PatternError, match="matches none"):
         make_plan(source, W8A8, include=["*.nothing"])
-    with pytest.raises(SchemeError, match="asymmetric weights"):
-        make_plan(source, replace(W8A8, weights=replace(W8A8.weights, symmetric=False)))
+    with pytest.raises(SchemeError, match="per-column weights"):
+        make_plan(source, replace(W8A8, weights=replace(W8A8.weights, granularity=PerColumn())))
 
 
 def test_a_quantised_directory_is_refused(tmp_path, source):

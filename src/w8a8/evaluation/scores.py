@@ -34,7 +34,8 @@ def logits_of(model: Any, ids: Tensor, start: int) -> Tensor:
     if getattr(out, "logits", None) is None or out.logits.ndim != 3:
         raise ModelError(f"{type(model).__name__} predicts no tokens: only a causal language model can be scored")
     logits: Tensor = out.logits[0]
-    if not bool(torch.isfinite(logits).all()):
+    ends = torch.stack(logits.aminmax())  # one pass, and a NaN is both
+    if not bool(torch.isfinite(ends).all()):
         raise ModelError(
             f"the logits of the window at token {start} are not finite; "
             f"a model in {logits.dtype} may overflow, try float32 or bfloat16"
