@@ -381,3 +381,31 @@ def test_a_budget_without_what_it_needs_is_refused(call, demo_dir, tmp_path, opt
     assert code == 2
     assert told in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", [[], ["--no-stream"], ["--stream", "--calib", "TEXT"]])
+@pytest.mark.parametrize("place", ["source", "."])
+def test_the_float_model_is_never_replaced_by_its_quantised_self(call, tmp_path, demo_dir, text, way, place):
+    source = tmp_path / "all" / "source"
+    shutil.copytree(demo_dir, source)
+    shutil.copy(source / "config.json", tmp_path / "all")  # so that it looks like a checkpoint itself
+    before = {path: path.read_bytes() for path in source.iterdir()}
+    options = [text if option == "TEXT" else option for option in way]
+    code, _, err = call("quantize", source, "-o", tmp_path / "all" / place, "--force", *options)
+    assert code == 2
+    assert "holds the model that is to be quantised" in err
+    assert {path: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--report", "/nowhere/page.html"], "there is no directory /nowhere"),
+        (["--eval-text", "/nowhere.txt"], "the text /nowhere.txt cannot be read"),
+    ],
+)
+def test_what_comes_at_the_end_is_looked_at_before_the_work(call, tmp_path, demo_dir, options, message):
+    code, _, err = call("quantize", demo_dir, "-o", tmp_path / "out", *options)
+    assert code == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())

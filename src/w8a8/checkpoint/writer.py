@@ -63,8 +63,12 @@ def save(
             verify_values(partial, model)
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise `CheckpointError` where the target may not be written."""
+def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+    """Raise `CheckpointError` where the target may not be written; never where that would replace the source."""
+    if source is not None and source.resolve().is_relative_to(target.resolve()):
+        raise CheckpointError(
+            f"{target} holds the model that is to be quantised ({source}), which would be lost; choose another name"
+        )
     obstacle = next(parent for parent in target.absolute().parents if parent.exists())
     if not obstacle.is_dir() or not os.access(obstacle, os.W_OK):
         kind = "a directory that may not be written" if obstacle.is_dir() else "a file"

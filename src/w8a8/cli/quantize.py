@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app
+from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app, content_of
 from w8a8.cli.evaluate import DEFAULT_WINDOWS, compare_named, show_comparison
 from w8a8.cli.output import print_json, print_line
-from w8a8.cli.page import check_drawing, layers_of, page_of
+from w8a8.cli.page import check_page, layers_of, page_of
 from w8a8.cli.sensitivity import show_sensitivity
 from w8a8.cli.ways import Job, by_blocks, in_memory, streamed
 from w8a8.errors import SchemeError
@@ -113,7 +113,9 @@ def quantize(
     if text is not None and budget is None:
         raise SchemeError("--text is what --budget measures on, and no budget was given; --calib is calibration data")
     if report is not None:
-        check_drawing()
+        check_page(report)
+    if eval_text is not None:
+        content_of(eval_text)  # what cannot be read is told before the work
     data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
     data_free = data_free and budget is None
     if stream and not data_free and (calib is None or dtype != "auto" or trust_remote_code):

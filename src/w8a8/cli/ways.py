@@ -65,6 +65,7 @@ def in_memory(job: Job) -> dict[str, Any]:
 
     check_target(job.output, overwrite=job.force)
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    check_target(job.output, overwrite=job.force, source=opened.directory)
     chosen = None if job.budget is None else _allocated(job, opened)
     schemes = job.scheme if chosen is None else chosen.schemes
     foreseen = pipeline.foresee(opened.model, schemes, **job.selection)

@@ -138,7 +138,7 @@ def quantize_blocks(
                 "run it without torchrun"
             )
     directory = resolve(source)
-    check_target(target, overwrite=overwrite)
+    check_target(target, overwrite=overwrite, source=directory)
     plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
     walk = BlockWalk(empty_model(directory, None))
     plan = _by_blocks(plan, walk)

@@ -89,7 +89,7 @@ def quantize_directory(
     scheme, target = Scheme.of(scheme), Path(output).absolute()
     with team() as us:
         directory = us.first_then_others(lambda: resolve(source))
-        check = _only_first(us, lambda: check_target(target, overwrite=overwrite))
+        check = _only_first(us, lambda: check_target(target, overwrite=overwrite, source=directory))
         us.together(check)
         plan = us.together(
             lambda: make_plan(directory, scheme, include=include, exclude=exclude, head=head, shard_bytes=shard_bytes)
