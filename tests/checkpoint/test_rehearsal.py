@@ -21,6 +21,7 @@ def test_every_family_has_a_stand_in_that_is_saved(tmp_path, name):
 @pytest.mark.parametrize("scheme", ["w8a8-static", "w8a8-o3", "w8a16"])
 def test_every_kind_of_scheme_is_saved(tmp_path, scheme):
     rehearse(opt(), Scheme.of(scheme), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_fails_is_told_and_leaves_nothing(tmp_path):

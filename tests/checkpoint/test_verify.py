@@ -32,6 +32,10 @@ def test_what_save_writes_is_what_the_model_holds(tmp_path, make, shard):
     model = quantized(make)
     w8a8.save(model, tmp_path / "out", max_shard_size=shard)
     verify_values(tmp_path / "out", model)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    with pytest.raises(CheckpointError, match="is not what the model holds"):
+        verify_values(tmp_path / "out", model)
 
 
 NORM, WEIGHT = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"

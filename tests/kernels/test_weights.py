@@ -41,8 +41,9 @@ def test_codes_and_scales_are_those_of_the_equation(spec, dtype):
 
 def test_the_kernel_and_not_the_equation_ran(monkeypatch):
     monkeypatch.setattr("w8a8.kernels.weights.quantize", None)
-    quantize_weight(torch.randn(5, 8), QuantSpec(granularity=PerChannel()))
-    quantize_weight(torch.randn(5, 8), QuantSpec(granularity=PerTensor()))
+    for granularity, scales in ((PerChannel(), (5, 1)), (PerTensor(), (1, 1))):
+        found = quantize_weight(torch.randn(5, 8), QuantSpec(granularity=granularity))
+        assert found.scale.shape == scales
 
 
 def test_without_the_kernel_the_equation_runs(monkeypatch):

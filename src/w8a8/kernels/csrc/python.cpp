@@ -19,7 +19,7 @@ namespace {
 
 // malloc hands out new pages for tensors of this size again and again, and large pages are taken faster; of still larger
 // ones the kernel's free large pages run out of those that were used lately, and behind a hypervisor that takes idle
-// memory back each costs 2 ms (bench/linear.py, 11008 x 4096 at 2048 rows: 309 ms with, 237 without)
+// memory back each is expensive (bench/linear.py, 11008 x 4096 at 2048 rows)
 constexpr int64_t kFreshMemory = int64_t{4} << 20;
 constexpr int64_t kColdMemory = int64_t{48} << 20;
 
