@@ -181,6 +181,19 @@ def build(
     return layers
 
 
+def empty_layer(model: nn.Module, name: str, scheme: Scheme) -> QuantLinear:
+    """The layer that is to take the place of one of the model's, without values.  The model is not modified.
+
+    Raises:
+        SchemeError: as `QuantLinear`, with a note that names the layer.
+    """
+    try:
+        return QuantLinear.in_place_of(model.get_submodule(name), scheme)
+    except SchemeError as error:
+        error.add_note(f"while quantising {name}")
+        raise
+
+
 def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
     """The patterns of `include`, and with head="int8" the names of the model's output heads.
 

@@ -36,7 +36,7 @@ from w8a8.checkpoint.reader import checked_tensor
 from w8a8.checkpoint.skeleton import insert_quant_linears
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
-from w8a8.linear import QuantLinear, is_conv1d, quant_linears
+from w8a8.linear import quant_linears
 from w8a8.scheme import Scheme
 
 _LOG = logging.getLogger(__name__)
@@ -148,17 +148,8 @@ class W8A8Quantizer(HfQuantizer):
             _check_headers(model, checkpoint_files or [])
             return
         config = self.quantization_config
-        layers = {}
-        for name in _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include):
-            linear: Any = model.get_submodule(name)
-            conv1d = is_conv1d(linear)
-            k, n = linear.weight.shape if conv1d else reversed(linear.weight.shape)
-            bias = None if linear.bias is None else linear.bias.dtype
-            try:
-                layers[name] = QuantLinear(k, n, config.scheme, bias=bias, device="meta", was_conv1d=conv1d)
-            except SchemeError as error:
-                error.add_note(f"while quantising {name}")
-                raise
+        chosen = _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include)
+        layers = {name: convert.empty_layer(model, name, config.scheme) for name in chosen}
         convert.swap(model, layers)
         self._quantized = set(layers)
 

@@ -149,6 +149,24 @@ class QuantLinear(nn.Module):
         self._take_number()
 
     @classmethod
+    def in_place_of(cls, linear: nn.Module, scheme: Scheme, **options: Any) -> "QuantLinear":
+        """An empty layer in the shape of a float one, on the meta device, to be filled.
+
+        Args:
+            linear: `nn.Linear`, or transformers' `Conv1D`, with or without values.  Not modified, not kept.
+            scheme: What to quantise and how.
+            options: simulated, kernel and strict, as for the class.
+
+        Raises:
+            SchemeError, KernelError: as the class.
+        """
+        weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
+        conv1d = is_conv1d(linear)
+        k, n = weight.shape if conv1d else reversed(weight.shape)
+        dtype = None if bias is None else bias.dtype
+        return cls(k, n, scheme, bias=dtype, device="meta", was_conv1d=conv1d, **options)
+
+    @classmethod
     @torch.no_grad()
     def from_float(
         cls,
@@ -177,17 +195,7 @@ class QuantLinear(nn.Module):
         """
         scheme = Scheme.of(scheme)
         weight, bias = float_operands(linear)
-        layer = cls(
-            weight.shape[1],
-            weight.shape[0],
-            scheme,
-            bias=None if bias is None else bias.dtype,
-            simulated=simulated,
-            kernel=kernel,
-            strict=strict,
-            device="meta",
-            was_conv1d=is_conv1d(linear),
-        )
+        layer = cls.in_place_of(linear, scheme, simulated=simulated, kernel=kernel, strict=strict)
         spec = scheme.weights
         if spec.bits > MAX_CODE_BITS:
             layer.set_codes(fake_quantize(weight.to(torch.float32), spec))

@@ -203,10 +203,8 @@ def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, whe
         group = quantization.group_for(name, classes)
         if group is None:
             continue
-        k, n = linear.weight.shape if conv1d else reversed(linear.weight.shape)
-        bias = None if linear.bias is None else linear.bias.dtype
         try:
-            layer = QuantLinear(k, n, group.scheme, bias=bias, device="meta", was_conv1d=conv1d, **options)
+            layer = QuantLinear.in_place_of(linear, group.scheme, **options)
         except SchemeError as error:
             error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
             raise

@@ -29,7 +29,7 @@ from w8a8.checkpoint.skeleton import empty_model
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError
-from w8a8.linear import QuantLinear, is_conv1d
+from w8a8.linear import is_conv1d
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
 
 PIECE = 8 << 20
@@ -163,9 +163,7 @@ def make_plan(
     for parameter, name in chosen.items():  # tied: the files have it under the other name only
         file, entry = found[f"{selection.untied[name]}.weight"]
         steps.append(_quantized(model, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
-    layers = {
-        step.name: _empty_layer(model.get_submodule(step.name), scheme) for step in steps if step.spec is not None
-    }
+    layers = {step.name: convert.empty_layer(model, step.name, scheme) for step in steps if step.spec is not None}
     heads = convert.heads(model)
     convert.swap(model, layers)
     found_by_vllm = findings(schemes_of(model), heads=heads, transposed=transposed_of(model))
@@ -276,21 +274,10 @@ def _quantized(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype, 
     if entry.dtype not in _FLOATS:
         raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
     linear = model.get_submodule(name)
-    layer = _empty_layer(linear, scheme, name)
+    layer = convert.empty_layer(model, name, scheme)
     kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
     outputs = tuple((f"{name}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
     return Step(file, entry, name, dtype, scheme.weights, is_conv1d(linear), outputs)
-
-
-def _empty_layer(linear: Any, scheme: Scheme, name: str = "") -> QuantLinear:
-    conv1d = is_conv1d(linear)
-    k, n = linear.weight.shape if conv1d else reversed(linear.weight.shape)
-    bias = None if linear.bias is None else linear.bias.dtype
-    try:
-        return QuantLinear(k, n, scheme, bias=bias, device="meta", was_conv1d=conv1d)
-    except SchemeError as error:
-        error.add_note(f"while quantising {name}")
-        raise
 
 
 def _cut(steps: list[Step], shard_bytes: int) -> tuple[Shard, ...]:
