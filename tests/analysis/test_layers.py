@@ -8,13 +8,14 @@ from torch.nn import functional as F
 import w8a8
 from tests.conftest import llama, opt
 from w8a8 import convert
-from w8a8.analysis.layers import Channels, Sensitivity, channel_absmax, rankings, sensitivity
+from w8a8.analysis.layers import Sensitivity, channel_absmax, rankings, sensitivity
 from w8a8.analysis.sample import draw
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
 from w8a8.errors import CalibrationError, PatternError
 from w8a8.evaluation import encode
 from w8a8.linear import quant_linears
+from w8a8.report.records import Channels
 from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme
 
 TWO_BITS = Scheme(QuantSpec(2, PerChannel()), QuantSpec(8, PerToken()))

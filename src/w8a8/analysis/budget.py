@@ -35,6 +35,7 @@ from w8a8.errors import ModelError, SchemeError
 from w8a8.evaluation.scores import logits_of, token_kl, token_losses
 from w8a8.evaluation.text import Text
 from w8a8.linear import QuantLinear
+from w8a8.report.records import Choice
 from w8a8.scheme import Scheme
 
 OPTIONS = ("w8a8", "w8a8-asym")
@@ -87,15 +88,6 @@ class GroupCosts:
     options: tuple[str, ...]
     bytes: tuple[int, ...]
     kl_nats: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to spend bytes; `measured_kl_nats` is None where only the sum of the groups' costs is known."""
-
-    bytes: int
-    predicted_kl_nats: float
-    measured_kl_nats: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,9 +34,9 @@ from w8a8.convert import Progress, Schemes
 from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
 from w8a8.linear import float_operands
+from w8a8.report.records import Channels, binned
 from w8a8.scheme import PerChannel
 
-MAX_COLUMNS = 128
 TOP = 10
 
 
@@ -89,15 +88,6 @@ class Rankings:
     def overlap(self) -> int:
         """How many layers are among the worst `top` of both."""
         return len({*self.kl_alone[: self.top]} & {*self.kl_spared[: self.top]})
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Absmax of a layer's input channels, or the largest of each run of neighbours; `after` smoothing, or None."""
-
-    layer: str
-    before: list[float]
-    after: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -331,17 +321,9 @@ def _figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None)
 def _channels(ranges: Mapping[str, tuple[Tensor, Tensor]], before: Mapping[str, Tensor] | None) -> tuple[Channels, ...]:
     found = []
     for name, (lo, hi) in ranges.items():
-        now = _binned(torch.maximum(-lo, hi))
+        now = binned(torch.maximum(-lo, hi).tolist())
         if before is None or name not in before:
             found.append(Channels(name, now))
         else:
-            found.append(Channels(name, _binned(before[name]), now))
+            found.append(Channels(name, binned(before[name].tolist()), now))
     return tuple(found)
-
-
-def _binned(absmax: Tensor) -> list[float]:
-    """At most `MAX_COLUMNS` values: the largest of each run of neighbours, so that no outlier is averaged away."""
-    values: list[float] = absmax.tolist()
-    columns = min(len(values), MAX_COLUMNS)
-    cuts = [i * len(values) // columns for i in range(columns + 1)]
-    return [max(values[a:b]) for a, b in pairwise(cuts)]

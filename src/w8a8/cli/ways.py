@@ -44,6 +44,16 @@ class Job:
         if self.target is not None and refused:
             raise SchemeError("\n  ".join(map(str, refused)))
 
+    def running(self, found: list[Any], step: Any) -> dict[str, Any]:
+        """What every job from files to files is told beside its own."""
+        return {
+            **self.selection,
+            "overwrite": self.force,
+            "dry_run": self.dry_run,
+            "before": self.before(found),
+            "progress": step,
+        }
+
     def before(self, found: list[Any]) -> Callable[[Any, Any], None]:
         """What is done when the plan is made and nothing is written: `found` gets what vLLM would say."""
 
@@ -125,15 +135,7 @@ def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | No
     try:
         with progress("quantising") as step:
             done = quantize_directory(
-                job.model,
-                job.output,
-                job.scheme,
-                **job.selection,
-                shard_bytes=shard_bytes,
-                overwrite=job.force,
-                dry_run=job.dry_run,
-                before=job.before(found),
-                progress=step,
+                job.model, job.output, job.scheme, shard_bytes=shard_bytes, **job.running(found, step)
             )
     except UnplacedError as error:
         if forced or job.dry_run:
@@ -160,16 +162,7 @@ def by_blocks(job: Job) -> dict[str, Any]:
         print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
     with progress("calibrating") as step:
         done = quantize_blocks(
-            directory,
-            job.output,
-            job.scheme,
-            calibration=data,
-            **job.selection,
-            **job.treatment,
-            overwrite=job.force,
-            dry_run=job.dry_run,
-            before=job.before(found),
-            progress=step,
+            directory, job.output, job.scheme, calibration=data, **job.treatment, **job.running(found, step)
         )
     return _streamed(job, done, found, done.smooth, data)
 

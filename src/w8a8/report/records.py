@@ -198,7 +198,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What would help a layer; `gain_kl_nats` is the measured fall of the model's KL, or None."""
+    """What would help a layer, and the measured fall of the model's KL, or None; negative: it would harm."""
 
     layer: str
     remedy: str
