@@ -51,6 +51,7 @@ INSIDE = {
         "team",
         "run",
         "blocks",
+        "contents",
         "activations",
         "forecast",
         "calibrated",

@@ -23,13 +23,12 @@ it is recorded; where they are damaged the job goes back to the last that are wh
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from w8a8.affine import QParams
 from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
@@ -40,16 +39,16 @@ from w8a8.checkpoint.writer import check_target
 from w8a8.convert import Progress, Selection
 from w8a8.coverage import Coverage
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
-from w8a8.linear import QuantLinear
 from w8a8.scheme import Scheme
 from w8a8.smoothing.alpha import check_alpha
 from w8a8.smoothing.report import GroupReport, SmoothReport
 from w8a8.smoothing.smooth import Alpha, smooth_undoable
 from w8a8.streaming.activations import Reader, Recorder
 from w8a8.streaming.blocks import BlockWalk
+from w8a8.streaming.contents import by_blocks, load, quantized
 from w8a8.streaming.forecast import predict_blocks
 from w8a8.streaming.journal import Journal, locked, write_whole
-from w8a8.streaming.plan import Plan, Shard, Step, make_plan
+from w8a8.streaming.plan import Plan, make_plan
 from w8a8.streaming.resources import Prediction
 from w8a8.streaming.run import complete, fingerprint
 from w8a8.streaming.shard import write_tensors
@@ -141,8 +140,8 @@ def quantize_blocks(
     check_target(target, overwrite=overwrite, source=directory)
     plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
     walk = BlockWalk(empty_model(directory, None))
-    plan = _by_blocks(plan, walk)
-    _load(walk.model, plan.shards[-1].steps, "")
+    plan = by_blocks(plan, walk)
+    load(walk.model, plan.shards[-1].steps, "")
     walk.model.tie_weights()
     walk.check(request.calibration)
     known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head}) | _told_of(request)
@@ -229,7 +228,7 @@ class _Job:
     def _block(self, number: int) -> None:
         shard, prefix, block = self.plan.shards[number], self.walk.prefix(number), self.walk.blocks[number]
         chosen = tuple(step.name for step in shard.steps if step.spec is not None)
-        _load(block, shard.steps, prefix)
+        load(block, shard.steps, prefix)
         block.requires_grad_(False)
         recorders = {}
         if number + 1 < len(self.walk) or self._last_is_read:
@@ -237,7 +236,7 @@ class _Job:
             recorders = {chain: Recorder(path, self.walk.states) for chain, path in paths.items()}
         try:
             grids = self._measured(number, Selection(chosen, {}, {}), recorders)
-            tensors = _quantized(block, shard.steps, prefix, self.request.scheme, grids)
+            tensors = quantized(block, shard.steps, prefix, self.request.scheme, grids)
             digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
         except BaseException as error:
             for recorder in recorders.values():
@@ -284,7 +283,7 @@ class _Job:
         if self._last_is_read:
             reader = self._reader(n, self.request.chains[-1])
             grids = self._grids(self.outer, self.walk.calibration(self.request.calibration, n, reader))
-        tensors = _quantized(self.walk.model, shard.steps, "", self.request.scheme, grids)
+        tensors = quantized(self.walk.model, shard.steps, "", self.request.scheme, grids)
         self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
 
     def _unit(self, number: int) -> str:
@@ -365,66 +364,6 @@ def _told_of(request: Request) -> dict[str, str]:
 def _bytes(values: Tensor) -> bytes:
     flat = values.detach().cpu().contiguous().reshape(-1)
     return f"{values.dtype} {tuple(values.shape)} ".encode() + flat.view(torch.uint8).numpy().tobytes()
-
-
-def _by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
-    """The plan with a shard for each block and one for all else."""
-    groups: list[list[Step]] = [[] for _ in range(len(walk) + 1)]
-    for step in plan.steps:
-        number = _number(step.name, walk)
-        groups[-1 if number is None else number].append(step)
-    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
-    shards = tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
-    return replace(plan, shards=shards)
-
-
-def _number(name: str, walk: BlockWalk) -> int | None:
-    """Of the block that a tensor belongs to."""
-    if not name.startswith(walk.name + "."):
-        return None
-    return int(name[len(walk.name) + 1 :].split(".")[0])
-
-
-def _place(root: nn.Module, step: Step, prefix: str) -> tuple[Tensor, nn.Module, str]:
-    """The tensor of the model that a step fills, its module and its name there."""
-    name = (step.name if step.spec is None else f"{step.name}.weight").removeprefix(prefix)
-    path, _, key = name.rpartition(".")
-    module = root.get_submodule(path)
-    return getattr(module, key), module, key
-
-
-@torch.no_grad()
-def _load(root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
-    """Put the values of the files into the model: a block's as copies, since they will be changed; else mapped."""
-    for step in steps:
-        _, module, key = _place(root, step, prefix)
-        with safe_open(step.file, framework="pt", device="cpu") as file:
-            values = file.get_tensor(step.entry.name)
-        values = values.to(step.dtype, copy=bool(prefix))
-        if key in module._parameters:
-            module._parameters[key] = nn.Parameter(values, requires_grad=False)
-        else:
-            module._buffers[key] = values
-
-
-def _quantized(
-    root: nn.Module, steps: tuple[Step, ...], prefix: str, scheme: Scheme, grids: Mapping[str, QParams] | None
-) -> dict[str, Tensor]:
-    """What the tensors of a block become, by their names in the result."""
-    tensors: dict[str, Tensor] = {}
-    for step in steps:
-        if step.spec is None:
-            tensors[step.name] = _place(root, step, prefix)[0].detach()
-            continue
-        linear = root.get_submodule(step.name.removeprefix(prefix))
-        try:
-            layer = QuantLinear.from_float(linear, scheme, input_params=None if grids is None else grids[step.name])
-        except W8A8Error as error:
-            error.add_note(f"while quantising {step.name}")
-            raise
-        kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
-        tensors.update({f"{step.name}.{key}": value for key, value in kept.items()})
-    return tensors
 
 
 def _result(plan: Plan, target: Path, smooth: SmoothReport | None, prediction: Prediction, resumed: int) -> Calibrated:
