@@ -3,9 +3,11 @@
     python bench/loading.py [--rounds 3] [--directory DIR]
 
 A Llama of TinyLlama's shape with random weights is quantised and written; then processes take turns: a plain read of
-the same bytes into one buffer, as much new memory filled, ours with the native kernel (packs while loading), ours with
-torch_cpu (weights stay the files' pages), and transformers with compressed-tensors, which decompresses at the first
-forward.  The files are in the page cache.  Memory is the peak resident size over that after the imports; pages of
+the same bytes into one buffer, as much new memory filled on small pages and on large ones, ours with the native
+kernel (packs while loading, onto large pages, which decoding wants), the same on small pages, ours with torch_cpu
+(weights stay the files' pages), and transformers with compressed-tensors, which decompresses at the first forward.
+Where a hypervisor takes idle memory back, new large pages are what costs: the row of large pages filled is the bound
+of packing.  The files are in the page cache.  Memory is the peak resident size over that after the imports; pages of
 mapped files count as long as they are mapped, though processes share them.
 """
 
@@ -25,12 +27,15 @@ import transformers
 
 import w8a8
 from machine import describe_machine
+from w8a8.kernels import native
 
 RESULT = Path(__file__).parent / "results" / "loading.json"
 WAYS = {
     "a plain read": "plain",
     "new memory, filled": "fresh",
+    "new memory on large pages, filled": "fresh_large",
     "ours, native: packs while loading": "native",
+    "ours, native, on small pages": "native_small",
     "ours, torch_cpu: mapped": "torch_cpu",
     "transformers, decompressed to float": "transformers",
 }
@@ -80,18 +85,22 @@ def open_once(way: str, directory: Path) -> dict[str, float]:
     before, start = resident(), time.perf_counter()
     if way == "plain":
         for path in sorted(directory.glob("*.safetensors")):
-            room = bytearray(64 << 20)
+            buffer = bytearray(64 << 20)
             with path.open("rb", buffering=0) as file:
-                while file.readinto(room):
+                while file.readinto(buffer):
                     pass
     elif way == "transformers":
         model = transformers.AutoModelForCausalLM.from_pretrained(directory)
         model(ids)
-    elif way == "fresh":
-        kept = [torch.ones(sum(path.stat().st_size for path in directory.glob("*.safetensors")), dtype=torch.int8)]
-        assert kept
+    elif way in ("fresh", "fresh_large"):
+        room = torch.empty(sum(path.stat().st_size for path in directory.glob("*.safetensors")), dtype=torch.int8)
+        if way == "fresh_large":
+            native._loaded().advise_huge(room.data_ptr(), room.numel())
+        room.fill_(1)
     else:
-        w8a8.load(directory, kernel=way, strict=True)
+        if way == "native_small":
+            native._loaded().advise_huge = lambda *_: 0
+        w8a8.load(directory, kernel=way.removesuffix("_small"), strict=True)
     return {"seconds": time.perf_counter() - start, "peak_bytes": resident_peak() - before}
 
 

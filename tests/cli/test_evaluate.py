@@ -21,9 +21,11 @@ def test_two_models_in_memory_and_one_after_the_other_agree(call, tmp_path, demo
 def test_stored_predictions_are_used_again(call, tmp_path, demo_dir, text, quantized):  # noqa: F811
     cache = tmp_path / "reference.safetensors"
     arguments = ("eval", quantized, "--text", text, "--against", demo_dir, "--cache", cache, "--json")
-    first = json.loads(call(*arguments)[1])
-    written = cache.stat().st_mtime_ns
-    assert json.loads(call(*arguments)[1]) == first
+    first, written = json.loads(call(*arguments)[1]), cache.stat().st_mtime_ns
+    again = json.loads(call(*arguments)[1])
+    assert first.pop("model_tok_per_s") > 0
+    assert again.pop("model_tok_per_s") > 0
+    assert again == first
     assert cache.stat().st_mtime_ns == written
     other = ("eval", demo_dir, "--text", text, "--against", quantized, "--cache", cache)
     code, _, err = call(*other)
@@ -37,7 +39,7 @@ def test_stored_predictions_are_used_again(call, tmp_path, demo_dir, text, quant
 def test_the_headline_has_the_verdict_and_the_sizes(call, demo_dir, text, quantized):  # noqa: F811
     code, out, _ = call("eval", quantized, "--text", text, "--against", demo_dir)
     assert code == 0
-    for words in ("bits per byte", "of 99 % of the tokens", "weights on disk", "Perplexity: "):
+    for words in ("bits per byte", "of 99 % of the tokens", "weights on disk", "reading, tokens/s", "Perplexity: "):
         assert words in out
 
 

@@ -1,5 +1,7 @@
 import copy
+import importlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +97,16 @@ def test_a_comparison_measures_what_it_says():
     assert result.kl_p99_nats.mean == pytest.approx(sorted(kl)[math.ceil(0.99 * count) - 1], rel=1e-4)
     assert result.top1_agreement.mean == agree / count
     assert result.model.tokens == count
+
+
+def test_speed_is_tokens_read_in_a_second_in_the_median(monkeypatch):
+    model, ids = opt(), torch.randint(0, 96, (48,))
+    seconds = iter([0.0, 5.0, 5.0, 6.0, 6.0, 8.0, 8.0, 10.0, 10.0, 14.0, 14.0, 18.0])  # first ours, then the reference
+    module = importlib.import_module("w8a8.evaluation.compare")  # the package has a function of that name
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    found = compare(model, model, ids, seq_len=16)
+    assert found.model_tok_per_s == 16 / 4
+    assert found.reference_tok_per_s == 16 / 2
 
 
 def test_vocabularies_must_agree():
@@ -195,6 +207,8 @@ class TestStored:
         assert found.loss_difference_nats == both.loss_difference_nats
         assert found.kl_nats.mean == pytest.approx(both.kl_nats.mean, rel=1e-3)
         assert found.top_k is None
+        assert found.model_tok_per_s > 0
+        assert found.reference_tok_per_s is None  # it was not run
 
     def test_a_part_of_it_gives_a_lower_bound_that_grows_with_it(self):
         model, reference, ids = self.models()

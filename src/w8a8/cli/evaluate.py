@@ -154,9 +154,17 @@ def show_comparison(model: str, against: str, both: Any, *, as_json: bool) -> No
         (f"of 99 % of the tokens at most{bound}", *_estimate(both.kl_p99_nats, 6)),
         ("same most likely token", *_estimate(both.top1_agreement, 4)),
         ("weights on disk", f"{megabytes(_on_disk(model))} of {megabytes(_on_disk(against))}", ""),
+        *_speed_rows(both),
     ]
     print_table(f"{model} against {against}: {_windows(both.model)}", ("measure", "value", "95 % interval"), rows)
     print_line(f"Perplexity: {both.verdict}.")
+
+
+def _speed_rows(both: Any) -> list[tuple[str, str, str]]:
+    speed, reference = both.model_tok_per_s, both.reference_tok_per_s
+    if reference is None:
+        return [("reading, tokens/s", f"{speed:.1f}", "")]
+    return [("reading, tokens/s, and of the reference", f"{speed:.1f}, {reference:.1f}: {speed / reference:.2f}x", "")]
 
 
 def _cut(opened: Any, content: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,13 @@ per-tensor scheme does not depend on how windows would be batched.
     agreement     = share of the tokens for which both have the same most likely token
 
 Intervals are 95 %, by the bootstrap over windows, paired where two models are compared (see `intervals`).
+
+Speed comes with it: both models read each window in turn, so what disturbs the machine meets both.
 """
 
 import math
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +55,7 @@ class Comparison:
     loss_difference_nats: Model minus reference; `perplexity_ratio` is its exponential.
     kl_nats, kl_p99_nats: Of a token, the mean and the 99th percentile.
     top_k: The reference was stored with so many tokens each, so that KL is a lower bound; None: it was not stored.
+    model_tok_per_s, reference_tok_per_s: Tokens read in a second, the median over the windows; None where stored.
     verdict: What the interval of `perplexity_ratio` says.
     """
 
@@ -63,6 +68,8 @@ class Comparison:
     top1_agreement: Estimate
     top_k: int | None
     verdict: str
+    model_tok_per_s: float
+    reference_tok_per_s: float | None
 
 
 def perplexity(
@@ -130,16 +137,18 @@ def compare(
     theirs: list[float] = []
     agree: list[float] = []
     kl: list[NDArray[np.float32]] = []
+    our_speed: list[float] = []
+    their_speed: list[float] = []
     seen = 0
     for done, (start, first, end) in enumerate(cut, start=1):
-        q = logits_of(model, text.ids[start:end], start)[first - start - 1 : -1]
+        q = _timed_logits(model, text.ids[start:end], start, our_speed)[first - start - 1 : -1]
         if isinstance(reference, Reference):
             rows = slice(seen, seen + end - first)
             _same_vocabulary(q.shape[1], reference.vocabulary)
             losses, best = reference.losses[rows], reference.best[rows].to(q.device)
             divergence = stored_kl(reference, rows, q)
         else:
-            p = logits_of(reference, text.ids[start:end], start)[first - start - 1 : -1]
+            p = _timed_logits(reference, text.ids[start:end], start, their_speed)[first - start - 1 : -1]
             _same_vocabulary(q.shape[1], p.shape[1])
             losses, best, divergence = token_losses(p, text.ids[first:end]), p.argmax(-1), token_kl(p, q)
         ours.append(float(token_losses(q, text.ids[first:end]).sum()))
@@ -162,7 +171,17 @@ def compare(
         draw.ratio(agree, counts),
         reference.top.shape[1] if stored else None,
         verdict(difference.exp()),
+        statistics.median(our_speed),
+        statistics.median(their_speed) if their_speed else None,
     )
+
+
+def _timed_logits(model: Any, ids: Tensor, start: int, speed: list[float]) -> Tensor:
+    """`logits_of`, which waits for its result, and the tokens that were read in a second."""
+    began = time.perf_counter()
+    logits = logits_of(model, ids, start)
+    speed.append(len(ids) / (time.perf_counter() - began))
+    return logits
 
 
 def _text(text: Text | Tensor) -> Text:

@@ -59,6 +59,8 @@ def collect(
             "kl_mean_nats": comparison["kl_nats"],
             "kl_p99_nats": comparison["kl_p99_nats"],
             "top1_agreement": comparison["top1_agreement"],
+            "tok_per_s_before": comparison["reference_tok_per_s"],
+            "tok_per_s_after": comparison["model_tok_per_s"],
         }
     found["verdict"] = verdict or verdict_of(comparison)
     records: dict[str, Any] = {

@@ -40,7 +40,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Headline:
-    """What a reader wants first.  Bytes are of the weights; perplexities are per token."""
+    """What a reader wants first.
+
+    Bytes are of the weights; perplexities are per token; tokens per second are of reading the text that was scored.
+    """
 
     model: str
     scheme: str

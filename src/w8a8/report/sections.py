@@ -56,7 +56,7 @@ def _tiles(h: Headline) -> list[tuple[str, str, str]]:
     return [
         ("Scheme", h.scheme, ""),
         ("Weights", size, shrunk),
-        ("Speed", speed, faster),
+        ("Speed of reading", speed, faster),
         ("Perplexity, float", *_split(h.perplexity_float, 4)),
         ("Perplexity, quantised", *_split(h.perplexity_quantized, 4, ratio)),
         ("Bits per byte, float", *_split(h.bits_per_byte_float, 4)),

@@ -14,6 +14,8 @@
 namespace w8a8 {
 namespace {
 
+constexpr int64_t kLine = 64;
+
 template <class Fn>
 void for_each_panel(int64_t panels, int threads, const Fn &fn) {
   struct Loop {
@@ -46,24 +48,24 @@ extern "C" int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int
   const int64_t ksteps = div_up(k, 4), panel_bytes = ksteps * kPanelStep;
   for_each_panel(div_up(n, kPanel), threads, [=](int64_t p) {
     int8_t *panel = packed + p * panel_bytes;
-    for (int c = 0; c < kPanel; ++c) {
-      const int64_t col = p * kPanel + c;
-      int8_t *to = panel + 4 * c;
-      if (col >= n) {
-        for (int64_t s = 0; s < ksteps; ++s) std::memset(to + s * kPanelStep, 0, 4);
-        continue;
+    const int columns = static_cast<int>(std::min<int64_t>(kPanel, n - p * kPanel));
+    const int8_t *rows = w + p * kPanel * ldw;
+    if (columns < kPanel || k % 4) std::memset(panel, 0, static_cast<size_t>(panel_bytes));
+    int64_t sums[kPanel] = {};
+    // a cache line of each row at a time, so that the lines that are written are whole before they leave the first cache
+    for (int64_t begin = 0; begin < k; begin += kLine) {
+      const int64_t bytes = std::min<int64_t>(kLine, k - begin), words = bytes / 4;
+      for (int c = 0; c < columns; ++c) {
+        const int8_t *from = rows + c * ldw + begin;
+        int8_t *to = panel + begin / 4 * kPanelStep + 4 * c;
+        for (int64_t s = 0; s < words; ++s) std::memcpy(to + s * kPanelStep, from + 4 * s, 4);
+        if (bytes % 4) std::memcpy(to + words * kPanelStep, from + 4 * words, static_cast<size_t>(bytes % 4));
+        int32_t sum = 0;
+        for (int64_t i = 0; i < bytes; ++i) sum += from[i];
+        sums[c] += sum;
       }
-      const int8_t *from = w + col * ldw;
-      for (int64_t s = 0; s < k / 4; ++s) std::memcpy(to + s * kPanelStep, from + 4 * s, 4);
-      if (k % 4) {
-        int8_t *last = to + (ksteps - 1) * kPanelStep;
-        std::memset(last, 0, 4);
-        std::memcpy(last, from + k / 4 * 4, static_cast<size_t>(k % 4));
-      }
-      int64_t sum = 0;
-      for (int64_t i = 0; i < k; ++i) sum += from[i];
-      colsum[col] = static_cast<int32_t>(sum);
     }
+    for (int c = 0; c < columns; ++c) colsum[p * kPanel + c] = static_cast<int32_t>(sums[c]);
   });
   return W8A8_OK;
 }
