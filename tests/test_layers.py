@@ -18,7 +18,7 @@ LAYERS = [
     {"calibration"},
     {"smoothing"},
     {"pipeline", "experiment", "streaming", "hf"},
-    {"generation", "diagnosis", "analysis"},
+    {"generation", "diagnosis", "analysis", "speed"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -57,7 +57,7 @@ INSIDE = {
         "calibrated",
     ],
     "report": ["records", "png", "markup", "plots", "sections", "page", "collect"],
-    "analysis": ["replay", "sample", "measure", "layers", "remedies", "budget"],
+    "analysis": ["replay", "sample", "measure", "errors", "layers", "remedies", "budget"],
 }
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

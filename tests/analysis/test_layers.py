@@ -8,7 +8,8 @@ from torch.nn import functional as F
 import w8a8
 from tests.conftest import llama, opt
 from w8a8 import convert
-from w8a8.analysis.layers import Sensitivity, channel_absmax, rankings, sensitivity
+from w8a8.analysis.errors import channel_absmax
+from w8a8.analysis.layers import Sensitivity, rankings, sensitivity
 from w8a8.analysis.sample import draw
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model

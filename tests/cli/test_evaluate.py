@@ -43,6 +43,29 @@ def test_the_headline_has_the_verdict_and_the_sizes(call, demo_dir, text, quanti
         assert words in out
 
 
+def test_the_ten_worst_layers_stand_at_the_end(call, demo_dir, text, quantized):  # noqa: F811
+    code, out, _ = call("eval", quantized, "--text", text, "--against", demo_dir)
+    assert code == 0
+    _, _, end = out.partition("Perplexity: ")
+    assert end.count("model.decoder.layers.") == 10
+    assert "output dB" in end
+    found = json.loads(call("eval", quantized, "--text", text, "--against", demo_dir, "--json")[1])
+    assert found["layers_not_measured"] is None
+    worst = min(found["layers"], key=lambda layer: layer["output_sqnr_db"])
+    rows = [line for line in end.splitlines() if "model.decoder.layers." in line]
+    assert worst["name"] in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"), [(("--one-at-a-time",), "one at a time"), (("--head", "int8"), None), ((), None)]
+)
+def test_why_layers_were_not_measured_is_told(call, demo_dir, text, quantized, more, why):  # noqa: F811
+    code, out, _ = call("eval", quantized, "--text", text, "--against", demo_dir, *more)
+    assert code == 0
+    assert ("Layers were not measured" in out) == (why is not None)
+    assert why is None or why in out
+
+
 def test_quantize_scores_its_result_where_a_text_is_given(call, tmp_path, demo_dir, text):  # noqa: F811
     code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", "--eval-text", text)
     assert code == 0

@@ -1,7 +1,18 @@
 """Which layers matter: what each does to the model's predictions, and what to do about it under a budget."""
 
 from w8a8.analysis.budget import Allocation, Budget, allocate
+from w8a8.analysis.errors import LayerErrors, layer_errors
 from w8a8.analysis.layers import Sensitivity, sensitivity
 from w8a8.analysis.remedies import Remedy, remedies
 
-__all__ = ["Allocation", "Budget", "Remedy", "Sensitivity", "allocate", "remedies", "sensitivity"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "LayerErrors",
+    "Remedy",
+    "Sensitivity",
+    "allocate",
+    "layer_errors",
+    "remedies",
+    "sensitivity",
+]

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from w8a8 import convert
-from w8a8.analysis.layers import observe_readers
+from w8a8.analysis.errors import observe_readers
 from w8a8.analysis.replay import record, replay
 from w8a8.analysis.sample import WINDOWS, Sample, divergence, draw, layers_for
 from w8a8.checkpoint.vllm import FUSED

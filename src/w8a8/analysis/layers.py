@@ -13,60 +13,34 @@ none is a Taylor expansion; `replay` makes that half a forward.  What was measur
 The alternative, Hessian traces (HAWQ, arXiv:1905.03696), needs gradients and tells about small errors only.
 """
 
-import contextlib
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from w8a8 import convert
+from w8a8.analysis.errors import LayerErrors, channel_ranges, channels, described, figures, observe_readers
 from w8a8.analysis.measure import Histogram, LayerMeasure
-from w8a8.analysis.replay import block_index, blocks_of, record, replay
+from w8a8.analysis.replay import blocks_of, record, replay
 from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
-from w8a8.calibration.calibrate import Calibration, collect
-from w8a8.calibration.model_inputs import evaluating
-from w8a8.calibration.observers import MinMax, Observer
+from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.observers import Observer
 from w8a8.convert import Progress, Schemes
-from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
-from w8a8.linear import float_operands
-from w8a8.report.records import Channels, binned
-from w8a8.scheme import PerChannel
+from w8a8.report.records import Channels
 
 TOP = 10
 
 
 @dataclass(frozen=True)
-class LayerSensitivity:
-    """What was measured of one linear layer; None for what was not, or has no value (nothing lost: no SQNR).
+class LayerSensitivity(LayerErrors):
+    """The same, and what the layer does to the predictions.
 
-    name: Dotted.  kind: its last part.  block: its depth; None outside of the blocks.
-    group: The first of the layers with the same parent that read the same tensor as this one: q, k and v share one.
-    shape: [N, K].
-    scheme: Its preset's name, or the scheme in words.
-    weight_sqnr_db, input_sqnr_db, output_sqnr_db, cosine, saturated_share: See `w8a8.analysis.measure`.
-    dead_share: Of the input channels, those that were always zero.
-    outlier_ratio: The input's largest channel absmax over the median one.
     kl_alone, kl_spared: Nats per token; see the module's docstring.
     """
 
-    name: str
-    kind: str
-    block: int | None
-    group: str
-    shape: list[int]
-    scheme: str
-    weight_sqnr_db: float | None
-    input_sqnr_db: float | None
-    output_sqnr_db: float | None
-    cosine: float | None
-    saturated_share: float | None
-    dead_share: float | None
-    outlier_ratio: float | None
     kl_alone: float
     kl_spared: float
 
@@ -178,7 +152,7 @@ def sensitivity(
         model, selection, schemes, data if calibration is None else Calibration.of(calibration), observer
     )
     names = list(layers)
-    ranges = _ranges(model, names, data)
+    ranges = channel_ranges(model, names, data)
     measures = {
         name: LayerMeasure(model.get_submodule(name), layers[name], *ranges[name]) for name in names if name in ranges
     }
@@ -201,13 +175,8 @@ def sensitivity(
     blocks = blocks_of(model)
     found = tuple(
         LayerSensitivity(
-            name=name,
-            kind=name.rpartition(".")[2],
-            block=block_index(blocks, name) if any(name.startswith(block + ".") for block in blocks) else None,
-            group=groups[name],
-            shape=list(float_operands(model.get_submodule(name))[0].shape),
-            scheme=schemes[name].name,
-            **_figures(measures.get(name), ranges.get(name)),
+            **described(model, blocks, name, layers[name], groups[name]),
+            **figures(measures.get(name), ranges.get(name)),
             kl_alone=alone[name] / tokens,
             kl_spared=(total - spared[name]) / tokens,
         )
@@ -216,7 +185,7 @@ def sensitivity(
     return Sensitivity(
         layers=found,
         rankings=rankings(found),
-        channels=_channels(ranges, before_smoothing),
+        channels=channels(ranges, before_smoothing),
         histograms=tuple(h for name, measure in measures.items() for h in measure.histograms(name)),
         kl_nats=total / tokens,
         tokens=tokens,
@@ -225,19 +194,6 @@ def sensitivity(
         seed=seed,
         replayed=replayed,
     )
-
-
-def channel_absmax(model: Any, text: Text | Tensor, **options: Any) -> dict[str, Tensor]:
-    """The largest magnitude of each input channel of each float linear, (K,), to compare with after smoothing.
-
-    Args:
-        model: Not modified.
-        text: As for `sensitivity`.
-        options: `windows`, `seq_len` and `seed`, as for `sensitivity`.
-    """
-    sample = draw(model, text, **options)
-    found = _ranges(model, convert.select(model).chosen, sample.calibration())
-    return {name: torch.maximum(-lo, hi) for name, (lo, hi) in found.items()}
 
 
 def rankings(layers: Sequence[LayerSensitivity], top: int = TOP) -> Rankings:
@@ -251,79 +207,3 @@ def rankings(layers: Sequence[LayerSensitivity], top: int = TOP) -> Rankings:
     squares = sum((rank - place[name]) ** 2 for rank, name in enumerate(alone))
     spearman = 1 - 6 * squares / (n * (n * n - 1)) if n > 1 else None
     return Rankings(alone, spared, [name for name in alone if name in heads], top, spearman)
-
-
-def _ranges(model: nn.Module, names: Sequence[str], data: Calibration) -> dict[str, tuple[Tensor, Tensor]]:
-    """The smallest and largest value of each input channel, (K,) each, of the layers that the data reaches."""
-    found = collect(model, data, {name: MinMax(PerChannel()) for name in names})
-    return {
-        name: (observer.seen().lo.flatten(), observer.seen().hi.flatten())
-        for name, observer in found.items()
-        if observer.tokens
-    }
-
-
-def observe_readers(
-    model: nn.Module,
-    ids: Tensor,
-    start: int,
-    names: Sequence[str],
-    measures: Mapping[str, LayerMeasure] | None = None,
-) -> dict[str, str]:
-    """Who reads the same tensor, seen in one float forward.
-
-    Args:
-        model: Not modified.
-        ids: (T,) the window; start: where it begins in the text.
-        names: Of the linear layers.
-        measures: Fed with each layer's input and output, where given.
-
-    Returns:
-        For each layer the first one with the same parent that read the same tensor: often itself.
-    """
-    found = dict(zip(names, names, strict=True))
-    readers: dict[tuple[str, int], tuple[weakref.ref[Tensor], str]] = {}
-
-    def hook(name: str) -> Any:
-        def see(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            key = name.rpartition(".")[0], id(x)
-            if key not in readers or readers[key][0]() is not x:  # the id may be a dead tensor's
-                readers[key] = weakref.ref(x), name
-            found[name] = readers[key][1]
-            if measures is not None:
-                measures[name].update(x, output)
-
-        return see
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for name in names:
-            handle = model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
-        logits_of(model, ids, start)
-    return found
-
-
-def _figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
-    if measure is None or ranges is None:
-        names = ("weight_sqnr_db", "input_sqnr_db", "output_sqnr_db", "cosine", "saturated_share")
-        return dict.fromkeys((*names, "dead_share", "outlier_ratio"))
-    absmax = torch.maximum(-ranges[0], ranges[1])
-    live = absmax[absmax > 0]
-    return {
-        **measure.figures(),
-        "dead_share": 1 - len(live) / len(absmax),
-        "outlier_ratio": float(live.max() / live.median()) if len(live) else None,
-    }
-
-
-def _channels(ranges: Mapping[str, tuple[Tensor, Tensor]], before: Mapping[str, Tensor] | None) -> tuple[Channels, ...]:
-    found = []
-    for name, (lo, hi) in ranges.items():
-        now = binned(torch.maximum(-lo, hi).tolist())
-        if before is None or name not in before:
-            found.append(Channels(name, now))
-        else:
-            found.append(Channels(name, binned(before[name].tolist()), now))
-    return tuple(found)

@@ -89,3 +89,23 @@ def percent(part: float, whole: float) -> str:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
+
+
+ERRORS = ("weight dB", "input dB", "output dB", "outliers", "saturated", "dead")
+"""What `error_cells` tells of a layer."""
+
+
+def error_cells(layer: Any) -> tuple[str, ...]:
+    """SQNRs in dB, outlier ratio, shares of saturated codes and of dead channels; empty for what has no value."""
+    return (
+        _figure(layer.weight_sqnr_db, 1),
+        _figure(layer.input_sqnr_db, 1),
+        _figure(layer.output_sqnr_db, 1),
+        _figure(layer.outlier_ratio, 1),
+        _figure(layer.saturated_share, 4),
+        _figure(layer.dead_share, 3),
+    )
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

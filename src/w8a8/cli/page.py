@@ -84,7 +84,6 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found
     if told.get("budget") is not None:
         parts["budget"] = told["budget"]["record"]
     before, after = tensor_files(resolve(source)), tensor_files(output)
-    comparison = told.get("evaluation")
     records = collect(
         model=source,
         scheme=told["scheme"],
@@ -92,7 +91,7 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found
         bytes_after=sum(path.stat().st_size for path in after),
         coverage=plain(told["coverage"]),
         smooth=plain(told["smooth"]),
-        comparison=None if comparison is None else plain(comparison),
+        comparison=told.get("evaluation"),
         reproduce={
             "command": shlex.join(["w8a8", *sys.argv[1:]]),
             "seed": seed,

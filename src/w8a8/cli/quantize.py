@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app, content_of
-from w8a8.cli.evaluate import DEFAULT_WINDOWS, compare_named, show_comparison
+from w8a8.cli.compare import DEFAULT_WINDOWS, compare_named, show_comparison
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.page import check_page, layers_of, page_of
 from w8a8.cli.sensitivity import show_sensitivity
@@ -155,9 +155,10 @@ def quantize(
         return
     if eval_text is not None and not dry_run:
         places = {"dtype": dtype, "device": "cpu"}
-        told["evaluation"] = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
+        compared = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
+        told["evaluation"] = compared.told()
         if not as_json:
-            show_comparison(str(output), model, told["evaluation"], as_json=False)
+            show_comparison(str(output), model, compared)
     if report is not None and not dry_run:
         found = None if eval_text is None else layers_of(job, eval_text)
         page_of(told, model, output, seed, found).write(report)

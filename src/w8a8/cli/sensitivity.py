@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from w8a8.cli.app import Device, Dtype, Exclude, Include, Json, Model, SeqLen, app, content_of, open_named
-from w8a8.cli.output import print_json, print_line, print_table, progress
+from w8a8.cli.output import ERRORS, error_cells, print_json, print_line, print_table, progress
 
 Windows = Annotated[int, typer.Option("--windows", min=1, help="How many windows are drawn from the text.")]
 
@@ -59,24 +59,14 @@ def show_sensitivity(model: str, found: Any) -> None:
             f"{layer.kl_alone:.2e}",
             f"{layer.kl_spared:.2e}",
             str(by_spared[layer.name]),
-            _figure(layer.weight_sqnr_db, 1),
-            _figure(layer.input_sqnr_db, 1),
-            _figure(layer.output_sqnr_db, 1),
-            _figure(layer.outlier_ratio, 1),
-            _figure(layer.saturated_share, 4),
-            _figure(layer.dead_share, 3),
+            *error_cells(layer),
         )
         for layer in found.worst()
     ]
-    columns = ("worst first", "KL alone", "KL spared", "rank", "weight dB", "input dB", "output dB", "outliers")
     title = f"{model}: {found.tokens:,} tokens, KL(float || quantised) {found.kl_nats:.3e} nats per token"
-    print_table(title, (*columns, "saturated", "dead"), rows)
+    print_table(title, ("worst first", "KL alone", "KL spared", "rank", *ERRORS), rows)
     orders = found.rankings
     agree = "" if orders.spearman is None else f", rank correlation {orders.spearman:.2f}"
     print_line(f"Of the {orders.top} worst layers {orders.overlap} are in both orders{agree}.")
     if orders.disagree:
         print_line(f"In one of the two only: {', '.join(orders.disagree)}")
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,225 @@
+"""What quantising does to each layer by itself, on what the float model feeds it: no KL, two forwards a window.
+
+Readers of one tensor are found by watching which layers are given the same one.  What is summed for a layer is in
+`measure`.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from w8a8 import convert
+from w8a8.analysis.measure import LayerMeasure
+from w8a8.analysis.replay import block_index, blocks_of
+from w8a8.analysis.sample import draw
+from w8a8.calibration.calibrate import Calibration, collect
+from w8a8.calibration.model_inputs import evaluating
+from w8a8.calibration.observers import MinMax
+from w8a8.errors import ModelError
+from w8a8.evaluation.scores import logits_of
+from w8a8.evaluation.text import Text
+from w8a8.linear import QuantLinear, float_operands, is_conv1d, quant_linears
+from w8a8.report.records import Channels, binned
+from w8a8.scheme import PerChannel
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """What was measured of one linear layer; None for what was not, or has no value (nothing lost: no SQNR).
+
+    name: Dotted.  kind: its last part.  block: its depth; None outside of the blocks.
+    group: The first of the layers with the same parent that read the same tensor as this one: q, k and v share one.
+    shape: [N, K].
+    scheme: Its preset's name, or the scheme in words.
+    weight_sqnr_db, input_sqnr_db, output_sqnr_db, cosine, saturated_share: See `w8a8.analysis.measure`.
+    dead_share: Of the input channels, those that were always zero.
+    outlier_ratio: The input's largest channel absmax over the median one.
+    """
+
+    name: str
+    kind: str
+    block: int | None
+    group: str
+    shape: list[int]
+    scheme: str
+    weight_sqnr_db: float | None
+    input_sqnr_db: float | None
+    output_sqnr_db: float | None
+    cosine: float | None
+    saturated_share: float | None
+    dead_share: float | None
+    outlier_ratio: float | None
+
+
+def layer_errors(
+    reference: Any,
+    model: nn.Module,
+    text: Text | Tensor,
+    *,
+    windows: int = 2,
+    seq_len: int | None = None,
+    seed: int = 0,
+) -> tuple[LayerErrors, ...]:
+    """What each quantised layer of a model does to what the float model feeds it.
+
+    Args:
+        reference: The float model.  Not modified.
+        model: What it was quantised to: its layers are run, as they are.  Where it was smoothed before, its layers
+            want other inputs than the float model's, and that is an error.
+        text, windows, seq_len, seed: As for `sensitivity`.
+
+    Returns:
+        The layers in the model's order that are float linears in the reference.
+
+    Raises:
+        ModelError: the models differ beside their quantised layers, or none of those is float in the reference.
+        CalibrationError, TextError: as `sensitivity`.
+    """
+    layers = {name: layer for name, layer in quant_linears(model) if _is_float_linear(reference, name)}
+    if not layers:
+        raise ModelError("no layer is quantised in the one model and float in the other: there is nothing to compare")
+    _check_same_beside(reference, model)
+    sample = draw(reference, text, windows=windows, seq_len=seq_len, seed=seed)
+    ranges = channel_ranges(reference, list(layers), sample.calibration())
+    measures = {name: LayerMeasure(reference.get_submodule(name), layers[name], *ranges[name]) for name in ranges}
+    blocks, groups = blocks_of(reference), {name: name for name in layers}
+    for start, ids in sample.windows:
+        groups |= observe_readers(reference, ids, start, list(ranges), measures)
+    return tuple(
+        LayerErrors(
+            **described(reference, blocks, name, layer, groups[name]),
+            **figures(measures.get(name), ranges.get(name)),
+        )
+        for name, layer in layers.items()
+    )
+
+
+def channel_absmax(model: Any, text: Text | Tensor, **options: Any) -> dict[str, Tensor]:
+    """The largest magnitude of each input channel of each float linear, (K,), to compare with after smoothing.
+
+    Args:
+        model: Not modified.
+        text: As for `sensitivity`.
+        options: `windows`, `seq_len` and `seed`, as for `sensitivity`.
+    """
+    sample = draw(model, text, **options)
+    found = channel_ranges(model, convert.select(model).chosen, sample.calibration())
+    return {name: torch.maximum(-lo, hi) for name, (lo, hi) in found.items()}
+
+
+def channel_ranges(model: nn.Module, names: Sequence[str], data: Calibration) -> dict[str, tuple[Tensor, Tensor]]:
+    """The smallest and largest value of each input channel, (K,) each, of the layers that the data reaches."""
+    found = collect(model, data, {name: MinMax(PerChannel()) for name in names})
+    return {
+        name: (observer.seen().lo.flatten(), observer.seen().hi.flatten())
+        for name, observer in found.items()
+        if observer.tokens
+    }
+
+
+def observe_readers(
+    model: nn.Module,
+    ids: Tensor,
+    start: int,
+    names: Sequence[str],
+    measures: Mapping[str, LayerMeasure] | None = None,
+) -> dict[str, str]:
+    """Who reads the same tensor, seen in one float forward.
+
+    Args:
+        model: Not modified.
+        ids: (T,) the window; start: where it begins in the text.
+        names: Of the linear layers.
+        measures: Fed with each layer's input and output, where given.
+
+    Returns:
+        For each layer the first one with the same parent that read the same tensor: often itself.
+    """
+    found = dict(zip(names, names, strict=True))
+    readers: dict[tuple[str, int], tuple[weakref.ref[Tensor], str]] = {}
+
+    def hook(name: str) -> Any:
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            key = name.rpartition(".")[0], id(x)
+            if key not in readers or readers[key][0]() is not x:  # the id may be a dead tensor's
+                readers[key] = weakref.ref(x), name
+            found[name] = readers[key][1]
+            if measures is not None:
+                measures[name].update(x, output)
+
+        return see
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name in names:
+            handle = model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        logits_of(model, ids, start)
+    return found
+
+
+def described(model: nn.Module, blocks: list[str], name: str, layer: QuantLinear, group: str) -> dict[str, Any]:
+    """What a layer is."""
+    return {
+        "name": name,
+        "kind": name.rpartition(".")[2],
+        "block": block_index(blocks, name) if any(name.startswith(block + ".") for block in blocks) else None,
+        "group": group,
+        "shape": list(float_operands(model.get_submodule(name))[0].shape),
+        "scheme": layer.scheme.name,
+    }
+
+
+def _is_float_linear(model: nn.Module, name: str) -> bool:
+    module = dict(model.named_modules()).get(name)
+    return module is not None and (isinstance(module, nn.Linear) or is_conv1d(module))
+
+
+def _check_same_beside(reference: nn.Module, model: nn.Module) -> None:
+    """Everything but the quantised layers is equal: so a norm that smoothing scaled is seen."""
+    quantized = tuple(f"{name}." for name, _ in quant_linears(model))
+    theirs = dict(reference.named_parameters())
+    for name, value in model.named_parameters():
+        if not name.startswith(quantized) and name in theirs and not _equal(value, theirs[name]):
+            raise ModelError(
+                f"{name} is not what it is in the float model: the model was smoothed, or trained, before it was "
+                "quantised, so that its layers read other inputs; compare them with the model that was quantised"
+            )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Equal in the narrower of the two dtypes."""
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(a.to(narrow), b.to(a.device).to(narrow))
+
+
+def figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """A layer's record: what `LayerMeasure` has, dead channels and outliers; None for what the data did not reach."""
+    if measure is None or ranges is None:
+        names = ("weight_sqnr_db", "input_sqnr_db", "output_sqnr_db", "cosine", "saturated_share")
+        return dict.fromkeys((*names, "dead_share", "outlier_ratio"))
+    absmax = torch.maximum(-ranges[0], ranges[1])
+    live = absmax[absmax > 0]
+    return {
+        **measure.figures(),
+        "dead_share": 1 - len(live) / len(absmax),
+        "outlier_ratio": float(live.max() / live.median()) if len(live) else None,
+    }
+
+
+def channels(ranges: Mapping[str, tuple[Tensor, Tensor]], before: Mapping[str, Tensor] | None) -> tuple[Channels, ...]:
+    """Absmax of the input channels of each layer, for the heat map; beside what it was before smoothing."""
+    found = []
+    for name, (lo, hi) in ranges.items():
+        now = binned(torch.maximum(-lo, hi).tolist())
+        if before is None or name not in before:
+            found.append(Channels(name, now))
+        else:
+            found.append(Channels(name, binned(before[name].tolist()), now))
+    return tuple(found)

@@ -1,0 +1,162 @@
+"""Two models side by side, as `eval --against` and `quantize --eval-text` tell them."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8.cli.app import content_of, default_length, open_named
+from w8a8.cli.output import ERRORS, error_cells, megabytes, plain, print_line, print_table, progress
+from w8a8.errors import ModelError
+
+DEFAULT_WINDOWS = {"seq_len": None, "stride": None, "max_tokens": None, "seed": 0}
+"""How a text is scored where nothing is said."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison, and what each quantised layer does by itself, or why that was not measured."""
+
+    both: Any
+    layers: tuple[Any, ...]
+    why_not: str | None
+
+    def told(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**plain(self.both), "layers": plain(self.layers), "layers_not_measured": self.why_not}
+
+
+def compare_named(
+    model: str,
+    against: str,
+    text: str,
+    options: dict[str, Any],
+    places: dict[str, Any],
+    *,
+    head: str = "float",
+    one_at_a_time: bool = False,
+    cache: Path | None = None,
+) -> Compared:
+    """Score a model against a reference, both in memory where they fit, else one after the other."""
+    from w8a8 import evaluation as scoring
+    from w8a8.analysis import layer_errors
+    from w8a8.checkpoint.files import resolve, tensor_files
+    from w8a8.streaming.resources import available_memory
+
+    content = content_of(text)
+    wider = 2 if places["dtype"] == "float32" else 1  # files of two bytes a weight, perhaps
+    bytes_of = wider * sum(path.stat().st_size for name in (model, against) for path in tensor_files(resolve(name)))
+    name = _fingerprint(against, places["dtype"])
+    apart = one_at_a_time or cache is not None or bytes_of > 0.8 * available_memory()
+    reference: Any = None
+    if apart and cache is not None and cache.exists():
+        reference = scoring.Reference.load(cache)
+        if reference.model != name:
+            raise ModelError(
+                f"{cache} holds the predictions of another model than {against} in {places['dtype']}; "
+                "remove it, or give another --cache"
+            )
+    elif apart:
+        opened = open_named(against, **places)
+        windows = _cut(opened, content, options)
+        with progress("reference") as step:
+            reference = scoring.store(opened.model, name=name, progress=step, **windows)
+        if cache is not None:
+            reference.save(cache)
+        del opened
+    opened = open_named(model, head=head, **places)
+    windows = _cut(opened, content, options)
+    other = reference if apart else open_named(against, **places).model
+    with progress("comparing") as step:
+        both = scoring.compare(opened.model, other, seed=options["seed"], progress=step, **windows)
+    if apart:
+        return Compared(both, (), "the models were in memory one at a time")
+    try:
+        layers = layer_errors(other, opened.model, windows["text"], seq_len=_short(windows), seed=options["seed"])
+    except ModelError as error:
+        return Compared(both, (), str(error))
+    return Compared(both, layers, None)
+
+
+def _short(windows: dict[str, Any]) -> int:
+    """Layers are measured on short windows."""
+    return min(int(windows["seq_len"]), 256)
+
+
+def show_comparison(model: str, against: str, found: Compared) -> None:
+    """The headline: sizes, both models' figures, their difference, and what it says; then the worst layers."""
+    both = found.both
+    bound = "" if both.top_k is None else f", at least (top {both.top_k})"
+    rows = [
+        *evaluation_rows("model ", both.model),
+        *evaluation_rows("reference ", both.reference),
+        ("perplexity, model / reference", *_estimate(both.perplexity_ratio, 5)),
+        (f"KL(reference || model), nats{bound}", *_estimate(both.kl_nats, 6)),
+        (f"of 99 % of the tokens at most{bound}", *_estimate(both.kl_p99_nats, 6)),
+        ("same most likely token", *_estimate(both.top1_agreement, 4)),
+        ("weights on disk", f"{megabytes(_on_disk(model))} of {megabytes(_on_disk(against))}", ""),
+        *_speed_rows(both),
+    ]
+    print_table(
+        f"{model} against {against}: {windows_in_words(both.model)}", ("measure", "value", "95 % interval"), rows
+    )
+    print_line(f"Perplexity: {both.verdict}.")
+    if found.why_not is not None:
+        print_line(f"Layers were not measured: {found.why_not}.")
+        return
+    worst = sorted(found.layers, key=lambda layer: math.inf if (db := layer.output_sqnr_db) is None else db)[:10]
+    print_table(
+        "Layers by what they do to their own output, the worst first; `w8a8 sensitivity`: to the predictions",
+        ("layer", "scheme", *ERRORS),
+        [(layer.name, layer.scheme, *error_cells(layer)) for layer in worst],
+    )
+
+
+def _speed_rows(both: Any) -> list[tuple[str, str, str]]:
+    speed, reference = both.model_tok_per_s, both.reference_tok_per_s
+    if reference is None:
+        return [("reading, tokens/s", f"{speed:.1f}", "")]
+    return [("reading, tokens/s, and of the reference", f"{speed:.1f}, {reference:.1f}: {speed / reference:.2f}x", "")]
+
+
+def _cut(opened: Any, content: str, options: dict[str, Any]) -> dict[str, Any]:
+    from w8a8 import evaluation as scoring
+
+    text = scoring.encode(opened.tokenizer, content).first(options["max_tokens"])
+    length = options["seq_len"] or default_length(opened.model)
+    return {"text": text, "seq_len": length, "stride": options["stride"]}
+
+
+def _fingerprint(model: str, dtype: str) -> str:
+    """What a reference is told from another by: its config, the headers and times of its files, the dtype."""
+    from w8a8.checkpoint.files import CONFIG, resolve, tensor_files
+
+    directory = resolve(model)
+    found = hashlib.sha256((directory / CONFIG).read_bytes() + dtype.encode())
+    for path in sorted(tensor_files(directory)):
+        status = path.stat()
+        found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return found.hexdigest()
+
+
+def _on_disk(model: str) -> int:
+    from w8a8.checkpoint.files import resolve, tensor_files
+
+    return sum(path.stat().st_size for path in tensor_files(resolve(model)))
+
+
+def windows_in_words(e: Any) -> str:
+    return f"{e.tokens:,} tokens in {e.windows} windows of {e.seq_len}, {e.stride} apart"
+
+
+def evaluation_rows(prefix: str, e: Any) -> list[tuple[str, str, str]]:
+    return [
+        (f"{prefix}perplexity", *_estimate(e.perplexity, 4)),
+        (f"{prefix}loss, nats per token", *_estimate(e.loss_nats, 5)),
+        *([(f"{prefix}bits per byte", *_estimate(e.bits_per_byte, 5))] if e.bits_per_byte is not None else []),
+    ]
+
+
+def _estimate(e: Any, digits: int) -> tuple[str, str]:
+    return f"{e.mean:.{digits}f}", f"{e.low:.{digits}f} .. {e.high:.{digits}f}"

@@ -1,0 +1,30 @@
+import json
+
+from tests.cli.test_commands import call, demo_dir, quantized  # noqa: F401 - fixtures
+
+SHORT = ("--seconds", "0", "--prompt", "8", "--new", "2")
+
+
+def test_a_float_model_is_timed_beside_itself_quantised(call, demo_dir):  # noqa: F811
+    code, out, _ = call("bench", demo_dir, "--scheme", "w8a8-asym", *SHORT, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert list(found["models"]) == [str(demo_dir), f"{demo_dir} in w8a8-asym"]
+    assert all(each["rounds"] == 3 and each["writing"]["median"] > 0 for each in found["models"].values())
+
+
+def test_a_quantised_model_is_timed_alone_or_against_others(call, demo_dir, quantized):  # noqa: F811
+    code, out, _ = call("bench", quantized, *SHORT, "--head", "int8", "--json")
+    assert code == 0
+    assert list(json.loads(out)["models"]) == [str(quantized)]
+    code, out, _ = call("bench", quantized, "--against", demo_dir, *SHORT)
+    assert code == 0
+    for words in ("reading, tokens/s", "writing, tokens/s", "1.00", "3 rounds"):
+        assert words in out
+
+
+def test_a_prompt_without_room_is_one_message(call, demo_dir):  # noqa: F811
+    code, _, err = call("bench", demo_dir, "--prompt", "100000")
+    assert code == 2
+    assert "a prompt of 100000 tokens" in err
+    assert "--prompt" in err
