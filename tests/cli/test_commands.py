@@ -69,6 +69,7 @@ def test_quantize_writes_a_directory_that_evaluates(call, tmp_path, demo_dir, te
     assert code == 0
     assert "Coverage" in out
     assert "tied to model.decoder.embed_tokens" in out
+    assert f" of 2.98 MB; what it lost: w8a8 eval {tmp_path / 'out'} --text FILE --against {demo_dir}" in out
     assert (tmp_path / "out/tokenizer.json").exists()
     code, out, _ = call("eval", tmp_path / "out", "--text", text, "--against", demo_dir, "--dtype", "float32", "--json")
     assert code == 0

@@ -95,7 +95,7 @@ def show_comparison(model: str, against: str, found: Compared) -> None:
         (f"KL(reference || model), nats{bound}", *_estimate(both.kl_nats, 6)),
         (f"of 99 % of the tokens at most{bound}", *_estimate(both.kl_p99_nats, 6)),
         ("same most likely token", *_estimate(both.top1_agreement, 4)),
-        ("weights on disk", f"{megabytes(_on_disk(model))} of {megabytes(_on_disk(against))}", ""),
+        ("weights on disk", sizes(model, against), ""),
         *_speed_rows(both),
     ]
     print_table(
@@ -138,6 +138,11 @@ def _fingerprint(model: str, dtype: str) -> str:
         status = path.stat()
         found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
     return found.hexdigest()
+
+
+def sizes(model: str, against: str) -> str:
+    """How large a model's files of weights are, and another's."""
+    return f"{megabytes(_on_disk(model))} of {megabytes(_on_disk(against))}"
 
 
 def _on_disk(model: str) -> int:

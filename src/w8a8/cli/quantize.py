@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app, content_of
-from w8a8.cli.compare import DEFAULT_WINDOWS, compare_named, show_comparison
+from w8a8.cli.compare import DEFAULT_WINDOWS, compare_named, show_comparison, sizes
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.page import check_page, layers_of, page_of
 from w8a8.cli.sensitivity import show_sensitivity
@@ -153,6 +153,8 @@ def quantize(
         told = in_memory(job)
     if not told:  # another process of torchrun speaks
         return
+    if eval_text is None and not dry_run and not as_json:
+        print_line(f"{sizes(str(output), model)}; what it lost: w8a8 eval {output} --text FILE --against {model}")
     if eval_text is not None and not dry_run:
         places = {"dtype": dtype, "device": "cpu"}
         compared = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
