@@ -39,7 +39,13 @@ def test_stored_predictions_are_used_again(call, tmp_path, demo_dir, text, quant
 def test_the_headline_has_the_verdict_and_the_sizes(call, demo_dir, text, quantized):  # noqa: F811
     code, out, _ = call("eval", quantized, "--text", text, "--against", demo_dir)
     assert code == 0
-    for words in ("bits per byte", "of 99 % of the tokens", "weights on disk", "reading, tokens/s", "Perplexity: "):
+    for words in (
+        "bits per byte",
+        "of 99 % of the tokens",
+        "weights on disk",
+        "model reading, tokens/s, floats in",
+        "Perplexity: ",
+    ):
         assert words in out
 
 

@@ -107,6 +107,7 @@ def test_speed_is_tokens_read_in_a_second_in_the_median(monkeypatch):
     found = compare(model, model, ids, seq_len=16)
     assert found.model_tok_per_s == 16 / 4
     assert found.reference_tok_per_s == 16 / 2
+    assert (found.model_dtype, found.reference_dtype) == ("float32", "float32")
 
 
 def test_vocabularies_must_agree():

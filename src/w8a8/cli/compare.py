@@ -115,9 +115,10 @@ def show_comparison(model: str, against: str, found: Compared) -> None:
 
 def _speed_rows(both: Any) -> list[tuple[str, str, str]]:
     speed, reference = both.model_tok_per_s, both.reference_tok_per_s
-    if reference is None:
-        return [("reading, tokens/s", f"{speed:.1f}", "")]
-    return [("reading, tokens/s, and of the reference", f"{speed:.1f}, {reference:.1f}: {speed / reference:.2f}x", "")]
+    rows = [(f"model reading, tokens/s, floats in {both.model_dtype}", f"{speed:.1f}", "")]
+    if reference is not None:
+        rows.append((f"reference reading, {both.reference_dtype}", f"{reference:.1f}", f"{speed / reference:.2f}x"))
+    return rows
 
 
 def _cut(opened: Any, content: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Comparison:
     kl_nats, kl_p99_nats: Of a token, the mean and the 99th percentile.
     top_k: The reference was stored with so many tokens each, so that KL is a lower bound; None: it was not stored.
     model_tok_per_s, reference_tok_per_s: Tokens read in a second, the median over the windows; None where stored.
+    model_dtype, reference_dtype: That their floats were in, which speed depends on: float16 is slow on most CPUs.
     verdict: What the interval of `perplexity_ratio` says.
     """
 
@@ -70,6 +71,8 @@ class Comparison:
     verdict: str
     model_tok_per_s: float
     reference_tok_per_s: float | None
+    model_dtype: str
+    reference_dtype: str | None
 
 
 def perplexity(
@@ -173,7 +176,13 @@ def compare(
         verdict(difference.exp()),
         statistics.median(our_speed),
         statistics.median(their_speed) if their_speed else None,
+        _dtype(model),
+        None if isinstance(reference, Reference) else _dtype(reference),
     )
+
+
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _timed_logits(model: Any, ids: Tensor, start: int, speed: list[float]) -> Tensor:

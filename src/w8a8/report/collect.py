@@ -61,6 +61,8 @@ def collect(
             "top1_agreement": comparison["top1_agreement"],
             "tok_per_s_before": comparison["reference_tok_per_s"],
             "tok_per_s_after": comparison["model_tok_per_s"],
+            "dtype_before": comparison["reference_dtype"],
+            "dtype_after": comparison["model_dtype"],
         }
     found["verdict"] = verdict or verdict_of(comparison)
     records: dict[str, Any] = {

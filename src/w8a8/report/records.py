@@ -42,7 +42,8 @@ class Interval:
 class Headline:
     """What a reader wants first.
 
-    Bytes are of the weights; perplexities are per token; tokens per second are of reading the text that was scored.
+    Bytes are of the weights; perplexities are per token; tokens per second are of reading the text that was scored,
+    with floats in these dtypes.
     """
 
     model: str
@@ -52,6 +53,8 @@ class Headline:
     bytes_after: int | None = None
     tok_per_s_before: float | None = None
     tok_per_s_after: float | None = None
+    dtype_before: str | None = None
+    dtype_after: str | None = None
     perplexity_float: Interval | None = None
     perplexity_quantized: Interval | None = None
     bits_per_byte_float: Interval | None = None

@@ -51,6 +51,8 @@ def _tiles(h: Headline) -> list[tuple[str, str, str]]:
     if h.tok_per_s_before is not None and h.tok_per_s_after is not None:
         speed = f"{h.tok_per_s_before:.4g} → {h.tok_per_s_after:.4g} tokens/s"
         faster = _times(h.tok_per_s_after, h.tok_per_s_before, "as fast")
+        if h.dtype_before is not None and h.dtype_after is not None:
+            faster += f", floats in {h.dtype_before} → {h.dtype_after}"
     if h.perplexity_float is not None and h.perplexity_quantized is not None:
         ratio = f"{100 * (h.perplexity_quantized.mean / h.perplexity_float.mean - 1):+.3f} % in the mean"
     return [
