@@ -195,6 +195,16 @@ class TestEnable:
 
 
 class TestSaving:
+    def test_weight_only_models_are_written_in_words(self, source, tmp_path):
+        model = opened(source, quantization_config=W8A8Config("w8a16"))
+        w8a8.save(quantized(source, "w8a16"), tmp_path / "wanted")
+        config = json.loads((tmp_path / "wanted/config.json").read_text())
+        assert config["quantization_config"]["format"] == "pack-quantized"
+        model.save_pretrained(tmp_path / "loading", save_original_format=False)
+        assert contents(tmp_path / "loading") == contents(tmp_path / "wanted")
+        w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded", save_original_format=False)
+        assert contents(tmp_path / "loaded") == contents(tmp_path / "wanted")
+
     @pytest.mark.parametrize("options", [{}, {"head": "int8"}], ids=str)
     def test_save_pretrained_writes_what_save_writes(self, source, tmp_path, options):
         if options and "mixtral" in str(source):

@@ -8,7 +8,7 @@ import w8a8
 LAYERS = [
     {"errors"},
     {"scheme", "report"},
-    {"affine"},
+    {"affine", "packed"},
     {"functional", "tokens"},
     {"kernels"},
     {"linear"},
@@ -32,7 +32,6 @@ INSIDE = {
         "headers",
         "layout",
         "describe",
-        "packed",
         "files",
         "skeleton",
         "reader",

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from w8a8.affine import QParams, fake_quantize, qparams
 from w8a8.errors import SchemeError
 from w8a8.linear import Mode, QuantLinear, ledger
+from w8a8.packed import unpack_rows
 from w8a8.scheme import (
     PRESETS,
     Operand,
@@ -151,6 +152,40 @@ def test_the_state_dict_survives_torch_save_with_weights_only(bias):
     assert not torch.equal(fresh(x), q(x))
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(fresh(x), q(x))
+
+
+@pytest.mark.parametrize("granularity", [PerChannel(), PerGroup(3)], ids=str)
+@pytest.mark.parametrize("simulated", [False, True])
+def test_the_state_dict_of_a_weight_only_layer_has_words(granularity, simulated):
+    q = QuantLinear.from_float(nn.Linear(9, 4), Scheme(QuantSpec(8, granularity)), simulated=simulated)
+    held = q.state_dict()
+    assert set(held) == {"weight_packed", "weight_shape", "weight_scale", "bias"}
+    assert torch.equal(unpack_rows(held["weight_packed"], 8, 9), q.weight)
+    fresh = QuantLinear(9, 4, q.scheme, bias=torch.float32, simulated=simulated)
+    fresh.load_state_dict(held)
+    assert torch.equal(fresh.weight, q.weight)
+    del held["weight_packed"], held["weight_shape"]
+    fresh = QuantLinear(9, 4, q.scheme, bias=torch.float32, simulated=simulated)
+    fresh.load_state_dict({**held, "weight": q.weight})  # as it was before words were written
+    assert torch.equal(fresh.weight, q.weight)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"weight\""):
+        fresh.load_state_dict(held)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight_packed": torch.zeros(4, 2, dtype=torch.int32)}, r"expected int32 of shape \(4, 3\)"),
+        ({"weight_packed": torch.zeros(4, 3)}, r"is torch\.float32 of shape \(4, 3\), expected int32"),
+        ({"weight_shape": torch.tensor([4, 12])}, r"weight_shape is \[4, 12\], expected \[4, 9\]"),
+    ],
+)
+def test_words_that_do_not_fit_change_nothing(change, message):
+    q = QuantLinear.from_float(nn.Linear(9, 4), "w8a16")
+    before = q.weight.clone()
+    with pytest.raises(RuntimeError, match=message):
+        q.load_state_dict(q.state_dict() | change)
+    assert torch.equal(q.weight, before)
 
 
 def test_a_float_state_dict_is_refused_instead_of_truncated():

@@ -37,6 +37,7 @@ from w8a8.checkpoint.skeleton import insert_quant_linears
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.linear import quant_linears
+from w8a8.packed import in_words
 from w8a8.scheme import Scheme
 
 _LOG = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class W8A8Quantizer(HfQuantizer):
         config = self.quantization_config
         chosen = _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include)
         layers = {name: convert.empty_layer(model, name, config.scheme) for name in chosen}
+        for layer in layers.values():
+            layer.in_words = False  # the files have float weights under that name
         convert.swap(model, layers)
         self._quantized = set(layers)
 
@@ -160,6 +163,7 @@ class W8A8Quantizer(HfQuantizer):
                 if tensor is not None and key in layer.state_dict() and key != "bias":
                     layer._buffers[key] = checked_tensor(layer, key, tensor, f"{name}.{key}")
             layer.set_codes(layer.weight)
+            layer.in_words = in_words(layer.scheme)
         if self.quantization_config.head == "int8":
             selection = convert.select(model, convert.with_head(model, [], "int8"))
             convert.swap(model, convert.build(model, selection, self.quantization_config.scheme))

@@ -12,7 +12,8 @@ What it computes is one of three things, and `mode` says which:
 The buffers carry the names and shapes of a compressed-tensors file, so that `state_dict` is the file:
 
     weight             (N, K) int8 codes; where a simulated grid is wider than 8 bits, its float32 values,
-                       and then there is no weight_scale and no weight_zero_point
+                       and then there is no weight_scale and no weight_zero_point.  In the state dict of a weight-only
+                       layer it is weight_packed and weight_shape (`w8a8.packed`)
     weight_scale       (1,), (N, 1), (N, G) or, per column, (1, K) float32
     weight_zero_point  as weight_scale, int32; only where weights are asymmetric
     bias               (N,) in the dtype of the float layer
@@ -45,6 +46,7 @@ from w8a8.affine import (
 from w8a8.errors import SchemeError
 from w8a8.kernels import native, reference
 from w8a8.kernels.weights import quantize_weight
+from w8a8.packed import SHAPE, WORDS, as_words, in_words, unpack_rows, words
 from w8a8.scheme import (
     MAX_CODE_BITS,
     Granularity,
@@ -120,6 +122,7 @@ class QuantLinear(nn.Module):
         self.kernel = kernel
         self.strict = strict
         self.was_conv1d = was_conv1d
+        self.in_words = in_words(scheme)  # what the state dict has of the codes
         spec, activations = scheme.weights, scheme.activations
         self._grid = () if activations is None else _grid(activations)
         if self.mode is Mode.INTEGER:
@@ -323,6 +326,9 @@ class QuantLinear(nn.Module):
         if self.packed_weight is not None:
             destination[prefix + "weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_words:
+            stored = as_words(destination.pop(prefix + "weight"))
+            destination.update({prefix + key: value for key, value in stored.items()})
 
     def _simulate(self, x: Tensor) -> Tensor:
         """Float arithmetic: exact where integers could run the scheme, ordinary float32 elsewhere."""
@@ -400,7 +406,22 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Refuse a float weight, which a plain copy would truncate to integers without a word."""
+        """Take codes as int8 or in words; refuse a float weight, which a copy would truncate without telling."""
+        if self.in_words and prefix + WORDS in state_dict:
+            state_dict = dict(state_dict)
+            stored, want = state_dict.pop(prefix + WORDS), (self.out_features, words(self.in_features, 8))
+            shape = state_dict.pop(prefix + SHAPE, None)
+            if stored.dtype is not torch.int32 or stored.shape != want:
+                error_msgs.append(
+                    f"{prefix}{WORDS} is {stored.dtype} of shape {tuple(stored.shape)}, expected int32 of shape {want}"
+                )
+                return
+            if shape is not None and shape.tolist() != [self.out_features, self.in_features]:
+                error_msgs.append(
+                    f"{prefix}{SHAPE} is {shape.tolist()}, expected {[self.out_features, self.in_features]}"
+                )
+                return
+            state_dict[prefix + "weight"] = unpack_rows(stored.contiguous(), 8, self.in_features)
         holds = torch.int8 if self.scheme.weights.bits <= MAX_CODE_BITS else torch.float32
         given = state_dict.get(prefix + "weight")
         if given is not None and given.dtype is not holds:

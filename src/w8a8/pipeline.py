@@ -19,7 +19,7 @@ from w8a8.checkpoint import load
 from w8a8.checkpoint.describe import inscribe
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import load_float
-from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
+from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.convert import Progress, Schemes
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
@@ -137,7 +137,8 @@ def foresee(
     """
     _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
     schemes = {name: chosen.get(name) for name in schemes_of(model)}
-    return findings(schemes, heads=convert.heads(model), transposed=transposed_of(model))
+    heads, transposed = convert.heads(model), transposed_of(model)
+    return findings(schemes, heads=heads, transposed=transposed, shapes=shapes_of(model))
 
 
 def simulate(

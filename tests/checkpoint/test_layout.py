@@ -230,6 +230,19 @@ def test_packed_groups_are_known_by_their_format(place, bits):
     assert from_json(data, "x").groups[0].packed
 
 
+def test_the_format_of_the_whole_is_that_of_its_groups():
+    integer, words = Group(("a",), PRESETS["w8a8"].scheme), Group(("b",), PRESETS["w8a16"].scheme, packed=True)
+    for groups, whole in (
+        ((integer,), "int-quantized"),
+        ((words,), "pack-quantized"),
+        ((integer, words), "mixed-precision"),
+    ):
+        written = to_json(QuantizationConfig(groups, ()))
+        assert written["format"] == whole
+        assert from_json(written, "x").groups == groups
+    assert [group["format"] for group in written["config_groups"].values()] == ["int-quantized", "pack-quantized"]
+
+
 def test_packed_widths_that_versions_order_differently_are_refused():
     data = changed(f"{G}.format", "pack-quantized")
     data["config_groups"]["group_0"]["weights"]["num_bits"] = 3

@@ -6,7 +6,8 @@ import torch
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
 from w8a8 import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
-from w8a8.checkpoint.vllm import findings, foresee_as_it_is, schemes_of, transposed_of
+from w8a8.checkpoint.vllm import findings, foresee_as_it_is, schemes_of, shapes_of, transposed_of
+from w8a8.linear import quant_linears
 from w8a8.pipeline import foresee
 
 LAYER = "model.layers.0.self_attn.o_proj"
@@ -17,9 +18,17 @@ def refused(found):
     return [finding.what for finding in found if finding.refused]
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a8-static", "w8a8-o3"])
+def wide(make=llama):
+    """In widths that every kernel takes."""
+    if make is opt:
+        return opt(hidden_size=128, ffn_dim=256, word_embed_proj_dim=128)
+    return make(hidden_size=128, intermediate_size=256, head_dim=32)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a8-static", "w8a8-o3", "w8a16"])
 def test_what_vllm_runs_has_no_finding(name):
-    assert foresee(llama(), name) == ()
+    assert foresee(wide(), name) == ()
+    assert foresee(wide(opt), name) == ()
 
 
 @pytest.mark.parametrize(
@@ -27,7 +36,10 @@ def test_what_vllm_runs_has_no_finding(name):
     [
         (Scheme.of("w8a8-tensor"), "one activation scale per call"),
         (Scheme.of("w8a8-o2"), "one activation scale per call"),
-        (Scheme.of("w8a16"), "weight-only int8"),
+        (Scheme(QuantSpec(8, PerTensor())), "weight-only int8 in the format int-quantized"),
+        (Scheme(QuantSpec(8, PerChannel(), symmetric=False)), "weight-only int8 in the format int-quantized"),
+        (Scheme(QuantSpec(4, PerGroup(32))), "weight-only int4 in the format int-quantized"),
+        (Scheme(QuantSpec(8, PerGroup(16))), "groups of 16"),
         (Scheme(QuantSpec(4, PerChannel()), A), "4-bit weights"),
         (Scheme(QuantSpec(8, PerChannel(), symmetric=False), A), "weights with a zero point"),
         (Scheme(QuantSpec(8, PerGroup(4)), A), "weights per group"),
@@ -43,11 +55,11 @@ def test_what_vllm_does_not_run_is_refused_with_a_way_out(scheme, what):
 
 
 def test_shards_of_one_layer_are_alike():
-    found = foresee(llama(), exclude=["*.0.self_attn.k_proj", "*.1.mlp.up_proj"])
+    found = foresee(wide(), exclude=["*.0.self_attn.k_proj", "*.1.mlp.up_proj"])
     assert refused(found) == ["layers that are one in vLLM have different schemes"] * 2
     assert found[0].layers == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
-    assert foresee(llama(), exclude=["*.self_attn.[qkv]_proj"]) == ()
-    assert foresee(opt(), exclude=["*.fc1"]) == ()
+    assert foresee(wide(), exclude=["*.self_attn.[qkv]_proj"]) == ()
+    assert foresee(wide(opt), exclude=["*.fc1"]) == ()
 
 
 def test_shards_of_two_schemes_are_refused():
@@ -64,7 +76,7 @@ def test_conv1d_is_refused_before_and_after():
 
 
 def test_an_int8_head_is_told_and_not_refused():
-    (found,) = foresee(llama(), head="int8")
+    (found,) = foresee(wide(), head="int8")
     assert not found.refused
     assert found.layers == ("lm_head",)
 
@@ -91,7 +103,84 @@ def test_experts_run_in_one_scheme_and_routers_float():
 def test_a_model_without_values_is_enough():
     with torch.device("meta"):
         model = mixtral()
-    assert foresee(model) == ()
+    assert refused(foresee(model)) == []
+
+
+def of_shape(scheme, n, k, name=LAYER):
+    return [(f.refused, f.what) for f in findings({name: Scheme.of(scheme)}, shapes={name: (n, k)})]
+
+
+def test_shapes_that_cutlass_does_not_take_run_elsewhere_or_not_at_all():
+    for n, k in ((64, 100), (100, 64)):
+        assert of_shape("w8a8", n, k) == [(False, "a layer whose N or K is no multiple of 16")]
+        assert of_shape("w8a8-asym", n, k) == [(True, "a layer whose N or K is no multiple of 16, with zero points")]
+    assert of_shape("w8a8", 16, 48) == of_shape("w8a8-asym", 16, 48) == []
+
+
+def test_shapes_that_marlin_does_not_take_are_filled_up_or_refused():
+    assert of_shape("w8a16", 64, 128) == of_shape("w8a16", 128, 64) == []
+    for n, k in ((64, 64), (96, 128), (128, 100)):
+        assert of_shape("w8a16", n, k) == [(False, "weights that Marlin fills up with zeros")]
+    assert of_shape("w8a16", 128, 102) == [(True, "a K that fills no whole words")]
+
+
+def test_the_shape_of_shards_is_that_of_the_layer_that_they_are():
+    schemes = {f"a.{x}_proj": Scheme.of("w8a8") for x in "qkv"}
+    shapes = {"a.q_proj": (16, 32), "a.k_proj": (8, 32), "a.v_proj": (8, 32)}
+    assert findings(schemes, shapes=shapes) == ()
+    (found,) = findings(schemes, shapes=shapes | {"a.v_proj": (10, 32)})
+    assert found.layers == tuple(schemes)
+
+
+def test_the_rows_of_a_head_are_filled_up():
+    assert [
+        f.what for f in findings({"lm_head": Scheme.of("w8a8-asym")}, heads=["lm_head"], shapes={"lm_head": (97, 64)})
+    ] == ["an int8 output head"]
+
+
+def test_conv1d_has_the_shape_of_a_linear_layer():
+    shapes = shapes_of(gpt2())
+    assert shapes["transformer.h.0.attn.c_attn"] == (144, 48)
+    model = gpt2()
+    w8a8.quantize(model)
+    assert shapes_of(model) == shapes
+
+
+def test_a_directory_is_judged_by_the_format_that_it_has():
+    model = w8a8.quantize(wide(), "w8a16").model
+    names = {name for name, _ in quant_linears(model)}
+    assert foresee_as_it_is(model) == foresee_as_it_is(model, names) == ()
+    (found,) = foresee_as_it_is(model, set())
+    assert found.refused
+    assert found.what == "weight-only int8 in the format int-quantized"
+    assert set(found.layers) == names
+
+
+@pytest.mark.parametrize(
+    ("weights", "what"),
+    [
+        (QuantSpec(4, PerGroup(128)), None),
+        (QuantSpec(4, PerChannel(), symmetric=False), None),
+        (QuantSpec(8, PerTensor()), "weight-only with one scale"),
+        (QuantSpec(8, PerChannel(), symmetric=False), "weight-only int8 with zero points"),
+        (QuantSpec(2, PerChannel()), "weight-only int2"),
+        (QuantSpec(4, PerGroup(16)), "groups of 16"),
+    ],
+    ids=str,
+)
+def test_words_of_others_are_judged_too(weights, what):
+    found = findings({LAYER: Scheme(weights)}, packed={LAYER})
+    assert [f.what for f in found if f.refused] == ([] if what is None else [what])
+
+
+def test_weight_only_experts_want_a_width_for_marlin():
+    shapes = {"m.experts.0.gate_proj": (96, 128), "m.experts.0.up_proj": (96, 128), "m.experts.0.down_proj": (128, 96)}
+    schemes = dict.fromkeys(shapes, Scheme.of("w8a16"))
+    assert findings(schemes, shapes=shapes) == ()
+    narrow = {name: tuple(64 if size == 128 else size for size in shape) for name, shape in shapes.items()}
+    (found,) = findings(schemes, shapes=narrow)
+    assert found.refused
+    assert found.layers == tuple(shapes)
 
 
 def test_static_per_tensor_activations_run():

@@ -130,7 +130,7 @@ def test_static_scales_are_those_of_the_model_in_memory(tmp_path, make, dtype):
     ]
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w8a8-o3"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static", "w8a8-o3", "w8a16"])
 @pytest.mark.parametrize("make", [llama, opt], ids=["llama", "opt"])
 def test_a_fixed_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, scheme):
     source = saved(make(), tmp_path / "source")

@@ -20,6 +20,7 @@ from tests.conftest import gpt2, llama, mixtral, opt
 from w8a8.checkpoint.files import INDEX
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
+from w8a8.scheme import PerGroup, QuantSpec, Scheme
 from w8a8.streaming import quantize_directory, run
 from w8a8.streaming.plan import UnplacedError, make_plan
 from w8a8.streaming.resources import Prediction
@@ -73,6 +74,7 @@ def test_the_result_is_that_of_the_model_in_memory(tmp_path, make, dtype):
         {"scheme": "w8a8-asym"},
         {"scheme": "w8a8-o1"},
         {"scheme": "w8a16"},
+        {"scheme": Scheme(QuantSpec(granularity=PerGroup(4)))},
         {"head": "int8"},
         {"include": ["*.mlp.*"], "exclude": ["*.1.*"]},
     ],
@@ -95,11 +97,13 @@ def test_every_option_does_what_it_does_in_memory(tmp_path, options):
         assert configs[0][key] == configs[1][key]
 
 
-def test_a_weight_of_many_pieces_is_the_same(tmp_path, monkeypatch):
-    source = saved(llama(), tmp_path / "source", dtype=torch.float32)
-    quantize_directory(source, tmp_path / "whole")
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("make", [llama, gpt2], ids=lambda make: make.__name__)
+def test_a_weight_of_many_pieces_is_the_same(tmp_path, monkeypatch, make, scheme):
+    source = saved(make(), tmp_path / "source", dtype=torch.float32)
+    quantize_directory(source, tmp_path / "whole", scheme)
     monkeypatch.setattr("w8a8.streaming.plan.PIECE", 1000)
-    quantize_directory(source, tmp_path / "pieces")
+    quantize_directory(source, tmp_path / "pieces", scheme)
     assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
 
 

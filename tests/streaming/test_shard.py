@@ -74,7 +74,9 @@ def test_tensors_that_must_be_whole_are_read_one_at_a_time(tmp_path, place, monk
     events = []
     read, made = writing._read, writing._made
     monkeypatch.setattr(writing, "_read", lambda step, *ends: (events.append(("read", step)), read(step, *ends))[1])
-    monkeypatch.setattr(writing, "_made", lambda step, values: (made(step, values), events.append(("made", step)))[0])
+    monkeypatch.setattr(
+        writing, "_made", lambda step, values, **last: (made(step, values, **last), events.append(("made", step)))[0]
+    )
     write_shard(plan.shards[0], place)
     in_memory = set()
     for what, step in events:

@@ -11,6 +11,7 @@ from torch import nn
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
 from w8a8.errors import ModelError
 from w8a8.linear import Mode, is_conv1d, quant_linears
+from w8a8.packed import in_words
 from w8a8.scheme import Scheme
 
 
@@ -36,8 +37,9 @@ def describe(model: nn.Module) -> QuantizationConfig:
         raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
     left = tuple(name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
     if len(by_scheme) == 1 and not was_conv1d:
-        return QuantizationConfig((Group(("Linear",), next(iter(by_scheme))),), left)
-    return QuantizationConfig(tuple(Group(tuple(names), scheme) for scheme, names in by_scheme.items()), left)
+        by_scheme = {scheme: ["Linear"] for scheme in by_scheme}
+    groups = (Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items())
+    return QuantizationConfig(tuple(groups), left)
 
 
 def inscribe(model: Any) -> None:

@@ -9,7 +9,9 @@ Where several targets match, names go before expressions, these before classes, 
 of two groups with the same target the later one counts.  So compressed-tensors 0.20 does it (`match_targets`), and
 a test compares.
 
-`pack-quantized` is read as well: codes of 8, 4 or 2 bits side by side in int32 words (`w8a8.checkpoint.packed`).
+`pack-quantized` has codes side by side in int32 words instead of `weight` (`w8a8.packed`): of 8 bits where weight-only
+schemes are written, and of 8, 4 or 2 bits where they are read.  Each group says which of the two it is; where groups
+differ, the format of the whole is `mixed-precision`, which compressed-tensors 0.20 and vLLM 0.33 take group by group.
 
 Parsing is strict: a field that would change the numbers and is not understood is an error that names it.
 """
@@ -34,6 +36,7 @@ from w8a8.scheme import (
 
 FORMAT = "int-quantized"
 PACKED = "pack-quantized"
+_MIXED = "mixed-precision"
 _PACKED_BITS = (8, 4, 2)  # those that fill words: the order of others differs between versions of compressed-tensors
 _NAIVE = "naive-quantized"  # the same tensors under an older name
 
@@ -75,14 +78,15 @@ def to_json(config: QuantizationConfig) -> dict[str, Any]:
     Raises:
         SchemeError: the format has no word for a scheme.
     """
+    formats = [PACKED if group.packed else FORMAT for group in config.groups]
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": formats[0] if len(set(formats)) == 1 else _MIXED,
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
                 "targets": list(group.targets),
-                "format": FORMAT,
+                "format": formats[i],
                 "weights": _args(group.scheme.weights, dynamic=False),
                 "input_activations": (
                     None
@@ -124,7 +128,7 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
     for key, what in (("sparsity_config", "sparse weights are"), ("transform_config", "rotations at run time are")):
         if data.get(key) and data[key] != {"format": "dense"}:
             raise CheckpointError(f"{where}: quantization_config.{key} is {str(data[key])[:80]}: {what} unknown here")
-    known = (FORMAT, _NAIVE, PACKED, "mixed-precision")
+    known = (FORMAT, _NAIVE, PACKED, _MIXED)
     if data.get("format") not in (*known, "dense", None):
         raise CheckpointError(
             f"{where}: quantization_config.format is {data['format']!r}, this version reads {FORMAT!r} and {PACKED!r}"
@@ -161,7 +165,7 @@ def runs_here(data: Mapping[str, Any]) -> bool:
     groups = data.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or data.get("kv_cache_scheme") is not None:
         return False
-    if data.get("format") not in (FORMAT, _NAIVE, "mixed-precision", None):
+    if data.get("format") not in (FORMAT, _NAIVE, _MIXED, None):
         return False
     for group in groups.values():
         weights, inputs = (

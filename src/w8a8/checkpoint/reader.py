@@ -32,10 +32,10 @@ from w8a8.checkpoint.files import (
     resolve,
     tensor_files,
 )
-from w8a8.checkpoint.packed import unpack_rows, words
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
 from w8a8.errors import CheckpointError, ModelError
-from w8a8.linear import QuantLinear
+from w8a8.linear import QuantLinear, quant_linears
+from w8a8.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.scheme import PerGroup, PerTensor, Scheme
 
 _SCALES = ("weight_scale", "input_scale")
@@ -156,7 +156,7 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
         packed: The layers whose weights the files have in words.
     """
     modules = dict(model.named_modules())
-    wanted = set(model.state_dict())
+    wanted = set(model.state_dict()) - {f"{name}.{key}" for name, _ in quant_linears(model) for key in (WORDS, SHAPE)}
     seen: dict[str, Path] = {}
     for path, promised in files.items():
         entries = header(path, promised)
@@ -167,9 +167,9 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
                 seen[name] = path
                 prefix, _, key = name.rpartition(".")
                 module, where = modules.get(prefix), f"{path}: {name}"
-                if isinstance(module, QuantLinear) and key in (("weight_packed",) if prefix in packed else ("weight",)):
+                if isinstance(module, QuantLinear) and key == (WORDS if prefix in packed else "weight"):
                     _place_weight(module, mapped(path, entries[name]), where, packed=prefix in packed)
-                elif prefix in packed and key == "weight_shape":
+                elif prefix in packed and key == SHAPE:
                     _check_stored_shape(modules[prefix], file.get_tensor(name), where)
                 elif prefix in packed and key == "weight_zero_point" and name in wanted:
                     modules[prefix]._buffers[key] = _unpacked_zero_point(modules[prefix], file.get_tensor(name), where)

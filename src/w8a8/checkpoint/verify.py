@@ -35,7 +35,7 @@ def verify_structure(directory: Path) -> None:
         if name is None:
             raise CheckpointError(f"{directory}: {names[0]} was not written")
         path, entry = found[name]
-        quantized = tensor.dtype in (torch.int8, torch.int32)
+        quantized = not tensor.is_floating_point()
         if entry.shape != tuple(tensor.shape) or (quantized and entry.dtype is not tensor.dtype):
             raise CheckpointError(
                 f"{path}: {name} is {entry.dtype} of shape {entry.shape}, the model has {tensor.dtype} of shape "

@@ -3,20 +3,26 @@
 The rules are those of vLLM 0.33.0, read in its source, `vllm/model_executor/layers/quantization/compressed_tensors/`:
 
     compressed_tensors.py   _is_dynamic_token_w8a8, _is_static_tensor_w8a8, _quantization_scheme_map_from_config,
-                            _get_scheme_from_parts, CompressedTensorsKVCacheMethod
+                            _is_wNa16_group_channel, _get_scheme_from_parts, CompressedTensorsKVCacheMethod
     utils.py                should_ignore_layer, find_matched_target: the shards of a fused layer
-    compressed_tensors_moe/compressed_tensors_moe_w8a8_int8.py
+    schemes/                compressed_tensors_wNa16.py: weight-only; compressed_tensors_w8a8_int8.py
+    compressed_tensors_moe/ compressed_tensors_moe_w8a8_int8.py, compressed_tensors_moe_wna16.py
+
+and what its kernels for NVIDIA's GPUs ask of shapes, which are those of a whole layer here, and of each part of it
+where vLLM splits it among GPUs: `kernels/linear/mixed_precision/{marlin,machete}.py`, `marlin_padded_nk` of
+`layers/quantization/utils/marlin_utils.py`, and `cutlass_scaled_mm`, `cutlass_scaled_mm_azp` of `_custom_ops.py`.
 
 Which layers vLLM fuses into one is in each of its models (`packed_modules_mapping`); `FUSED` has their names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from w8a8.linear import QuantLinear, is_conv1d
-from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, Scheme
+from w8a8.packed import in_words
+from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 VERSION = "0.33.0"
 
@@ -27,6 +33,14 @@ FUSED = (
     ("w1", "w3"),
 )
 """Linear layers that lie side by side and are one in vLLM, by the last part of their names."""
+
+_GROUPS = (32, 64, 128)  # MARLIN_SUPPORTED_GROUP_SIZES
+_TILES = ((64, 128), (128, 64))  # N, K: one of the two, in marlin_padded_nk
+_ALIGNED = 16  # N and K, in cutlass_scaled_mm
+_VOCABULARY = 64  # the N of a head is filled up to multiples of it: DEFAULT_VOCAB_PADDING_SIZE
+_DOWN = ("down_proj", "w2")  # the layers of an expert whose N, and not K, is the model's width
+_EXPERT_WIDTH = 128  # of it, in check_moe_marlin_supports_config
+_TO_A_WORD = 4  # codes, in marlin_pad_qweight
 
 
 @dataclass(frozen=True)
@@ -67,8 +81,26 @@ def transposed_of(model: nn.Module) -> set[str]:
     }
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """N and K of every linear layer."""
+    found = {}
+    for name in schemes_of(model):
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantLinear | nn.Linear):
+            found[name] = layer.out_features, layer.in_features
+        else:
+            k, n = layer.get_parameter("weight").shape
+            found[name] = n, k
+    return found
+
+
 def findings(
-    schemes: Mapping[str, Scheme | None], *, heads: Iterable[str] = (), transposed: Iterable[str] = ()
+    schemes: Mapping[str, Scheme | None],
+    *,
+    heads: Iterable[str] = (),
+    transposed: Iterable[str] = (),
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    packed: Collection[str] | None = None,
 ) -> tuple[Finding, ...]:
     """Look at the layers of a model as they are to be.
 
@@ -76,9 +108,17 @@ def findings(
         schemes: Every linear layer, in the model's order; None for one that stays float.
         heads: Those that are output heads.
         transposed: Those that are transformers' `Conv1D`.
+        shapes: (N, K) of the layers, as far as they are known.
+        packed: Those whose codes are in int32 words, in a directory that is there; None: as `w8a8.save` writes them.
     """
     quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    found = [*_by_scheme(quantized), *_fused(schemes), *_experts(schemes)]
+    if packed is None:
+        packed = {name for name, scheme in quantized.items() if in_words(scheme)}
+    found = [*_by_scheme(quantized, packed), *_fused(schemes), *_experts(schemes)]
+    heads = set(heads)
+    padded = {name: (n + -n % _VOCABULARY if name in heads else n, k) for name, (n, k) in (shapes or {}).items()}
+    runs = {name: scheme for name, scheme in quantized.items() if _refused(scheme, name in packed) is None}
+    found += _by_shape(runs, padded)
     conv1d = tuple(name for name in quantized if name in set(transposed))
     if conv1d:
         found.append(
@@ -90,7 +130,7 @@ def findings(
                 "run it here, or leave these layers float",
             )
         )
-    output = tuple(name for name in quantized if name in set(heads))
+    output = tuple(name for name in quantized if name in heads)
     if output:
         found.append(
             Finding(
@@ -104,36 +144,33 @@ def findings(
     return tuple(found)
 
 
-def foresee_as_it_is(model: nn.Module) -> tuple[Finding, ...]:
-    """`findings` of a quantised model, with or without values."""
+def foresee_as_it_is(model: nn.Module, packed: Collection[str] | None = None) -> tuple[Finding, ...]:
+    """`findings` of a quantised model, with or without values; `packed` as there."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     heads = [
         name
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear) and (module is output or name.rpartition(".")[2] == "lm_head")
     ]
-    return findings(schemes_of(model), heads=heads, transposed=transposed_of(model))
+    schemes, transposed = schemes_of(model), transposed_of(model)
+    return findings(schemes, heads=heads, transposed=transposed, shapes=shapes_of(model), packed=packed)
 
 
-def _by_scheme(quantized: Mapping[str, Scheme]) -> list[Finding]:
+def _by_scheme(quantized: Mapping[str, Scheme], packed: Collection[str]) -> list[Finding]:
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for name, scheme in quantized.items():
-        reason = _refused(scheme)
+        reason = _refused(scheme, name in packed)
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
     return [Finding(True, tuple(names), *reason) for reason, names in reasons.items()]
 
 
-def _refused(scheme: Scheme) -> tuple[str, str, str] | None:
+def _refused(scheme: Scheme, packed: bool) -> tuple[str, str, str] | None:
     """What is the matter with a scheme, where vLLM says so, and what to use."""
     weights, inputs = scheme.weights, scheme.activations
-    none = "_get_scheme_from_parts raises NotImplementedError: no compatible scheme"
     if inputs is None:
-        return (
-            "weight-only int8 in the format int-quantized",
-            "_quantization_scheme_map_from_config asserts that there are input_activations",
-            "use 'w8a8'; vLLM's own weight-only format is pack-quantized",
-        )
+        return _refused_weight_only(weights, packed)
+    none = "_get_scheme_from_parts raises NotImplementedError: no compatible scheme"
     if weights.bits != 8 or inputs.bits != 8:
         return f"{weights.bits}-bit weights and {inputs.bits}-bit activations", none, "use 8 bits for both"
     if not weights.symmetric:
@@ -151,22 +188,97 @@ def _refused(scheme: Scheme) -> tuple[str, str, str] | None:
     return None
 
 
+def _refused_weight_only(weights: QuantSpec, packed: bool) -> tuple[str, str, str] | None:
+    """`_refused` of a scheme whose activations are float."""
+    if not packed:
+        return (
+            f"weight-only int{weights.bits} in the format int-quantized",
+            "_quantization_scheme_map_from_config asserts that there are input_activations",
+            "use 'w8a16', which is saved as pack-quantized: symmetric, 8 bits, PerChannel() or PerGroup()",
+        )
+    if isinstance(weights.granularity, PerTensor):
+        return "weight-only with one scale", "CompressedTensorsWNA16 raises ValueError", "use PerChannel() or 'w8a16'"
+    if weights.bits not in (4, 8) or (weights.bits == 8 and not weights.symmetric):
+        zero_points = "" if weights.symmetric else " with zero points"
+        return (
+            f"weight-only int{weights.bits}{zero_points}",
+            "query_marlin_supported_quant_types leaves them out",
+            "use 'w8a16', whose weights are symmetric",
+        )
+    if isinstance(weights.granularity, PerGroup) and weights.granularity.size not in _GROUPS:
+        return (
+            f"groups of {weights.granularity.size}",
+            "MARLIN_SUPPORTED_GROUP_SIZES leaves them out",
+            f"use PerChannel(), or groups of {', '.join(map(str, _GROUPS))}",
+        )
+    return None
+
+
+def _by_shape(quantized: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> list[Finding]:
+    """What the kernels make of the shapes of layers whose schemes they run; shards count as the layer that they are."""
+    rows = {name: n for name, (n, _) in shapes.items()}
+    for shards in _shards(shapes):
+        rows |= dict.fromkeys(shards, sum(rows[name] for name in shards))
+    reasons: dict[tuple[bool, str, str, str], list[str]] = {}
+    for name, scheme in quantized.items():
+        if name not in shapes:
+            continue
+        n, k = rows[name], shapes[name][1]
+        if ".experts." in name:
+            reason = _misfit_expert(scheme, n if name.rpartition(".")[2] in _DOWN else k)
+        else:
+            reason = _misfit(scheme, n, k)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    return [Finding(refused, tuple(names), *reason) for (refused, *reason), names in reasons.items()]
+
+
+def _misfit(scheme: Scheme, n: int, k: int) -> tuple[bool, str, str, str] | None:
+    """Whether a shape is refused, or told only, what is the matter, where vLLM says so, and what to do."""
+    if scheme.activations is not None:
+        if n % _ALIGNED == k % _ALIGNED == 0:
+            return None
+        what = f"a layer whose N or K is no multiple of {_ALIGNED}"
+        if scheme.activations.symmetric:
+            return False, what, "cutlass_scaled_mm takes Triton's product instead", "it runs, in another kernel"
+        return True, f"{what}, with zero points", "cutlass_scaled_mm_azp asserts it", "use 'w8a8', or leave it float"
+    if k % _TO_A_WORD:
+        return True, "a K that fills no whole words", "marlin_pad_qweight counts whole words", "leave it float"
+    if any(n % tile == k % other == 0 for tile, other in _TILES):
+        return None
+    why = "marlin_padded_nk: N and K are multiples of 64 and 128, or of 128 and 64"
+    return False, "weights that Marlin fills up with zeros", why, "it runs, and copies activations or outputs"
+
+
+def _misfit_expert(scheme: Scheme, width: int) -> tuple[bool, str, str, str] | None:
+    """`_misfit` of an expert's layer, of which the model's width counts where it is weight-only."""
+    if scheme.activations is not None or width % _EXPERT_WIDTH == 0:
+        return None
+    what = f"weight-only experts in a width that is no multiple of {_EXPERT_WIDTH}"
+    return True, what, "check_moe_marlin_supports_config", "use 'w8a8' for the experts, or leave them float"
+
+
+def _shards(names: Collection[str]) -> Iterator[list[str]]:
+    """The layers that are one in vLLM, group by group."""
+    for lasts in FUSED:
+        for parent in dict.fromkeys(name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in lasts):
+            shards = [shard for last in lasts if (shard := f"{parent}.{last}" if parent else last) in names]
+            if len(shards) > 1:
+                yield shards
+
+
 def _fused(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
-    found = []
-    for names in FUSED:
-        for parent in dict.fromkeys(name.rpartition(".")[0] for name in schemes if name.rpartition(".")[2] in names):
-            shards = [shard for last in names if (shard := f"{parent}.{last}" if parent else last) in schemes]
-            if len(shards) > 1 and len({schemes[shard] for shard in shards}) > 1:
-                found.append(
-                    Finding(
-                        True,
-                        tuple(shards),
-                        "layers that are one in vLLM have different schemes",
-                        "should_ignore_layer and find_matched_target want all shards alike",
-                        "quantise all of them, or none",
-                    )
-                )
-    return found
+    return [
+        Finding(
+            True,
+            tuple(shards),
+            "layers that are one in vLLM have different schemes",
+            "should_ignore_layer and find_matched_target want all shards alike",
+            "quantise all of them, or none",
+        )
+        for shards in _shards(schemes)
+        if len({schemes[shard] for shard in shards}) > 1
+    ]
 
 
 def _experts(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
@@ -175,10 +287,12 @@ def _experts(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
     wrong = tuple(
         name
         for name, scheme in experts.items()
-        if not isinstance(scheme.weights.granularity, PerChannel)
-        or scheme.activations is None
-        or not isinstance(scheme.activations.granularity, PerToken)
-        or not scheme.activations.symmetric
+        if scheme.activations is not None  # weight-only ones run like any other layer
+        and not (
+            isinstance(scheme.weights.granularity, PerChannel)
+            and isinstance(scheme.activations.granularity, PerToken)
+            and scheme.activations.symmetric
+        )
     )
     found = []
     for stack in dict.fromkeys(name.partition(".experts.")[0] for name in experts):

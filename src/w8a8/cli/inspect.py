@@ -28,7 +28,7 @@ def inspect(
         show_pairs(open_named(model, trust_remote_code=trust_remote_code), as_json=as_json)
         return
     from w8a8.checkpoint.files import read_quantization, resolve
-    from w8a8.checkpoint.skeleton import empty_model
+    from w8a8.checkpoint.skeleton import empty_layers
     from w8a8.checkpoint.vllm import foresee_as_it_is
     from w8a8.convert import select
     from w8a8.coverage import coverage
@@ -38,14 +38,14 @@ def inspect(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if quantization is not None:
         options["simulated"] = True  # a scheme that cannot run can still be shown
-    built = empty_model(directory, quantization, **options)
+    built, packed = empty_layers(directory, quantization, **options)
     if quantization is None:
         selection = select(built)
         reasons = dict.fromkeys(selection.chosen, "float now; `w8a8 quantize` takes it") | selection.reasons
     else:
         reasons = {}
     found = coverage(built, reasons)
-    foreseen = () if quantization is None else foresee_as_it_is(built)
+    foreseen = () if quantization is None else foresee_as_it_is(built, packed)
     if as_json:
         schemes = [] if quantization is None else [group.scheme for group in quantization.groups]
         print_json(

@@ -26,7 +26,7 @@ from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, 
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.skeleton import empty_model
-from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
+from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.linear import is_conv1d
@@ -53,6 +53,7 @@ class Step:
     dtype: That the values are cast to first.
     spec: The grid of a weight that is quantised; None: it is copied.
     transposed: The weight is `Conv1D`'s, (K, N).
+    in_words: Its codes are written in int32 words.
     outputs: Name, dtype and shape of what it becomes: itself, or codes and scales.
     """
 
@@ -62,6 +63,7 @@ class Step:
     dtype: torch.dtype
     spec: QuantSpec | None
     transposed: bool
+    in_words: bool
     outputs: tuple[Output, ...]
 
     @property
@@ -159,14 +161,15 @@ def make_plan(
         if parameter in chosen:
             steps.append(_quantized(model, chosen.pop(parameter), scheme, dtype, file, entry))
         elif parameter not in copies:
-            steps.append(Step(file, entry, parameter, dtype, None, False, ((parameter, dtype, entry.shape),)))
+            steps.append(Step(file, entry, parameter, dtype, None, False, False, ((parameter, dtype, entry.shape),)))
     for parameter, name in chosen.items():  # tied: the files have it under the other name only
         file, entry = found[f"{selection.untied[name]}.weight"]
         steps.append(_quantized(model, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
     layers = {step.name: convert.empty_layer(model, step.name, scheme) for step in steps if step.spec is not None}
     heads = convert.heads(model)
     convert.swap(model, layers)
-    found_by_vllm = findings(schemes_of(model), heads=heads, transposed=transposed_of(model))
+    transposed, shapes = transposed_of(model), shapes_of(model)
+    found_by_vllm = findings(schemes_of(model), heads=heads, transposed=transposed, shapes=shapes)
     config = {k: v for k, v in read_json(source / CONFIG).items() if k != "compression_config"}
     config["quantization_config"] = to_json(describe(model))
     if selection.untied:
@@ -277,7 +280,7 @@ def _quantized(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype, 
     layer = convert.empty_layer(model, name, scheme)
     kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
     outputs = tuple((f"{name}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
-    return Step(file, entry, name, dtype, scheme.weights, is_conv1d(linear), outputs)
+    return Step(file, entry, name, dtype, scheme.weights, is_conv1d(linear), layer.in_words, outputs)
 
 
 def _cut(steps: list[Step], shard_bytes: int) -> tuple[Shard, ...]:

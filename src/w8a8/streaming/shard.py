@@ -19,6 +19,7 @@ from w8a8.affine import QTensor
 from w8a8.checkpoint.headers import header_of
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
+from w8a8.packed import SHAPE, WORDS, pack_rows
 from w8a8.streaming.journal import disk_error, sync_directory
 from w8a8.streaming.plan import PIECE, Output, Shard, Step
 from w8a8.streaming.source import Room
@@ -130,7 +131,7 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
             waiting: list[Future[None]] = []
             rooms: list[Room] = []  # free ones
             for step, last, room, values in _read_ahead(shard, reading, rooms):
-                parts = [writer.place(name, part) for name, part in _made(step, values)]
+                parts = [writer.place(name, part) for name, part in _made(step, values, last=last)]
                 waiting.append(writing.submit(_put_all, writer, parts, room, rooms))
                 del values, parts
                 while len(waiting) > (1 if step.whole else _AHEAD):
@@ -180,8 +181,8 @@ def _read(step: Step, begin: int, end: int, rooms: list[Room]) -> tuple[Room, Te
     return room, values if step.spec is None else values.view(-1, step.entry.shape[1])
 
 
-def _made(step: Step, values: Tensor) -> list[tuple[str, Tensor]]:
-    """What a piece becomes, by the names of the outputs."""
+def _made(step: Step, values: Tensor, *, last: bool) -> list[tuple[str, Tensor]]:
+    """What a piece becomes, by the names of the outputs; the last one brings what there is of the whole."""
     values = values.to(step.dtype)
     if step.spec is None:
         return [(step.name, values)]
@@ -190,7 +191,12 @@ def _made(step: Step, values: Tensor) -> list[tuple[str, Tensor]]:
     except W8A8Error as error:
         error.add_note(f"while quantising {step.name} of {step.file}")
         raise
-    made = {"weight": q.codes, "weight_scale": q.scale, "weight_zero_point": q.zero_point}
+    made = {"weight_scale": q.scale, "weight_zero_point": q.zero_point}
+    if step.in_words:
+        shape = step.entry.shape[::-1] if step.transposed else step.entry.shape
+        made |= {WORDS: pack_rows(q.codes), SHAPE: torch.tensor(shape) if last else None}
+    else:
+        made["weight"] = q.codes
     return [(f"{step.name}.{key}", t.contiguous()) for key, t in made.items() if t is not None]
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import w8a8
 from tests.conftest import llama
-from w8a8.checkpoint.packed import unpack_rows, words
 from w8a8.errors import CheckpointError
 from w8a8.linear import Mode, quant_linears
-from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.packed import as_words, in_words, pack_rows, unpack_rows, words
+from w8a8.scheme import PRESETS, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 SCHEMES = [
     Scheme(QuantSpec(bits, granularity, symmetric), activations)
@@ -36,13 +36,32 @@ def test_words_of_compressed_tensors_are_unpacked(bits, k):
     assert found.is_contiguous()
 
 
+@pytest.mark.parametrize("k", [1, 3, 4, 8, 15, 16, 33, 100])
+def test_words_are_those_of_compressed_tensors(k):
+    codes = torch.randint(-128, 128, (5, k), dtype=torch.int8)
+    assert torch.equal(pack_rows(codes), pack_to_int32(codes, 8))
+    assert torch.equal(pack_rows(codes.t().contiguous().t()), pack_to_int32(codes, 8))
+    stored = as_words(codes)
+    assert torch.equal(stored["weight_packed"], pack_to_int32(codes, 8))
+    assert stored["weight_shape"].dtype is torch.int64
+    assert stored["weight_shape"].tolist() == [5, k]
+    assert as_words(codes.to("meta"))["weight_packed"].shape == (5, words(k, 8))
+
+
+def test_what_vllm_reads_in_words_is_written_in_words():
+    written = [scheme for scheme in SCHEMES if in_words(scheme)]
+    assert written == [Scheme(QuantSpec(8, PerChannel())), Scheme(QuantSpec(8, PerGroup(4)))]
+    assert [name for name, preset in PRESETS.items() if in_words(preset.scheme)] == ["w8a16"]
+
+
 def packed_directory(path, scheme):
     """What compressed-tensors would have written of one of our models, and the model."""
     model = w8a8.quantize(llama(), scheme).model
     w8a8.save(model, path)
     tensors, bits = load_file(path / "model.safetensors"), scheme.weights.bits
-    for name, _ in quant_linears(model):
-        codes = tensors.pop(f"{name}.weight")
+    for name, layer in quant_linears(model):
+        codes = layer.weight
+        tensors.pop(f"{name}.weight", None)
         tensors[f"{name}.weight_packed"] = pack_to_int32(codes, bits)
         tensors[f"{name}.weight_shape"] = torch.tensor(codes.shape)
         if not scheme.weights.symmetric:
