@@ -198,11 +198,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What would help a layer, and the measured fall of the model's KL, or None; negative: it would harm."""
+    """What would help a layer.
+
+    gain_kl_nats: The measured fall of the model's KL, or None; negative: it would harm.
+    note: How it was done, or why it cannot be.
+    """
 
     layer: str
     remedy: str
     gain_kl_nats: float | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)

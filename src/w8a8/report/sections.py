@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from w8a8.report import plots, png
 from w8a8.report.markup import ABSENT, Column, drawing, figure, folded, interval, table, text
-from w8a8.report.records import Channels, Headline, Histogram, Interval, Layer, Records
+from w8a8.report.records import Channels, Headline, Histogram, Interval, Layer, Records, Remedy
 
 _WORST = 10  # layers that are named as the worst
 _LEVELS = 255  # of a heat map's colours
@@ -82,8 +82,7 @@ def _worst(records: Records) -> str:
     """By each ranking, or by output SQNR where there is none, with the remedies beside them."""
     helped: dict[str, list[str]] = {}
     for r in records.remedies:
-        gain = "gain not measured" if r.gain_kl_nats is None else f"KL falls by {r.gain_kl_nats:.3g} nats"
-        helped.setdefault(r.layer, []).append(f"{r.remedy}: {gain}")
+        helped.setdefault(r.layer, []).append(_remedy(r))
     if records.rankings is not None:
         ranks = {
             "rank, quantised alone": records.rankings.kl_alone,
@@ -118,6 +117,14 @@ def _worst(records: Records) -> str:
         Column("remedy and its measured gain"),
     ]
     return f"<p>{text(note)}</p>{_disagreement(records)}" + table(columns, rows, caption="The worst layers")
+
+
+def _remedy(found: Remedy) -> str:
+    if found.gain_kl_nats is None:
+        return f"{found.remedy}: {found.note or 'gain not measured'}"
+    how = f"{found.remedy} ({found.note})" if found.note else found.remedy
+    moved = "falls" if found.gain_kl_nats >= 0 else "rises"
+    return f"{how}: KL {moved} by {abs(found.gain_kl_nats):.3g} nats"
 
 
 def _first(ranks: dict[str, list[str]]) -> list[list[str]]:
