@@ -8,7 +8,7 @@ import w8a8
 from tests.conftest import llama, opt
 from w8a8 import checkpoint, pipeline
 from w8a8.analysis import Budget, allocate
-from w8a8.analysis.budget import GroupCosts, solve
+from w8a8.analysis.knapsack import GroupCosts, solve
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
 from w8a8.errors import ModelError, SchemeError

@@ -223,11 +223,15 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Records:
-    """Everything a page can show.  Only the headline must be there."""
+    """Everything a page can show.  Only the headline must be there.
+
+    measured_on: A sentence on the model and the data that layers, channels, histograms and remedies were measured on.
+    """
 
     headline: Headline
     schema: int = SCHEMA
     coverage: Covered | None = None
+    measured_on: str | None = None
     layers: list[Layer] = field(default_factory=list)
     rankings: Rankings | None = None
     channels: list[Channels] = field(default_factory=list)

@@ -116,6 +116,8 @@ def _worst(records: Records) -> str:
         Column("KL spared, nats", _scientific),
         Column("remedy and its measured gain"),
     ]
+    if records.measured_on is not None:
+        note = f"{note} {records.measured_on}"
     return f"<p>{text(note)}</p>{_disagreement(records)}" + table(columns, rows, caption="The worst layers")
 
 
