@@ -13,6 +13,7 @@ from w8a8.cli.commands import app
 from w8a8.corpus import held_out_text, training_text
 from w8a8.demo import demo_directory
 from w8a8.evaluation import encode
+from w8a8.linear import quant_linears
 from w8a8.pipeline import open_model
 
 
@@ -88,6 +89,25 @@ def test_a_page_after_smoothing_has_the_layers_of_the_smoothed_model_under_the_s
     for drawn in records["histograms"]:
         if drawn["what"] == "input":
             assert drawn["scale"] == float(saved.get_submodule(drawn["layer"]).input_scale)
+
+
+def test_a_budget_after_smoothing_is_measured_and_saved_with_the_same_calibration(quantize, tmp_path):
+    options = ["--budget", "5%", "--text", "TEXT", "--option", "w8a8-static", "--include", "*.layers.0.*"]
+    calibration = ["--calib", "CALIB", "--calib-samples", 4, "--smooth", "0.5", "--dtype", "float32"]
+    _, records, printed = quantize(*options, *calibration)
+    assert "Smoothed " in printed
+    assert "Activation scales by absmax on 4 " in printed
+    assert records["smoothing"]["groups"][0]["alpha"] == 0.5
+    assert records["budget"]["constraint"] == "at most 5 % of perplexity lost"
+    saved = dict(quant_linears(w8a8.load(tmp_path / "out")))
+    assert {name: layer.scheme.name for name, layer in saved.items()} == {
+        layer["name"]: layer["scheme"] for layer in records["layers"]
+    }
+    assert {layer["scheme"] for layer in records["layers"]} == {"w8a8-static"}
+    assert "groups smoothed" in records["measured_on"]
+    for drawn in records["histograms"]:
+        if drawn["what"] == "input":
+            assert drawn["scale"] == float(saved[drawn["layer"]].input_scale)
 
 
 def test_without_the_drawing_package_nothing_long_is_started(monkeypatch, tmp_path, capsys):
