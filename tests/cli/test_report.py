@@ -52,7 +52,16 @@ def quantize(monkeypatch, tmp_path, capsys):
 def test_quantize_writes_a_page_about_its_result(quantize):
     html, records, _ = quantize()
     layer = "model.decoder.layers.0.fc1"
-    for words in ("w8a8 quantize", layer, "Perplexity: ", "Bits per byte", "Every layer", "KL falls by", "smoothing ("):
+    for words in (
+        "w8a8 quantize",
+        layer,
+        "Perplexity: ",
+        "Bits per byte",
+        "Every layer",
+        "KL falls by",
+        "smoothing",
+        "together with",
+    ):
         assert words in html
     assert records["measured_on"].startswith("Measured in the float model, on ")
     assert records["measured_on"] in html
