@@ -7,7 +7,7 @@ import w8a8
 from tests.conftest import gpt2, llama, opt
 from w8a8 import convert
 from w8a8.analysis import remedies, sensitivity, smoothed
-from w8a8.analysis.remedies import GROUPED, LEAVE, SMOOTH
+from w8a8.analysis.remedy import GROUPED, LEAVE, SMOOTH
 from w8a8.analysis.sample import draw, layers_for
 from w8a8.calibration.calibrate import Calibration
 from w8a8.evaluation.scores import token_kl
