@@ -16,7 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from w8a8 import affine, dataflow, functional, kernels
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
-    from w8a8.analysis import Allocation, Budget, Remedy, Sensitivity, allocate, remedies, sensitivity
+    from w8a8.analysis import Allocation, Budget, Sensitivity, allocate, sensitivity
+    from w8a8.analysis.remedy import Remedy, remedies
     from w8a8.calibration import observers
     from w8a8.calibration.calibrate import Calibration, collect
     from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile

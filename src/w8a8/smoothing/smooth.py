@@ -199,8 +199,7 @@ class Smoother:
             alpha: None smooths nothing, and measures the error.
             groups: Some of `groups`; all of them by default.
 
-        Raises:
-            BaseException: whatever stops it; the caller undoes.
+        What stops it, an interrupt too, leaves some groups folded: call `undo` then.
         """
         self.undo()
         work = [each for each in self._work if groups is None or any(each.group is group for group in groups)]
