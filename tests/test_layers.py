@@ -56,7 +56,7 @@ INSIDE = {
         "calibrated",
     ],
     "report": ["records", "png", "markup", "plots", "sections", "page", "collect"],
-    "analysis": ["replay", "sample", "measure", "errors", "layers", "remedies", "budget"],
+    "analysis": ["replay", "sample", "measure", "errors", "layers", "smoothed", "remedy", "knapsack", "budget"],
 }
 SOURCE = Path(w8a8.__file__).parent
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from w8a8 import affine, dataflow, functional, kernels
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
     from w8a8.analysis import Allocation, Budget, Sensitivity, allocate, sensitivity
+    from w8a8.analysis.remedy import Remedy, remedies
     from w8a8.calibration import observers
     from w8a8.calibration.calibrate import Calibration, collect
     from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
@@ -53,6 +54,8 @@ _HOME = {
     "Allocation": "analysis",
     "Budget": "analysis",
     "allocate": "analysis",
+    "Remedy": "analysis",
+    "remedies": "analysis",
     "Sensitivity": "analysis",
     "sensitivity": "analysis",
     "Calibration": "calibration.calibrate",
@@ -119,6 +122,7 @@ __all__ = [
     "QTensor",
     "QuantLinear",
     "QuantSpec",
+    "Remedy",
     "Reservoir",
     "Result",
     "Scheme",
@@ -145,6 +149,7 @@ __all__ = [
     "qparams",
     "quantize",
     "quantize_directory",
+    "remedies",
     "save",
     "sensitivity",
     "simulate",

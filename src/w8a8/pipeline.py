@@ -203,7 +203,7 @@ def _convert(
     for each in counted:
         _check_static(each, calibration, observer)
     ((scheme, _),) = counted.most_common(1)
-    report, undo = _smoothed(model, selection, scheme, calibration, smooth, progress)
+    report, undo = smooth_first(model, selection, scheme, calibration, smooth, progress)
     try:
         layers = convert.build(
             model,
@@ -224,7 +224,7 @@ def _convert(
     return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report, schemes)
 
 
-def _smoothed(
+def smooth_first(
     model: nn.Module,
     selection: convert.Selection,
     scheme: Scheme,
@@ -232,7 +232,17 @@ def _smoothed(
     smooth: str | float | None,
     progress: Progress | None,
 ) -> tuple[SmoothReport | None, Callable[[], None]]:
-    """Smooth the float weights where it is asked for, and say how to take it back."""
+    """Smooth the float weights, in place, where it is asked for, and say how to take it back.
+
+    Args:
+        model: Float.
+        selection: What will be quantised.
+        scheme: What is smoothed for.
+        calibration, smooth, progress: As for `quantize`.
+
+    Raises:
+        SchemeError, CalibrationError, NonFiniteError, ModelError: as `quantize`.
+    """
     if smooth is None:
         smooth = "none" if calibration is None else "auto"
     if smooth == "none":

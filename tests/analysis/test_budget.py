@@ -1,4 +1,6 @@
+import copy
 import itertools
+import math
 import sys
 
 import pytest
@@ -8,15 +10,44 @@ import w8a8
 from tests.conftest import llama, opt
 from w8a8 import checkpoint, pipeline
 from w8a8.analysis import Budget, allocate
-from w8a8.analysis.budget import GroupCosts, solve
+from w8a8.analysis.knapsack import GroupCosts, solve
+from w8a8.analysis.sample import draw
+from w8a8.calibration.calibrate import Calibration
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
 from w8a8.errors import ModelError, SchemeError
-from w8a8.evaluation import encode
+from w8a8.evaluation import encode, perplexity
 from w8a8.linear import quant_linears
+from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme
 
 IDS = torch.randint(0, 96, (600,), generator=torch.Generator().manual_seed(3))
 SHORT = {"windows": 1, "seq_len": 32}
+TWO_BITS = Scheme(QuantSpec(2, PerChannel()), QuantSpec(8, PerToken()))
+
+
+def speaking_llama(loud):
+    """A Llama of some opinion, (12 x 60) tokens of text that it wrote itself, and outliers of so many times the median.
+
+    On its own text its loss rises by the KL in the mean, whatever changes it.
+    """
+    model = llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3)
+        generator = torch.Generator().manual_seed(7)
+        ids = torch.randint(0, 96, (12, 1), generator=generator)
+        for _ in range(59):
+            p = model(ids).logits[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+    profile = torch.ones(64)
+    profile[[3, 40]] = torch.tensor([loud / 3, loud])
+    w8a8.outliers.inject_(model, profile)
+    return model, ids.flatten()
+
+
+def left_float(found):
+    return [name for name, scheme in found.schemes.items() if scheme is None]
 
 
 def ruin(up, down):
@@ -88,6 +119,91 @@ def test_a_ruined_layer_of_the_demo_is_left_float_and_nothing_else():
     by_bytes = allocate(opened.model, text, limit, windows=1, seq_len=64)
     assert by_bytes.schemes["model.decoder.layers.2.fc2"] is None
     assert by_bytes.chosen.bytes <= limit
+
+
+def test_a_layer_of_the_demo_that_can_have_two_bits_only_is_left_float_and_nothing_else():
+    opened, bad = demo_model(), "model.decoder.layers.3.fc2"
+    text = encode(opened.tokenizer, held_out_text())
+    found = allocate(opened.model, text, "0.5%", options=[{bad: TWO_BITS, "*": "w8a8"}], windows=1, seq_len=64)
+    assert left_float(found) == [bad]
+    (costs,) = [group for group in found.groups if group.layers == (bad,)]
+    assert costs.options == (TWO_BITS.name, "float")
+    assert costs.kl_nats[0] > math.log1p(0.005)
+
+
+def test_a_layer_of_a_llama_with_outliers_that_can_have_two_bits_only_is_left_float_and_nothing_else():
+    model, ids = speaking_llama(20.0)
+    bad = "model.layers.1.mlp.down_proj"
+    found = allocate(model, ids, "1%", options=[{bad: TWO_BITS, "*": "w8a8"}], windows=3, seq_len=60)
+    assert left_float(found) == [bad]
+    assert max(group.kl_nats[0] for group in found.groups) == found.groups[-1].kl_nats[0] > 10 * 0.0005
+    assert found.groups[-1].layers == (bad,)
+
+
+def test_an_option_of_none_is_no_option_and_the_same_scheme_is_one():
+    options = [{"*.o_proj": None, "*": "w8a8"}, "w8a8"]
+    found = allocate(llama(), IDS, "50%", options=options[:1], include=["*_proj"], **SHORT)
+    assert {group.options for group in found.groups if "o_proj" in group.layers[0]} == {("float",)}
+    assert {name.rpartition(".")[2] for name in left_float(found)} == {"o_proj"}
+    found = allocate(llama(), IDS, "50%", options=options, **SHORT)
+    assert {group.options for group in found.groups} == {("w8a8", "float")}
+
+
+def test_layers_that_move_together_cannot_be_offered_different_schemes():
+    with pytest.raises(SchemeError, match=r"move together.*q_proj: w8a8-asym, .*k_proj: w8a8"):
+        allocate(llama(), IDS, "1%", options=[{"*q_proj": "w8a8-asym", "*": "w8a8"}], **SHORT)
+
+
+def test_a_choice_that_fails_when_it_is_run_is_made_again_until_one_holds():
+    model, ids = speaking_llama(60.0)
+    found = allocate(model, ids, "0.2%", windows=6, seq_len=60)
+    assert 1 < found.rounds <= 4
+    assert found.perplexity_ratio <= 1.002
+    first, tightened = (_run(model, ids, found, bound) for bound in (math.log1p(0.002), None))
+    assert first > 1.002
+    assert tightened == pytest.approx(found.perplexity_ratio, rel=1e-6)
+
+
+def _run(model, ids, found, kl_bound):
+    """The perplexity ratio, on the windows that the costs were not measured on, of the choice under a bound."""
+    schemes = found.schemes
+    if kl_bound is not None:
+        picked = zip(found.groups, solve(found.groups, kl_bound=kl_bound), strict=True)
+        schemes = {name: None if o == "float" else o for group, o in picked for name in group.layers}
+    quantized = copy.deepcopy(model)
+    w8a8.quantize(quantized, schemes)
+    used = {start for start, _ in draw(model, ids, windows=6, seq_len=60).windows}
+    others = torch.cat([ids[i : i + 60] for i in range(0, len(ids), 60) if i not in used])
+    assert len(others) == found.checked_tokens // 59 * 60
+    return _perplexity(quantized, others) / _perplexity(model, others)
+
+
+def _perplexity(model, ids):
+    return perplexity(model, ids, seq_len=60).perplexity.mean
+
+
+def test_after_smoothing_fewer_layers_are_left_float_for_the_same_perplexity():
+    model, ids = speaking_llama(60.0)
+    plain = allocate(model, ids, "0.1%", windows=6, seq_len=60)
+    w8a8.smooth_(model, Calibration.of(ids.view(12, 60)), alpha="searched")
+    smooth = allocate(model, ids, "0.1%", windows=6, seq_len=60)
+    assert len(left_float(smooth)) < len(left_float(plain))
+    assert smooth.chosen.bytes < plain.chosen.bytes
+    assert smooth.perplexity_ratio <= 1.001
+
+
+def test_static_options_are_measured_with_the_calibration_that_they_are_quantised_with():
+    model, ids = speaking_llama(5.0)
+    data = Calibration.of(ids[None, :64])
+    options = {"options": ["w8a8-static"], "windows": 12, "seq_len": 60}
+    found = allocate(model, ids, "10%", calibration=data, **options)
+    assert left_float(found) == []
+    quantized = copy.deepcopy(model)
+    w8a8.quantize(quantized, found.schemes, calibration=data, smooth="none")
+    ratio = _perplexity(quantized, ids) / _perplexity(model, ids)
+    assert found.perplexity_ratio == pytest.approx(ratio, rel=1e-6)
+    with pytest.raises(SchemeError, match="no calibration data"):
+        allocate(model, ids, "10%", **options)
 
 
 def test_shards_that_vllm_fuses_move_together_and_vllm_takes_the_result(tmp_path):

@@ -373,7 +373,9 @@ def test_a_budget_chooses_a_scheme_for_each_layer_and_says_what_it_measured(call
     ("options", "told"),
     [
         (["--budget", "1MB"], "--text FILE"),
-        (["--budget", "1MB", "--text", "t.txt", "--calib", "c.txt"], "leave out --calib"),
+        (["--budget", "1MB", "--text", "t.txt", "--calib", "c.txt", "--stream"], "leave out --stream"),
+        (["--budget", "1MB", "--text", __file__, "--option", "w8a8-static"], "no calibration data"),
+        (["--budget", "1MB", "--text", __file__, "--smooth", "0.5"], "which needs calibration data"),
         (["--text", "t.txt"], "no budget was given"),
     ],
 )

@@ -1,10 +1,21 @@
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
+import w8a8
 from tests.report.standin import standin
+from w8a8.analysis.errors import channel_absmax
+from w8a8.analysis.layers import sensitivity
+from w8a8.calibration.calibrate import Calibration
+from w8a8.cli import main
 from w8a8.cli.commands import app
+from w8a8.corpus import held_out_text, training_text
+from w8a8.demo import demo_directory
+from w8a8.evaluation import encode
+from w8a8.linear import quant_linears
+from w8a8.pipeline import open_model
 
 
 def test_report_writes_the_page_and_says_how_large_it_is(tmp_path):
@@ -15,30 +26,101 @@ def test_report_writes_the_page_and_says_how_large_it_is(tmp_path):
     assert "Llama stand-in of 1 blocks" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_quantize_writes_a_page_about_its_result(monkeypatch, tmp_path, capsys):
-    from w8a8.cli import main
-    from w8a8.corpus import held_out_text
-    from w8a8.demo import demo_directory
+@pytest.fixture
+def quantize(monkeypatch, tmp_path, capsys):
+    """Run `w8a8 quantize` on the demo with a page; returns the page's HTML, the records in it, and what was printed."""
 
-    (tmp_path / "text.txt").write_text(held_out_text()[:6000])
-    page = tmp_path / "page.html"
-    arguments = ["quantize", demo_directory(), "-o", tmp_path / "out", "--report", page]
-    monkeypatch.setattr("sys.argv", ["w8a8", *map(str, arguments), "--eval-text", str(tmp_path / "text.txt")])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert not stopped.value.code
-    assert f"The page is {page}." in capsys.readouterr().out
-    html = page.read_text()
-    assert len(html) < 3_000_000
+    def run(*options):
+        (tmp_path / "text.txt").write_text(held_out_text()[:1500])
+        (tmp_path / "calibration.txt").write_text(training_text()[:20000])
+        page = tmp_path / "page.html"
+        fixed = ["-o", tmp_path / "out", "--report", page, "--eval-text", tmp_path / "text.txt"]
+        names = {"TEXT": tmp_path / "text.txt", "CALIB": tmp_path / "calibration.txt"}
+        arguments = ["quantize", demo_directory(), *fixed, *(names.get(each, each) for each in options)]
+        monkeypatch.setattr("sys.argv", ["w8a8", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        printed = capsys.readouterr().out
+        assert f"The page is {page}." in printed
+        html = page.read_text()
+        assert len(html) < 3_000_000
+        return html, json.loads(re.search(r'id="records">(.*?)</script>', html)[1]), printed
+
+    return run
+
+
+def test_quantize_writes_a_page_about_its_result(quantize):
+    html, records, _ = quantize()
     layer = "model.decoder.layers.0.fc1"
-    for words in ("w8a8 quantize", layer, "Perplexity: ", "Bits per byte", "Every layer", "KL falls by"):
+    for words in (
+        "w8a8 quantize",
+        layer,
+        "Perplexity: ",
+        "Bits per byte",
+        "Every layer",
+        "KL falls by",
+        "smoothing",
+        "together with",
+    ):
         assert words in html
+    assert records["measured_on"].startswith("Measured in the float model, on ")
+    assert records["measured_on"] in html
+    assert all(row["after"] is None for row in records["channels"])
+
+
+@pytest.mark.parametrize("way", [["--dtype", "float32"], ["--stream"]])
+def test_a_page_after_smoothing_has_the_layers_of_the_smoothed_model_under_the_scheme_that_was_saved(
+    quantize, tmp_path, way
+):
+    options = ["--calib", "CALIB", "--calib-samples", 4, "--smooth", "0.5", "--scheme", "w8a8-static"]
+    html, records, _ = quantize(*options, "--include", "*fc1", "--include", "*.0.*.q_proj", *way)
+    sources = {group["source"] for group in records["smoothing"]["groups"] if group["alpha"] == 0.5}
+    assert sources == {f"model.decoder.layers.{i}.final_layer_norm" for i in range(6)} | {
+        "model.decoder.layers.0.self_attn_layer_norm"
+    }
+    assert "Alpha per group" in html
+    assert "before smoothing: 6 layers by 128 channels" in html
+    assert "after smoothing: 6 layers by 128 channels" in html
+    assert "7 groups smoothed" in records["measured_on"]
+    assert "static ranges by absmax on 4 " in records["measured_on"]
+
+    opened = open_model(demo_directory(), dtype="auto" if way == ["--stream"] else "float32")
+    text = encode(opened.tokenizer, (tmp_path / "text.txt").read_text())
+    before = channel_absmax(opened.model, text)
+    data = Calibration.of(str(tmp_path / "calibration.txt"), opened.tokenizer, samples=4, length=256, seed=0)
+    choice = {"include": ["*fc1", "*.0.*.q_proj"]}
+    w8a8.smooth_(opened.model, data, alpha=0.5, scheme="w8a8-static", **choice)
+    found = sensitivity(opened.model, text, "w8a8-static", calibration=data, before_smoothing=before, **choice)
+    assert records["layers"] == json.loads(json.dumps(found.records()["layers"]))
+    assert records["channels"] == json.loads(json.dumps(found.records()["channels"]))
+    assert all(max(row["after"]) < max(row["before"]) for row in records["channels"])
+    saved = w8a8.load(tmp_path / "out")
+    for drawn in records["histograms"]:
+        if drawn["what"] == "input":
+            assert drawn["scale"] == float(saved.get_submodule(drawn["layer"]).input_scale)
+
+
+def test_a_budget_after_smoothing_is_measured_and_saved_with_the_same_calibration(quantize, tmp_path):
+    options = ["--budget", "5%", "--text", "TEXT", "--option", "w8a8-static", "--include", "*.layers.0.*"]
+    calibration = ["--calib", "CALIB", "--calib-samples", 4, "--smooth", "0.5", "--dtype", "float32"]
+    _, records, printed = quantize(*options, *calibration)
+    assert "Smoothed " in printed
+    assert "Activation scales by absmax on 4 " in printed
+    assert records["smoothing"]["groups"][0]["alpha"] == 0.5
+    assert records["budget"]["constraint"] == "at most 5 % of perplexity lost"
+    saved = dict(quant_linears(w8a8.load(tmp_path / "out")))
+    assert {name: layer.scheme.name for name, layer in saved.items()} == {
+        layer["name"]: layer["scheme"] for layer in records["layers"]
+    }
+    assert {layer["scheme"] for layer in records["layers"]} == {"w8a8-static"}
+    assert "groups smoothed" in records["measured_on"]
+    for drawn in records["histograms"]:
+        if drawn["what"] == "input":
+            assert drawn["scale"] == float(saved[drawn["layer"]].input_scale)
 
 
 def test_without_the_drawing_package_nothing_long_is_started(monkeypatch, tmp_path, capsys):
-    from w8a8.cli import main
-    from w8a8.demo import demo_directory
-
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     arguments = ["quantize", demo_directory(), "-o", tmp_path / "out", "--report", tmp_path / "page.html"]
     monkeypatch.setattr("sys.argv", ["w8a8", *map(str, arguments)])

@@ -9,12 +9,16 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
 from tests.report.standin import COLUMNS, standin
+from w8a8.analysis import remedies, sensitivity
+from w8a8.analysis.errors import channel_absmax
+from w8a8.calibration.calibrate import Calibration
 from w8a8.cli.output import plain
 from w8a8.corpus import training_text
 from w8a8.demo import demo_model
 from w8a8.evaluation import compare, encode
 from w8a8.pipeline import quantize
 from w8a8.report import collect, report, write_report
+from w8a8.smoothing.smooth import smooth_
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
@@ -34,23 +38,29 @@ def browser():
 
 
 def demo_records():
-    """A real result: the shipped model, quantised and compared with what it was."""
+    """A real result: the shipped model, smoothed, measured, quantised and compared with what it was."""
     opened, reference = demo_model(), demo_model()
     before = sum(p.numel() * p.element_size() for p in reference.model.parameters())
-    result = quantize(opened.model, "w8a8")
     ids = encode(opened.tokenizer, training_text()[:12000]).first(1024)
-    layers = [
-        {"name": m.name, "kind": m.name.rpartition(".")[2], "block": int(m.name.split(".")[3]), "shape": list(m.shape)}
-        for m in result.coverage.quantized
-    ]
+    data, sample = Calibration.of(ids.ids.view(8, 128)), {"windows": 1, "seq_len": 64}
+    absmax = channel_absmax(opened.model, ids, **sample)
+    smooth = smooth_(opened.model, data, alpha=0.5, scheme="w8a8-static")
+    found = sensitivity(opened.model, ids, "w8a8-static", calibration=data, before_smoothing=absmax, **sample)
+    made = remedies(opened.model, ids, found, "w8a8-static", calibration=data, count=3)
+    measured = found.records()
+    measured["histograms"] = measured["histograms"][:4]
+    result = quantize(opened.model, "w8a8-static", calibration=data, smooth="none")
     return collect(
         model="demo",
-        scheme="w8a8",
+        scheme="w8a8-static",
         bytes_before=before,
         coverage=plain(result.coverage.to_dict()),
         comparison=plain(compare(opened.model, reference.model, ids, seq_len=128)),
-        layers=layers,
+        smooth=plain(smooth.to_dict()),
+        remedies=plain(made),
+        measured_on="Measured in the smoothed model.",
         reproduce={"command": "w8a8 demo", "seed": 0},
+        **measured,
     )
 
 
@@ -252,6 +262,23 @@ def test_the_demos_page_shows_what_was_measured(visit, pages):
     shown = seen.page.locator("main").text_content()
     assert f"{pages[0]['demo']['headline']['perplexity_quantized']['mean']:.4f}" in shown
     assert pages[0]["demo"]["headline"]["verdict"] in shown
+
+
+def test_the_demos_page_shows_channels_before_and_after_smoothing_and_what_was_tried(visit, pages):
+    records = pages[0]["demo"]
+    seen = visit("demo")
+    pictures = seen.page.locator(".heat img").evaluate_all("all => all.map(i => [i.naturalWidth, i.naturalHeight])")
+    assert pictures == [[128, 6]] * 8  # of four tensors, before and after
+    drawn = seen.page.locator(".heat img").evaluate_all("all => all.map(i => i.src)")
+    assert len(set(drawn)) == 8
+    groups = records["smoothing"]["groups"]
+    assert len(seen.marks("Alpha per group", "point")) == len(groups) == 24
+    tried = seen.page.locator("details", has_text="Every remedy that was tried").first
+    assert tried.locator("tbody tr").count() == len(records["remedies"])
+    seen.page.get_by_text("Every remedy that was tried").first.click()
+    smoothing = tried.locator("tbody tr", has_text="smoothing").all_text_contents()
+    assert len(smoothing) == 3
+    assert "Measured in the smoothed model." in seen.page.locator("main").text_content()
 
 
 def hostile(value):

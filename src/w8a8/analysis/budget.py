@@ -3,7 +3,7 @@
 Layers that vLLM fuses (q, k and v; gate and up) are a *group*, and have one scheme: those that read the same tensor
 under the same parent, and those of the names it fuses.  What an option costs a group is measured: the KL(float ||
 model) of the model in which this group alone has it.  Costs are added up, which holds while they are small, and the
-choice is a multiple-choice knapsack, solved exactly by scipy's `milp` (HiGHS):
+choice is solved exactly (`knapsack`):
 
     budget of bytes        least KL,     bytes <= budget
     budget of perplexity   least bytes,  KL <= log(1 + percent / 100)
@@ -12,26 +12,32 @@ The second takes KL for the loss in nats, which it is in the mean for a model th
 choice is then run, on windows that the costs were not measured on where the text has more: where the perplexity is
 over the budget after all, the bound is tightened in proportion and the choice made again, `ROUNDS` times at most.
 
+Of a smoothed model the costs are those of its folded weights, which is what is quantised; "float" is then the folded
+model, whose function is the model's own up to the rounding that `SmoothReport.change` tells.
+
 Bytes are those of all tensors of the model, a tied one once: what its file will hold.  They do not see speed: a
 weight-only layer has the bytes of an integer one and less error, and multiplies in float, so it is an option only where
-it is named.  A greedy choice by KL per byte was the alternative without scipy; it misses budgets by up to a group.
+it is named.
 """
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from w8a8 import convert
 from w8a8.analysis.errors import observe_readers
+from w8a8.analysis.knapsack import GroupCosts, curve, milp_of_scipy, solve, total
 from w8a8.analysis.replay import record, replay
 from w8a8.analysis.sample import WINDOWS, Sample, divergence, draw, layers_for
+from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.vllm import FUSED
-from w8a8.convert import Progress, swapped
-from w8a8.errors import ModelError, SchemeError
+from w8a8.convert import Progress, Schemes, swapped
+from w8a8.errors import SchemeError
 from w8a8.evaluation.scores import logits_of, token_kl, token_losses
 from w8a8.evaluation.text import Text
 from w8a8.linear import QuantLinear
@@ -40,7 +46,6 @@ from w8a8.scheme import Scheme
 
 OPTIONS = ("w8a8", "w8a8-asym")
 ROUNDS = 4
-CURVE = 9
 FLOAT = "float"
 _UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -75,19 +80,6 @@ class Budget:
         if self.percent is not None:
             return f"at most {self.percent:g} % of perplexity lost"
         return f"at most {self.bytes:,} bytes"
-
-
-@dataclass(frozen=True)
-class GroupCosts:
-    """Layers that move together, and what each option costs them; the last option is "float".
-
-    bytes: Of the group's tensors.  kl_nats: Per token, with this group alone quantised.
-    """
-
-    layers: tuple[str, ...]
-    options: tuple[str, ...]
-    bytes: tuple[int, ...]
-    kl_nats: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -145,41 +137,50 @@ def allocate(
     text: Text | Tensor,
     budget: Budget | str | int,
     *,
-    options: Sequence[Scheme | str] = OPTIONS,
+    options: Sequence[Schemes] = OPTIONS,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     windows: int = WINDOWS,
     seq_len: int | None = None,
     seed: int = 0,
+    calibration: Any = None,
+    observer: str | Callable[[], Observer] = "absmax",
     progress: Progress | None = None,
 ) -> Allocation:
     """Choose a scheme, or float, for each layer.
 
     Args:
-        model: A float causal language model.  Not modified.
+        model: A float causal language model, smoothed where that is wanted.  Not modified.
         text: What `w8a8.evaluation.encode` makes, or (T,) token ids.
         budget: See `Budget.of`.
-        options: Schemes and presets to choose among; float is always one.
+        options: Schemes and presets to choose among; float is always one.  An option may differ from layer to layer: a
+            mapping from patterns to schemes as for `w8a8.quantize`, of which None is no option beside float.
         include, exclude: The layers to choose for, as for `w8a8.quantize`; others stay float.
         windows, seq_len, seed: Of the sample of the text, as for `w8a8.sensitivity`.
+        calibration, observer: For static options, as `w8a8.quantize` will be given them.
         progress: Called as progress(done, total, layer).
 
     Raises:
-        SchemeError: no such budget, or one that cannot be kept: the message says what can; an option is simulated only.
+        SchemeError: no such budget, or one that cannot be kept: the message says what can; an option is simulated only,
+            is static without a calibration, or gives layers that move together several schemes.
         ModelError: scipy is not installed; and as `w8a8.sensitivity`.
-        PatternError, NonFiniteError, TextError: as `w8a8.sensitivity`.
+        PatternError, NonFiniteError, CalibrationError, TextError: as `w8a8.sensitivity`.
     """
     budget = Budget.of(budget)
-    _milp()
+    milp_of_scipy()
     selection = convert.select(model, include, exclude)
+    offered = [convert.assign(selection, option)[1] for option in options]
+    _check_options(offered, calibrated=calibration is not None)
     sample = draw(model, text, windows=windows, seq_len=seq_len, seed=seed)
-    built = {}
-    for scheme in map(Scheme.of, options):
-        if not scheme.integer_executable and not scheme.weight_only:
-            raise SchemeError(f"the option {scheme.name} cannot run: {scheme.not_executable_because}")
-        schemes = dict.fromkeys(selection.chosen, scheme)
-        built[scheme.name] = layers_for(model, selection, schemes, sample.calibration())
-    groups = _costs(model, sample, _groups(model, sample, selection.chosen), built, selection.untied, progress)
+    together = _groups(model, sample, selection.chosen)
+    choices = {group: _choices(group, offered) for group in together}
+    data = sample.calibration() if calibration is None else Calibration.of(calibration)
+    built: dict[str, dict[str, QuantLinear]] = {}
+    for scheme in dict.fromkeys(scheme for option in offered for scheme in option.values()):
+        names = tuple(name for group in together if scheme in choices[group] for name in group)
+        part = replace(selection, chosen=names)
+        built[scheme.name] = layers_for(model, part, dict.fromkeys(names, scheme), data, observer)
+    groups = _costs(model, sample, choices, built, selection.untied, progress)
     float_bytes = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
     fixed = float_bytes - sum(group.bytes[-1] for group in groups)
     check = _check_sample(model, text, sample, windows, seed)
@@ -191,7 +192,7 @@ def allocate(
         layers = {name: built[option][name] for name, option in by_layer.items() if option != FLOAT}
         measured_kl, log_ratio = _measured(model, check, layers)
         if log_ratio <= allowed:
-            predicted = _total(groups, picked, fixed)
+            predicted = total(groups, picked, fixed)
             return Allocation(
                 budget,
                 {name: layers[name].scheme if name in layers else None for name in selection.chosen},
@@ -200,7 +201,7 @@ def allocate(
                 math.exp(log_ratio),
                 rounds,
                 groups,
-                _curve(groups, fixed),
+                curve(groups, fixed),
                 sample.scored,
                 check.scored,
             )
@@ -209,79 +210,6 @@ def allocate(
         f"{budget} was asked for, and after {ROUNDS} choices, each more careful, the perplexity still rose by "
         f"{100 * math.expm1(log_ratio):.3g} %; allow more, give a longer text, or smooth the model first"
     )
-
-
-def solve(
-    groups: Sequence[GroupCosts], fixed: int = 0, *, limit: int | None = None, kl_bound: float | None = None
-) -> tuple[str, ...]:
-    """The option of each group: the least KL in so many bytes, or the fewest bytes of so little KL.
-
-    Args:
-        groups: With their costs.
-        fixed: Bytes beside those of the groups.
-        limit: Of all bytes; or
-        kl_bound: nats per token.
-
-    Raises:
-        SchemeError: no choice keeps to the limit; the message says which bytes can be reached.
-        ModelError: scipy is not installed.
-    """
-    import numpy as np
-
-    milp, bounds, linear_constraint = _milp()
-    sizes = np.array([size for group in groups for size in group.bytes], dtype=np.float64)
-    costs = np.array([max(0.0, kl) for group in groups for kl in group.kl_nats])
-    one_each = np.zeros((len(groups), len(sizes)))
-    at = 0
-    for index, group in enumerate(groups):
-        one_each[index, at : at + len(group.options)] = 1
-        at += len(group.options)
-    if limit is not None:
-        least = fixed + sum(min(group.bytes) for group in groups)
-        if limit < least:
-            raise SchemeError(
-                f"a budget of {limit:,} bytes cannot be kept: with every layer as small as it gets the model has "
-                f"{least:,}, {fixed:,} of them in tensors that are not to be quantised; allow that, or include more"
-            )
-        row, most = sizes, float(limit - fixed)
-        objective = costs / max(float(costs.max()), 1e-30)
-    else:
-        assert kl_bound is not None, "one of the two limits"
-        row, most = costs, kl_bound
-        # of choices of equal bytes the one of least KL
-        objective = sizes / sizes.sum() + 1e-6 * costs / max(float(costs.sum()), 1e-30)
-    scale = max(most, float(row.max()), 1e-30)  # the solver's tolerance is absolute
-    found = milp(
-        objective,
-        constraints=[
-            linear_constraint(one_each, 1, 1),
-            linear_constraint(row[None] / scale, -np.inf, most / scale),
-        ],
-        integrality=np.ones(len(sizes)),
-        bounds=bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise SchemeError(f"no choice keeps to the budget: {found.message}")
-    picked, at = [], 0
-    for group in groups:
-        picked.append(group.options[int(np.argmax(found.x[at : at + len(group.options)]))])
-        at += len(group.options)
-    return tuple(picked)
-
-
-def _total(groups: Sequence[GroupCosts], picked: Sequence[str], fixed: int) -> Choice:
-    places = [group.options.index(option) for group, option in zip(groups, picked, strict=True)]
-    size = fixed + sum(group.bytes[i] for group, i in zip(groups, places, strict=True))
-    return Choice(size, sum(group.kl_nats[i] for group, i in zip(groups, places, strict=True)))
-
-
-def _curve(groups: Sequence[GroupCosts], fixed: int) -> tuple[Choice, ...]:
-    """Choices between the smallest and the float model, at evenly spaced limits."""
-    least = sum(min(group.bytes) for group in groups)
-    most = sum(group.bytes[-1] for group in groups)
-    limits = [fixed + least + (most - least) * i // (CURVE - 1) for i in range(CURVE)]
-    return tuple(_total(groups, solve(groups, fixed, limit=limit), fixed) for limit in limits)
 
 
 def _groups(model: nn.Module, sample: Sample, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -303,15 +231,45 @@ def _groups(model: nn.Module, sample: Sample, names: Sequence[str]) -> tuple[tup
     return tuple(map(tuple, found.values()))
 
 
+def _check_options(offered: Sequence[Mapping[str, Scheme]], *, calibrated: bool) -> None:
+    """Raise `SchemeError` for what could be measured and not be quantised to."""
+    for scheme in dict.fromkeys(scheme for option in offered for scheme in option.values()):
+        if not scheme.integer_executable and not scheme.weight_only:
+            raise SchemeError(f"the option {scheme.name} cannot run: {scheme.not_executable_because}")
+        if scheme.static and not calibrated:
+            raise SchemeError(
+                f"the option {scheme.name} has static activation scales, and there is no calibration data to measure "
+                "them on: give calibration= (--calib FILE), or take a dynamic scheme"
+            )
+
+
+def _choices(group: tuple[str, ...], offered: Sequence[Mapping[str, Scheme]]) -> tuple[Scheme, ...]:
+    """The schemes that layers which move together may have."""
+    found: dict[Scheme, None] = {}
+    for option in offered:
+        schemes = {name: option.get(name) for name in group}
+        if len(set(schemes.values())) > 1:
+            told = ", ".join(f"{name}: {FLOAT if s is None else s.name}" for name, s in schemes.items())
+            raise SchemeError(
+                f"an option gives layers that move together, since they read one tensor or vLLM fuses them, several "
+                f"schemes ({told}); give them one, or exclude them"
+            )
+        scheme = schemes[group[0]]
+        if scheme is not None:
+            found[scheme] = None
+    return tuple(found)
+
+
 def _costs(
     model: nn.Module,
     sample: Sample,
-    groups: Sequence[tuple[str, ...]],
+    choices: Mapping[tuple[str, ...], Sequence[Scheme]],
     built: Mapping[str, Mapping[str, QuantLinear]],
     tied: Collection[str],
     progress: Progress | None,
 ) -> tuple[GroupCosts, ...]:
-    totals = {(group, option): 0.0 for group in groups for option in built}
+    options = {group: tuple(scheme.name for scheme in schemes) for group, schemes in choices.items()}
+    totals = {(group, option): 0.0 for group in options for option in options[group]}
     total, done = len(sample.windows) * len(totals), 0
     for start, ids in sample.windows:
         exact = record(model, ids, start, {})
@@ -324,14 +282,14 @@ def _costs(
     return tuple(
         GroupCosts(
             group,
-            (*built, FLOAT),
+            (*options[group], FLOAT),
             (
-                *(sum(_size(built[option][name]) for name in group) for option in built),
+                *(sum(_size(built[option][name]) for name in group) for option in options[group]),
                 sum(_size(model.get_submodule(name), without_weight=name in tied) for name in group),
             ),
-            (*(totals[group, option] / sample.scored for option in built), 0.0),
+            (*(totals[group, option] / sample.scored for option in options[group]), 0.0),
         )
-        for group in groups
+        for group in options
     )
 
 
@@ -362,14 +320,3 @@ def _measured(model: nn.Module, sample: Sample, layers: Mapping[str, nn.Module])
         kl += float(token_kl(p, q).double().sum())
         losses += float((token_losses(q, ids[1:]) - token_losses(p, ids[1:])).sum())
     return kl / sample.scored, losses / sample.scored
-
-
-def _milp() -> tuple[Any, Any, Any]:
-    try:
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError as error:
-        raise ModelError(
-            f"a budget was asked for, which scipy's milp keeps, and scipy cannot be imported: {error}; "
-            "pip install 'w8a8[budget]'"
-        ) from error
-    return milp, Bounds, LinearConstraint

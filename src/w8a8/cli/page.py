@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,25 +40,90 @@ def check_page(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Layers:
-    """What was measured of the layers, and what would help the worst."""
+    """What was measured of the layers, what would help the worst, and a sentence on what model and data it is of."""
 
     sensitivity: Any
     remedies: Any
+    measured_on: str
 
 
-def layers_of(job: Job, text: str) -> Layers:
-    """Measure the layers of the float model under the job's scheme, on windows of a text."""
+def layers_of(job: Job, told: Mapping[str, Any], text: str) -> Layers:
+    """Measure the layers of the float model, smoothed as it was, under the schemes that were saved.
+
+    Args:
+        job: What was asked for.
+        told: What the job told of its work.
+        text: The file that windows are drawn from.
+    """
     from w8a8 import convert
     from w8a8.analysis import remedies, sensitivity
+    from w8a8.analysis.errors import channel_absmax
     from w8a8.evaluation import encode
 
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     ids = encode(opened.tokenizer, content_of(text))
+    data = job.calibration(opened.model, opened.tokenizer)
     patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
     choice = {"include": patterns, "exclude": job.selection["exclude"]}
+    selection = convert.select(opened.model, **choice)
+    _, schemes = convert.assign(selection, _saved_schemes(job, told))
+    seed = job.drawn["seed"]
+    before, folded = None, _folded(told)
+    if folded:
+        before = channel_absmax(opened.model, ids, seed=seed)
+        _smooth_again(opened.model, data, told["smooth"], folded, selection.chosen)
+    given = {**choice, "calibration": data, "observer": job.treatment["observer"]}
     with progress("measuring layers") as step:
-        found = sensitivity(opened.model, ids, job.scheme, **choice, seed=job.drawn["seed"], progress=step)
-    return Layers(found, remedies(opened.model, ids, found, job.scheme, **choice))
+        found = sensitivity(opened.model, ids, schemes, **given, seed=seed, before_smoothing=before, progress=step)
+    with progress("measuring remedies") as step:
+        made = remedies(opened.model, ids, found, schemes, **given, progress=step)
+    model = f"the float model with {len(folded)} groups smoothed, as it was quantised" if folded else "the float model"
+    words = f"Measured in {model}, on {found.windows} windows of {found.seq_len} tokens of {Path(text).name}"
+    if any(scheme.static for scheme in schemes.values()):
+        words += f"; static ranges by {job.treatment['observer']} on {data.description}, as they were saved"
+    return Layers(found, made, words + ".")
+
+
+def _saved_schemes(job: Job, told: Mapping[str, Any]) -> Any:
+    """The job's scheme, or under a budget each layer's own."""
+    from w8a8.analysis.budget import FLOAT
+
+    if told.get("budget") is None:
+        return job.scheme
+    return {name: None if scheme == FLOAT else scheme for name, scheme in told["budget"]["schemes"].items()}
+
+
+def _folded(told: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+    """The alphas of the groups that were smoothed, by source and readers."""
+    groups = [] if told["smooth"] is None else told["smooth"]["groups"]
+    return {(group["source"], *group["readers"]): group["alpha"] for group in groups if group["alpha"] is not None}
+
+
+def _smooth_again(
+    model: Any, data: Any, told: Mapping[str, Any], folded: Mapping[tuple[str, ...], float], chosen: Iterable[str]
+) -> None:
+    """Fold into a float model what was folded before it was quantised, in place.
+
+    Raises:
+        ReportError: other alphas were found than before.
+    """
+    from w8a8.scheme import Scheme
+    from w8a8.smoothing.smooth import Smoother
+
+    def key(group: Any) -> tuple[str, ...]:
+        return (group.source.module, *dict.fromkeys(reader.module for reader in group.readers))
+
+    smoother = Smoother(model, data, dict.fromkeys(chosen, Scheme.of(told["scheme"])))
+    way = told["kept"] or told["alpha"]
+    smoother.smooth(way if way == "searched" else float(way), [g for g in smoother.groups if key(g) in folded])
+    again = {(report.source, *report.readers): report.alpha for report in smoother.reports}
+    if again != folded:
+        other = next(each for each in folded if again.get(each) != folded[each])
+        raise ReportError(
+            f"{other[0]} was smoothed with alpha {folded[other]}, and smoothing it again for the page gave "
+            f"{again.get(other)}: has {data.description} or the model changed since?  The checkpoint is whole, only "
+            "the page is missing; leave out --eval-text for a page without layers"
+        )
 
 
 def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found: Layers | None) -> Page:
@@ -80,6 +145,7 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found
     if found is not None:
         parts |= {**found.sensitivity.records(), "remedies": [asdict(remedy) for remedy in found.remedies]}
         worst = {layer.name for layer in found.sensitivity.worst(_DRAWN)}  # a drawing each: the page must stay small
+        parts["measured_on"] = found.measured_on
         parts["histograms"] = [drawn for drawn in parts["histograms"] if drawn["layer"] in worst]
     if told.get("budget") is not None:
         parts["budget"] = told["budget"]["record"]

@@ -55,12 +55,16 @@ def quantize(
             "--budget",
             metavar="SIZE|PERCENT",
             help="Choose a scheme or float for each layer: 12MB of tensors in all, or 0.5% of perplexity lost. Costs "
-            "are measured on --text.",
+            "are measured on --text, after smoothing where that is asked for.",
         ),
     ] = None,
     text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="For --budget.")] = None,
     option: Annotated[
-        list[str], typer.Option("--option", help="For --budget: a preset to choose, repeatable; float always is one.")
+        list[str],
+        typer.Option(
+            "--option",
+            help="For --budget: a preset to choose, repeatable; float always is one. Smoothing is for the first.",
+        ),
     ] = ["w8a8", "w8a8-asym"],  # noqa: B006
     stream: Annotated[
         bool | None,
@@ -106,10 +110,8 @@ def quantize(
             f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
             "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
         )
-    if budget is not None and (text is None or calib is not None or smooth not in (None, "none") or stream):
-        raise SchemeError(
-            "--budget measures float weights on --text FILE: give that, and leave out --calib, --smooth and --stream"
-        )
+    if budget is not None and (text is None or stream):
+        raise SchemeError("--budget measures a model in memory on --text FILE: give that, and leave out --stream")
     if text is not None and budget is None:
         raise SchemeError("--text is what --budget measures on, and no budget was given; --calib is calibration data")
     if report is not None:
@@ -162,7 +164,7 @@ def quantize(
         if not as_json:
             show_comparison(str(output), model, compared)
     if report is not None and not dry_run:
-        found = None if eval_text is None else layers_of(job, eval_text)
+        found = None if eval_text is None else layers_of(job, told, eval_text)
         page_of(told, model, output, seed, found).write(report)
         if found is not None and not as_json:
             show_sensitivity(model, found.sensitivity)

@@ -38,6 +38,20 @@ class Job:
     dry_run: bool
     quiet: bool
 
+    def calibration(self, model: Any, tokenizer: Any) -> Any:
+        """The calibration data, always the same; None where none was given.
+
+        Args:
+            model: For the length of its context; it may be empty.
+            tokenizer: Of the texts.
+        """
+        from w8a8.calibration.calibrate import Calibration
+
+        if self.calib is None:
+            return None
+        length = self.drawn["length"] or min(default_length(model), 512)
+        return Calibration.of(self.calib, tokenizer, **{**self.drawn, "length": length})
+
     def check_target(self, found: Iterable[Any]) -> None:
         """Raise `SchemeError` where the result is to be for vLLM and would be refused."""
         refused = [finding for finding in found if finding.refused]
@@ -69,28 +83,25 @@ class Job:
 def in_memory(job: Job) -> dict[str, Any]:
     """Load the model, quantise and save it."""
     from w8a8 import pipeline
-    from w8a8.calibration.calibrate import Calibration
     from w8a8.checkpoint.rehearsal import rehearse
     from w8a8.checkpoint.writer import check_target, save
 
     check_target(job.output, overwrite=job.force)
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     check_target(job.output, overwrite=job.force, source=opened.directory)
-    chosen = None if job.budget is None else _allocated(job, opened)
+    data = job.calibration(opened.model, opened.tokenizer)
+    chosen, smooth, treatment = None, None, job.treatment
+    if job.budget is not None:
+        smooth, chosen = _allocated(job, opened, data)
+        treatment = {**treatment, "smooth": "none"}  # it is done
     schemes = job.scheme if chosen is None else chosen.schemes
     foreseen = pipeline.foresee(opened.model, schemes, **job.selection)
     job.check_target(foreseen)
     rehearse(opened.model, job.scheme, job.output, opened.tokenizer)
-    data = None
-    if job.calib is not None:
-        length = job.drawn["length"] or min(default_length(opened.model), 512)
-        data = Calibration.of(job.calib, opened.tokenizer, **{**job.drawn, "length": length})
     with progress("quantising") as step:
-        result = pipeline.quantize(
-            opened.model, schemes, **job.selection, calibration=data, **job.treatment, progress=step
-        )
+        result = pipeline.quantize(opened.model, schemes, **job.selection, calibration=data, **treatment, progress=step)
     save(opened.model, job.output, opened.tokenizer, overwrite=job.force)
-    told = _told(job, result, foreseen, result.smooth, data)
+    told = _told(job, result, foreseen, smooth or result.smooth, data)
     if not job.quiet:
         if chosen is not None:
             print_line(str(chosen))
@@ -98,28 +109,37 @@ def in_memory(job: Job) -> dict[str, Any]:
     return told | {"budget": None if chosen is None else {**chosen.to_dict(), "record": chosen.record()}}
 
 
-def _allocated(job: Job, opened: Any) -> Any:
-    """A scheme for each layer."""
+def _allocated(job: Job, opened: Any, data: Any) -> tuple[Any, Any]:
+    """Smooth the model where that is asked for; what was done, and a scheme for each layer of what it then is."""
     from w8a8 import convert
     from w8a8.analysis import Budget, allocate
     from w8a8.cli.app import content_of
     from w8a8.evaluation import encode
+    from w8a8.pipeline import smooth_first
+    from w8a8.scheme import Scheme
 
     assert job.budget is not None, "asked for"
     wanted = Budget.of(job.budget["limit"])
     ids = encode(opened.tokenizer, content_of(job.budget["text"]))
     patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
+    choice = {"include": patterns, "exclude": job.selection["exclude"]}
+    options = [Scheme.of(option) for option in job.budget["options"]]
+    selection = convert.select(opened.model, **choice)
+    with progress("smoothing") as step:
+        smooth, _ = smooth_first(opened.model, selection, options[0], data, job.treatment["smooth"], step)
     with progress("measuring") as step:
-        return allocate(
+        allocation = allocate(
             opened.model,
             ids,
             wanted,
-            options=job.budget["options"],
-            include=patterns,
-            exclude=job.selection["exclude"],
+            options=options,
+            **choice,
             seed=job.budget["seed"],
+            calibration=data,
+            observer=job.treatment["observer"],
             progress=step,
         )
+    return smooth, allocation
 
 
 def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | None:
@@ -147,7 +167,6 @@ def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | No
 
 def by_blocks(job: Job) -> dict[str, Any]:
     """Quantise block by block with calibration data, from files to files."""
-    from w8a8.calibration.calibrate import Calibration
     from w8a8.checkpoint.files import resolve
     from w8a8.checkpoint.skeleton import empty_model
     from w8a8.pipeline import open_tokenizer
@@ -156,8 +175,7 @@ def by_blocks(job: Job) -> dict[str, Any]:
     found: list[Any] = []
     quiet_transformers()
     directory = resolve(job.model)
-    length = job.drawn["length"] or min(default_length(empty_model(directory, None)), 512)
-    data = Calibration.of(job.calib, open_tokenizer(directory), **{**job.drawn, "length": length})
+    data = job.calibration(empty_model(directory, None), open_tokenizer(directory))
     if job.treatment["smooth"] in (None, "auto") and not job.quiet:
         print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
     with progress("calibrating") as step:
@@ -179,6 +197,8 @@ def _streamed(job: Job, done: Any, found: list[Any], smooth: Any, data: Any) -> 
 
 
 def _told(job: Job, result: Any, found: Iterable[Any], smooth: Any, data: Any) -> dict[str, Any]:
+    from w8a8.scheme import Scheme
+
     if not job.quiet:
         show_coverage(result.coverage)
         for finding in found:
@@ -187,7 +207,7 @@ def _told(job: Job, result: Any, found: Iterable[Any], smooth: Any, data: Any) -
             print_line(f"{name} was tied to {other} and is now an int8 copy of its own.")
         if smooth is not None:
             print_line(str(smooth))
-        if data is not None and job.scheme.static:
+        if data is not None and any(Scheme.of(module.scheme).static for module in result.coverage.quantized):
             print_line(f"Activation scales by {job.treatment['observer']} on {data.description}.")
     return {
         "output": job.output,

@@ -55,10 +55,11 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], *, caption: 
         caption: What it holds; read aloud, and shown where `key` is None.
         key: An id; its headings are then buttons that sort, and numbers carry their full value.
     """
-    heads = []
+    heads, numeric = [], []
     for place, column in enumerate(columns):
         numbers = [row[place] for row in rows if row[place] is not None]
-        right = ' class="n"' if place and numbers and all(isinstance(v, int | float) for v in numbers) else ""
+        numeric.append(bool(place and numbers and all(isinstance(v, int | float) for v in numbers)))
+        right = ' class="n"' if numeric[-1] else ""
         about = f' title="{text(column.about)}"' if column.about else ""
         name = text(column.title)
         if key is not None:
@@ -66,7 +67,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], *, caption: 
         heads.append(f'<th scope="col"{right}{about}{_sort(key)}>{name}</th>')
     body = "".join(
         "<tr>"
-        + "".join(_cell(c, v, place == 0, key) for place, (c, v) in enumerate(zip(columns, row, strict=True)))
+        + "".join(_cell(c, v, n, i == 0, key) for i, (c, v, n) in enumerate(zip(columns, row, numeric, strict=True)))
         + "</tr>"
         for row in rows
     )
@@ -109,11 +110,11 @@ def _sort(key: str | None) -> str:
     return "" if key is None else ' aria-sort="none"'
 
 
-def _cell(column: Column, value: Any, heading: bool, key: str | None) -> str:
+def _cell(column: Column, value: Any, numeric: bool, heading: bool, key: str | None) -> str:
     number = isinstance(value, int | float)
     shown = ABSENT if value is None else text(column.shown(value))
     data = f' data-v="{value!r}"' if number and key is not None else ""
-    kind = ' class="n"' if number else ""
+    kind = ' class="n"' if number or numeric else ""
     if heading:
         shown = shown.replace(".", ".<wbr>")  # a module's name breaks at its dots
     return f'<th scope="row">{shown}</th>' if heading else f"<td{kind}{data}>{shown}</td>"

@@ -204,11 +204,16 @@ class Budget:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What would help a layer, and the measured fall of the model's KL, or None; negative: it would harm."""
+    """What would help a layer.
+
+    gain_kl_nats: The measured fall of the model's KL, or None; negative: it would harm.
+    note: How it was done, or why it cannot be.
+    """
 
     layer: str
     remedy: str
     gain_kl_nats: float | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -224,11 +229,15 @@ class Reproduce:
 
 @dataclass(frozen=True)
 class Records:
-    """Everything a page can show.  Only the headline must be there."""
+    """Everything a page can show.  Only the headline must be there.
+
+    measured_on: A sentence on the model and the data that layers, channels, histograms and remedies were measured on.
+    """
 
     headline: Headline
     schema: int = SCHEMA
     coverage: Covered | None = None
+    measured_on: str | None = None
     layers: list[Layer] = field(default_factory=list)
     rankings: Rankings | None = None
     channels: list[Channels] = field(default_factory=list)

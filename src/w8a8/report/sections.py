@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from w8a8.report import plots, png
 from w8a8.report.markup import ABSENT, Column, drawing, figure, folded, interval, table, text
-from w8a8.report.records import Channels, Headline, Histogram, Interval, Layer, Records
+from w8a8.report.records import Channels, Headline, Histogram, Interval, Layer, Records, Remedy
 
 _WORST = 10  # layers that are named as the worst
 _LEVELS = 255  # of a heat map's colours
@@ -81,11 +81,10 @@ def _split(
 
 
 def _worst(records: Records) -> str:
-    """By each ranking, or by output SQNR where there is none, with the remedies beside them."""
-    helped: dict[str, list[str]] = {}
+    """By each ranking, or by output SQNR where there is none, with the best remedy beside each, and all below."""
+    helped: dict[str, list[Remedy]] = {}
     for r in records.remedies:
-        gain = "gain not measured" if r.gain_kl_nats is None else f"KL falls by {r.gain_kl_nats:.3g} nats"
-        helped.setdefault(r.layer, []).append(f"{r.remedy}: {gain}")
+        helped.setdefault(r.layer, []).append(r)
     if records.rankings is not None:
         ranks = {
             "rank, quantised alone": records.rankings.kl_alone,
@@ -107,7 +106,7 @@ def _worst(records: Records) -> str:
             name,
             *(place.get(name) for place in places),
             *_measures(by_name.get(name)),
-            "; ".join(helped.get(name, [])) or None,
+            _best(helped.get(name, [])),
         ]
         for name in names
     ]
@@ -117,9 +116,33 @@ def _worst(records: Records) -> str:
         Column("output SQNR, dB", _fixed(1)),
         Column("KL alone, nats", _scientific),
         Column("KL spared, nats", _scientific),
-        Column("remedy and its measured gain"),
+        Column("best remedy, and its measured gain"),
     ]
-    return f"<p>{text(note)}</p>{_disagreement(records)}" + table(columns, rows, caption="The worst layers")
+    if records.measured_on is not None:
+        note = f"{note} {records.measured_on}"
+    return f"<p>{text(note)}</p>{_disagreement(records)}" + (
+        table(columns, rows, caption="The worst layers") + _remedies(records)
+    )
+
+
+def _best(tried: Sequence[Remedy]) -> str | None:
+    """The remedy of the largest gain."""
+    measured = [r for r in tried if r.gain_kl_nats is not None]
+    if not measured:
+        return f"{tried[0].remedy}: gain not measured" if tried else None
+    best = max(measured, key=lambda r: r.gain_kl_nats or 0.0)
+    gain = best.gain_kl_nats or 0.0
+    return f"{best.remedy}: KL falls by {gain:.2e} nats" if gain > 0 else "nothing that was tried"
+
+
+def _remedies(records: Records) -> str:
+    """All that was tried, behind a line that opens it."""
+    if not records.remedies:
+        return ""
+    title = "Every remedy that was tried"
+    columns = [Column("layer"), Column("remedy"), Column("KL falls by, nats", _scientific), Column("how, or why not")]
+    rows = [[r.layer, r.remedy, r.gain_kl_nats, r.note] for r in records.remedies]
+    return folded(title, table(columns, rows, caption=title))
 
 
 def _first(ranks: dict[str, list[str]]) -> list[list[str]]:

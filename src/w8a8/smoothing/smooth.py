@@ -20,7 +20,8 @@ size of the linear layers.  Samples are bounded: `rows` tokens for each group.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -41,7 +42,7 @@ from w8a8.smoothing.fold import Undo, fold_, touched
 from w8a8.smoothing.gate import Gate
 from w8a8.smoothing.report import GroupReport, SmoothReport
 
-__all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
+__all__ = ["GroupReport", "SmoothReport", "Smoother", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
 
 _Reporter: TypeAlias = "Callable[[Choice | None, float | None, str | None], GroupReport]"
 
@@ -114,24 +115,16 @@ def smooth_undoable(
     """`smooth_`, and what takes it back: for a caller that has more to do, and may fail."""
     if alpha not in ("auto", "searched"):
         check_alpha(alpha)
-    chosen = frozenset(selection.chosen)
-    inputs = calibration.first(model)
-    check_inputs(model, inputs)
-    flow = observe(model, _as_mapping(model, inputs))
-    work = [_Work(model, group, chosen, scheme) for group in flow.groups]
-    wanted = {name for w in work for name in w.sampled}
-    samplers = {name: Sampler(rows, seed=seed) for name in sorted(wanted)}
-    collect(model, calibration, samplers, progress=progress)
-    samples = {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
-    del samplers
-    run = _Run(model, work, samples, Gate(model, flow.groups, _cut(inputs)), progress)
+    schemes = dict.fromkeys(selection.chosen, scheme)
+    smoother = Smoother(model, calibration, schemes, rows=rows, seed=seed, progress=progress)
+    gate = smoother.gate
     scores: dict[str, Score] = {}
     try:
         if alpha == "auto":
-            scores = _best(run, Contest(model, calibration, scheme, selection))
+            scores = _best(smoother, Contest(model, calibration, scheme, selection))
         else:
-            run.smooth(alpha)
-        change, bound = run.gate.whole_change(), run.gate.whole_bound()
+            smoother.smooth(alpha)
+        change, bound = gate.whole_change(), gate.whole_bound()
         if change > bound:
             raise ModelError(
                 f"smoothing changed the float output of {type(model).__name__} by {change:.2e} (relative norm on the "
@@ -139,44 +132,84 @@ def smooth_undoable(
                 "as they were: use smooth='none', or a model in float32"
             )
     except BaseException:
-        run.undo()
+        smoother.undo()
         raise
-    refused = tuple(_refused(refusal) for refusal in flow.refused)
+    refused = tuple(_refused(refusal) for refusal in smoother.flow.refused)
     report = SmoothReport(
-        scheme.name, alpha, calibration.description, tuple(run.reports), refused, change, bound, scores
+        scheme.name, alpha, calibration.description, tuple(smoother.reports), refused, change, bound, scores
     )
-    return report, run.as_undo()
+    return report, smoother.as_undo()
 
 
-class _Run:
-    """All the groups of a model, smoothed in one way and then perhaps in another."""
+class Smoother:
+    """The groups of a model and what they read of the calibration, to smooth them in one way and then in another.
+
+    Args:
+        model: Float.  Observed and run; changed by `smooth` alone.
+        calibration: As for `smooth_`.
+        schemes: Of each layer that will be quantised.  A group is smoothed for the scheme that most of its readers
+            have.
+        readers: Modules; only the groups that one of them reads are sampled and smoothed.  All of them by default.
+        rows, seed, progress: As for `smooth_`.
+
+    Attributes:
+        flow: Every group of the model, and what cannot be folded.
+        groups: Those that are smoothed.
+        reports: What became of each in the last `smooth`.
+        gate: Holds the outputs that blocks had at first.
+
+    Raises:
+        CalibrationError, NonFiniteError, ModelError: as `smooth_`.
+    """
 
     def __init__(
         self,
         model: nn.Module,
-        work: Sequence["_Work"],
-        samples: dict[str, Sample],
-        gate: Gate,
-        progress: Progress | None,
+        calibration: Calibration,
+        schemes: Mapping[str, Scheme],
+        *,
+        readers: Collection[str] | None = None,
+        rows: int = ROWS,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
-        self.work = work
-        self.samples = samples
-        self.gate = gate
-        self.progress = progress
+        inputs = calibration.first(model)
+        check_inputs(model, inputs)
+        self.flow = observe(model, _as_mapping(model, inputs))
+        self.groups = [
+            group
+            for group in self.flow.groups
+            if readers is None or any(reader.module in readers for reader in group.readers)
+        ]
+        self._work = [_Work(model, group, schemes) for group in self.groups]
+        wanted = {name for work in self._work for name in work.sampled}
+        samplers = {name: Sampler(rows, seed=seed) for name in sorted(wanted)}
+        collect(model, calibration, samplers, progress=progress)
+        self._samples = {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
+        self.gate = Gate(model, self.groups, _cut(inputs))
+        self._progress = progress
         self.reports: list[GroupReport] = []
         self._originals: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
-    def smooth(self, alpha: "Alpha | None") -> None:
-        """Smooth every group with one alpha, the best of its own ("searched"), or not (None)."""
+    def smooth(self, alpha: "Alpha | None", groups: Sequence[Group] | None = None) -> None:
+        """Undo what was smoothed, then smooth every group with one alpha, the best of its own ("searched"), or none.
+
+        Args:
+            alpha: None smooths nothing, and measures the error.
+            groups: Some of `groups`; all of them by default.
+
+        What stops it, an interrupt too, leaves some groups folded: call `undo` then.
+        """
         self.undo()
-        for done, work in enumerate(self.work, start=1):
-            self.reports.append(_smooth_group(work, self.samples, self.gate, alpha, self._originals))
-            if self.progress is not None:
-                self.progress(done, len(self.work), work.group.source.module)
+        work = [each for each in self._work if groups is None or any(each.group is group for group in groups)]
+        for done, each in enumerate(work, start=1):
+            self.reports.append(_smooth_group(each, self._samples, self.gate, alpha, self._originals))
+            if self._progress is not None:
+                self._progress(done, len(work), each.group.source.module)
 
     def undo(self) -> None:
-        """All weights as they were, to the bit."""
+        """Put all weights back as they were, to the bit."""
         self.as_undo()()
         self.reports = []
 
@@ -185,28 +218,29 @@ class _Run:
         return Undo(tuple(self._originals.values()))
 
 
-def _best(run: _Run, contest: Contest) -> dict[str, Score]:
+def _best(smoother: Smoother, contest: Contest) -> dict[str, Score]:
     """Smooth in the way that wins, and tell all scores."""
     ways: dict[str, Alpha | None] = {"none": None, **{str(a): a for a in CANDIDATES}, "searched": "searched"}
     scores = {}
     for name, alpha in ways.items():
-        run.smooth(alpha)
+        smoother.smooth(alpha)
         scores[name] = contest.score()
     best = winner(scores)
     if best != name:
-        run.smooth(ways[best])
+        smoother.smooth(ways[best])
     return scores
 
 
 class _Work:
-    """A group, and which of its linears count."""
+    """A group, which of its linears count, and the scheme that most of them have; None where none counts."""
 
-    def __init__(self, model: nn.Module, group: Group, chosen: frozenset[str], scheme: Scheme) -> None:
+    def __init__(self, model: nn.Module, group: Group, schemes: Mapping[str, Scheme]) -> None:
         self.model = model
         self.group = group
-        self.scheme = scheme
-        self.readers = [r for r in group.readers if r.module in chosen and r.parameter == f"{r.module}.weight"]
-        self.source_counts = _source_counts(model, group, chosen, scheme)
+        self.readers = [r for r in group.readers if r.module in schemes and r.parameter == f"{r.module}.weight"]
+        counted = Counter(schemes[reader.module] for reader in self.readers).most_common(1)
+        self.scheme = counted[0][0] if counted else None
+        self.source_counts = _source_counts(model, group, schemes)
         self._of: dict[str, str] = {}  # readers of one channel map read one tensor: the first is asked for it
         for reader in self.readers:
             alike = (r for r in self.readers if torch.equal(r.channels, reader.channels))
@@ -230,11 +264,12 @@ class _Work:
         return found
 
 
-def _source_counts(model: nn.Module, group: Group, chosen: frozenset[str], scheme: Scheme) -> bool:
+def _source_counts(model: nn.Module, group: Group, schemes: Mapping[str, Scheme]) -> bool:
     """Whether the source's own quantisation is changed by a fold: its rows share scales."""
     source = group.source
-    shared = isinstance(scheme.weights.granularity, PerTensor | PerColumn)
-    if source.kind != "linear" or source.module not in chosen or not shared:
+    if source.kind != "linear" or source.module not in schemes:
+        return False
+    if not isinstance(schemes[source.module].weights.granularity, PerTensor | PerColumn):
         return False
     weight, _ = float_operands(model.get_submodule(source.module))
     return weight.shape[0] == source.channels
@@ -257,7 +292,7 @@ def _smooth_group(
         readers = tuple(dict.fromkeys(reader.module for reader in group.readers))
         return GroupReport(group.source.module, readers, kept, before, after, change, reason)
 
-    if not work.readers:
+    if work.scheme is None:
         return report(None, None, "nothing that reads it will be quantised")
     unseen = sorted(work.sampled - set(samples))
     if unseen:
