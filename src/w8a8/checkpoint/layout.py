@@ -14,11 +14,11 @@ a test compares.
 Parsing is strict: a field that would change the numbers and is not understood is an error that names it.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from w8a8.checkpoint.expressions import check_length, matching
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.scheme import (
     MAX_CODE_BITS,
@@ -35,6 +35,7 @@ from w8a8.scheme import (
 FORMAT = "int-quantized"
 PACKED = "pack-quantized"
 _PACKED_BITS = (8, 4, 2)  # those that fill words: the order of others differs between versions of compressed-tensors
+_RE = "re:"
 _NAIVE = "naive-quantized"  # the same tensors under an older name
 
 
@@ -54,19 +55,32 @@ class QuantizationConfig:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
 
-    def group_for(self, name: str, classes: Collection[str]) -> Group | None:
-        """The group of a layer, or None: it is float.
+    def groups_for(self, layers: Mapping[str, Collection[str]], where: str) -> dict[str, Group]:
+        """The group of each layer that is quantised.
 
         Args:
-            name: The module's dotted name.
-            classes: The names of its class and of that one's parents, as far as they are modules.
+            layers: By dotted name, the names of the layer's class and of that one's parents, as far as they are
+                modules.
+            where: The file, for messages.
+
+        Raises:
+            CheckpointError: a regular expression is none, or takes too long.
         """
-        if any(_names(target, name) or target in classes for target in self.ignore):
-            return None
         groups = {target: group for group in self.groups for target in group.targets}
-        order = sorted(groups, key=lambda target: ("re:" in target, target))
-        found = [*(t for t in order if _names(t, name)), *(t for t in order if t in classes)]
-        return groups[found[0]] if found else None
+        expressions = {target: target[len(_RE) :] for target in (*groups, *self.ignore) if target.startswith(_RE)}
+        found = matching(list(dict.fromkeys(expressions.values())), list(layers), where)
+        matched = {target: found[expression] for target, expression in expressions.items()}
+        ignored, order = frozenset(self.ignore), sorted(t for t in groups if t in matched)
+        chosen = {}
+        for name, classes in layers.items():
+            known = {name, *classes}
+            if known & ignored or any(name in matched[t] for t in self.ignore if t in matched):
+                continue
+            first = [name] if name in groups else []
+            fits = [*first, *(t for t in order if name in matched[t]), *sorted(c for c in classes if c in groups)]
+            if fits:
+                chosen[name] = groups[fits[0]]
+        return chosen
 
 
 def to_json(config: QuantizationConfig) -> dict[str, Any]:
@@ -270,16 +284,6 @@ def _strings(value: Any, path: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
         raise CheckpointError(f"{path} is {value!r}, expected a list of strings")
     for target in value:
-        if target.startswith("re:"):
-            try:
-                re.compile(target[3:])
-            except re.error as error:
-                raise CheckpointError(f"{path}: {target!r} is not a regular expression: {error}") from error
+        if target.startswith(_RE):
+            check_length(target[len(_RE) :], path)
     return tuple(value)
-
-
-def _names(target: str, name: str) -> bool:
-    """Whether a target is a module's name or an expression that matches it."""
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target == name
