@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w8a8.checkpoint.expressions import check_length, matching
-from w8a8.errors import CheckpointError, SchemeError
+from w8a8.errors import CheckpointError, FormatError, SchemeError
 from w8a8.scheme import (
     MAX_CODE_BITS,
     Granularity,
@@ -121,26 +121,26 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
         where: The file, for messages.
 
     Raises:
-        CheckpointError: another method or format, or a scheme that is unknown here; the path in the JSON
-            is named.
+        FormatError: another method or format, or a scheme that is unknown here; the path in the JSON is named.
+        CheckpointError: it makes no sense; likewise.
     """
     method = data.get("quant_method", "compressed-tensors" if "config_groups" in data else None)
     if method != "compressed-tensors":
-        raise CheckpointError(
+        raise FormatError(
             f"{where}: quant_method is {method!r}, this version reads 'compressed-tensors'; "
             "load the directory with transformers"
         )
     groups = data.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise CheckpointError(f"{where}: quantization_config.config_groups is {groups!r}, expected at least one group")
+    if not isinstance(groups, Mapping) or not groups:  # a quantised cache alone has none
+        raise FormatError(f"{where}: quantization_config.config_groups is {groups!r}, expected at least one group")
     if data.get("kv_cache_scheme") is not None:
-        raise CheckpointError(f"{where}: quantization_config.kv_cache_scheme: a quantised cache is unknown here")
+        raise FormatError(f"{where}: quantization_config.kv_cache_scheme: a quantised cache is unknown here")
     for key, what in (("sparsity_config", "sparse weights are"), ("transform_config", "rotations at run time are")):
         if data.get(key) and data[key] != {"format": "dense"}:
-            raise CheckpointError(f"{where}: quantization_config.{key} is {str(data[key])[:80]}: {what} unknown here")
+            raise FormatError(f"{where}: quantization_config.{key} is {str(data[key])[:80]}: {what} unknown here")
     known = (FORMAT, _NAIVE, PACKED, "mixed-precision")
     if data.get("format") not in (*known, "dense", None):
-        raise CheckpointError(
+        raise FormatError(
             f"{where}: quantization_config.format is {data['format']!r}, this version reads {FORMAT!r} and {PACKED!r}"
         )
     parsed = []
@@ -149,16 +149,16 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
         if not isinstance(group, Mapping):
             raise CheckpointError(f"{path} is {group!r}, expected an object")
         if group.get("format") not in (*known, None):
-            raise CheckpointError(f"{path}.format is {group['format']!r}, this version reads {FORMAT!r} and {PACKED!r}")
+            raise FormatError(f"{path}.format is {group['format']!r}, this version reads {FORMAT!r} and {PACKED!r}")
         if group.get("output_activations") is not None:
-            raise CheckpointError(f"{path}.output_activations: quantised outputs are unknown here")
+            raise FormatError(f"{path}.output_activations: quantised outputs are unknown here")
         weights = _spec(group.get("weights"), f"{path}.weights", weight=True)
         if weights is None:
-            raise CheckpointError(f"{path}.weights is null: a group without quantised weights is unknown here")
+            raise FormatError(f"{path}.weights is null: a group without quantised weights is unknown here")
         activations = _spec(group.get("input_activations"), f"{path}.input_activations", weight=False)
         packed = (group.get("format") or data.get("format")) == PACKED
         if packed and weights.bits not in _PACKED_BITS:
-            raise CheckpointError(
+            raise FormatError(
                 f"{path}.weights.num_bits is {weights.bits}, which writers of {PACKED!r} have packed in two ways; "
                 f"this version reads {', '.join(map(str, _PACKED_BITS))}"
             )
@@ -168,25 +168,14 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
 
 
 def runs_here(data: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` describes 8-bit integer layers that this package runs, however well it does so.
+    """Whether a `quantization_config` describes what `load` runs, in integers or weight-only.
 
-    A malformed description of such layers is still one: `from_json` then says what is wrong with it.
+    A description that is wrong in itself is not left to others: `from_json` then says what is wrong with it.
     """
-    groups = data.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or data.get("kv_cache_scheme") is not None:
-        return False
-    if data.get("format") not in (FORMAT, _NAIVE, "mixed-precision", None):
-        return False
-    for group in groups.values():
-        weights, inputs = (
-            (group.get("weights"), group.get("input_activations")) if isinstance(group, Mapping) else (None, None)
-        )
-        for operand in (weights, inputs):
-            known = (
-                isinstance(operand, Mapping) and operand.get("type", "int") == "int" and operand.get("num_bits") == 8
-            )
-            if not known:
-                return False
+    try:
+        from_json(data, "quantization_config")
+    except CheckpointError as error:
+        return not isinstance(error, FormatError)
     return True
 
 
@@ -237,19 +226,19 @@ def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
     if not isinstance(args, Mapping):
         raise CheckpointError(f"{path} is {args!r}, expected an object")
     if args.get("type", "int") != "int":
-        raise CheckpointError(f"{path}.type is {args['type']!r}, this version runs 'int'")
+        raise FormatError(f"{path}.type is {args['type']!r}, this version runs 'int'")
     bits = args.get("num_bits", 8)
     if not isinstance(bits, int) or not 2 <= bits <= MAX_CODE_BITS:
-        raise CheckpointError(f"{path}.num_bits is {bits!r}, this version runs 2..{MAX_CODE_BITS}")
+        raise FormatError(f"{path}.num_bits is {bits!r}, this version runs 2..{MAX_CODE_BITS}")
     if args.get("actorder") not in (None, "weight", "static"):  # those two leave the groups in place
-        raise CheckpointError(f"{path}.actorder is {args['actorder']!r}: reordered groups are unknown here")
+        raise FormatError(f"{path}.actorder is {args['actorder']!r}: reordered groups are unknown here")
     if args.get("block_structure") is not None:
-        raise CheckpointError(f"{path}.block_structure is {args['block_structure']!r}: blocks are unknown here")
+        raise FormatError(f"{path}.block_structure is {args['block_structure']!r}: blocks are unknown here")
     dynamic = args.get("dynamic", False)
     if not isinstance(dynamic, bool):
-        raise CheckpointError(f"{path}.dynamic is {dynamic!r}, this version runs true and false")
+        raise FormatError(f"{path}.dynamic is {dynamic!r}, this version runs true and false")
     if weight and dynamic:
-        raise CheckpointError(f"{path}.dynamic is true: weights without stored scales are unknown here")
+        raise FormatError(f"{path}.dynamic is true: weights without stored scales are unknown here")
     symmetric = args.get("symmetric", True)
     if not isinstance(symmetric, bool):
         raise CheckpointError(f"{path}.symmetric is {symmetric!r}, expected true or false")
@@ -267,7 +256,7 @@ def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
         granularity = PerGroup(size)
     else:
         allowed = "'tensor', 'channel' and 'group' with a group_size" if weight else "'tensor' and 'token'"
-        raise CheckpointError(
+        raise FormatError(
             f"{path}: strategy {strategy!r} with group_size {size!r} is unknown, this version runs {allowed}"
         )
     return QuantSpec(bits, granularity, symmetric, dynamic=weight or dynamic)
