@@ -63,19 +63,13 @@ def test_the_time_is_that_of_all_names_and_expressions(monkeypatch):
 
 
 def test_the_program_ends_by_itself_where_nobody_waits(monkeypatch):
-    monkeypatch.setattr(expressions.subprocess, "run", lambda *args, timeout, **options: _unattended(*args, **options))
+    run = expressions.subprocess.run
+    monkeypatch.setattr(expressions.subprocess, "run", lambda *args, timeout, **options: run(*args, **options))
     monkeypatch.setattr(expressions, "LIMIT_S", 0)  # the program's own limit is a second more
-    with pytest.raises(CheckpointError, match="took more than 0 s"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be matched: the process was ended by signal \d+; name the layers"
+    ):
         matching([EXPONENTIAL], [LONG], "config.json")
-
-
-_run = expressions.subprocess.run
-
-
-def _unattended(*args, **options):
-    done = _run(*args, **options)
-    assert done.returncode < 0, "ended by its alarm"
-    return done
 
 
 @pytest.mark.parametrize("bad", ["(", "[", "a{2,1}", "(" * 498 + ")" * 498, "(?P<a>", "\\g"])

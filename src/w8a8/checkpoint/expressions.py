@@ -48,19 +48,21 @@ def matching(expressions: Sequence[str], names: Sequence[str], where: str) -> di
     for expression in expressions:
         check_length(expression, where)
     question = json.dumps({"expressions": list(expressions), "names": list(names)}).encode()
-    command = [sys.executable, "-I", "-S", "-W", "ignore", str(_PROGRAM), str(LIMIT_S + 1)]
+    python = sys.executable or "python3"  # a program that embeds Python may have none
+    command = [python, "-I", "-S", "-W", "ignore", str(_PROGRAM), str(LIMIT_S + 1)]
     why = f"took more than {LIMIT_S} s with {len(names)} module names"
     try:
         run = subprocess.run(command, input=question, capture_output=True, timeout=LIMIT_S)
         lines = run.stdout.split(b"\n")[:-1]
-        if run.returncode > 0:
-            why = f"cannot be matched: {run.stderr.decode(errors='replace').strip().rpartition(chr(10))[2]}"
+        last = run.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        if run.returncode:
+            why = f"cannot be matched: {last or f'the process was ended by signal {-run.returncode}'}"
     except subprocess.TimeoutExpired as error:
         lines = (error.stdout or b"").split(b"\n")[:-1]  # the last one may be torn
     except OSError as error:
         raise CheckpointError(
-            f"{where}: its regular expressions are matched by a process of its own, and {sys.executable!r} cannot be "
-            f"started: {error.strerror}"
+            f"{where}: its regular expressions are matched by a process of its own, and {python!r} cannot be "
+            f"started: {error.strerror}; run it under a Python interpreter, or name the layers themselves"
         ) from error
     found = {}
     for expression, line in zip(expressions, lines, strict=False):
