@@ -6,7 +6,7 @@
 Both are a quantizer that transformers calls while it loads.  In the first the weights are quantised one by one as they
 come from the files, each to what `w8a8.quantize` would make of it.  In the
 second the configuration class that transformers has for compressed-tensors is replaced by one that looks first: what
-this package runs in integers becomes ours, everything else stays theirs.  `disable` puts theirs back.
+`w8a8.load` runs becomes ours, everything else stays theirs.  `disable` puts theirs back.
 
 The model's `save_pretrained` then writes the directory that `w8a8.save` writes.
 """
@@ -159,6 +159,7 @@ class W8A8Quantizer(HfQuantizer):
         """Check what came, pack it for the kernel, and have the configuration say what the layers are."""
         for arriving in self._arriving:
             arriving.take()
+        self._arriving.clear()
         if not self.pre_quantized:
             for _, layer in quant_linears(model):
                 layer.set_codes(layer.weight)
