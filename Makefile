@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all check docs-check bench bench-smoothing-peer package clean
+.PHONY: demo test test-all fuzz check docs-check bench bench-smoothing-peer package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
@@ -21,11 +21,20 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
 
-# the tests; the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu; and 10,000 damaged
-# directories, each an error of ours or the model that was saved
+# the tests; the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu; and damaged
+# directories, each an error of ours or the model that was saved: 10,000 from a seed, 10,000 guided by coverage
 test-all: test
 	$(MAKE) -C tests/native check sanitize arm
 	$(BIN)/python -m tests.checkpoint.fuzz --cases 10000
+	$(MAKE) fuzz
+
+# 10,000 more, guided by coverage.  atheris is no requirement, as it has wheels for some Pythons and systems only; where
+# pip has none its reason stands here, and the seeded loop has to do
+fuzz: $(VENV)/.installed
+	@$(BIN)/python -c 'import atheris' 2>/dev/null \
+	  || $(BIN)/pip install --disable-pip-version-check --only-binary :all: -c constraints.txt atheris || true
+	@if $(BIN)/python -c 'import atheris'; then $(BIN)/python -m tests.checkpoint.fuzz_atheris -runs=10000 -seed=1; \
+	  else echo '*** SKIPPED: the fuzz test guided by coverage was not run: atheris cannot be had here, see above ***'; fi
 
 # what needs no running model: format, lint, types, and that imports point down
 check: $(VENV)/.installed

@@ -160,7 +160,7 @@ def _evaluation(result: dict[str, Any]) -> str:
 
 
 def _loading(result: dict[str, Any]) -> str:
-    return (
+    text = (
         "## Opening a W8A8 directory\n\n"
         + _where(result)
         + f"TinyLlama's shape, {result['bytes'] / 1e9:.2f} GB in int8 with float embeddings, in the page cache; a "
@@ -168,6 +168,15 @@ def _loading(result: dict[str, Any]) -> str:
         "the imports; pages of mapped files are in it, which processes share. transformers decompresses at the first "
         "forward, of one token, which is in its time. New memory has to be cleared, here behind a hypervisor: whatever "
         "makes a copy pays for that.\n\n" + loading.table(result) + "\n"
+    )
+    if "float_ways" not in result:  # measured before they were
+        return text
+    return (
+        text + f"\nThe same model in bfloat16, {result['float_bytes'] / 1e9:.2f} GB, opened and run on one token. The "
+        "float pages that were read stay mapped and are in these figures, though the system may take them back at any "
+        "time; what is allocated is the int8 weights and room for one float weight.\n\n"
+        + loading.quantising_table(result)
+        + "\n"
     )
 
 

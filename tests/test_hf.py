@@ -12,10 +12,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
+from tests.test_packed import SCHEMES as PACKABLE
+from tests.test_packed import packed_directory
 from w8a8 import QuantLinear, W8A8Config, hf
+from w8a8.checkpoint.describe import describe
+from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.demo import demo_directory
-from w8a8.errors import CheckpointError, ModelError, PatternError, SchemeError
+from w8a8.errors import CheckpointError, FormatError, ModelError, PatternError, SchemeError
 from w8a8.linear import quant_linears
+from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 FIXTURES = Path(__file__).parent / "data" / "llmcompressor"
 IDS = torch.arange(3, 20)[None]
@@ -128,15 +133,108 @@ class TestEnable:
             assert list(quant_linears(opened(tmp_path / "saved")))
         assert not list(quant_linears(opened(tmp_path / "saved")))
 
-    @pytest.mark.parametrize("change", [{"num_bits": 4}, {"type": "float"}, {"kv": 8}, {"format": "float-quantized"}])
-    def test_what_is_not_ours_goes_to_transformers_quantizer(self, tmp_path, change):
-        w8a8.save(quantized(demo_directory()), tmp_path / "saved")
-        config = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-        group = config["config_groups"]["group_0"]
-        group["weights"] |= {key: value for key, value in change.items() if key in ("num_bits", "type")}
-        config["kv_cache_scheme"] = {"num_bits": 8, "type": "int"} if "kv" in change else None
-        config["format"] = change.get("format", "int-quantized")
-        asked = []
+    @pytest.mark.parametrize("scheme", [s for s in PACKABLE if s.weight_only or s.weights.bits == 8], ids=str)
+    def test_packed_directories_run_as_load_runs_them(self, tmp_path, scheme):
+        packed_directory(tmp_path / "d", scheme)
+        wanted = w8a8.load(tmp_path / "d")
+        w8a8.enable()
+        found = opened(tmp_path / "d")
+        assert {layer.mode for _, layer in quant_linears(found)} == {layer.mode for _, layer in quant_linears(wanted)}
+        assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        assert torch.equal(found.generate(IDS, **options), wanted.generate(IDS, **options))
+
+    @pytest.mark.parametrize(
+        "scheme",
+        [
+            "w8a16",
+            Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken())),
+            Scheme(QuantSpec(4, PerGroup(4)), QuantSpec(8, PerToken(), symmetric=False)),
+            Scheme(QuantSpec(6, PerTensor())),
+        ],
+        ids=str,
+    )
+    def test_whatever_load_runs_is_run_and_saved_again(self, tmp_path, scheme):
+        w8a8.save(w8a8.quantize(llama(), scheme).model, tmp_path / "d")
+        w8a8.enable()
+        found = opened(tmp_path / "d")
+        assert torch.equal(found(IDS).logits, w8a8.load(tmp_path / "d")(IDS).logits)
+        found.save_pretrained(tmp_path / "again", save_original_format=False)
+        assert contents(tmp_path / "again") == contents(tmp_path / "d")
+
+    def test_scales_in_the_shapes_and_dtypes_of_others_are_taken_as_load_takes_them(self, tmp_path):
+        w8a8.save(w8a8.quantize(llama()).model, tmp_path / "d")
+        path = tmp_path / "d" / "model.safetensors"
+        tensors = load_file(path)
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[f"{name}_scale"] = tensors[f"{name}_scale"].flatten().to(torch.bfloat16)
+        tensors[f"{name}_zero_point"] = torch.zeros(100, 1, dtype=torch.int8)  # as older files have it
+        save_file(tensors, path, metadata={"format": "pt"})
+        w8a8.enable()
+        assert torch.equal(opened(tmp_path / "d")(IDS).logits, w8a8.load(tmp_path / "d")(IDS).logits)
+        tensors[f"{name}_zero_point"][3] = 1
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: .*up_proj\.weight_zero_point is not zero"):
+            opened(tmp_path / "d")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("weight", torch.zeros(100, 64, dtype=torch.float16), r"float16 of shape \(100, 64\), expected int8"),
+            (
+                "weight",
+                torch.zeros(100, 63, dtype=torch.int8),
+                r"int8 of shape \(100, 63\), expected .*shape \(100, 64\)",
+            ),
+            ("weight_scale", torch.full((100, 1), torch.nan), "a scale that is not positive and finite"),
+            ("weight_scale", torch.ones(100, 1, dtype=torch.int32), "expected a float scale"),
+        ],
+    )
+    def test_what_load_refuses_is_refused(self, tmp_path, key, value, message):
+        w8a8.save(w8a8.quantize(llama()).model, tmp_path / "d")
+        path = tmp_path / "d" / "model.safetensors"
+        save_file(load_file(path) | {f"model.layers.0.mlp.up_proj.{key}": value}, path, metadata={"format": "pt"})
+        for opens in (w8a8.load, opened):
+            w8a8.enable()
+            with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*up_proj\.{key} .*{message}"):
+                opens(tmp_path / "d")
+
+    def test_values_without_files_are_refused(self, tmp_path):
+        model = w8a8.quantize(llama()).model
+        w8a8.enable()
+        with pytest.raises(
+            CheckpointError, match="filled from safetensors files, and none are given: load a directory"
+        ):
+            type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict())
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"weights": {"num_bits": 16}},
+            {"weights": {"type": "float"}},
+            {"weights": {"strategy": "block", "block_structure": [128, 128]}},
+            {"weights": {"actorder": "group"}},
+            {"weights": {"num_bits": 3}, "format": "pack-quantized"},
+            {"weights": None},
+            {"input_activations": {"dynamic": "local"}},
+            {"output_activations": {"num_bits": 8}},
+            {"kv_cache_scheme": {"num_bits": 8, "type": "int"}},
+            {"kv_cache_scheme": {"num_bits": 8, "type": "float"}, "config_groups": {}},
+            {"format": "float-quantized"},
+            {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        ],
+        ids=str,
+    )
+    def test_what_is_not_ours_goes_to_transformers_quantizer(self, change):
+        theirs, asked = to_json(describe(w8a8.quantize(llama()).model)), []
+        group = theirs["config_groups"]["group_0"]
+        for key, value in change.items():
+            if key in group and key != "format":
+                group[key] = {**group[key], **value} if group[key] and value else value
+            else:
+                theirs[key] = group["format"] = value
+        if "kv_cache_scheme" in change or "sparsity_config" in change:
+            group["format"] = None
 
         class Theirs:
             @classmethod
@@ -144,21 +242,19 @@ class TestEnable:
                 asked.append(config)
                 return "theirs"
 
-        ours = hf._Ours(Theirs)
-        assert ours.from_dict(config) == "theirs"
-        assert asked == [config]
-        group["weights"] |= {"num_bits": 8, "type": "int"}
-        config |= {"kv_cache_scheme": None, "format": "int-quantized"}
-        assert isinstance(ours.from_dict(config), W8A8Config)
+        assert hf._Ours(Theirs).from_dict(theirs) == "theirs"
+        assert asked == [theirs]
+        with pytest.raises(FormatError):  # `load` does not run it either
+            from_json(theirs, "config.json")
 
     def test_a_malformed_description_of_our_layers_is_an_error(self, tmp_path):
         w8a8.save(quantized(demo_directory()), tmp_path / "saved")
         path = tmp_path / "saved" / "config.json"
         config = json.loads(path.read_text())
-        config["quantization_config"]["config_groups"]["group_0"]["weights"]["strategy"] = "diagonal"
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = "no"
         path.write_text(json.dumps(config))
         w8a8.enable()
-        with pytest.raises(CheckpointError, match=r"group_0\.weights: strategy 'diagonal'"):
+        with pytest.raises(CheckpointError, match=r"group_0\.weights\.symmetric is 'no'"):
             opened(tmp_path / "saved")
 
     def test_a_missing_scale_is_not_made_up(self, tmp_path):

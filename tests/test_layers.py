@@ -30,6 +30,8 @@ INSIDE = {
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
     "checkpoint": [
         "headers",
+        "matcher",
+        "expressions",
         "layout",
         "describe",
         "files",

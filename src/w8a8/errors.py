@@ -54,6 +54,10 @@ class CheckpointError(W8A8Error, OSError):
     __str__ = Exception.__str__
 
 
+class FormatError(CheckpointError):
+    """A directory in a format that is not run here, though it may be in order: other programs may read it."""
+
+
 class ElsewhereError(W8A8Error, RuntimeError):
     """Another process of the same job failed; that one tells why, and this one ends without a word of its own."""
 

@@ -6,7 +6,7 @@
 Both are a quantizer that transformers calls while it loads.  In the first the weights are quantised one by one as they
 come from the files, each to what `w8a8.quantize` would make of it.  In the
 second the configuration class that transformers has for compressed-tensors is replaced by one that looks first: what
-this package runs in integers becomes ours, everything else stays theirs.  `disable` puts theirs back.
+`w8a8.load` runs becomes ours, everything else stays theirs.  `disable` puts theirs back.
 
 The model's `save_pretrained` then writes the directory that `w8a8.save` writes.
 """
@@ -30,14 +30,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from w8a8 import convert
 from w8a8.checkpoint.describe import describe
-from w8a8.checkpoint.headers import read_header
+from w8a8.checkpoint.files import mapped
+from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import from_json, runs_here, to_json
-from w8a8.checkpoint.reader import checked_tensor
+from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, stored_keys
 from w8a8.checkpoint.skeleton import insert_quant_linears
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
-from w8a8.linear import quant_linears
-from w8a8.packed import in_words
+from w8a8.linear import QuantLinear, quant_linears
+from w8a8.packed import SHAPE, in_words
 from w8a8.scheme import Scheme
 
 _LOG = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class W8A8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._dtype: torch.dtype | None = None
         self._quantized: set[str] = set()  # parameters that a QuantLinear takes
+        self._arriving: list[_Arriving] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is needed beside this package."""
@@ -144,9 +146,9 @@ class W8A8Quantizer(HfQuantizer):
         self._dtype = dtype
         if self.quantization_config.checkpoint is not None:
             where = str(Path(checkpoint_files[0]).parent / "config.json") if checkpoint_files else "quantization_config"
-            insert_quant_linears(model, from_json(self.quantization_config.checkpoint, where), where)
+            packed = insert_quant_linears(model, from_json(self.quantization_config.checkpoint, where), where)
             self._quantized = {name for name, _ in quant_linears(model)}
-            _check_headers(model, checkpoint_files or [])
+            self._arriving = _arriving(model, [Path(file) for file in checkpoint_files or []], packed)
             return
         config = self.quantization_config
         chosen = _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include)
@@ -158,12 +160,13 @@ class W8A8Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Check what came, pack it for the kernel, and have the configuration say what the layers are."""
-        for name, layer in quant_linears(model):
-            for key, tensor in layer._buffers.items():
-                if tensor is not None and key in layer.state_dict() and key != "bias":
-                    layer._buffers[key] = checked_tensor(layer, key, tensor, f"{name}.{key}")
-            layer.set_codes(layer.weight)
-            layer.in_words = in_words(layer.scheme)
+        for arriving in self._arriving:
+            arriving.take()
+        self._arriving.clear()
+        if not self.pre_quantized:
+            for _, layer in quant_linears(model):
+                layer.set_codes(layer.weight)
+                layer.in_words = in_words(layer.scheme)
         if self.quantization_config.head == "int8":
             selection = convert.select(model, convert.with_head(model, [], "int8"))
             convert.swap(model, convert.build(model, selection, self.quantization_config.scheme))
@@ -172,6 +175,74 @@ class W8A8Quantizer(HfQuantizer):
         layers = [layer for _, layer in quant_linears(model)]
         _LOG.info("w8a8: %d linear layers run as %s", len(layers), layers[0].extra_repr().partition("scheme=")[2])
         return model
+
+
+class _Arriving:
+    """A layer of a file while transformers fills it: what the file holds of it is held by the layer as it lies there.
+
+    Otherwise transformers would fill in what is missing, convert dtypes without a word, and refuse shapes and words
+    that `load` takes.
+
+    Args:
+        layer: Empty; changed until `take`.
+        found: File and place of each tensor by its key.
+        packed: The codes lie in words.
+    """
+
+    def __init__(self, layer: QuantLinear, found: Mapping[str, tuple[Path, Entry]], *, packed: bool) -> None:
+        self.layer, self.packed = layer, packed
+        self._where = {key: f"{path}: {entry.name}" for key, (path, entry) in sorted(found.items())}
+        self._empty = dict(layer._buffers)
+        del layer._buffers["weight"]
+        layer.in_words = False  # until then its buffers are the file's
+        for key, (_, entry) in found.items():
+            layer._buffers[key] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+    def take(self) -> None:
+        """Check what came, and pack it for the kernel.
+
+        Raises:
+            CheckpointError: it is not what the layer holds, or makes no sense; file and tensor are named.
+        """
+        buffers = self.layer._buffers
+        came = {key: buffers[key] for key in self._where}
+        bias = buffers["bias"]
+        buffers.clear()
+        buffers.update(self._empty | {"bias": bias})
+        self.layer.in_words = in_words(self.layer.scheme)
+        for key, where in self._where.items():
+            tensor = came.pop(key)
+            assert tensor is not None, "transformers keeps what is in the files"
+            place_tensor(self.layer, key, tensor, where, packed=self.packed)
+
+
+def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list[_Arriving]:
+    """Every layer of the model, whose tensors are all in the files, which hold none of a layer that is not quantised.
+
+    Raises:
+        CheckpointError: that is not so.
+    """
+    if not files:
+        raise CheckpointError(
+            "quantised layers are filled from safetensors files, and none are given: load a directory"
+        )
+    found = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+    arriving, taken = [], set()
+    for name, layer in quant_linears(model):
+        keys = stored_keys(layer, packed=name in packed)
+        missing = [f"{name}.{key}" for key in sorted(keys - {SHAPE}) if f"{name}.{key}" not in found]
+        if missing:
+            raise CheckpointError(f"{files[0].parent}: {missing[0]} is missing; copy the model again")
+        taken |= {f"{name}.{key}" for key in keys}
+        here = {key: found[f"{name}.{key}"] for key in keys if f"{name}.{key}" in found}
+        arriving.append(_Arriving(layer, here, packed=name in packed))
+    modules = dict(model.named_modules())
+    for name in found.keys() - taken:
+        prefix, _, key = name.rpartition(".")
+        if key in QUANTIZED and prefix in modules:
+            path, entry = found[name]
+            check_superfluous(model, modules[prefix], key, mapped(path, entry), f"{path}: {name}")
+    return arriving
 
 
 class _Quantize(ConversionOps):
@@ -206,10 +277,12 @@ class _Quantize(ConversionOps):
 
 
 def enable() -> None:
-    """Let transformers run compressed-tensors W8A8 directories in integers, in this process.
+    """Let transformers run compressed-tensors directories by this package, in this process.
 
-    What this package does not run (other widths, fp8, quantised caches) is loaded by transformers as before, and so is
-    everything after `disable`.  Calling it twice is calling it once.
+    Whatever `w8a8.load` runs: 8-bit integer layers in integers, and weight-only ones, packed or not, with a float
+    product and their weights in int8, where transformers would keep them decompressed.  What `load` does not run (fp8,
+    reordered groups, quantised caches) is loaded by transformers as before, and so is everything after `disable`.
+    Calling it twice is calling it once.
     """
     theirs = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
     if not isinstance(theirs, _Ours):
@@ -243,7 +316,9 @@ class _Ours:
 
     def from_dict(self, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """The configuration that a file describes."""
-        return (W8A8Config if runs_here(config_dict) else self.theirs).from_dict(config_dict, **kwargs)
+        ours = runs_here(config_dict)
+        _LOG.info("w8a8: this directory is run by %s", "w8a8" if ours else "transformers' own quantizer")
+        return (W8A8Config if ours else self.theirs).from_dict(config_dict, **kwargs)
 
 
 def _untied(model: Any, chosen: Sequence[str], include: Sequence[str]) -> list[str]:
@@ -261,12 +336,3 @@ def _untied(model: Any, chosen: Sequence[str], include: Sequence[str]) -> list[s
             "or the loaded model with w8a8.quantize"
         )
     return [name for name in chosen if name not in tied]
-
-
-def _check_headers(model: nn.Module, files: Sequence[str]) -> None:
-    """Every tensor of a `QuantLinear` is in the files: transformers would fill in what is missing."""
-    found = {name for file in files for name in read_header(Path(file))}
-    for name, layer in quant_linears(model):
-        missing = [f"{name}.{key}" for key in layer.state_dict() if f"{name}.{key}" not in found]
-        if found and missing:
-            raise CheckpointError(f"{Path(files[0]).parent}: {missing[0]} is missing; copy the model again")

@@ -70,7 +70,7 @@ def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
     mask, offset = 2**bits - 1, 2 ** (bits - 1)
     if bits == 8:
         return octets[:, :k].bitwise_xor(offset).view(torch.int8)  # code + 128 as uint8, less 128
-    codes = torch.empty((*octets.shape, 8 // bits), dtype=torch.int8)
+    codes = torch.empty((*octets.shape, 8 // bits), dtype=torch.int8, device=packed.device)
     for i in range(8 // bits):
         codes[..., i] = (octets >> (bits * i)).bitwise_and_(mask).view(torch.int8) - offset
     return codes.view(packed.shape[0], -1)[:, :k].contiguous()

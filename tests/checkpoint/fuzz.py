@@ -2,8 +2,8 @@
 
     python -m tests.checkpoint.fuzz [--cases 10000] [--seed 0]
 
-A seeded loop over the mutations of the hypothesis test.  atheris would be guided by coverage, but has no wheels for
-every Python that this package supports, and the reader's branches are in Python, where blind damage reaches them.
+A seeded loop over the mutations of the hypothesis test, which know the format; `tests.checkpoint.fuzz_atheris` is
+guided by coverage instead, where there is atheris.
 """
 
 import argparse

@@ -65,6 +65,7 @@ def test_a_header_of_ours_is_read_by_the_library(tmp_path):
         (b"[]", "a list, not an object"),
         (b'{"a": 1, "a": 2}', "'a' twice"),
         (b'{"t": {"dtype": "F32", "dtype": "I8", "shape": [6], "data_offsets": [0, 24]}}', "'dtype' twice"),
+        ({"t" * 1001: entry()}, "a tensor's name has 1,001 characters, 't{40}'"),
         ({"t": 3}, "t: the header has '3'"),
         ({"t": {"dtype": "F32"}}, "not dtype, shape and data_offsets"),
         ({"t": entry("F33")}, "dtype 'F33'"),

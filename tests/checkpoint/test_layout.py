@@ -6,6 +6,8 @@ from random import Random
 import pytest
 from torch import nn
 
+from w8a8.checkpoint import layout
+from w8a8.checkpoint.expressions import matching
 from w8a8.checkpoint.layout import Group, QuantizationConfig, from_json, to_json
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.scheme import (
@@ -79,7 +81,7 @@ def test_targets_are_names_expressions_or_classes_and_ignore_wins():
         (name, kind): group and group.scheme
         for name in ("a.mlp.up", "model.q", "model.k", "lm_head", "a.mlp.router")
         for kind in ("Linear", "Conv1D")
-        for group in [parsed.group_for(name, (kind, "Module"))]
+        for group in [parsed.groups_for({name: (kind, "Module")}, "config.json").get(name)]
     }
     assert schemes["a.mlp.up", "Linear"] is mlp
     assert schemes["model.q", "Linear"] is mlp
@@ -127,11 +129,16 @@ class NonDynamicallyQuantizableLinear(nn.Linear):
     """As torch's attention has it."""
 
 
-def test_targets_match_as_compressed_tensors_matches_them():
-    """Which group a layer gets, for a thousand random configurations of three groups and an ignore list."""
+def test_targets_match_as_compressed_tensors_matches_them(monkeypatch):
+    """Which group a layer gets, for a thousand random configurations of three groups and an ignore list.
+
+    All expressions are matched at once: a process for each configuration would take half a minute.
+    """
     from compressed_tensors.quantization.lifecycle.apply import _scheme_from_targets
     from compressed_tensors.utils.match import is_match, match_targets
 
+    known = matching([target[3:] for target in TARGETS if target.startswith("re:")], NAMES, "config.json")
+    monkeypatch.setattr(layout, "matching", lambda expressions, names, where: {e: known[e] for e in expressions})
     random = Random(0)
     schemes = [PRESETS[name].scheme for name in ("w8a8", "w8a8-asym", "w8a8-tensor")]
     modules = [nn.Linear(1, 1), NonDynamicallyQuantizableLinear(1, 1)]
@@ -140,13 +147,14 @@ def test_targets_match_as_compressed_tensors_matches_them():
         groups = tuple(Group(tuple(random.sample(TARGETS, random.randint(1, 3))), scheme) for scheme in schemes)
         ours = QuantizationConfig(groups, tuple(random.sample(TARGETS, random.randint(0, 1))))
         by_target = OrderedDict((target, group.scheme) for group in groups for target in group.targets)
-        for name, module in itertools.product(NAMES, modules):
+        classes = [[cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for m in modules]
+        found = [ours.groups_for(dict.fromkeys(NAMES, names), "config.json") for names in classes]
+        for name, (module, groups_found) in itertools.product(NAMES, zip(modules, found, strict=True)):
             theirs = None
             if is_match(name, module, by_target) and not is_match(name, module, ours.ignore):
                 theirs = _scheme_from_targets(by_target, match_targets(name, module, by_target), name)
-            classes = [cls.__name__ for cls in type(module).__mro__ if issubclass(cls, nn.Module)]
-            found = ours.group_for(name, classes)
-            assert (found and found.scheme) == theirs, (name, ours)
+            group = groups_found.get(name)
+            assert (group and group.scheme) == theirs, (name, ours)
             seen[theirs] += 1
     assert min(seen[scheme] for scheme in (None, *schemes)) > 500
 
@@ -182,7 +190,8 @@ G = "config_groups.group_0"
         (G, 3, r"config_groups.group_0 is 3, expected an object"),
         (f"{G}.format", "marlin-24", r"group_0.format is 'marlin-24'"),
         (f"{G}.targets", "Linear", r"targets is 'Linear', expected a list"),
-        (f"{G}.targets", ["re:("], "not a regular expression"),
+        (f"{G}.targets", ["re:" + "a" * 1001], r"targets: 're:a{80}\.\.\.' has 1,001 characters"),
+        ("ignore", ["re:" + "a" * 1001], r"ignore: 're:a{80}\.\.\.' has 1,001 characters"),
         (f"{G}.output_activations", {"num_bits": 8}, "quantised outputs"),
         (f"{G}.weights", None, "weights is null"),
         (f"{G}.weights", "int8", "weights is 'int8', expected an object"),

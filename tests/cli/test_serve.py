@@ -1,6 +1,8 @@
 """`w8a8 serve`: an OpenAI client streams a completion from int8 layers."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,12 +34,44 @@ def directory(tmp_path):
     return tmp_path / "saved"
 
 
+OWN = """
+from transformers import OPTConfig, OPTForCausalLM
+class OwnConfig(OPTConfig):
+    model_type = "nobodys"
+class OwnModel(OPTForCausalLM):
+    config_class = OwnConfig
+"""
+
+
 @pytest.fixture
-def server(directory, tmp_path):
+def own_code(directory, tmp_path):
+    """The same weights as a model that transformers has no class for."""
+    path = tmp_path / "own"
+    shutil.copytree(directory, path)
+    (path / "own.py").write_text(OWN)
+    config = json.loads((path / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    changes = {"model_type": "nobodys", "architectures": ["OwnModel"], "auto_map": code}
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return path
+
+
+@pytest.fixture(params=["a class of transformers", "code of its own"])
+def served(request, directory, own_code):
+    """A directory, and the options that it takes to serve it."""
+    if request.param == "code of its own":
+        return own_code, ["--trust-remote-code"]
+    return directory, []
+
+
+@pytest.fixture
+def server(served, tmp_path):
+    directory, options = served
     port = free_port()
     source = str(Path(w8a8.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "w8a8", "serve", str(directory), "--port", str(port), "--device", "cpu"]
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    command = [sys.executable, "-m", "w8a8", "serve", str(directory), *options, "--port", str(port), "--device", "cpu"]
     log = tmp_path / "log"
     with log.open("wb") as file:
         process = subprocess.Popen([*command, "--host", "127.0.0.1"], env=environment, stdout=file, stderr=file)
@@ -56,14 +90,14 @@ def wait_for(port, process, log):
     raise AssertionError(log.read_text())
 
 
-def test_a_client_streams_a_completion_from_integer_layers(server, directory):
+def test_a_client_streams_a_completion_from_integer_layers(server, served, directory):
     port, process, log = server
     wait_for(port, process, log)
     messages = [{"role": "user", "content": "Return the"}]
     with (
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client,
         client.chat.completions.create(
-            model=str(directory), messages=messages, stream=True, max_tokens=8, temperature=0.0
+            model=str(served[0]), messages=messages, stream=True, max_tokens=8, temperature=0.0
         ) as stream,
     ):
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
@@ -75,6 +109,15 @@ def test_a_client_streams_a_completion_from_integer_layers(server, directory):
     told = log.read_text()
     assert "is quantised, kernel native" in told
     assert "36 linear layers run as w8a8, kernel=native" in told
+
+
+def test_code_of_a_repository_is_not_served_unasked(monkeypatch, capsys, own_code):
+    monkeypatch.setattr("sys.argv", ["w8a8", "serve", str(own_code)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "brings code of its own" in (told := capsys.readouterr().err)
+    assert "--trust-remote-code" in told
 
 
 def test_what_is_missing_is_told_with_the_way_to_install_it(monkeypatch, capsys):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
 from w8a8.checkpoint.files import INDEX
+from w8a8.checkpoint.headers import read_header
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
 from w8a8.scheme import PerGroup, QuantSpec, Scheme
@@ -270,6 +271,7 @@ class TestResuming:
             (lambda source: {"exclude": ["*.1.*"]}, r"option exclude: was \(\), is \['\*\.1\.\*'\]"),
             (lambda source: {"shard_bytes": 30_000}, "option shard_bytes: was 20000, is 30000"),
             (lambda source: os.utime(next(source.glob("*.safetensors"))) or {}, "modified"),
+            (lambda source: other_weights(source), r"values \w{16}, is \d+ bytes, .* values"),
             (lambda source: (source / "tokenizer.json").write_text("{}") and {}, "source tokenizer.json: was absent"),
         ],
     )
@@ -284,6 +286,20 @@ class TestResuming:
         with pytest.raises(CheckpointError, match=told):
             quantize_directory(source, tmp_path / "out", **options)
         assert contents(partial_of(tmp_path / "out")) == before
+
+
+def other_weights(source):
+    """Change one of them in its place; size, header and time stay."""
+    path = sorted(source.glob("*.safetensors"))[0]
+    status, entry = path.stat(), [*read_header(path).values()][-1]
+    with path.open("r+b") as file:
+        file.seek(entry.begin)
+        held = file.read(entry.bytes)
+        file.seek(entry.begin)
+        file.write(bytes(value ^ 1 for value in held))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    return {}
 
 
 COMMAND = [sys.executable, "-m", "w8a8", "quantize"]

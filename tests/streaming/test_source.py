@@ -5,10 +5,12 @@ import os
 import subprocess
 
 import pytest
+import torch
 
+from w8a8.checkpoint.headers import header_of, read_header
 from w8a8.errors import CheckpointError
 from w8a8.streaming import source
-from w8a8.streaming.source import Room
+from w8a8.streaming.source import Room, sampled_digest
 
 SIZE = 50_000
 CUTS = [(0, SIZE), (0, 0), (1, 2), (4095, 4097), (4096, 8192), (123, 45_678), (49_999, SIZE), (SIZE, SIZE)]
@@ -95,3 +97,46 @@ def test_what_is_not_in_the_page_cache_is_read_past_it(file, monkeypatch):
     assert seen == [source._DIRECT]
     room.read(file, 5, SIZE)  # cached by now: the comparison has read it
     assert seen == [source._DIRECT, 0]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of tensors with other sizes, and its header."""
+    told, _ = header_of([(f"t{i}", torch.int8, (size,)) for i, size in enumerate([0, 1, 4096, 4097, 40_000])])
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(told + os.urandom(48_194))
+    return path, [*read_header(path).values()]
+
+
+def altered(path, begin, end):
+    """The digest with other bytes there, which are then put back."""
+    held = path.read_bytes()
+    path.write_bytes(held[:begin] + bytes(b ^ 255 for b in held[begin:end]) + held[end:])
+    try:
+        return sampled_digest(path, [*read_header(path).values()])
+    finally:
+        path.write_bytes(held)
+
+
+def test_a_glance_sees_other_weights_in_any_tensor(weights):
+    path, entries = weights
+    known = sampled_digest(path, entries)
+    assert known == sampled_digest(path, entries)
+    assert all((altered(path, e.begin, e.end) == known) == (e.bytes == 0) for e in entries)
+
+
+def test_a_glance_does_not_see_what_lies_beside_its_4_kib(weights):
+    path, entries = weights
+    last, known = entries[-1], sampled_digest(path, entries)
+    seen = [altered(path, at, at + 1) != known for at in range(last.begin, last.end, 997)]
+    assert sum(seen) in (4, 5)
+
+
+def test_a_glance_is_at_no_more_than_256_tensors(tmp_path, monkeypatch):
+    told, entries = header_of([(f"t{i}", torch.int8, (8,)) for i in range(600)])
+    (tmp_path / "w").write_bytes(told + bytes(4800))
+    reads = []
+    pread = os.pread
+    monkeypatch.setattr(source.os, "pread", lambda *where: reads.append(where) or pread(*where))
+    sampled_digest(tmp_path / "w", [*entries.values()])
+    assert [(where[2] - len(told)) // 8 for where in reads] == list(range(0, 600, 3))

@@ -6,9 +6,10 @@ shape and the two ends of its bytes; and the bytes, counted from the header's en
 that every file is refused with the tensor and the reason named, and so that offsets can be used to read tensors
 directly.
 
-Refused: a header that is longer than the file or than `MAX_HEADER`, that is not JSON, or names a tensor twice; dtypes
-unknown here; shapes that are not lists of non-negative integers; bytes that are not as many as dtype and shape say;
-tensors that overlap, leave holes, or reach beyond the file.  Sizes are Python's integers: no product overflows.
+Refused: a header that is longer than the file or than `MAX_HEADER`, that is not JSON, or names a tensor twice; names of
+more than `MAX_NAME` characters; dtypes unknown here; shapes that are not lists of non-negative integers; bytes that are
+not as many as dtype and shape say; tensors that overlap, leave holes, or reach beyond the file.
+Sizes are Python's integers: no product overflows.
 """
 
 import json
@@ -24,6 +25,8 @@ from w8a8.errors import CheckpointError
 
 MAX_HEADER = 100 << 20
 """Bytes; the same limit as the library's."""
+MAX_NAME = 1000
+"""Characters of a tensor's name, with which transformers matches expressions of its own."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -142,6 +145,10 @@ def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 
 
 def _entry(name: str, told: Any, start: int, path: Path) -> Entry:
+    if len(name) > MAX_NAME:
+        raise CheckpointError(
+            f"{path}: a tensor's name has {len(name):,} characters, {name[:40]!r}...; the limit is {MAX_NAME:,}"
+        )
     if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: {name}: the header has {str(told)[:80]!r}, not dtype, shape and data_offsets")
     dtype, shape, offsets = told["dtype"], told["shape"], told["data_offsets"]

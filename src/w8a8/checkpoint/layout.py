@@ -16,12 +16,12 @@ differ, the format of the whole is `mixed-precision`, which compressed-tensors 0
 Parsing is strict: a field that would change the numbers and is not understood is an error that names it.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from w8a8.errors import CheckpointError, SchemeError
+from w8a8.checkpoint.expressions import check_length, matching
+from w8a8.errors import CheckpointError, FormatError, SchemeError
 from w8a8.scheme import (
     MAX_CODE_BITS,
     Granularity,
@@ -38,6 +38,7 @@ FORMAT = "int-quantized"
 PACKED = "pack-quantized"
 _MIXED = "mixed-precision"
 _PACKED_BITS = (8, 4, 2)  # those that fill words: the order of others differs between versions of compressed-tensors
+_RE = "re:"
 _NAIVE = "naive-quantized"  # the same tensors under an older name
 
 
@@ -57,19 +58,32 @@ class QuantizationConfig:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
 
-    def group_for(self, name: str, classes: Collection[str]) -> Group | None:
-        """The group of a layer, or None: it is float.
+    def groups_for(self, layers: Mapping[str, Collection[str]], where: str) -> dict[str, Group]:
+        """The group of each layer that is quantised.
 
         Args:
-            name: The module's dotted name.
-            classes: The names of its class and of that one's parents, as far as they are modules.
+            layers: By dotted name, the names of the layer's class and of that one's parents, as far as they are
+                modules.
+            where: The file, for messages.
+
+        Raises:
+            CheckpointError: a regular expression is none, or takes too long.
         """
-        if any(_names(target, name) or target in classes for target in self.ignore):
-            return None
         groups = {target: group for group in self.groups for target in group.targets}
-        order = sorted(groups, key=lambda target: ("re:" in target, target))
-        found = [*(t for t in order if _names(t, name)), *(t for t in order if t in classes)]
-        return groups[found[0]] if found else None
+        expressions = {target: target[len(_RE) :] for target in (*groups, *self.ignore) if target.startswith(_RE)}
+        found = matching(list(dict.fromkeys(expressions.values())), list(layers), where)
+        matched = {target: found[expression] for target, expression in expressions.items()}
+        ignored, order = frozenset(self.ignore), sorted(t for t in groups if t in matched)
+        chosen = {}
+        for name, classes in layers.items():
+            known = {name, *classes}
+            if known & ignored or any(name in matched[t] for t in self.ignore if t in matched):
+                continue
+            first = [name] if name in groups else []
+            fits = [*first, *(t for t in order if name in matched[t]), *sorted(c for c in classes if c in groups)]
+            if fits:
+                chosen[name] = groups[fits[0]]
+        return chosen
 
 
 def to_json(config: QuantizationConfig) -> dict[str, Any]:
@@ -111,26 +125,26 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
         where: The file, for messages.
 
     Raises:
-        CheckpointError: another method or format, or a scheme that is unknown here; the path in the JSON
-            is named.
+        FormatError: another method or format, or a scheme that is unknown here; the path in the JSON is named.
+        CheckpointError: it makes no sense; likewise.
     """
     method = data.get("quant_method", "compressed-tensors" if "config_groups" in data else None)
     if method != "compressed-tensors":
-        raise CheckpointError(
+        raise FormatError(
             f"{where}: quant_method is {method!r}, this version reads 'compressed-tensors'; "
             "load the directory with transformers"
         )
     groups = data.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise CheckpointError(f"{where}: quantization_config.config_groups is {groups!r}, expected at least one group")
+    if not isinstance(groups, Mapping) or not groups:  # a quantised cache alone has none
+        raise FormatError(f"{where}: quantization_config.config_groups is {groups!r}, expected at least one group")
     if data.get("kv_cache_scheme") is not None:
-        raise CheckpointError(f"{where}: quantization_config.kv_cache_scheme: a quantised cache is unknown here")
+        raise FormatError(f"{where}: quantization_config.kv_cache_scheme: a quantised cache is unknown here")
     for key, what in (("sparsity_config", "sparse weights are"), ("transform_config", "rotations at run time are")):
         if data.get(key) and data[key] != {"format": "dense"}:
-            raise CheckpointError(f"{where}: quantization_config.{key} is {str(data[key])[:80]}: {what} unknown here")
+            raise FormatError(f"{where}: quantization_config.{key} is {str(data[key])[:80]}: {what} unknown here")
     known = (FORMAT, _NAIVE, PACKED, _MIXED)
     if data.get("format") not in (*known, "dense", None):
-        raise CheckpointError(
+        raise FormatError(
             f"{where}: quantization_config.format is {data['format']!r}, this version reads {FORMAT!r} and {PACKED!r}"
         )
     parsed = []
@@ -139,16 +153,16 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
         if not isinstance(group, Mapping):
             raise CheckpointError(f"{path} is {group!r}, expected an object")
         if group.get("format") not in (*known, None):
-            raise CheckpointError(f"{path}.format is {group['format']!r}, this version reads {FORMAT!r} and {PACKED!r}")
+            raise FormatError(f"{path}.format is {group['format']!r}, this version reads {FORMAT!r} and {PACKED!r}")
         if group.get("output_activations") is not None:
-            raise CheckpointError(f"{path}.output_activations: quantised outputs are unknown here")
+            raise FormatError(f"{path}.output_activations: quantised outputs are unknown here")
         weights = _spec(group.get("weights"), f"{path}.weights", weight=True)
         if weights is None:
-            raise CheckpointError(f"{path}.weights is null: a group without quantised weights is unknown here")
+            raise FormatError(f"{path}.weights is null: a group without quantised weights is unknown here")
         activations = _spec(group.get("input_activations"), f"{path}.input_activations", weight=False)
         packed = (group.get("format") or data.get("format")) == PACKED
         if packed and weights.bits not in _PACKED_BITS:
-            raise CheckpointError(
+            raise FormatError(
                 f"{path}.weights.num_bits is {weights.bits}, which writers of {PACKED!r} have packed in two ways; "
                 f"this version reads {', '.join(map(str, _PACKED_BITS))}"
             )
@@ -158,25 +172,14 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
 
 
 def runs_here(data: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` describes 8-bit integer layers that this package runs, however well it does so.
+    """Whether a `quantization_config` describes what `load` runs, in integers or weight-only.
 
-    A malformed description of such layers is still one: `from_json` then says what is wrong with it.
+    A description that is wrong in itself is not left to others: `from_json` then says what is wrong with it.
     """
-    groups = data.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or data.get("kv_cache_scheme") is not None:
-        return False
-    if data.get("format") not in (FORMAT, _NAIVE, _MIXED, None):
-        return False
-    for group in groups.values():
-        weights, inputs = (
-            (group.get("weights"), group.get("input_activations")) if isinstance(group, Mapping) else (None, None)
-        )
-        for operand in (weights, inputs):
-            known = (
-                isinstance(operand, Mapping) and operand.get("type", "int") == "int" and operand.get("num_bits") == 8
-            )
-            if not known:
-                return False
+    try:
+        from_json(data, "quantization_config")
+    except CheckpointError as error:
+        return not isinstance(error, FormatError)
     return True
 
 
@@ -227,19 +230,19 @@ def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
     if not isinstance(args, Mapping):
         raise CheckpointError(f"{path} is {args!r}, expected an object")
     if args.get("type", "int") != "int":
-        raise CheckpointError(f"{path}.type is {args['type']!r}, this version runs 'int'")
+        raise FormatError(f"{path}.type is {args['type']!r}, this version runs 'int'")
     bits = args.get("num_bits", 8)
     if not isinstance(bits, int) or not 2 <= bits <= MAX_CODE_BITS:
-        raise CheckpointError(f"{path}.num_bits is {bits!r}, this version runs 2..{MAX_CODE_BITS}")
+        raise FormatError(f"{path}.num_bits is {bits!r}, this version runs 2..{MAX_CODE_BITS}")
     if args.get("actorder") not in (None, "weight", "static"):  # those two leave the groups in place
-        raise CheckpointError(f"{path}.actorder is {args['actorder']!r}: reordered groups are unknown here")
+        raise FormatError(f"{path}.actorder is {args['actorder']!r}: reordered groups are unknown here")
     if args.get("block_structure") is not None:
-        raise CheckpointError(f"{path}.block_structure is {args['block_structure']!r}: blocks are unknown here")
+        raise FormatError(f"{path}.block_structure is {args['block_structure']!r}: blocks are unknown here")
     dynamic = args.get("dynamic", False)
     if not isinstance(dynamic, bool):
-        raise CheckpointError(f"{path}.dynamic is {dynamic!r}, this version runs true and false")
+        raise FormatError(f"{path}.dynamic is {dynamic!r}, this version runs true and false")
     if weight and dynamic:
-        raise CheckpointError(f"{path}.dynamic is true: weights without stored scales are unknown here")
+        raise FormatError(f"{path}.dynamic is true: weights without stored scales are unknown here")
     symmetric = args.get("symmetric", True)
     if not isinstance(symmetric, bool):
         raise CheckpointError(f"{path}.symmetric is {symmetric!r}, expected true or false")
@@ -257,7 +260,7 @@ def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
         granularity = PerGroup(size)
     else:
         allowed = "'tensor', 'channel' and 'group' with a group_size" if weight else "'tensor' and 'token'"
-        raise CheckpointError(
+        raise FormatError(
             f"{path}: strategy {strategy!r} with group_size {size!r} is unknown, this version runs {allowed}"
         )
     return QuantSpec(bits, granularity, symmetric, dynamic=weight or dynamic)
@@ -274,16 +277,6 @@ def _strings(value: Any, path: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
         raise CheckpointError(f"{path} is {value!r}, expected a list of strings")
     for target in value:
-        if target.startswith("re:"):
-            try:
-                re.compile(target[3:])
-            except re.error as error:
-                raise CheckpointError(f"{path}: {target!r} is not a regular expression: {error}") from error
+        if target.startswith(_RE):
+            check_length(target[len(_RE) :], path)
     return tuple(value)
-
-
-def _names(target: str, name: str) -> bool:
-    """Whether a target is a module's name or an expression that matches it."""
-    if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target == name

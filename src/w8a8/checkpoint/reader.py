@@ -41,6 +41,9 @@ from w8a8.scheme import PerGroup, PerTensor, Scheme
 _SCALES = ("weight_scale", "input_scale")
 _DERIVED = (".weight_sum", ".packed_weight")
 _ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+_CODES = ("weight", WORDS)
+QUANTIZED = (*_SCALES, *_ZERO_POINTS)
+"""Beside a weight, what only a quantised layer has."""
 
 
 def load(
@@ -156,7 +159,8 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
         packed: The layers whose weights the files have in words.
     """
     modules = dict(model.named_modules())
-    wanted = set(model.state_dict()) - {f"{name}.{key}" for name, _ in quant_linears(model) for key in (WORDS, SHAPE)}
+    wanted = set(model.state_dict())
+    stored = {name: stored_keys(layer, packed=name in packed) for name, layer in quant_linears(model)}
     seen: dict[str, Path] = {}
     for path, promised in files.items():
         entries = header(path, promised)
@@ -167,16 +171,13 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
                 seen[name] = path
                 prefix, _, key = name.rpartition(".")
                 module, where = modules.get(prefix), f"{path}: {name}"
-                if isinstance(module, QuantLinear) and key == (WORDS if prefix in packed else "weight"):
-                    _place_weight(module, mapped(path, entries[name]), where, packed=prefix in packed)
-                elif prefix in packed and key == SHAPE:
-                    _check_stored_shape(modules[prefix], file.get_tensor(name), where)
-                elif prefix in packed and key == "weight_zero_point" and name in wanted:
-                    modules[prefix]._buffers[key] = _unpacked_zero_point(modules[prefix], file.get_tensor(name), where)
-                elif name in wanted and not (prefix in packed and key == "weight"):
+                if key in stored.get(prefix, ()):
+                    read = mapped(path, entries[name]) if key in _CODES else file.get_tensor(name)
+                    place_tensor(modules[prefix], key, read, where, packed=prefix in packed)
+                elif name in wanted and (prefix not in stored or key == "bias"):
                     _place(modules[prefix], key, file.get_tensor(name), where)
                 else:
-                    _check_superfluous(model, module, key, file.get_tensor(name), where)
+                    check_superfluous(model, module, key, file.get_tensor(name), where)
     model.tie_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, t in tensors if t.is_meta and not name.endswith(_DERIVED)]
@@ -189,43 +190,49 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
         )
 
 
-def _place_weight(layer: QuantLinear, tensor: Tensor, where: str, *, packed: bool) -> None:
-    """Codes into their layer, which packs them for the kernel or keeps the mapping."""
-    n, k = layer.out_features, layer.in_features
-    if not packed:
-        layer.set_codes(checked_tensor(layer, "weight", tensor, where))
-        return
-    bits = layer.scheme.weights.bits
-    want = (n, words(k, bits))
-    if tensor.dtype is not torch.int32 or tensor.shape != want:
-        raise CheckpointError(f"{where} is {_describe(tensor)}, expected int32 of shape {want}")
-    layer.set_codes(unpack_rows(tensor, bits, k))
+def stored_keys(layer: QuantLinear, *, packed: bool) -> set[str]:
+    """What a file holds of an empty layer beside its bias, for `place_tensor`."""
+    keys = set(layer.state_dict()) - {"bias", "weight", WORDS, SHAPE}
+    return keys | ({WORDS, SHAPE} if packed else {"weight"})
 
 
-def _check_stored_shape(layer: Any, shape: Tensor, where: str) -> None:
-    if shape.is_floating_point() or shape.tolist() != [layer.out_features, layer.in_features]:
-        raise CheckpointError(
-            f"{where} is {str(shape.tolist())[:80]}, expected {[layer.out_features, layer.in_features]}"
-        )
+def place_tensor(layer: Any, key: str, tensor: Tensor, where: str, *, packed: bool = False) -> None:
+    """Check one tensor of a file and put it into its layer, which packs codes for the kernel or keeps them.
+
+    Args:
+        layer: A `QuantLinear`, empty or filled in part; changed.
+        key: One of `stored_keys`.
+        tensor: On any device; kept where nothing has to be converted.
+        where: File and name, for messages.
+        packed: The codes lie in int32 words.
+
+    Raises:
+        CheckpointError: it is not what the layer holds, or makes no sense.
+    """
+    n, k, spec = layer.out_features, layer.in_features, layer.scheme.weights
+    if packed and key == WORDS:
+        _check_words(tensor, (n, words(k, spec.bits)), where)
+        layer.set_codes(unpack_rows(tensor, spec.bits, k))
+    elif packed and key == SHAPE:
+        if tensor.is_floating_point() or tensor.tolist() != [n, k]:
+            raise CheckpointError(f"{where} is {str(tensor.tolist())[:80]}, expected {[n, k]}")
+    elif packed and key == "weight_zero_point" and not isinstance(spec.granularity, PerTensor):  # words run along N
+        _check_words(tensor, (words(n, spec.bits), layer.weight_scale.shape[1]), where)
+        codes = unpack_rows(tensor.t().contiguous(), spec.bits, n).t().contiguous()
+        layer._buffers[key] = _checked_tensor(layer, key, codes, where)
+    elif key == "weight":
+        layer.set_codes(_checked_tensor(layer, key, tensor, where))
+    else:
+        layer._buffers[key] = _checked_tensor(layer, key, tensor, where)
 
 
-def _unpacked_zero_point(layer: Any, tensor: Tensor, where: str) -> Tensor:
-    """The zero points of a packed weight, whose words run along N; a single one is not packed."""
-    spec, n = layer.scheme.weights, layer.out_features
-    if isinstance(spec.granularity, PerTensor):
-        return checked_tensor(layer, "weight_zero_point", tensor, where)
-    want = (words(n, spec.bits), layer.weight_scale.shape[1])
-    if tensor.dtype is not torch.int32 or tensor.shape != want:
-        raise CheckpointError(f"{where} is {_describe(tensor)}, expected int32 of shape {want}")
-    codes = unpack_rows(tensor.t().contiguous(), spec.bits, n).t().contiguous()
-    return checked_tensor(layer, "weight_zero_point", codes, where)
+def _check_words(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
+    if tensor.dtype is not torch.int32 or tensor.shape != shape:
+        raise CheckpointError(f"{where} is {_describe(tensor)}, expected int32 of shape {shape}")
 
 
 def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
     """Check one tensor of the file and put it into the model."""
-    if isinstance(module, QuantLinear) and key != "bias":
-        module._buffers[key] = checked_tensor(module, key, tensor, where)
-        return
     want = getattr(module, key)
     if tensor.shape != want.shape or not tensor.is_floating_point():
         raise CheckpointError(f"{where} is {_describe(tensor)}, expected float values of shape {tuple(want.shape)}")
@@ -235,7 +242,7 @@ def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
         module._buffers[key] = tensor
 
 
-def checked_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str) -> Tensor:
+def _checked_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str) -> Tensor:
     """A tensor of a quantised layer in the shape and dtype that the layer holds."""
     want = getattr(layer, key)
     if key == "weight":
@@ -262,13 +269,13 @@ def checked_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str) -> 
     return scale
 
 
-def _check_superfluous(model: nn.Module, module: nn.Module | None, key: str, tensor: Tensor, where: str) -> None:
-    """Accept what changes nothing, refuse the rest."""
+def check_superfluous(model: nn.Module, module: nn.Module | None, key: str, tensor: Tensor, where: str) -> None:
+    """Raise `CheckpointError` where a tensor of the files that the model has no place for would change something."""
     if isinstance(module, QuantLinear) and key in _ZERO_POINTS:  # a symmetric layer's zeros, as older files have
         if bool(tensor.any()):
             raise CheckpointError(f"{where} is not zero, though {CONFIG} says that the layer is symmetric")
         return
-    if key in (*_SCALES, *_ZERO_POINTS) and isinstance(module, nn.Linear):
+    if key in QUANTIZED and isinstance(module, nn.Linear):
         raise CheckpointError(f"{where} belongs to a layer that is float by {CONFIG}")
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     if key != "inv_freq" and not any(re.search(pattern, where) for pattern in ignored):

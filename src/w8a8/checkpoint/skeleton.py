@@ -190,29 +190,22 @@ def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, whe
         The names of the layers whose weights the files have in words.
 
     Raises:
-        CheckpointError: the targets match no layer.
+        CheckpointError: the targets match no layer, or cannot be matched.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
-    found = 0
-    packed = set()
-    for name, linear in list(model.named_modules()):
-        conv1d = is_conv1d(linear)
-        if not isinstance(linear, nn.Linear) and not conv1d:
-            continue
-        classes = [cls.__name__ for cls in type(linear).__mro__ if issubclass(cls, nn.Module)]
-        group = quantization.group_for(name, classes)
-        if group is None:
-            continue
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    classes = {
+        name: [cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for name, m in linears.items()
+    }
+    groups = quantization.groups_for(classes, where)
+    for name, group in groups.items():
         try:
-            layer = QuantLinear.in_place_of(linear, group.scheme, **options)
+            layer = QuantLinear.in_place_of(linears[name], group.scheme, **options)
         except SchemeError as error:
             error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
             raise
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, layer)
-        found += 1
-        if group.packed:
-            packed.add(name)
-    if not found:
+    if not groups:
         raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
-    return packed
+    return {name for name, group in groups.items() if group.packed}

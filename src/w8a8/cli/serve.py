@@ -4,7 +4,7 @@ import logging
 
 import typer
 
-from w8a8.cli.app import Model, app
+from w8a8.cli.app import Model, TrustRemoteCode, app
 from w8a8.cli.output import print_note
 from w8a8.errors import ModelError
 
@@ -14,19 +14,24 @@ from w8a8.errors import ModelError
     epilog="Everything after MODEL goes to `transformers serve`: --host, --port, --device, --dtype, --compile, ... "
     "(`transformers serve --help`).",
 )
-def serve(context: typer.Context, model: Model) -> None:
+def serve(context: typer.Context, model: Model, trust_remote_code: TrustRemoteCode = False) -> None:
     """Serve a model through an OpenAI-compatible API: `transformers serve`, W8A8 directories in integers."""
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
         raise ModelError("serving needs transformers' extra packages: pip install 'w8a8[serve]'")
+    import transformers
     from transformers.cli.transformers import app as transformers_app
 
     from w8a8 import hf, kernels
     from w8a8.checkpoint.files import read_quantization, resolve
+    from w8a8.checkpoint.skeleton import architecture
     from w8a8.kernels import native
 
-    directory = resolve(model)
+    directory = resolve(model, trust_remote_code=trust_remote_code)
+    kind, config = architecture(directory, trust_remote_code=trust_remote_code)  # told now, not at the first request
+    if not hasattr(transformers, config.architectures[0]):  # where the server of 5.23 looks, code of its own or not
+        setattr(transformers, config.architectures[0], kind)
     quantized = read_quantization(directory) is not None
     hf.enable()
     log = logging.getLogger("w8a8")
@@ -35,4 +40,5 @@ def serve(context: typer.Context, model: Model) -> None:
     kernel = kernels.first_choice(kernels.AUTO)
     how = f"{kernel} ({native.instruction_set()})" if kernel == native.NATIVE.name else kernel
     print_note(f"w8a8: {directory} is {f'quantised, kernel {how}' if quantized else 'a float model, served as it is'}")
-    transformers_app(["serve", str(directory), *context.args])
+    trust = ["--trust-remote-code"] if trust_remote_code else []
+    transformers_app(["serve", str(directory), *trust, *context.args])

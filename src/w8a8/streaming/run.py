@@ -27,6 +27,7 @@ from w8a8.streaming.journal import Journal, locked
 from w8a8.streaming.plan import Plan, Shard, make_plan
 from w8a8.streaming.resources import Prediction, predict
 from w8a8.streaming.shard import write_shard
+from w8a8.streaming.source import sampled_digest
 from w8a8.streaming.team import Team, team
 
 SHARD_BYTES = 1 << 30
@@ -169,10 +170,12 @@ def fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
     for path in (plan.source / CONFIG, *companions(plan.source)):
         found[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(tensor_files(plan.source)):
-        status, header = path.stat(), str(sorted(read_header(path).items()))
+        status, entries = path.stat(), read_header(path)
+        header = str(sorted(entries.items())).encode(errors="surrogatepass")
         found[f"source {path.name}"] = (
             f"{status.st_size} bytes, modified {status.st_mtime_ns}, "
-            f"tensors {hashlib.sha256(header.encode()).hexdigest()[:16]}"
+            f"tensors {hashlib.sha256(header).hexdigest()[:16]}, "
+            f"values {sampled_digest(path, [*entries.values()])[:16]}"
         )
     return found
 

@@ -8,18 +8,23 @@ last byte that must not wait.
 """
 
 import errno
+import hashlib
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from w8a8.checkpoint.headers import Entry
 from w8a8.errors import CheckpointError
 
 _PAGE = max(4096, mmap.PAGESIZE)
 _DIRECT = getattr(os, "O_DIRECT", 0)
+_SAMPLE = 4096  # bytes of a tensor
+_SAMPLED = 256  # tensors of a file
 _AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
 
 
@@ -79,6 +84,25 @@ class Room:
     def _view(self, start: int, end: int) -> memoryview:
         array: Any = self._held[start:end].numpy()
         return memoryview(array)
+
+
+def sampled_digest(path: Path, entries: Sequence[Entry]) -> str:
+    """The SHA-256 of what a glance shows of a file: 4 KiB out of each tensor, at a place that follows from its name.
+
+    A page costs 0.1 ms where the file is not in the page cache, so no more than 256 tensors are looked at, evenly
+    spread.  New weights in one that is looked at show, save where they differ in other places only.
+
+    Args:
+        path: A safetensors file.
+        entries: Of its header, in the order of their bytes.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for entry in entries[:: max(1, -(-len(entries) // _SAMPLED))]:
+            number = int.from_bytes(hashlib.sha256(entry.name.encode(errors="surrogatepass")).digest()[:8], "little")
+            place = number % (max(entry.bytes - _SAMPLE, 0) + 1)
+            digest.update(os.pread(file.fileno(), min(entry.bytes, _SAMPLE), entry.begin + place))
+    return digest.hexdigest()
 
 
 def _cached(path: Path, begin: int, end: int) -> bool:
