@@ -117,7 +117,7 @@ def findings(
     found = [*_by_scheme(quantized, packed), *_fused(schemes), *_experts(schemes)]
     heads = set(heads)
     padded = {name: (n + -n % _VOCABULARY if name in heads else n, k) for name, (n, k) in (shapes or {}).items()}
-    runs = {name: scheme for name, scheme in quantized.items() if _refused(scheme, name in packed) is None}
+    runs = {name: scheme for name, scheme in quantized.items() if _refused(scheme, packed=name in packed) is None}
     found += _by_shape(runs, padded)
     conv1d = tuple(name for name in quantized if name in set(transposed))
     if conv1d:
@@ -159,17 +159,17 @@ def foresee_as_it_is(model: nn.Module, packed: Collection[str] | None = None) ->
 def _by_scheme(quantized: Mapping[str, Scheme], packed: Collection[str]) -> list[Finding]:
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for name, scheme in quantized.items():
-        reason = _refused(scheme, name in packed)
+        reason = _refused(scheme, packed=name in packed)
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
     return [Finding(True, tuple(names), *reason) for reason, names in reasons.items()]
 
 
-def _refused(scheme: Scheme, packed: bool) -> tuple[str, str, str] | None:
+def _refused(scheme: Scheme, *, packed: bool) -> tuple[str, str, str] | None:
     """What is the matter with a scheme, where vLLM says so, and what to use."""
     weights, inputs = scheme.weights, scheme.activations
     if inputs is None:
-        return _refused_weight_only(weights, packed)
+        return _refused_weight_only(weights, packed=packed)
     none = "_get_scheme_from_parts raises NotImplementedError: no compatible scheme"
     if weights.bits != 8 or inputs.bits != 8:
         return f"{weights.bits}-bit weights and {inputs.bits}-bit activations", none, "use 8 bits for both"
@@ -188,7 +188,7 @@ def _refused(scheme: Scheme, packed: bool) -> tuple[str, str, str] | None:
     return None
 
 
-def _refused_weight_only(weights: QuantSpec, packed: bool) -> tuple[str, str, str] | None:
+def _refused_weight_only(weights: QuantSpec, *, packed: bool) -> tuple[str, str, str] | None:
     """`_refused` of a scheme whose activations are float."""
     if not packed:
         return (
