@@ -10,6 +10,7 @@ from w8a8.analysis.errors import channel_absmax
 from w8a8.analysis.layers import sensitivity
 from w8a8.calibration.calibrate import Calibration
 from w8a8.cli import main
+from w8a8.cli import quantize as commands
 from w8a8.cli.commands import app
 from w8a8.corpus import held_out_text, training_text
 from w8a8.demo import demo_directory
@@ -99,6 +100,38 @@ def test_a_page_after_smoothing_has_the_layers_of_the_smoothed_model_under_the_s
     for drawn in records["histograms"]:
         if drawn["what"] == "input":
             assert drawn["scale"] == float(saved.get_submodule(drawn["layer"]).input_scale)
+
+
+def test_a_page_is_not_made_of_another_smoothing(monkeypatch, tmp_path, capsys):
+    """The calibration data is changed while the result is compared with the float model."""
+    text, data = tmp_path / "text.txt", tmp_path / "calibration.txt"
+    text.write_text(held_out_text()[:1500])
+    data.write_text(training_text()[:20000])
+    compare = commands.compare_named
+
+    def meanwhile(*arguments):
+        data.write_text(training_text()[30000:50000])
+        return compare(*arguments)
+
+    monkeypatch.setattr(commands, "compare_named", meanwhile)
+    arguments = [
+        "-o",
+        tmp_path / "out",
+        "--report",
+        tmp_path / "page.html",
+        "--eval-text",
+        text,
+        "--include",
+        "*.0.fc1",
+    ]
+    arguments += ["--calib", data, "--calib-samples", 2, "--smooth", "0.5", "--dtype", "float32"]
+    monkeypatch.setattr("sys.argv", ["w8a8", "quantize", str(demo_directory()), *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "was smoothed with alpha 0.5 and error" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+    assert [name for name, _ in quant_linears(w8a8.load(tmp_path / "out"))] == ["model.decoder.layers.0.fc1"]
 
 
 def test_a_budget_after_smoothing_is_measured_and_saved_with_the_same_calibration(quantize, tmp_path):

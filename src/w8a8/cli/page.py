@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -93,19 +94,27 @@ def _saved_schemes(job: Job, told: Mapping[str, Any]) -> Any:
     return {name: None if scheme == FLOAT else scheme for name, scheme in told["budget"]["schemes"].items()}
 
 
-def _folded(told: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
-    """The alphas of the groups that were smoothed, by source and readers."""
+def _folded(told: Mapping[str, Any]) -> dict[tuple[str, ...], tuple[float, float]]:
+    """The alpha and the error of the groups that were smoothed, by source and readers."""
     groups = [] if told["smooth"] is None else told["smooth"]["groups"]
-    return {(group["source"], *group["readers"]): group["alpha"] for group in groups if group["alpha"] is not None}
+    return {
+        (group["source"], *group["readers"]): (group["alpha"], group["error_after"])
+        for group in groups
+        if group["alpha"] is not None
+    }
 
 
 def _smooth_again(
-    model: Any, data: Any, told: Mapping[str, Any], folded: Mapping[tuple[str, ...], float], chosen: Iterable[str]
+    model: Any,
+    data: Any,
+    told: Mapping[str, Any],
+    folded: Mapping[tuple[str, ...], tuple[float, float]],
+    chosen: Iterable[str],
 ) -> None:
     """Fold into a float model what was folded before it was quantised, in place.
 
     Raises:
-        ReportError: other alphas were found than before.
+        ReportError: it is not what was folded before.
     """
     from w8a8.scheme import Scheme
     from w8a8.smoothing.smooth import Smoother
@@ -116,14 +125,16 @@ def _smooth_again(
     smoother = Smoother(model, data, dict.fromkeys(chosen, Scheme.of(told["scheme"])))
     way = told["kept"] or told["alpha"]
     smoother.smooth(way if way == "searched" else float(way), [g for g in smoother.groups if key(g) in folded])
-    again = {(report.source, *report.readers): report.alpha for report in smoother.reports}
-    if again != folded:
-        other = next(each for each in folded if again.get(each) != folded[each])
-        raise ReportError(
-            f"{other[0]} was smoothed with alpha {folded[other]}, and smoothing it again for the page gave "
-            f"{again.get(other)}: has {data.description} or the model changed since?  The checkpoint is whole, only "
-            "the page is missing; leave out --eval-text for a page without layers"
-        )
+    again = {(report.source, *report.readers): report for report in smoother.reports}
+    for name, (alpha, error) in folded.items():
+        report = again.get(name)
+        new, measured = (None, None) if report is None else (report.alpha, report.error_after)
+        if new != alpha or measured is None or not math.isclose(measured, error, rel_tol=1e-3):
+            raise ReportError(
+                f"{name[0]} was smoothed with alpha {alpha} and error {error:.3e}, and smoothing it again for the page "
+                f"gave {new} and {measured}: has {data.description} or the model changed since?  The checkpoint "
+                "is whole, only the page is missing; leave out --eval-text for a page without layers"
+            )
 
 
 def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found: Layers | None) -> Page:
