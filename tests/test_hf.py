@@ -300,6 +300,18 @@ class TestSaving:
         assert contents(tmp_path / "loading") == contents(tmp_path / "wanted")
         w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded", save_original_format=False)
         assert contents(tmp_path / "loaded") == contents(tmp_path / "wanted")
+        w8a8.enable()
+        opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled", save_original_format=False)
+        assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
+
+    def test_models_of_both_formats_come_back(self, tmp_path):
+        model = quantized(demo_directory(), {"*.self_attn.*": "w8a8", "*": "w8a16"})
+        w8a8.save(model, tmp_path / "wanted")
+        w8a8.enable()
+        found = opened(tmp_path / "wanted")
+        assert torch.equal(found(IDS).logits, model(IDS).logits)
+        found.save_pretrained(tmp_path / "enabled")
+        assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
 
     @pytest.mark.parametrize("options", [{}, {"head": "int8"}], ids=str)
     def test_save_pretrained_writes_what_save_writes(self, source, tmp_path, options):

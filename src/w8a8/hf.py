@@ -195,6 +195,10 @@ class _Arriving:
         self._empty = dict(layer._buffers)
         del layer._buffers["weight"]
         layer.in_words = False  # until then its buffers are the file's
+        if packed:  # GPT-2 initialises anew what it finds under that name, where a tied head is missing in the files
+            placeholder: Any = torch.empty(0)
+            placeholder._is_hf_initialized = True
+            layer.__dict__["weight"] = placeholder
         for key, (_, entry) in found.items():
             layer._buffers[key] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
@@ -204,6 +208,7 @@ class _Arriving:
         Raises:
             CheckpointError: it is not what the layer holds, or makes no sense; file and tensor are named.
         """
+        self.layer.__dict__.pop("weight", None)
         buffers = self.layer._buffers
         came = {key: buffers[key] for key in self._where}
         bias = buffers["bias"]
