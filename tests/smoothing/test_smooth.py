@@ -281,7 +281,7 @@ def test_an_interrupt_leaves_every_bit(where, data, monkeypatch):
 
     def interrupted(*args, **kwargs):
         calls.append(args)
-        if len(calls) == (1 if where == "whole_change" else 4):
+        if len(calls) == {"search": 4, "change": 2, "whole_change": 1}[where]:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 

@@ -4,14 +4,15 @@
     2. one pass over the calibration data: extremes, a sample of tokens, ranges     w8a8.calibrate
     3. for each group in the order of the forward: the alpha of least error         w8a8.alpha
        its fold into the weights                                                    w8a8.fold
-       the output of its block compared with what it was; beyond the bound, undone  w8a8.gate
+       and for each block, when its groups are folded: its output compared with what
+       it was; beyond the bound all are undone, and made again one by one           w8a8.gate
     4. the same with one alpha for all groups, and without; the best is kept        w8a8.contest
     5. the whole model's float output compared with what it was
 
 One pass is enough: a fold changes the tensor it is made for, by a factor that is known, and no other group's.  The
 weights of a group are read when it is its turn, after the folds before it.
 
-Where a fold fails its gate it is undone and the rest goes on.  Where the whole model fails at the end, everything
+Where a fold alone fails its gate it is undone and the rest goes on.  Where the whole model fails at the end, everything
 is undone and that is an error: each block kept its function and the model did not, so no single fold is to blame,
 and quantising on without smoothing would hide it.
 
@@ -21,6 +22,7 @@ size of the linear layers.  Samples are bounded: `rows` tokens for each group.
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -31,19 +33,17 @@ from w8a8.calibration.calibrate import Calibration, collect
 from w8a8.calibration.model_inputs import ModelInputs, check_inputs
 from w8a8.calibration.sampling import ROWS, Sample, Sampler
 from w8a8.convert import Progress
-from w8a8.dataflow.groups import Group, Refusal, observe
+from w8a8.dataflow.groups import Dataflow, Group, Refusal, observe
 from w8a8.errors import ModelError, NonFiniteError
 from w8a8.linear import float_operands
 from w8a8.scheme import PerColumn, PerTensor, Scheme
 from w8a8.smoothing.alpha import GRID, Choice, Product, check_alpha, search, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, Score, winner
 from w8a8.smoothing.fold import Undo, fold_, touched
-from w8a8.smoothing.gate import Gate
+from w8a8.smoothing.gate import Gate, Unrounded
 from w8a8.smoothing.report import GroupReport, SmoothReport
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
-
-_Reporter: TypeAlias = "Callable[[Choice | None, float | None, str | None], GroupReport]"
 
 Alpha: TypeAlias = float | Literal["auto", "searched"]
 
@@ -114,21 +114,88 @@ def smooth_undoable(
     """`smooth_`, and what takes it back: for a caller that has more to do, and may fail."""
     if alpha not in ("auto", "searched"):
         check_alpha(alpha)
-    chosen = frozenset(selection.chosen)
     inputs = calibration.first(model)
     check_inputs(model, inputs)
-    flow = observe(model, _as_mapping(model, inputs))
-    work = [_Work(model, group, chosen, scheme) for group in flow.groups]
-    wanted = {name for w in work for name in w.sampled}
-    samplers = {name: Sampler(rows, seed=seed) for name in sorted(wanted)}
+    probe = _cut(inputs)
+
+    def sampled(names: Sequence[str]) -> dict[str, Sample]:
+        return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
+
+    return smooth_observed(
+        model,
+        observed(model, probe, lambda: inputs),
+        probe,
+        sampled,
+        alpha=alpha,
+        scheme=scheme,
+        chosen=frozenset(selection.chosen),
+        description=calibration.description,
+        contest=lambda: Contest(model, calibration, scheme, selection),
+        progress=progress,
+    )
+
+
+def observed(model: nn.Module, probe: ModelInputs, inputs: Callable[[], ModelInputs]) -> Dataflow:
+    """The groups as a probe shows them, or all inputs where it does not reach every matrix."""
+    flow = observe(model, _as_mapping(model, probe))
+    if not flow.missed:
+        return flow
+    more = inputs()
+    return flow if more is probe else observe(model, _as_mapping(model, more))
+
+
+def samples(
+    model: nn.Module,
+    calibration: Calibration,
+    names: Sequence[str],
+    *,
+    rows: int = ROWS,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Sample]:
+    """What the named modules read in one pass over the data; a module that read nothing is left out."""
+    samplers = {name: Sampler(rows, seed=seed) for name in names}
     collect(model, calibration, samplers, progress=progress)
-    samples = {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
-    del samplers
-    run = _Run(model, work, samples, Gate(model, flow.groups, _cut(inputs)), progress)
+    return {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
+
+
+def smooth_observed(
+    model: nn.Module,
+    flow: Dataflow,
+    probe: ModelInputs,
+    sampled: Callable[[Sequence[str]], dict[str, Sample]],
+    *,
+    alpha: Alpha,
+    scheme: Scheme,
+    chosen: frozenset[str],
+    description: str,
+    contest: Callable[[], Contest] | None = None,
+    progress: Progress | None = None,
+) -> tuple[SmoothReport, Undo]:
+    """Smooth what was observed: a model, or a block of one as if it were all.
+
+    Args:
+        model: Changed in place if everything succeeds.
+        flow: Its groups.
+        probe: What it is called with to be compared.
+        sampled: Called once with names of modules in it, for what they read.
+        alpha: "auto" needs a `contest`.
+        scheme, progress: As `smooth_`.
+        chosen: The linears that will be quantised.
+        description: Of the data.
+        contest: Made after the sampling.
+
+    Returns, Raises:
+        As `smooth_`, and what takes it back.
+    """
+    work = [_Work(model, group, chosen, scheme) for group in flow.groups]
+    seen = sampled(sorted({name for w in work for name in w.sampled}))
+    run = _Run(model, work, seen, Gate(model, flow.groups, probe), progress)
     scores: dict[str, Score] = {}
     try:
         if alpha == "auto":
-            scores = _best(run, Contest(model, calibration, scheme, selection))
+            assert contest is not None, "'auto' is decided by a contest"
+            scores = _best(run, contest())
         else:
             run.smooth(alpha)
         change, bound = run.gate.whole_change(), run.gate.whole_bound()
@@ -142,9 +209,7 @@ def smooth_undoable(
         run.undo()
         raise
     refused = tuple(_refused(refusal) for refusal in flow.refused)
-    report = SmoothReport(
-        scheme.name, alpha, calibration.description, tuple(run.reports), refused, change, bound, scores
-    )
+    report = SmoothReport(scheme.name, alpha, description, tuple(run.reports), refused, change, bound, scores)
     return report, run.as_undo()
 
 
@@ -170,10 +235,27 @@ class _Run:
     def smooth(self, alpha: "Alpha | None") -> None:
         """Smooth every group with one alpha, the best of its own ("searched"), or not (None)."""
         self.undo()
-        for done, work in enumerate(self.work, start=1):
-            self.reports.append(_smooth_group(work, self.samples, self.gate, alpha, self._originals))
-            if self.progress is not None:
-                self.progress(done, len(self.work), work.group.source.module)
+        together: dict[str, list[_Work]] = {}
+        for work in self.work:
+            together.setdefault(self.gate.block(work.group), []).append(work)
+        told: dict[int, GroupReport] = {}
+        for works in together.values():
+            for work, report in zip(works, self._smooth_together(works, alpha), strict=True):
+                told[id(work)] = report
+                if self.progress is not None:
+                    self.progress(len(told), len(self.work), work.group.source.module)
+        self.reports = [told[id(work)] for work in self.work]
+
+    def _smooth_together(self, works: Sequence["_Work"], alpha: "Alpha | None") -> list[GroupReport]:
+        """The groups of one block, which are compared together; where that fails, each alone."""
+        trial = _Trial(self.gate, self._originals)
+        reports = [_smooth_group(work, self.samples, trial, alpha) for work in works]
+        trial.compare()
+        if trial.failure is not None:
+            trial.undo()
+            if len(trial.folded) > 1:
+                return [report for work in works for report in self._smooth_together([work], alpha)]
+        return [trial.told(work.group, report) for work, report in zip(works, reports, strict=True)]
 
     def undo(self) -> None:
         """All weights as they were, to the bit."""
@@ -240,66 +322,101 @@ def _source_counts(model: nn.Module, group: Group, chosen: frozenset[str], schem
     return weight.shape[0] == source.channels
 
 
-def _smooth_group(
-    work: _Work,
-    samples: dict[str, Sample],
-    gate: Gate,
-    alpha: Alpha | None,
-    originals: dict[int, tuple[nn.Parameter, Tensor]],
-) -> GroupReport:
-    """Search, fold, compare, and undo where the function changed."""
+class _Trial:
+    """Folds of groups of one block, to be compared together.
+
+    folded: The groups.
+    failure: Once compared: why they are wrong; None where the block's function is what it was.
+    """
+
+    def __init__(self, gate: Gate, originals: dict[int, tuple[nn.Parameter, Tensor]]) -> None:
+        self.gate = gate
+        self.folded: list[Group] = []
+        self.failure: str | None = None
+        self._originals = originals
+        self._saved: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._unrounded: Unrounded | None = None
+        self._change: float | None = None
+
+    def fold(self, model: nn.Module, group: Group, scales: Tensor) -> None:
+        """Fold one more.
+
+        Raises:
+            NonFiniteError: it leaves the range of the weights' dtype; it is not made.
+        """
+        if not self.folded:
+            self._unrounded = self.gate.unrounded(group)
+        for parameter in touched(model, group):  # before the fold, so that no interrupt can come between
+            if id(parameter) not in self._saved:
+                self._saved[id(parameter)] = (parameter, parameter.detach().clone())
+            self._originals.setdefault(id(parameter), self._saved[id(parameter)])
+        fold_(model, group, scales)
+        self.folded.append(group)
+        if self._unrounded is not None:
+            self._unrounded.fold(group, scales)
+
+    def compare(self) -> None:
+        """Have the gate look at what the folds make together."""
+        if not self.folded:
+            return
+        if self._unrounded is not None:
+            self._compared(self._unrounded.change(), self.gate.tolerance, "before any rounding")
+        if self.failure is None:
+            one = self.folded[0]
+            self._compared(self.gate.change(one), self.gate.bound(one), "in its weights' dtype")
+
+    def _compared(self, change: float, bound: float, where: str) -> None:
+        self._change = change
+        if change > bound:
+            self.failure = (
+                f"the fold changed the block's float output by {change:.2e} (relative norm, {where}), over "
+                f"{bound:.2e}, and was undone: something else reads the tensor, or it is not what it was taken for"
+            )
+
+    def told(self, group: Group, report: GroupReport) -> GroupReport:
+        """The report of a group with what the gate saw of it."""
+        if not any(group is folded for folded in self.folded):
+            return report
+        if self.failure is None:
+            return replace(report, change=self._change)
+        after = report.error_before
+        return replace(report, alpha=None, error_after=after, change=self._change, reason=self.failure)
+
+    def undo(self) -> None:
+        """The weights as they were before these folds."""
+        Undo(tuple(self._saved.values()))()
+
+
+def _smooth_group(work: _Work, samples: dict[str, Sample], trial: _Trial, alpha: Alpha | None) -> GroupReport:
+    """Search and fold."""
     group = work.group
 
-    def report(choice: Choice | None, change: float | None, reason: str | None) -> GroupReport:
+    def report(choice: Choice | None, reason: str | None) -> GroupReport:
         kept = None if choice is None or reason is not None else choice.alpha
         before = None if choice is None else choice.error_before
         after = before if choice is None or reason is not None else choice.error_after
         readers = tuple(dict.fromkeys(reader.module for reader in group.readers))
-        return GroupReport(group.source.module, readers, kept, before, after, change, reason)
+        return GroupReport(group.source.module, readers, kept, before, after, None, reason)
 
     if not work.readers:
-        return report(None, None, "nothing that reads it will be quantised")
+        return report(None, "nothing that reads it will be quantised")
     unseen = sorted(work.sampled - set(samples))
     if unseen:
-        return report(None, None, f"{unseen[0]} read no token of the calibration data")
-    reason = gate.why_not(group)
+        return report(None, f"{unseen[0]} read no token of the calibration data")
+    reason = trial.gate.why_not(group)
     if reason is not None:
-        return report(None, None, reason)
+        return report(None, reason)
     alphas = () if alpha is None else GRID if alpha == "searched" else (float(alpha),)
     choice = search(work.products(samples), group.source.channels, work.scheme, alphas, forced=alpha != "searched")
     if alpha is None:
-        return report(choice, None, "nothing is better for the quantised model as a whole than no smoothing")
+        return report(choice, "nothing is better for the quantised model as a whole than no smoothing")
     if choice.scales is None:
-        return report(choice, None, "no alpha has a smaller error than none")
-    return _fold_checked(work, choice, gate, originals, report)
-
-
-def _fold_checked(
-    work: _Work, choice: Choice, gate: Gate, originals: dict[int, tuple[nn.Parameter, Tensor]], report: _Reporter
-) -> GroupReport:
-    group = work.group
-    assert choice.scales is not None, "there is something to fold"
-    unrounded = gate.unrounded_change(group, choice.scales)
-    if unrounded is not None and unrounded > gate.tolerance:
-        return report(choice, unrounded, _broken(unrounded, gate.tolerance, "before any rounding"))
-    for parameter in touched(work.model, group):  # before the fold, so that no interrupt can come between
-        originals.setdefault(id(parameter), (parameter, parameter.detach().clone()))
+        return report(choice, "no alpha has a smaller error than none")
     try:
-        undo = fold_(work.model, group, choice.scales)
+        trial.fold(work.model, group, choice.scales)
     except NonFiniteError as error:
-        return report(choice, None, str(error))
-    change, bound = gate.change(group), gate.bound(group)
-    if change <= bound:
-        return report(choice, change, None)
-    undo()
-    return report(choice, change, _broken(change, bound, "in its weights' dtype"))
-
-
-def _broken(change: float, bound: float, where: str) -> str:
-    return (
-        f"the fold changed the block's float output by {change:.2e} (relative norm, {where}), over {bound:.2e}, and "
-        "was undone: something else reads the tensor, or it is not what it was taken for"
-    )
+        return report(choice, str(error))
+    return report(choice, None)
 
 
 def _refused(refusal: Refusal) -> GroupReport:
