@@ -116,7 +116,7 @@ def smooth_undoable(
         check_alpha(alpha)
     inputs = calibration.first(model)
     check_inputs(model, inputs)
-    probe = _cut(inputs)
+    probe = cut(inputs)
 
     def sampled(names: Sequence[str]) -> dict[str, Sample]:
         return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
@@ -430,7 +430,7 @@ def _as_mapping(model: nn.Module, inputs: ModelInputs) -> Any:
     return inputs
 
 
-def _cut(inputs: ModelInputs) -> ModelInputs:
+def cut(inputs: ModelInputs) -> ModelInputs:
     """A probe of one sequence and few tokens, where the inputs are token ids alone."""
     if isinstance(inputs, dict) and set(inputs) <= {"input_ids", "attention_mask"}:
         return {key: value[:1, :PROBE_TOKENS] for key, value in inputs.items()}

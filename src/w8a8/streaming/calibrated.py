@@ -3,7 +3,7 @@
     outside of the blocks    mapped from the files: embeddings, the last norm, the head
     block i                  in memory, on what block i - 1 returned (`activations`, on the disk)
         pass 1               samples for smoothing, or ranges for static grids; what it returns is recorded
-        smoothing            groups that lie within the block: `smooth_undoable` on the model with one block (`blocks`)
+        smoothing            groups that lie within the block: `smooth_observed` on the block as if it were all
         pass 2               where both are asked for: ranges, on what the smoothed blocks before returned
         codes                written as one shard, recorded in the journal
     the end                  layers outside of the blocks, what is beside the weights, the name of the directory
@@ -22,8 +22,8 @@ it is recorded; where they are damaged the job goes back to the last that are wh
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import Tensor
 from w8a8.affine import QParams
 from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
 from w8a8.calibration.observers import Observer
+from w8a8.calibration.sampling import Sample
 from w8a8.checkpoint.files import resolve
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.checkpoint.writer import check_target
@@ -42,7 +43,7 @@ from w8a8.errors import CheckpointError, SchemeError, W8A8Error
 from w8a8.scheme import Scheme
 from w8a8.smoothing.alpha import check_alpha
 from w8a8.smoothing.report import GroupReport, SmoothReport
-from w8a8.smoothing.smooth import Alpha, smooth_undoable
+from w8a8.smoothing.smooth import Alpha, cut, observed, samples, smooth_observed
 from w8a8.streaming.activations import Reader, Recorder
 from w8a8.streaming.blocks import BlockWalk
 from w8a8.streaming.contents import by_blocks, load, quantized
@@ -257,11 +258,8 @@ class _Job:
         record = {chain: recorder.put for chain, recorder in recorders.items()}
         read = {chain: self._reader(number, chain) for chain in self.request.chains}
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
-        enters = read[PLAIN]
         if alpha is not None:
-            with self.walk.only(number, None if enters is None else enters(0)):
-                told, _ = smooth_undoable(self.walk.model, plain, alpha=alpha, scheme=scheme, selection=selection)
-            self._keep_report(number, told)
+            self._keep_report(number, self._smoothed(number, alpha, selection, plain, read[PLAIN]))
         if not scheme.static:
             return None
         chain = self.request.chains[-1]
@@ -271,6 +269,31 @@ class _Job:
                 calibration.run(self.walk.model)
                 return None
             return self._grids(selection.chosen, calibration)
+
+    def _smoothed(
+        self, number: int, alpha: Alpha, selection: Selection, plain: Calibration, enters: Reader | None
+    ) -> SmoothReport:
+        """Smooth a block as if it were all: it is called with what the model gives it, on some tokens of a batch."""
+        block, prefix = self.walk.blocks[number], self.walk.prefix(number)
+        first = None if enters is None else enters(0)
+        inputs = self.request.calibration.batches[0]
+        probe = self.walk.arguments(number, cut(inputs), first)
+
+        def sampled(names: Sequence[str]) -> dict[str, Sample]:
+            with self.walk.only(number, None):
+                found = samples(self.walk.model, plain, [prefix + name for name in names])
+            return {name.removeprefix(prefix): sample for name, sample in found.items()}
+
+        return smooth_observed(
+            block,
+            observed(block, probe, lambda: self.walk.arguments(number, inputs, first)),
+            probe,
+            sampled,
+            alpha=alpha,
+            scheme=self.request.scheme,
+            chosen=frozenset(name.removeprefix(prefix) for name in selection.chosen),
+            description=plain.description,
+        )[0]
 
     def _grids(self, names: tuple[str, ...], calibration: Calibration) -> dict[str, QParams]:
         activations = self.request.scheme.activations
@@ -304,13 +327,16 @@ class _Job:
         return self.journal.partial / f".smooth-{number:05d}.json"
 
     def _keep_report(self, number: int, report: SmoothReport) -> None:
-        """Groups of the block alone: what lies outside was seen too, and not touched."""
+        """On the disk, by the names of the whole model."""
         prefix = self.walk.prefix(number)
 
-        def own(groups: tuple[GroupReport, ...]) -> list[dict[str, Any]]:
-            return [asdict(g) for g in groups if g.source.startswith(prefix)]
+        def full(name: str) -> str:
+            return (prefix + name).removesuffix(".")
 
-        told = {"groups": own(report.groups), "refused": own(report.refused)}
+        def named(groups: tuple[GroupReport, ...]) -> list[dict[str, Any]]:
+            return [asdict(replace(g, source=full(g.source), readers=tuple(map(full, g.readers)))) for g in groups]
+
+        told = {"groups": named(report.groups), "refused": named(report.refused)}
         told_all = told | {"change": report.change, "bound": report.bound}
         write_whole(self._report_file(number), json.dumps(told_all))
 
