@@ -53,6 +53,8 @@ INSIDE = {
         "blocks",
         "contents",
         "activations",
+        "request",
+        "measured",
         "forecast",
         "calibrated",
     ],
