@@ -1,6 +1,7 @@
 """Block by block: what the whole model does in memory, to the bit, and whoever kills it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from w8a8.pipeline import open_model
 from w8a8.streaming import quantize_blocks
 from w8a8.streaming.activations import Reader, Recorder
 from w8a8.streaming.blocks import BlockWalk
+from w8a8.streaming.resources import Prediction
 
 WALKED = (
     "llama",
@@ -269,6 +271,9 @@ def test_other_calibration_data_is_not_gone_on_with(tmp_path, four_blocks):
         quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=data())
 
 
+FILES = ("model-", ".activations-", ".smooth-", "journal-", "lock-", "fingerprint.json", "config.json", "generation_")
+"""How the names of files begin that an unfinished result may hold."""
+
 _KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -300,6 +305,32 @@ def test_a_job_that_is_killed_at_twenty_moments_gives_the_same_bytes(tmp_path, f
     subprocess.run(command, check=True, capture_output=True, text=True)
     for made in (tmp_path / "out", *tmp_path.glob("whole-*")):
         assert contents(made) == whole
+
+
+def test_wherever_the_disk_is_full_the_job_goes_on_from_there(small_disk, four_blocks, monkeypatch):
+    """Room is made a little at a time, so that it is full again and again, at files of every kind."""
+    source, whole = four_blocks
+    monkeypatch.setattr(Prediction, "check", lambda self, target: None)  # as if the disk had filled up meanwhile
+    target, ballast, full = small_disk / "out", small_disk / "ballast", []
+    size = shutil.disk_usage(small_disk).free - 32_768
+    ballast.write_bytes(bytes(size))
+    while True:
+        try:
+            done, _ = resumed(source, target)
+            break
+        except CheckpointError as error:
+            full.append(str(error))
+        assert not target.exists()
+        partial = partial_of(target)
+        for path in partial.glob("*.safetensors"):  # every file is whole, and nothing else is there
+            load_file(path)
+        assert not [path.name for path in partial.iterdir() if not path.name.startswith(FILES)]
+        size -= 16_384
+        os.truncate(ballast, size)
+    assert all("the disk is full; make room and run the same command again" in message for message in full)
+    assert {".activations-", "model-"} <= {kind for kind in FILES if any(f"/{kind}" in message for message in full)}
+    assert done.resumed >= 1
+    assert contents(target) == whole
 
 
 def test_a_dry_run_predicts_and_writes_nothing(tmp_path):

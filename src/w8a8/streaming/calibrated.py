@@ -9,8 +9,8 @@
     the end                  layers outside of the blocks, what is beside the weights, the name of the directory
 
 Every block reads what the *float* blocks before it returned, as in calibration of the whole model, and by the same
-calls in the same order: scales, codes and smoothed weights are those of `w8a8.quantize` in memory, bit for bit, where
-alpha is fixed or searched and smoothing is within blocks.  After smoothing with static scales two chains of activations are kept, since the
+calls in the same order: scales, codes and smoothed weights are those of `w8a8.quantize` in memory, bit for bit, with a
+fixed alpha, a searched one, or none.  After smoothing with static scales two chains of activations are kept, since the
 samples come from the model before any fold and the ranges from the folded one.
 
 Smoothing "auto" chooses among whole quantised models, which is what does not fit; here it is "searched", and so it is
