@@ -134,3 +134,22 @@ def test_the_relative_change_is_the_worst_of_the_outputs():
     assert relative_change([torch.zeros(2)], [torch.zeros(2)]) == 0.0
     masked = torch.tensor([1.0, -math.inf])
     assert relative_change([masked], [masked.clone()]) == 0.0
+
+
+def test_a_block_is_run_once_for_each_state_of_its_weights(tokens, monkeypatch):
+    model, runs = llama(), []
+    groups = observe(model, tokens).groups
+    gate = Gate(model, groups, tokens)
+    real = gate_module._run
+    monkeypatch.setattr(gate_module, "_run", lambda *given: runs.append(given) or real(*given))
+    group = groups[0]
+    assert gate.change(group) == 0.0
+    assert not runs
+    fold_(model, group, scales(group))
+    changes = [gate.change(group), gate.change(group)]
+    assert len(runs) == 1
+    assert changes[0] == changes[1] > 0
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    assert gate.change(group) > 1e-3
+    assert len(runs) == 2

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -261,6 +262,67 @@ def test_a_wrong_pair_among_right_ones_leaves_the_others_smoothed(data, tokens, 
     assert len(report.smoothed) == len(report.groups) - 2  # and the head stays float
     for name in ("input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight"):
         assert torch.equal(model.get_parameter(f"model.layers.0.{name}"), before[f"model.layers.0.{name}"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [{0}, {3}, {0, 2}, {1, 2, 3}])
+def test_the_wrong_folds_of_a_block_are_found_and_the_right_ones_kept(wrong, dtype, data, tokens, monkeypatch):
+    model = llama(num_hidden_layers=1).to(dtype)
+    groups = observe(model, tokens).groups[:4]
+    right = copy.deepcopy(model)
+    monkeypatch.setattr(
+        smooth, "observe", lambda *_: Dataflow(tuple(g for i, g in enumerate(groups) if i not in wrong), (), ())
+    )
+    smooth_(right, data, alpha=0.8)
+
+    def mistaken(group):
+        readers = tuple(replace(r, channels=r.channels.roll(1)) for r in group.readers)
+        return Group(group.source, readers, group.block)
+
+    given = tuple(mistaken(g) if i in wrong else g for i, g in enumerate(groups))
+    monkeypatch.setattr(smooth, "observe", lambda *_: Dataflow(given, (), ()))
+    report = smooth_(model, data, alpha=0.8)
+    assert {i for i, group in enumerate(report.groups) if group.alpha is None} == wrong
+    assert all("changed the block's float output" in report.groups[i].reason for i in wrong)
+    assert all(report.groups[i].change > 1e-3 for i in wrong)
+    assert unchanged(model, parameters(right))
+
+
+def test_a_block_is_compared_once_for_all_its_folds(data, monkeypatch):
+    calls, real = [], Gate.change
+    monkeypatch.setattr(Gate, "change", lambda self, group: calls.append(self.block(group)) or real(self, group))
+    report = smooth_(llama(), data, alpha=0.5)
+    assert calls == ["model.layers.0", "model.layers.1"]
+    changes = [group.change for group in report.smoothed]
+    assert changes[:4] == changes[:1] * 4
+
+
+def test_a_probe_that_leaves_a_matrix_unread_is_not_enough():
+    model, seen = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)), []
+
+    class Routed(nn.Module):
+        """A second reader of the norm's output, for many tokens only."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.always, self.sometimes = nn.LayerNorm(6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.always(y) + (self.sometimes(y) if len(x) > 4 else 0)
+
+    def more(x):
+        seen.append(x)
+        return x
+
+    few, many = torch.randn(3, 6), torch.randn(8, 6)
+    assert len(smooth.observed(model, few, lambda: more(many)).groups) == 1
+    assert not seen
+    routed = Routed()
+    assert observe(routed, few).missed == ("sometimes.weight",)
+    (group,) = smooth.observed(routed, few, lambda: more(many)).groups
+    assert {reader.module for reader in group.readers} == {"always", "sometimes"}
+    assert len(seen) == 1
 
 
 def test_a_model_that_changes_as_a_whole_is_an_error_and_is_put_back(data, monkeypatch):

@@ -188,8 +188,8 @@ def search(
         return Choice(None, None, before, before)
     errors = {alpha: error(alpha) for alpha in alphas}
     alpha = min(errors, key=lambda a: errors[a])
-    better = errors[alpha] < before and (trials == [whole] or whole.error(alpha) < whole.error(None))
-    if not better and not forced:
+    better = errors[alpha] < before
+    if not forced and not (better and (trials == [whole] or whole.error(alpha) < whole.error(None))):
         return Choice(None, None, before, before)
     return Choice(alpha, whole.scales(alpha), before, errors[alpha])
 
