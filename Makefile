@@ -65,6 +65,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/sensitivity.py
 	$(MAKE) bench-smoothing-peer
 	$(BIN)/python bench/streaming.py --peer-python .venv-peer/bin/python
+	$(BIN)/python bench/blocks.py
 	$(BIN)/python bench/report.py
 
 # llm-compressor pins older versions than the tests use: an environment of its own

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import allocator
+import blocks
 import calibration
 import demo
 import evaluation
@@ -27,7 +28,7 @@ RESULTS = tuple(
     script.RESULT
     for script in (
         *(linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer),
-        *(loading, evaluation, sensitivity, streaming),
+        *(loading, evaluation, sensitivity, streaming, blocks),
     )
 )
 
@@ -44,7 +45,7 @@ def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
     sections = (
         *(_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer),
-        *(_loading, _evaluation, _sensitivity, _streaming),
+        *(_loading, _evaluation, _sensitivity, _streaming, _blocks),
     )
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
@@ -183,6 +184,17 @@ def _loading(result: dict[str, Any]) -> str:
 def _streaming(result: dict[str, Any]) -> str:
     return (
         "## Bigger than memory\n\n" + _where(result) + streaming.text(result) + "\n\n" + streaming.table(result) + "\n"
+    )
+
+
+def _blocks(result: dict[str, Any]) -> str:
+    return (
+        "## Block by block\n\n"
+        + _where(result)
+        + "`quantize --stream --calib` beside `w8a8.quantize` and `save` in memory, each a process of its own. "
+        "`before` is w8a8 as it compared each fold of a block alone and searched in float. Files in memory: the result "
+        "and the activations that pass from block to block, on a file system without a disk. Other work ran "
+        "meanwhile, so that the processor's time is the one to compare.\n\n" + blocks.table(result) + "\n"
     )
 
 

@@ -27,7 +27,7 @@ LAYERS = [
 INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
-    "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
+    "smoothing": ["fold", "alpha", "gate", "contest", "report", "smoother", "smooth", "outliers"],
     "checkpoint": [
         "headers",
         "matcher",
@@ -54,6 +54,8 @@ INSIDE = {
         "blocks",
         "contents",
         "activations",
+        "request",
+        "measured",
         "forecast",
         "calibrated",
     ],

@@ -367,3 +367,18 @@ def test_the_native_kernel_says_that_it_has_no_weight_zero_points():
     q(torch.randn(2, 100))
     assert "native" not in q.kernel_calls()
     assert torch.equal(q.weight, q._buffers["weight"])
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 17, 100), (40, 48, 515)])
+def test_a_product_of_codes_is_exact(m, n, k):
+    a = torch.randint(-128, 128, (m, k), dtype=torch.int8)
+    b = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    a[0], b[0] = -128, -128  # what saturates, where it does
+    kept = a.clone()
+    product = torch_cpu.int8_product(a, b)
+    if select.unavailable_because("torch_cpu") is not None:
+        assert product is None
+        return
+    assert torch.equal(product, (a.to(torch.float64) @ b.to(torch.float64).t()).to(torch.int32))
+    assert torch.equal(a, kept)
+    assert torch_cpu.int8_product(a[:0], b) is None

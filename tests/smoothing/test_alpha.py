@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from functools import cached_property
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from w8a8.calibration.sampling import Sample
 from w8a8.errors import NonFiniteError, SchemeError
+from w8a8.kernels.torch_cpu import int8_product
 from w8a8.scheme import PerColumn, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.smoothing import alpha as alpha_module
 from w8a8.smoothing.alpha import GRID, Product, centred, magnitudes, search, smooth_scales
 
 positive = st.floats(1e-20, 1e20)
@@ -212,3 +215,36 @@ def test_a_quiet_channel_is_not_amplified_by_what_little_it_showed(one_sided, le
     counted = maxima.clamp(min=least * float(typical))
     assert float(found[5] / found[7]) == pytest.approx(float(counted[5] / counted[7]) ** 0.8, rel=1e-4)
     assert float(paper[5] / paper[7]) == pytest.approx(float(maxima[5] / maxima[7]) ** 0.8, rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-tensor", "w8a8-static", "w8a8-asym", "w8a8-o1"])
+def test_errors_in_integers_are_those_of_fake_quantised_operands(scheme, monkeypatch):
+    calls, product = [], outliers(width=100)
+    product = replace(product, sample=replace(product.sample, rows=product.sample.rows + 0.3))
+
+    def counted(*codes):
+        calls.append(codes)
+        return int8_product(*codes)
+
+    monkeypatch.setattr(alpha_module, "int8_product", counted)
+    integer = search([product], 100, Scheme.of(scheme))
+    assert len(calls) >= len(GRID)
+    monkeypatch.setattr(alpha_module, "int8_product", lambda *_: None)  # as where it is not exact
+    fake = search([product], 100, Scheme.of(scheme))
+    assert integer.alpha == fake.alpha is not None
+    assert integer.error_before == pytest.approx(fake.error_before, rel=1e-4)
+    assert integer.error_after == pytest.approx(fake.error_after, rel=1e-4)
+
+
+def test_the_whole_sample_is_multiplied_only_where_it_decides(monkeypatch):
+    product, made = outliers(), []
+    half = replace(product.sample, rows=product.sample.rows[:32])
+    product = replace(product, sample=replace(product.sample, halves=(half, half)))
+    real = alpha_module._Fold.exact.func
+    counted = cached_property(lambda self: made.append(len(self.products[0].sample.rows)) or real(self))
+    counted.__set_name__(alpha_module._Fold, "exact")
+    monkeypatch.setattr(alpha_module._Fold, "exact", counted)
+    search([product], 24, Scheme.of("w8a8-static"), (0.5,), forced=True)
+    assert made == [32, 32]
+    search([product], 24, Scheme.of("w8a8-static"))
+    assert made == [32, 32, 32, 32, 64]

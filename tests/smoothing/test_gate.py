@@ -29,7 +29,7 @@ def test_right_folds_pass_in_float32_weights(tokens, precision):
     groups = observe(model, tokens).groups
     gate = Gate(model, groups, tokens)
     for group in groups:
-        assert gate.unrounded_change(group, scales(group)) is None
+        assert gate.unrounded(group) is None
         fold_(model, group, scales(group))
         assert 0 < gate.change(group) < 1e-6 < gate.bound(group) == TOLERANCE
     assert gate.whole_change() < 2e-6 < gate.whole_bound()
@@ -42,7 +42,9 @@ def test_half_weights_are_asked_twice(dtype, tokens):
     gate = Gate(model, groups, tokens)
     eps = torch.finfo(dtype).eps
     for group in groups:
-        assert gate.unrounded_change(group, scales(group)) < 1e-6
+        unrounded = gate.unrounded(group)
+        unrounded.fold(group, scales(group))
+        assert unrounded.change() < 1e-6
         fold_(model, group, scales(group))
         assert 0.05 * eps < gate.change(group) < 2 * eps < gate.bound(group) == 4 * eps
     assert gate.whole_change() < gate.whole_bound()
@@ -53,7 +55,9 @@ def test_a_wrong_fold_of_half_weights_is_seen_before_it_is_made(tokens):
     group = observe(model, tokens).groups[0]
     wrong = type(group)(group.source, group.readers[:2], group.block)
     nearly_one = 1 + scales(group) * 1e-3  # what rounds away in bfloat16 still counts
-    assert Gate(model, [wrong], tokens).unrounded_change(wrong, nearly_one) > 1e-4
+    unrounded = Gate(model, [wrong], tokens).unrounded(wrong)
+    unrounded.fold(wrong, nearly_one)
+    assert unrounded.change() > 1e-4
 
 
 def test_folds_of_one_block_are_compared_with_what_it_was_before_any(tokens):
@@ -130,3 +134,22 @@ def test_the_relative_change_is_the_worst_of_the_outputs():
     assert relative_change([torch.zeros(2)], [torch.zeros(2)]) == 0.0
     masked = torch.tensor([1.0, -math.inf])
     assert relative_change([masked], [masked.clone()]) == 0.0
+
+
+def test_a_block_is_run_once_for_each_state_of_its_weights(tokens, monkeypatch):
+    model, runs = llama(), []
+    groups = observe(model, tokens).groups
+    gate = Gate(model, groups, tokens)
+    real = gate_module._run
+    monkeypatch.setattr(gate_module, "_run", lambda *given: runs.append(given) or real(*given))
+    group = groups[0]
+    assert gate.change(group) == 0.0
+    assert not runs
+    fold_(model, group, scales(group))
+    changes = [gate.change(group), gate.change(group)]
+    assert len(runs) == 1
+    assert changes[0] == changes[1] > 0
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    assert gate.change(group) > 1e-3
+    assert len(runs) == 2

@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from w8a8.calibration.calibrate import Calibration
 from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Source, observe
 from w8a8.errors import CalibrationError, ModelError, PatternError, SchemeError
 from w8a8.linear import quant_linears
-from w8a8.smoothing import smooth
+from w8a8.smoothing import smooth, smoother
 from w8a8.smoothing.contest import Score
 from w8a8.smoothing.gate import Gate
 from w8a8.smoothing.smooth import smooth_
@@ -235,7 +236,7 @@ def test_a_planted_wrong_pair_is_caught_and_rolled_back_to_the_bit(fault, dtype,
         )
         del model.forward
     before = parameters(model)
-    monkeypatch.setattr(smooth, "observe", lambda *_: Dataflow(tuple(groups), (), ()))
+    monkeypatch.setattr(smoother, "observe", lambda *_: Dataflow(tuple(groups), (), ()))
     x = (torch.randn(32, 8) * torch.rand(8).mul(4).exp()).to(dtype)
     report = smooth_(model, [x], alpha=0.8)
     (told,) = report.groups
@@ -251,7 +252,7 @@ def test_a_wrong_pair_among_right_ones_leaves_the_others_smoothed(data, tokens, 
     flow = observe(model, tokens)
     (first, *others) = flow.groups
     wrong = Group(first.source, first.readers[:1], first.block)
-    monkeypatch.setattr(smooth, "observe", lambda *_: Dataflow((wrong, *others), (), ()))
+    monkeypatch.setattr(smoother, "observe", lambda *_: Dataflow((wrong, *others), (), ()))
     before = parameters(model)
     with torch.no_grad():
         expected = model(tokens).logits
@@ -263,10 +264,71 @@ def test_a_wrong_pair_among_right_ones_leaves_the_others_smoothed(data, tokens, 
         assert torch.equal(model.get_parameter(f"model.layers.0.{name}"), before[f"model.layers.0.{name}"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [{0}, {3}, {0, 2}, {1, 2, 3}])
+def test_the_wrong_folds_of_a_block_are_found_and_the_right_ones_kept(wrong, dtype, data, tokens, monkeypatch):
+    model = llama(num_hidden_layers=1).to(dtype)
+    groups = observe(model, tokens).groups[:4]
+    right = copy.deepcopy(model)
+    monkeypatch.setattr(
+        smoother, "observe", lambda *_: Dataflow(tuple(g for i, g in enumerate(groups) if i not in wrong), (), ())
+    )
+    smooth_(right, data, alpha=0.8)
+
+    def mistaken(group):
+        readers = tuple(replace(r, channels=r.channels.roll(1)) for r in group.readers)
+        return Group(group.source, readers, group.block)
+
+    given = tuple(mistaken(g) if i in wrong else g for i, g in enumerate(groups))
+    monkeypatch.setattr(smoother, "observe", lambda *_: Dataflow(given, (), ()))
+    report = smooth_(model, data, alpha=0.8)
+    assert {i for i, group in enumerate(report.groups) if group.alpha is None} == wrong
+    assert all("changed the block's float output" in report.groups[i].reason for i in wrong)
+    assert all(report.groups[i].change > 1e-3 for i in wrong)
+    assert unchanged(model, parameters(right))
+
+
+def test_a_block_is_compared_once_for_all_its_folds(data, monkeypatch):
+    calls, real = [], Gate.change
+    monkeypatch.setattr(Gate, "change", lambda self, group: calls.append(self.block(group)) or real(self, group))
+    report = smooth_(llama(), data, alpha=0.5)
+    assert calls == ["model.layers.0", "model.layers.1"]
+    changes = [group.change for group in report.smoothed]
+    assert changes[:4] == changes[:1] * 4
+
+
+def test_a_probe_that_leaves_a_matrix_unread_is_not_enough():
+    model, seen = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)), []
+
+    class Routed(nn.Module):
+        """A second reader of the norm's output, for many tokens only."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.always, self.sometimes = nn.LayerNorm(6), nn.Linear(6, 4), nn.Linear(6, 4)
+
+        def forward(self, x):
+            y = self.norm(x)
+            return self.always(y) + (self.sometimes(y) if len(x) > 4 else 0)
+
+    def more(x):
+        seen.append(x)
+        return x
+
+    few, many = torch.randn(3, 6), torch.randn(8, 6)
+    assert len(smoother.observed(model, few, lambda: more(many)).groups) == 1
+    assert not seen
+    routed = Routed()
+    assert observe(routed, few).missed == ("sometimes.weight",)
+    (group,) = smoother.observed(routed, few, lambda: more(many)).groups
+    assert {reader.module for reader in group.readers} == {"always", "sometimes"}
+    assert len(seen) == 1
+
+
 def test_a_model_that_changes_as_a_whole_is_an_error_and_is_put_back(data, monkeypatch):
     model = llama()
     before = parameters(model)
-    monkeypatch.setattr(smooth.Gate, "whole_change", lambda self: 0.5)
+    monkeypatch.setattr(smoother.Gate, "whole_change", lambda self: 0.5)
     with pytest.raises(ModelError, match=r"changed the float output of LlamaForCausalLM by 5\.00e-01"):
         smooth_(model, data)
     assert unchanged(model, before)
@@ -276,12 +338,12 @@ def test_a_model_that_changes_as_a_whole_is_an_error_and_is_put_back(data, monke
 def test_an_interrupt_leaves_every_bit(where, data, monkeypatch):
     model = llama()
     before = parameters(model)
-    owner = smooth if where == "search" else smooth.Gate
+    owner = smoother if where == "search" else smoother.Gate
     real, calls = getattr(owner, where), []
 
     def interrupted(*args, **kwargs):
         calls.append(args)
-        if len(calls) == (1 if where == "whole_change" else 4):
+        if len(calls) == {"search": 4, "change": 2, "whole_change": 1}[where]:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 

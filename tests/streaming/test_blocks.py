@@ -1,10 +1,12 @@
 """Block by block: what the whole model does in memory, to the bit, and whoever kills it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from tests.conftest import gpt2, llama, opt
 from w8a8.calibration.calibrate import Calibration
 from w8a8.errors import CheckpointError, ModelError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
-from w8a8.streaming import quantize_blocks
+from w8a8.streaming import forecast, quantize_blocks
 from w8a8.streaming.activations import Reader, Recorder
 from w8a8.streaming.blocks import BlockWalk
+from w8a8.streaming.resources import Prediction
 
 WALKED = (
     "llama",
@@ -105,6 +108,25 @@ def test_one_block_at_a_time_computes_what_the_model_does(tmp_path, family):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt2", "gpt-neox", "mixtral", "bloom"])
+def test_a_block_called_alone_computes_what_it_does_in_the_model(tmp_path, family):
+    model, calibration = families.build(family, dtype=torch.float32), data()
+    walk = BlockWalk(model)
+    walk.check(calibration)
+    one = Calibration.of([calibration.batches[0]])
+    returned = [None]  # by the block before
+    for number, block in enumerate(walk.blocks):
+        first = returned[-1]
+        with walk.only(number, None):
+            read = None if first is None else lambda batch: returned[-1]
+            walk.calibration(one, number, read, lambda batch, hidden: returned.append(hidden)).run(model)
+        inputs = walk.arguments(number, calibration.batches[0], first)
+        with torch.no_grad():
+            out = block(**inputs) if isinstance(inputs, dict) else block(inputs)
+        assert torch.equal(out if isinstance(out, torch.Tensor) else out[0], returned[-1])
+        assert not block._forward_pre_hooks
+
+
 def test_a_block_that_is_left_out_is_missed(tmp_path):
     model, calibration = families.build("gemma3", dtype=torch.float32), data()
     with torch.no_grad():
@@ -141,8 +163,10 @@ def test_a_fixed_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, 
     assert {g.source for g in done.smooth.smoothed} == {g.source for g in result.smooth.smoothed}
 
 
-def test_a_searched_alpha_gives_the_weights_of_the_model_in_memory(tmp_path):
-    source = saved(opt(), tmp_path / "source")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [llama, opt, lambda: families.build("mixtral")], ids=["llama", "opt", "mixtral"])
+def test_a_searched_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, dtype):
+    source = saved(make(), tmp_path / "source", dtype)
     done = quantize_blocks(source, tmp_path / "streamed", "w8a8-static", calibration=data())
     _, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", calibration=data(), smooth="searched")
     assert_equal(tensors(tmp_path / "streamed"), wanted)
@@ -269,6 +293,9 @@ def test_other_calibration_data_is_not_gone_on_with(tmp_path, four_blocks):
         quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=data())
 
 
+FILES = ("model-", ".activations-", ".smooth-", "journal-", "lock-", "fingerprint.json", "config.json", "generation_")
+"""How the names of files begin that an unfinished result may hold."""
+
 _KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -302,12 +329,83 @@ def test_a_job_that_is_killed_at_twenty_moments_gives_the_same_bytes(tmp_path, f
         assert contents(made) == whole
 
 
+def test_wherever_the_disk_is_full_the_job_goes_on_from_there(small_disk, four_blocks, monkeypatch):
+    """Room is made a little at a time, so that it is full again and again, at files of every kind."""
+    source, whole = four_blocks
+    monkeypatch.setattr(Prediction, "check", lambda self, target: None)  # as if the disk had filled up meanwhile
+    target, ballast, full = small_disk / "out", small_disk / "ballast", []
+    size = shutil.disk_usage(small_disk).free - 32_768
+    ballast.write_bytes(bytes(size))
+    while True:
+        try:
+            done, _ = resumed(source, target)
+            break
+        except CheckpointError as error:
+            full.append(str(error))
+        assert not target.exists()
+        partial = partial_of(target)
+        for path in partial.glob("*.safetensors"):  # every file is whole, and nothing else is there
+            load_file(path)
+        assert not [path.name for path in partial.iterdir() if not path.name.startswith(FILES)]
+        size -= 16_384
+        os.truncate(ballast, size)
+    assert all("the disk is full; make room and run the same command again" in message for message in full)
+    assert {".activations-", "model-"} <= {kind for kind in FILES if any(f"/{kind}" in message for message in full)}
+    assert done.resumed >= 1
+    assert contents(target) == whole
+
+
 def test_a_dry_run_predicts_and_writes_nothing(tmp_path):
     source = saved(llama(), tmp_path / "source")
     done = quantize_blocks(source, tmp_path / "out", "w8a8-static", calibration=data(), dry_run=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert done.prediction.output_bytes > sum(t.nbytes for t in tensors(source).values()) // 4
     assert done.prediction.seconds > 0
+
+
+def predicted_seconds(source, monkeypatch, scheme, smooth, **changes):
+    """What the forecast makes of trials of which each takes a second, and nothing else any time."""
+    monkeypatch.setattr(forecast, "_least", lambda work: (1.0, work()))
+    monkeypatch.setattr(forecast, "_hashing", lambda: 0.0)
+    real = forecast.predict
+    monkeypatch.setattr(
+        forecast, "predict", lambda *a, **k: replace(real(*a, **k), seconds=0.0, write_seconds=0.0, **changes)
+    )
+    told = []
+    quantize_blocks(
+        source,
+        source.with_name("out"),
+        scheme,
+        calibration=data(),
+        smooth=smooth,
+        dry_run=True,
+        before=lambda plan, prediction: told.append(prediction.seconds),
+    )
+    return told[0]
+
+
+def test_the_forecast_counts_passes_groups_comparisons_and_the_search(tmp_path, monkeypatch):
+    source = saved(llama(), tmp_path / "source")
+    batches, blocks = 3, 2
+    weights = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 100  # all that reads a group, the search is tried on the largest
+    pass_, seen = batches, 1
+    search = weights / (64 * 100)
+    for scheme, smooth, dtype_states, passes in (
+        ("w8a8-static", "none", 0, 1),
+        ("w8a8-static", 0.5, 2, 2),
+        ("w8a8", "searched", 2, 1),
+    ):
+        with monkeypatch.context() as patched:
+            found = predicted_seconds(source, patched, scheme, smooth)
+        smoothing = 0 if smooth == "none" else seen + dtype_states + search
+        assert found == pytest.approx(blocks * (passes * pass_ + smoothing))
+
+
+def test_no_block_is_loaded_where_memory_will_not_do(tmp_path, monkeypatch):
+    source = saved(llama(), tmp_path / "source")
+    monkeypatch.setattr(forecast, "load", None)
+    with pytest.raises(CheckpointError, match="GB of memory"):
+        predicted_seconds(source, monkeypatch, "w8a8-static", 0.5, memory_bytes=1)
 
 
 def test_too_little_disk_is_refused_and_nothing_is_left(tmp_path, monkeypatch):

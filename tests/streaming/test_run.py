@@ -385,18 +385,6 @@ def test_what_fails_in_one_process_of_torchrun_ends_both(tmp_path, large):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"a small file system cannot be mounted: {made.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
 def test_a_full_disk_is_told_and_gone_on_from_when_there_is_room(small_disk, large, whole, monkeypatch):
     monkeypatch.setattr(Prediction, "check", lambda self, target: None)  # as if the disk had filled up meanwhile
     with pytest.raises(CheckpointError, match="the disk is full; make room and run the same command again"):

@@ -23,7 +23,7 @@ from w8a8.dataflow.groups import Dataflow, Group
 from w8a8.linear import QuantLinear
 from w8a8.scheme import Scheme
 from w8a8.smoothing.fold import Undo
-from w8a8.smoothing.smooth import Smoother
+from w8a8.smoothing.smoother import Smoother
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def smoothed_groups(
     Raises:
         CalibrationError, NonFiniteError, ModelError: as `w8a8.smooth_`.
     """
-    smoother = Smoother(model, calibration, schemes, readers=names)
+    smoother = Smoother.of(model, calibration, schemes, readers=names)
     found: dict[str, SmoothedGroup] = {}
     reasons = {name: _reason(smoother.flow, name) for name in names}
     for group in smoother.groups:

@@ -117,12 +117,12 @@ def _smooth_again(
         ReportError: it is not what was folded before.
     """
     from w8a8.scheme import Scheme
-    from w8a8.smoothing.smooth import Smoother
+    from w8a8.smoothing.smoother import Smoother
 
     def key(group: Any) -> tuple[str, ...]:
         return (group.source.module, *dict.fromkeys(reader.module for reader in group.readers))
 
-    smoother = Smoother(model, data, dict.fromkeys(chosen, Scheme.of(told["scheme"])))
+    smoother = Smoother.of(model, data, dict.fromkeys(chosen, Scheme.of(told["scheme"])))
     way = told["kept"] or told["alpha"]
     smoother.smooth(way if way == "searched" else float(way), [g for g in smoother.groups if key(g) in folded])
     again = {(report.source, *report.readers): report for report in smoother.reports}

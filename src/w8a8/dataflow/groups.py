@@ -112,11 +112,13 @@ class Dataflow:
     groups: What can be folded; no parameter is scaled along the same axis by two of them.
     refused: What cannot.
     unread: Linear layers that the forward never reached.
+    missed: Matrices with which it did nothing, embeddings apart; with other inputs they might show something else.
     """
 
     groups: tuple[Group, ...]
     refused: tuple[Refusal, ...]
     unread: tuple[str, ...]
+    missed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; of a reader's channels only how many columns it has, and how many have one."""
@@ -290,6 +292,12 @@ class _Conclusion:
                 owners.setdefault(id(parameter), []).append(name)
         self.owners = {name: owners[id(parameter)] for name, parameter in self.parameters.items()}
         self.contracted = {contraction.parameter for contraction in trace.contractions}
+        self.missed = tuple(
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.ndim >= 2 and not isinstance(self.modules[self.owners[name][0]], nn.Embedding)
+            if name not in self.contracted and name not in trace.roles
+        )
 
     def source(self, made: Made) -> Source:
         parameters = tuple(ScaledParameter(*entry) for entry in made.parameters)
@@ -365,11 +373,8 @@ class _Conclusion:
         """Matrices in the block that could have read the source, had these inputs led to them."""
         widths = {source.channels, *(len(reader.channels) for reader in readers)}
         inside = f"{block}." if block else ""
-        for name, parameter in self.parameters.items():
-            owner = self.modules[self.owners[name][0]]
-            if not name.startswith(inside) or parameter.ndim < 2 or isinstance(owner, nn.Embedding):
-                continue
-            if name not in self.contracted and name not in self.trace.roles and widths & set(parameter.shape):
+        for name in self.missed:
+            if name.startswith(inside) and widths & set(self.parameters[name].shape):
                 return [
                     f"{name.rpartition('.')[0]} was not reached by this forward and may read it too: "
                     "give inputs with more tokens"
@@ -404,4 +409,5 @@ def _conclude(model: nn.Module, trace: Trace) -> Dataflow:
         if (isinstance(module, nn.Linear) or is_conv1d(module))
         and id(module.weight) not in {id(seen.parameters[parameter]) for parameter in seen.contracted}
     )
-    return Dataflow(tuple(groups[n] for n in sorted(groups)), tuple(refused[n] for n in sorted(refused)), unread)
+    refusals = tuple(refused[n] for n in sorted(refused))
+    return Dataflow(tuple(groups[n] for n in sorted(groups)), refusals, unread, seen.missed)

@@ -51,6 +51,19 @@ def _unavailable_because() -> str | None:
     return None
 
 
+def int8_product(a: Tensor, b: Tensor) -> Tensor | None:
+    """sum_k a[m, k] * b[n, k] of codes, exactly: (M, K) and (N, K) int8 -> (M, N) int32; K below 2**31 / 128**2.
+
+    None where `torch._int_mm` is not exact or does not take them.
+    """
+    if a.device.type != "cpu" or b.device.type != "cpu" or not a.numel() or not b.numel() or _left_dtype() is None:
+        return None
+    if _left_dtype() is torch.int8:
+        return torch._int_mm(a, b.t())
+    acc = torch._int_mm(a.bitwise_xor(-128).view(torch.uint8), b.t())  # code + 128
+    return acc.sub_(b.sum(1, dtype=torch.int32), alpha=128)
+
+
 def _refuses(request: LinearRequest) -> str | None:
     if request.x.device.type != "cpu" or request.weight.device.type != "cpu":
         return f"it runs on CPU tensors, the input is on {request.x.device}"

@@ -2,10 +2,14 @@
 
 For every group the smallest module is taken that no group of the model crosses: a fold inside of it cannot change what
 comes in.  (An attention whose input norm is folded too is not such a module, its layer is.)  Its arguments are
-captured in one forward of the probe before any fold, and its outputs kept.  After each fold it runs again on these
-arguments, and the change is the largest, over its output tensors, of
+captured in one forward of the probe before any fold, and its outputs kept.  After the folds of its groups it runs again
+on these arguments, and the change is the largest, over its output tensors, of
 
     ||after - before|| / ||before||     (Euclidean norms)
+
+All folds of a module are compared at once, since what they make together is what will be used; one that is wrong shows
+there as it would alone.  To find it, they are made again one by one (`smooth`).  Outputs are kept until a weight
+changes, by torch's version counters, so no state of the weights is run twice.
 
 Where a copy of the module in float64 is at most `COPY_BYTES`, and float64 is known to all its operations, the copy
 is run, so that what is seen is the fold, not the noise of a float32 forward; else it runs in float32.
@@ -61,7 +65,7 @@ class Gate:
     Args:
         model: In float.  Not modified; run once, and each block once.
         groups: All the groups that may be folded.
-        probe: Inputs of the model: kept small by the caller, since every fold runs its block on them.
+        probe: Inputs of the model: kept small by the caller, since every comparison runs a block on them.
         tolerance: See the module's docstring.
 
     Raises:
@@ -75,6 +79,7 @@ class Gate:
         self.tolerance = tolerance
         self._blocks = {id(group): block for group, block in zip(groups, closed_blocks(groups), strict=True)}
         self._copy: tuple[str, nn.Module] | None = None
+        self._seen: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
         names = {*self._blocks.values(), ""}
         self._dtypes = {name: _working_dtype(model.get_submodule(name)) for name in names}
         self._calls = _capture(model, names, probe)
@@ -92,23 +97,25 @@ class Gate:
             return f"{block or 'the model'} returns no float tensor, so the fold could not be checked"
         return None
 
-    def unrounded_change(self, group: Group, scales: Tensor) -> float | None:
-        """The relative change of the block by a fold without rounding; None where the weights need no such check.
+    def block(self, group: Group) -> str:
+        """Where its fold is compared: the name of a module."""
+        return self._blocks[id(group)]
 
-        Called before the fold; the model is not modified.
+    def unrounded(self, group: Group) -> "Unrounded | None":
+        """The group's block as it is now, to be folded without rounding; None where its weights need no such check.
+
+        It is good until the gate compares something else.
         """
-        block = self._blocks[id(group)]
+        block = self.block(group)
         module = self.model.get_submodule(block)
         if not _is_half(module) or self._dtypes[block] is None:
             return None
         before = self._outputs(block)
-        assert self._copy is not None, "a half-precision block that has a working dtype is copied"
-        fold_(self._copy[1], _within(group, block), scales)
-        return relative_change(before, _run(self._copy[1], self._calls[block]))
+        return Unrounded(block, self._copied(block), self._calls[block], before)
 
     def change(self, group: Group) -> float:
         """The relative change of the group's block from before any fold to now."""
-        block = self._blocks[id(group)]
+        block = self.block(group)
         return relative_change(self._before[block], self._outputs(block))
 
     def whole_change(self) -> float:
@@ -117,7 +124,7 @@ class Gate:
 
     def bound(self, group: Group) -> float:
         """What `change` may be."""
-        return self._bound(self.model.get_submodule(self._blocks[id(group)]))
+        return self._bound(self.model.get_submodule(self.block(group)))
 
     def whole_bound(self) -> float:
         """What `whole_change` may be."""
@@ -141,15 +148,42 @@ class Gate:
     def _outputs(self, block: str) -> list[Tensor]:
         """The block's output tensors with the weights of now."""
         module = self.model.get_submodule(block)
-        dtype = self._dtypes[block]
-        if dtype is None:
-            return _run(module, self._calls[block])
+        versions = _versions(module)
+        if block in self._seen and versions and self._seen[block][0] == versions:
+            return self._seen[block][1]
+        run = module if self._dtypes[block] is None else self._copied(block)
+        outputs = _run(run, self._calls[block])
+        self._seen[block] = (versions, outputs)
+        return outputs
+
+    def _copied(self, block: str) -> nn.Module:
+        """The block in its working dtype with the weights of now."""
+        module, dtype = self.model.get_submodule(block), self._dtypes[block]
+        assert dtype is not None, "a block that is run as it is has no copy"
         if self._copy is None or self._copy[0] != block:
             self._copy = None  # one copy at a time
-            self._copy = (block, _copied(module, dtype))
+            self._copy = (block, copy.deepcopy(module).requires_grad_(False).to(dtype).eval())
         else:
             _refresh(self._copy[1], module)
-        return _run(self._copy[1], self._calls[block])
+        return self._copy[1]
+
+
+class Unrounded:
+    """A block in a wider dtype, to be folded as the model is, but for the rounding to its own dtype."""
+
+    def __init__(self, block: str, module: nn.Module, given: _Call, before: list[Tensor]) -> None:
+        self._block = block
+        self._module = module
+        self._given = given
+        self._before = before
+
+    def fold(self, group: Group, scales: Tensor) -> None:
+        """Fold a group of the block."""
+        fold_(self._module, _within(group, self._block), scales)
+
+    def change(self) -> float:
+        """The relative change of the block's output by the folds."""
+        return relative_change(self._before, _run(self._module, self._given))
 
 
 def closed_blocks(groups: Sequence[Group]) -> list[str]:
@@ -259,8 +293,10 @@ def _is_half(module: nn.Module) -> bool:
     return any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters())
 
 
-def _copied(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False).to(dtype).eval()
+def _versions(module: nn.Module) -> tuple[int, ...]:
+    """What changes whenever a weight does; nothing where that is not counted."""
+    parameters = list(module.parameters())
+    return () if any(p.is_inference() for p in parameters) else tuple(p._version for p in parameters)
 
 
 @torch.no_grad()

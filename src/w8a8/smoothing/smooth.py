@@ -4,14 +4,15 @@
     2. one pass over the calibration data: extremes, a sample of tokens, ranges     w8a8.calibrate
     3. for each group in the order of the forward: the alpha of least error         w8a8.alpha
        its fold into the weights                                                    w8a8.fold
-       the output of its block compared with what it was; beyond the bound, undone  w8a8.gate
+       and for each block, when its groups are folded: its output compared with what
+       it was; beyond the bound all are undone, and made again one by one           w8a8.gate
     4. the same with one alpha for all groups, and without; the best is kept        w8a8.contest
     5. the whole model's float output compared with what it was
 
 One pass is enough: a fold changes the tensor it is made for, by a factor that is known, and no other group's.  The
 weights of a group are read when it is its turn, after the folds before it.
 
-Where a fold fails its gate it is undone and the rest goes on.  Where the whole model fails at the end, everything
+Where a fold alone fails its gate it is undone and the rest goes on.  Where the whole model fails at the end, everything
 is undone and that is an error: each block kept its function and the model did not, so no single fold is to blame,
 and quantising on without smoothing would hide it.
 
@@ -19,37 +20,26 @@ The price of putting back the very same bits is a copy of every folded parameter
 size of the linear layers.  Samples are bounded: `rows` tokens for each group.
 """
 
-import inspect
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from w8a8 import convert
-from w8a8.calibration.calibrate import Calibration, collect
+from w8a8.calibration.calibrate import Calibration
 from w8a8.calibration.model_inputs import ModelInputs, check_inputs
-from w8a8.calibration.sampling import ROWS, Sample, Sampler
+from w8a8.calibration.sampling import ROWS, Sample
 from w8a8.convert import Progress
-from w8a8.dataflow.groups import Group, Refusal, observe
-from w8a8.errors import ModelError, NonFiniteError
-from w8a8.linear import float_operands
-from w8a8.scheme import PerColumn, PerTensor, Scheme
-from w8a8.smoothing.alpha import GRID, Choice, Product, check_alpha, search, smooth_scales
+from w8a8.dataflow.groups import Dataflow, Refusal
+from w8a8.errors import ModelError
+from w8a8.scheme import Scheme
+from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, Score, winner
-from w8a8.smoothing.fold import Undo, fold_, touched
-from w8a8.smoothing.gate import Gate
+from w8a8.smoothing.fold import Undo, fold_
 from w8a8.smoothing.report import GroupReport, SmoothReport
+from w8a8.smoothing.smoother import Alpha, Smoother, cut, observed, samples
 
-__all__ = ["GroupReport", "SmoothReport", "Smoother", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
-
-_Reporter: TypeAlias = "Callable[[Choice | None, float | None, str | None], GroupReport]"
-
-Alpha: TypeAlias = float | Literal["auto", "searched"]
-
-PROBE_TOKENS = 128
-"""Tokens in the probe that the gate runs, where it is token ids."""
+__all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
 
 
 def smooth_(
@@ -115,13 +105,63 @@ def smooth_undoable(
     """`smooth_`, and what takes it back: for a caller that has more to do, and may fail."""
     if alpha not in ("auto", "searched"):
         check_alpha(alpha)
-    schemes = dict.fromkeys(selection.chosen, scheme)
-    smoother = Smoother(model, calibration, schemes, rows=rows, seed=seed, progress=progress)
+    inputs = calibration.first(model)
+    check_inputs(model, inputs)
+    probe = cut(inputs)
+
+    def sampled(names: Sequence[str]) -> dict[str, Sample]:
+        return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
+
+    return smooth_observed(
+        model,
+        observed(model, probe, lambda: inputs),
+        probe,
+        sampled,
+        alpha=alpha,
+        scheme=scheme,
+        chosen=frozenset(selection.chosen),
+        description=calibration.description,
+        contest=lambda: Contest(model, calibration, scheme, selection),
+        progress=progress,
+    )
+
+
+def smooth_observed(
+    model: nn.Module,
+    flow: Dataflow,
+    probe: ModelInputs,
+    sampled: Callable[[Sequence[str]], dict[str, Sample]],
+    *,
+    alpha: Alpha,
+    scheme: Scheme,
+    chosen: frozenset[str],
+    description: str,
+    contest: Callable[[], Contest] | None = None,
+    progress: Progress | None = None,
+) -> tuple[SmoothReport, Undo]:
+    """Smooth what was observed: a model, or a block of one as if it were all.
+
+    Args:
+        model: Changed in place if everything succeeds.
+        flow: Its groups.
+        probe: What it is called with to be compared.
+        sampled: Called once with names of modules in it, for what they read.
+        alpha: "auto" needs a `contest`.
+        scheme, progress: As `smooth_`.
+        chosen: The linears that will be quantised.
+        description: Of the data.
+        contest: Made after the sampling.
+
+    Returns, Raises:
+        As `smooth_`, and what takes it back.
+    """
+    smoother = Smoother(model, flow, probe, sampled, dict.fromkeys(chosen, scheme), progress=progress)
     gate = smoother.gate
     scores: dict[str, Score] = {}
     try:
         if alpha == "auto":
-            scores = _best(smoother, Contest(model, calibration, scheme, selection))
+            assert contest is not None, "'auto' is decided by a contest"
+            scores = _best(smoother, contest())
         else:
             smoother.smooth(alpha)
         change, bound = gate.whole_change(), gate.whole_bound()
@@ -134,88 +174,9 @@ def smooth_undoable(
     except BaseException:
         smoother.undo()
         raise
-    refused = tuple(_refused(refusal) for refusal in smoother.flow.refused)
-    report = SmoothReport(
-        scheme.name, alpha, calibration.description, tuple(smoother.reports), refused, change, bound, scores
-    )
+    refused = tuple(_refused(refusal) for refusal in flow.refused)
+    report = SmoothReport(scheme.name, alpha, description, tuple(smoother.reports), refused, change, bound, scores)
     return report, smoother.as_undo()
-
-
-class Smoother:
-    """The groups of a model and what they read of the calibration, to smooth them in one way and then in another.
-
-    Args:
-        model: Float.  Observed and run; changed by `smooth` alone.
-        calibration: As for `smooth_`.
-        schemes: Of each layer that will be quantised.  A group is smoothed for the scheme that most of its readers
-            have.
-        readers: Modules; only the groups that one of them reads are sampled and smoothed.  All of them by default.
-        rows, seed, progress: As for `smooth_`.
-
-    Attributes:
-        flow: Every group of the model, and what cannot be folded.
-        groups: Those that are smoothed.
-        reports: What became of each in the last `smooth`.
-        gate: Holds the outputs that blocks had at first.
-
-    Raises:
-        CalibrationError, NonFiniteError, ModelError: as `smooth_`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        calibration: Calibration,
-        schemes: Mapping[str, Scheme],
-        *,
-        readers: Collection[str] | None = None,
-        rows: int = ROWS,
-        seed: int = 0,
-        progress: Progress | None = None,
-    ) -> None:
-        self.model = model
-        inputs = calibration.first(model)
-        check_inputs(model, inputs)
-        self.flow = observe(model, _as_mapping(model, inputs))
-        self.groups = [
-            group
-            for group in self.flow.groups
-            if readers is None or any(reader.module in readers for reader in group.readers)
-        ]
-        self._work = [_Work(model, group, schemes) for group in self.groups]
-        wanted = {name for work in self._work for name in work.sampled}
-        samplers = {name: Sampler(rows, seed=seed) for name in sorted(wanted)}
-        collect(model, calibration, samplers, progress=progress)
-        self._samples = {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
-        self.gate = Gate(model, self.groups, _cut(inputs))
-        self._progress = progress
-        self.reports: list[GroupReport] = []
-        self._originals: dict[int, tuple[nn.Parameter, Tensor]] = {}
-
-    def smooth(self, alpha: "Alpha | None", groups: Sequence[Group] | None = None) -> None:
-        """Undo what was smoothed, then smooth every group with one alpha, the best of its own ("searched"), or none.
-
-        Args:
-            alpha: None smooths nothing, and measures the error.
-            groups: Some of `groups`; all of them by default.
-
-        What stops it, an interrupt too, leaves some groups folded: call `undo` then.
-        """
-        self.undo()
-        work = [each for each in self._work if groups is None or any(each.group is group for group in groups)]
-        for done, each in enumerate(work, start=1):
-            self.reports.append(_smooth_group(each, self._samples, self.gate, alpha, self._originals))
-            if self._progress is not None:
-                self._progress(done, len(work), each.group.source.module)
-
-    def undo(self) -> None:
-        """Put all weights back as they were, to the bit."""
-        self.as_undo()()
-        self.reports = []
-
-    def as_undo(self) -> Undo:
-        """What `undo` does to the weights, for later."""
-        return Undo(tuple(self._originals.values()))
 
 
 def _best(smoother: Smoother, contest: Contest) -> dict[str, Score]:
@@ -231,125 +192,5 @@ def _best(smoother: Smoother, contest: Contest) -> dict[str, Score]:
     return scores
 
 
-class _Work:
-    """A group, which of its linears count, and the scheme that most of them have; None where none counts."""
-
-    def __init__(self, model: nn.Module, group: Group, schemes: Mapping[str, Scheme]) -> None:
-        self.model = model
-        self.group = group
-        self.readers = [r for r in group.readers if r.module in schemes and r.parameter == f"{r.module}.weight"]
-        counted = Counter(schemes[reader.module] for reader in self.readers).most_common(1)
-        self.scheme = counted[0][0] if counted else None
-        self.source_counts = _source_counts(model, group, schemes)
-        self._of: dict[str, str] = {}  # readers of one channel map read one tensor: the first is asked for it
-        for reader in self.readers:
-            alike = (r for r in self.readers if torch.equal(r.channels, reader.channels))
-            self._of[reader.module] = next(alike).module
-
-    @property
-    def sampled(self) -> set[str]:
-        """The modules whose inputs are wanted."""
-        return {*self._of.values(), *([self.group.source.module] if self.source_counts and self.readers else [])}
-
-    def products(self, samples: dict[str, Sample]) -> list[Product]:
-        """The matrices with their weights of now."""
-        found = []
-        for reader in self.readers:
-            weight, _ = float_operands(self.model.get_submodule(reader.module))
-            found.append(Product(samples[self._of[reader.module]], weight, reader.channels.cpu(), reads=True))
-        if self.source_counts:
-            source = self.group.source
-            weight, _ = float_operands(self.model.get_submodule(source.module))
-            found.append(Product(samples[source.module], weight, torch.arange(source.channels), reads=False))
-        return found
-
-
-def _source_counts(model: nn.Module, group: Group, schemes: Mapping[str, Scheme]) -> bool:
-    """Whether the source's own quantisation is changed by a fold: its rows share scales."""
-    source = group.source
-    if source.kind != "linear" or source.module not in schemes:
-        return False
-    if not isinstance(schemes[source.module].weights.granularity, PerTensor | PerColumn):
-        return False
-    weight, _ = float_operands(model.get_submodule(source.module))
-    return weight.shape[0] == source.channels
-
-
-def _smooth_group(
-    work: _Work,
-    samples: dict[str, Sample],
-    gate: Gate,
-    alpha: Alpha | None,
-    originals: dict[int, tuple[nn.Parameter, Tensor]],
-) -> GroupReport:
-    """Search, fold, compare, and undo where the function changed."""
-    group = work.group
-
-    def report(choice: Choice | None, change: float | None, reason: str | None) -> GroupReport:
-        kept = None if choice is None or reason is not None else choice.alpha
-        before = None if choice is None else choice.error_before
-        after = before if choice is None or reason is not None else choice.error_after
-        readers = tuple(dict.fromkeys(reader.module for reader in group.readers))
-        return GroupReport(group.source.module, readers, kept, before, after, change, reason)
-
-    if work.scheme is None:
-        return report(None, None, "nothing that reads it will be quantised")
-    unseen = sorted(work.sampled - set(samples))
-    if unseen:
-        return report(None, None, f"{unseen[0]} read no token of the calibration data")
-    reason = gate.why_not(group)
-    if reason is not None:
-        return report(None, None, reason)
-    alphas = () if alpha is None else GRID if alpha == "searched" else (float(alpha),)
-    choice = search(work.products(samples), group.source.channels, work.scheme, alphas, forced=alpha != "searched")
-    if alpha is None:
-        return report(choice, None, "nothing is better for the quantised model as a whole than no smoothing")
-    if choice.scales is None:
-        return report(choice, None, "no alpha has a smaller error than none")
-    return _fold_checked(work, choice, gate, originals, report)
-
-
-def _fold_checked(
-    work: _Work, choice: Choice, gate: Gate, originals: dict[int, tuple[nn.Parameter, Tensor]], report: _Reporter
-) -> GroupReport:
-    group = work.group
-    assert choice.scales is not None, "there is something to fold"
-    unrounded = gate.unrounded_change(group, choice.scales)
-    if unrounded is not None and unrounded > gate.tolerance:
-        return report(choice, unrounded, _broken(unrounded, gate.tolerance, "before any rounding"))
-    for parameter in touched(work.model, group):  # before the fold, so that no interrupt can come between
-        originals.setdefault(id(parameter), (parameter, parameter.detach().clone()))
-    try:
-        undo = fold_(work.model, group, choice.scales)
-    except NonFiniteError as error:
-        return report(choice, None, str(error))
-    change, bound = gate.change(group), gate.bound(group)
-    if change <= bound:
-        return report(choice, change, None)
-    undo()
-    return report(choice, change, _broken(change, bound, "in its weights' dtype"))
-
-
-def _broken(change: float, bound: float, where: str) -> str:
-    return (
-        f"the fold changed the block's float output by {change:.2e} (relative norm, {where}), over {bound:.2e}, and "
-        "was undone: something else reads the tensor, or it is not what it was taken for"
-    )
-
-
 def _refused(refusal: Refusal) -> GroupReport:
     return GroupReport(refusal.source.module, refusal.readers, None, None, None, None, refusal.reason)
-
-
-def _as_mapping(model: nn.Module, inputs: ModelInputs) -> Any:
-    """Inputs as `observe` takes them."""
-    if isinstance(inputs, tuple):
-        return inspect.signature(model.forward).bind(*inputs).arguments
-    return inputs
-
-
-def _cut(inputs: ModelInputs) -> ModelInputs:
-    """A probe of one sequence and few tokens, where the inputs are token ids alone."""
-    if isinstance(inputs, dict) and set(inputs) <= {"input_ids", "attention_mask"}:
-        return {key: value[:1, :PROBE_TOKENS] for key, value in inputs.items()}
-    return inputs

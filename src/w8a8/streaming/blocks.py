@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.calibration.calibrate import Calibration
-from w8a8.calibration.model_inputs import call, check_inputs, evaluating
+from w8a8.calibration.model_inputs import ModelInputs, as_inputs, call, check_inputs, evaluating
 from w8a8.errors import ModelError
 
 State = tuple[torch.dtype, tuple[int, ...]]
@@ -174,6 +174,30 @@ class BlockWalk:
             self._given = lambda: None
             self._list[number] = stand_in
             handle.remove()
+
+    @torch.no_grad()
+    def arguments(self, number: int, inputs: ModelInputs, first: Tensor | None) -> ModelInputs:
+        """What a block is called with, to be called alone.
+
+        Args:
+            number: Which.
+            inputs: Of the model: the first batch, or a part of it from the front.
+            first: What the block reads on the first batch; None for the first block.
+        """
+        seen: list[ModelInputs] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(as_inputs(module, args, kwargs))
+            raise _Reached
+
+        with self.only(number, first), evaluating(self.model):
+            handle = self.blocks[number].register_forward_pre_hook(keep, with_kwargs=True)
+            try:
+                with contextlib.suppress(_Reached):
+                    call(self.model, inputs)
+            finally:
+                handle.remove()
+        return seen[0]
 
     def calibration(
         self,

@@ -3,14 +3,14 @@
     outside of the blocks    mapped from the files: embeddings, the last norm, the head
     block i                  in memory, on what block i - 1 returned (`activations`, on the disk)
         pass 1               samples for smoothing, or ranges for static grids; what it returns is recorded
-        smoothing            groups that lie within the block: `smooth_undoable` on the model with one block (`blocks`)
+        smoothing            groups that lie within the block: `smooth_observed` on the block as if it were all
         pass 2               where both are asked for: ranges, on what the smoothed blocks before returned
         codes                written as one shard, recorded in the journal
     the end                  layers outside of the blocks, what is beside the weights, the name of the directory
 
 Every block reads what the *float* blocks before it returned, as in calibration of the whole model, and by the same
-calls in the same order: scales, codes and smoothed weights are those of `w8a8.quantize` in memory, bit for bit, where
-alpha is fixed or smoothing is off.  After smoothing with static scales two chains of activations are kept, since the
+calls in the same order: scales, codes and smoothed weights are those of `w8a8.quantize` in memory, bit for bit, with a
+fixed alpha, a searched one, or none.  After smoothing with static scales two chains of activations are kept, since the
 samples come from the model before any fold and the ranges from the folded one.
 
 Smoothing "auto" chooses among whole quantised models, which is what does not fit; here it is "searched", and so it is
@@ -20,41 +20,35 @@ After a kill the finished blocks are skipped.  The activations that enter the fi
 it is recorded; where they are damaged the job goes back to the last that are whole.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from w8a8.affine import QParams
-from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
+from w8a8.calibration.calibrate import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.files import resolve
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.checkpoint.writer import check_target
 from w8a8.convert import Progress, Selection
 from w8a8.coverage import Coverage
-from w8a8.errors import CheckpointError, SchemeError, W8A8Error
+from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.scheme import Scheme
-from w8a8.smoothing.alpha import check_alpha
 from w8a8.smoothing.report import GroupReport, SmoothReport
-from w8a8.smoothing.smooth import Alpha, smooth_undoable
 from w8a8.streaming.activations import Reader, Recorder
 from w8a8.streaming.blocks import BlockWalk
 from w8a8.streaming.contents import by_blocks, load, quantized
 from w8a8.streaming.forecast import predict_blocks
 from w8a8.streaming.journal import Journal, locked, write_whole
+from w8a8.streaming.measured import block_grids, smooth_block
 from w8a8.streaming.plan import Plan, make_plan
+from w8a8.streaming.request import PLAIN, Request, request_of, told_of
 from w8a8.streaming.resources import Prediction
 from w8a8.streaming.run import complete, fingerprint
 from w8a8.streaming.shard import write_tensors
 from w8a8.streaming.team import team
-
-PLAIN, FOLDED = "plain", "folded"  # what the blocks returned before any fold, and after
 
 
 @dataclass(frozen=True)
@@ -73,21 +67,6 @@ class Calibrated:
     prediction: Prediction
     shards: int
     resumed: int
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked of every block.  `alpha`: None where nothing is smoothed."""
-
-    scheme: Scheme
-    calibration: Calibration
-    observer: str | Callable[[], Observer]
-    alpha: Alpha | None
-
-    @property
-    def chains(self) -> tuple[str, ...]:
-        """The kinds of activations that pass from block to block."""
-        return (PLAIN, FOLDED) if self.alpha is not None and self.scheme.static else (PLAIN,)
 
 
 def quantize_blocks(
@@ -128,7 +107,7 @@ def quantize_blocks(
         CalibrationError, NonFiniteError, PatternError: as `w8a8.quantize`.
         CheckpointError: as `quantize_directory`; several processes.
     """
-    request = _request(Scheme.of(scheme), calibration, observer, smooth)
+    request = request_of(Scheme.of(scheme), calibration, observer, smooth)
     target = Path(output).absolute()
     with team() as us:
         if us.size > 1:
@@ -144,17 +123,16 @@ def quantize_blocks(
     load(walk.model, plan.shards[-1].steps, "")
     walk.model.tie_weights()
     walk.check(request.calibration)
-    known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head}) | _told_of(request)
+    known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head}) | told_of(request)
     partial = target.with_name(f".{target.name}.partial")
 
     def predicted(unfinished: int) -> Prediction:
-        found = predict_blocks(plan, walk, target, request.chains, unfinished=unfinished, smoothed=smoothing)
+        found = predict_blocks(plan, walk, target, request, unfinished=unfinished)
         if before is not None:
             before(plan, found)
         found.check(target)
         return found
 
-    smoothing = request.alpha is not None
     if dry_run:
         return _result(plan, target, None, predicted(len(walk)), 0)
     with locked(partial):
@@ -257,11 +235,10 @@ class _Job:
         record = {chain: recorder.put for chain, recorder in recorders.items()}
         read = {chain: self._reader(number, chain) for chain in self.request.chains}
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
-        enters = read[PLAIN]
         if alpha is not None:
-            with self.walk.only(number, None if enters is None else enters(0)):
-                told, _ = smooth_undoable(self.walk.model, plain, alpha=alpha, scheme=scheme, selection=selection)
-            self._keep_report(number, told)
+            self._keep_report(
+                number, smooth_block(self.walk, number, self.request, selection.chosen, plain, read[PLAIN])
+            )
         if not scheme.static:
             return None
         chain = self.request.chains[-1]
@@ -270,19 +247,15 @@ class _Job:
             if not selection.chosen:  # the pass is made all the same, for what it returns
                 calibration.run(self.walk.model)
                 return None
-            return self._grids(selection.chosen, calibration)
-
-    def _grids(self, names: tuple[str, ...], calibration: Calibration) -> dict[str, QParams]:
-        activations = self.request.scheme.activations
-        assert activations is not None, "a static scheme has activations"
-        return static_grids(self.walk.model, names, activations, calibration, self.request.observer)
+            return block_grids(self.walk, selection.chosen, self.request, calibration)
 
     def _outside(self) -> None:
         """What lies outside of the blocks: the layers there are measured on what the last block returned."""
         n, shard, grids = len(self.walk), self.plan.shards[-1], None
         if self._last_is_read:
             reader = self._reader(n, self.request.chains[-1])
-            grids = self._grids(self.outer, self.walk.calibration(self.request.calibration, n, reader))
+            calibration = self.walk.calibration(self.request.calibration, n, reader)
+            grids = block_grids(self.walk, self.outer, self.request, calibration)
         tensors = quantized(self.walk.model, shard.steps, "", self.request.scheme, grids)
         self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
 
@@ -304,66 +277,18 @@ class _Job:
         return self.journal.partial / f".smooth-{number:05d}.json"
 
     def _keep_report(self, number: int, report: SmoothReport) -> None:
-        """Groups of the block alone: what lies outside was seen too, and not touched."""
+        """On the disk, by the names of the whole model."""
         prefix = self.walk.prefix(number)
 
-        def own(groups: tuple[GroupReport, ...]) -> list[dict[str, Any]]:
-            return [asdict(g) for g in groups if g.source.startswith(prefix)]
+        def full(name: str) -> str:
+            return (prefix + name).removesuffix(".")
 
-        told = {"groups": own(report.groups), "refused": own(report.refused)}
+        def named(groups: tuple[GroupReport, ...]) -> list[dict[str, Any]]:
+            return [asdict(replace(g, source=full(g.source), readers=tuple(map(full, g.readers)))) for g in groups]
+
+        told = {"groups": named(report.groups), "refused": named(report.refused)}
         told_all = told | {"change": report.change, "bound": report.bound}
         write_whole(self._report_file(number), json.dumps(told_all))
-
-
-def _request(
-    scheme: Scheme, calibration: Calibration, observer: str | Callable[[], Observer], smooth: str | float | None
-) -> Request:
-    """Check what can be known before a file is opened."""
-    if not calibration.batches:
-        raise SchemeError(
-            f"{calibration.description} is a loop: block by block the batches must be known; give texts, ids or batches"
-        )
-    if isinstance(smooth, str) and smooth not in ("auto", "searched", "none"):
-        raise SchemeError(f"smooth={smooth!r} is unknown; use 'searched', an alpha in 0..1, or 'none'")
-    alpha: Alpha | None = "searched"
-    if smooth == "none":
-        alpha = None
-    elif isinstance(smooth, float | int):
-        check_alpha(float(smooth))
-        alpha = float(smooth)
-    if scheme.static:
-        assert scheme.activations is not None, "a static scheme has activations"
-        checked_observer(observer, scheme.activations)
-    elif alpha is None:
-        raise SchemeError(
-            f"the scheme {scheme.name} without smoothing does not use calibration data: leave --calib out, and it is "
-            "streamed tensor by tensor"
-        )
-    return Request(scheme, calibration, observer, alpha)
-
-
-def _told_of(request: Request) -> dict[str, str]:
-    """What else decides the bytes: the data, what is done with it, and what computes it."""
-    data = hashlib.sha256()
-    for batch in request.calibration.batches:
-        values = batch if isinstance(batch, tuple) else (batch,) if isinstance(batch, Tensor) else batch
-        named = values.items() if isinstance(values, Mapping) else enumerate(values)
-        for key, value in named:
-            data.update(f"{key} ".encode())
-            data.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
-    observer = request.observer if isinstance(request.observer, str) else repr(request.observer())
-    return {
-        "calibration": f"{request.calibration.description}, digest {data.hexdigest()[:16]}",
-        "observer": observer,
-        "smoothing": str(request.alpha),
-        "arithmetic": f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}",
-    }
-
-
-def _bytes(values: Tensor) -> bytes:
-    flat = values.detach().cpu().contiguous().reshape(-1)
-    return f"{values.dtype} {tuple(values.shape)} ".encode() + flat.view(torch.uint8).numpy().tobytes()
 
 
 def _result(plan: Plan, target: Path, smooth: SmoothReport | None, prediction: Prediction, resumed: int) -> Calibrated:

@@ -193,4 +193,5 @@ def write_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         temporary.rename(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise disk_error(error, path) from error

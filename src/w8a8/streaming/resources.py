@@ -28,7 +28,10 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the job will take, and what there is.  Bytes, and seconds."""
+    """What the job will take, and what there is.  Bytes, and seconds.
+
+    write_seconds: Of `seconds`, what one byte of output takes.
+    """
 
     peak_bytes: int
     memory_bytes: int
@@ -36,6 +39,7 @@ class Prediction:
     free_bytes: int
     source_bytes: int
     seconds: float
+    write_seconds: float = 0.0
 
     def check(self, target: Path) -> None:
         """Raise `CheckpointError` where memory or disk will not do."""
@@ -69,7 +73,8 @@ def predict(plan: Plan, target: Path, *, processes: int = 1, here: int = 1, fini
     source = sum(step.entry.bytes for step in plan.steps)
     to_do = max(0.0, 1 - finished_bytes / output) if output else 0.0
     quantized = sum(step.entry.bytes for step in plan.steps if step.spec is not None)
-    seconds = (quantized * _quantising(plan) + source * _reading(plan) + output * _writing(place, output)) / processes
+    writing = _writing(place, output)
+    seconds = (quantized * _quantising(plan) + source * _reading(plan) + output * writing) / processes
     held = psutil.Process().memory_info().rss
     return Prediction(
         peak_bytes=here * (held + max(map(_held, plan.steps), default=0) + _SPARE),
@@ -78,6 +83,7 @@ def predict(plan: Plan, target: Path, *, processes: int = 1, here: int = 1, fini
         free_bytes=shutil.disk_usage(place).free,
         source_bytes=source,
         seconds=seconds * to_do,
+        write_seconds=writing,
     )
 
 

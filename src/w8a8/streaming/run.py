@@ -23,7 +23,7 @@ from w8a8.convert import Progress
 from w8a8.coverage import Coverage
 from w8a8.errors import W8A8Error
 from w8a8.scheme import Scheme
-from w8a8.streaming.journal import Journal, locked
+from w8a8.streaming.journal import Journal, disk_error, locked, write_whole
 from w8a8.streaming.plan import Plan, Shard, make_plan
 from w8a8.streaming.resources import Prediction, predict
 from w8a8.streaming.shard import write_shard
@@ -134,11 +134,14 @@ def _write(
 
 def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
     """Write what is beside the weights, look at the whole, and give it its name."""
-    for path in companions(plan.source):
-        shutil.copyfile(path, partial / path.name)
-    (partial / CONFIG).write_text(json.dumps(plan.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    try:
+        for path in companions(plan.source):
+            shutil.copyfile(path, partial / path.name)
+    except OSError as error:
+        raise disk_error(error, partial / path.name) from error
+    write_whole(partial / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
     if len(plan.shards) > 1:
-        (partial / INDEX).write_text(json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_whole(partial / INDEX, json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n")
     verify_structure(partial)
     journal.clear()
     for path in partial.glob(".*"):  # what was growing when it was killed, and what passes between blocks

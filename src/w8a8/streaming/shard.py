@@ -42,7 +42,10 @@ class ShardWriter:
         self._written = dict.fromkeys(self._entries, 0)
         self._hashes = {name: hashlib.sha256() for name in self._entries}
         self._whole = hashlib.sha256(text)
-        self._file: BinaryIO = self._growing.open("wb")
+        try:
+            self._file: BinaryIO = self._growing.open("wb")
+        except OSError as error:
+            raise disk_error(error, path) from error
         try:
             self._put(text, 0)
         except CheckpointError:
