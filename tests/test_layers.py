@@ -12,6 +12,7 @@ LAYERS = [
     {"functional", "tokens"},
     {"kernels"},
     {"linear"},
+    {"experts"},
     {"convert", "coverage"},
     {"dataflow", "checkpoint", "corpus"},
     {"evaluation"},
@@ -31,6 +32,7 @@ INSIDE = {
     "checkpoint": [
         "headers",
         "layout",
+        "names",
         "describe",
         "packed",
         "files",

@@ -2,8 +2,8 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
 from w8a8.convert import Progress, Schemes
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
+from w8a8.experts import own_weights, unstacked
 from w8a8.linear import ledger
 from w8a8.scheme import Scheme
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
@@ -68,9 +69,10 @@ def quantize(
 ) -> Result:
     """Turn the linear layers of a model into int8 layers, in place.
 
-    `nn.Linear` and transformers' `Conv1D` are taken.  The output head and layers with a tied weight are
-    only taken where `include` holds their exact name; a tied head becomes a copy of its own, and the
-    config's `tie_word_embeddings` is then set to False.
+    `nn.Linear` and transformers' `Conv1D` are taken, and the stacked experts of mixtures: each expert then has linear
+    layers of its own, `model.layers.0.mlp.experts.3.down_proj`, if any of them is chosen.  The output head, layers with
+    a tied weight and routers are only taken where `include` holds their exact name; a tied head becomes a copy of its
+    own, and the config's `tie_word_embeddings` is then set to False.
 
     Args:
         model: Any module; changed only if everything succeeds.
@@ -135,9 +137,10 @@ def foresee(
     Raises:
         SchemeError, PatternError, ModelError: as `quantize`.
     """
-    _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
-    schemes = {name: chosen.get(name) for name in schemes_of(model)}
-    return findings(schemes, heads=convert.heads(model), transposed=transposed_of(model))
+    with convert.swapped(model, unstacked(model)[0]):
+        _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
+        schemes = {name: chosen.get(name) for name in schemes_of(model)}
+        return findings(schemes, heads=convert.heads(model), transposed=transposed_of(model))
 
 
 def simulate(
@@ -195,14 +198,16 @@ def _convert(
     progress: Progress | None,
 ) -> Result:
     kernels.check_name(kernel)
-    selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
+    selection, schemes, stacks = _chosen(model, include, exclude, scheme)
     counted = Counter(schemes.values())
     if calibration is not None:
         calibration = Calibration.of(calibration)
     for each in counted:
         _check_static(each, calibration, observer)
     ((scheme, _),) = counted.most_common(1)
-    report, undo = _smoothed(model, selection, scheme, calibration, smooth, progress)
+    report, undo = _smoothed(model, _outside(selection, stacks), scheme, calibration, smooth, progress)
+    experts = {name: module for name, module in unstacked(model)[0].items() if name in stacks}
+    stacked = convert.swap(model, experts)
     try:
         layers = convert.build(
             model,
@@ -216,11 +221,42 @@ def _convert(
         )
         convert.swap(model, layers)
     except BaseException:
+        convert.swap(model, stacked)
         undo()
         raise
+    for module in experts.values():
+        own_weights(module)
     convert.untie(model, selection)
     inscribe(model)
     return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report, schemes)
+
+
+def _chosen(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], scheme: Schemes
+) -> tuple[convert.Selection, dict[str, Scheme], set[str]]:
+    """The layers, their schemes, and the stacks of experts that are to be taken apart: all, or none of them."""
+    if not isinstance(model, nn.Module):
+        convert.select(model)  # says so
+    experts, reasons = unstacked(model)
+    with convert.swapped(model, experts):
+        selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
+    reasons |= selection.reasons
+    inside = {name for name in selection.chosen if _stack_of(name, experts) is not None}
+    if not inside:
+        for name in experts:
+            reasons[name] = next(r for layer, r in selection.reasons.items() if layer.startswith(f"{name}."))
+    return replace(selection, reasons=reasons), schemes, set(experts) if inside else set()
+
+
+def _outside(selection: convert.Selection, stacks: Collection[str]) -> convert.Selection:
+    """The selection without the layers of experts, which smoothing sees stacked."""
+    return replace(selection, chosen=tuple(name for name in selection.chosen if _stack_of(name, stacks) is None))
+
+
+def _stack_of(name: str, stacks: Collection[str]) -> str | None:
+    """Of a layer of an expert, EXPERTS.NUMBER.LAYER, the first part; None for another layer."""
+    stack = name.rsplit(".", 2)[0]
+    return stack if stack in stacks else None
 
 
 def _smoothed(

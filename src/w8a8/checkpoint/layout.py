@@ -54,18 +54,20 @@ class QuantizationConfig:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
 
-    def group_for(self, name: str, classes: Collection[str]) -> Group | None:
+    def group_for(self, name: str, classes: Collection[str], in_file: str | None = None) -> Group | None:
         """The group of a layer, or None: it is float.
 
         Args:
             name: The module's dotted name.
             classes: The names of its class and of that one's parents, as far as they are modules.
+            in_file: Its name in the files, where that is another one; what matches either name matches the layer.
         """
-        if any(_names(target, name) or target in classes for target in self.ignore):
+        names = {name, in_file or name}
+        if any(_matches(target, names) or target in classes for target in self.ignore):
             return None
         groups = {target: group for group in self.groups for target in group.targets}
         order = sorted(groups, key=lambda target: ("re:" in target, target))
-        found = [*(t for t in order if _names(t, name)), *(t for t in order if t in classes)]
+        found = [*(t for t in order if _matches(t, names)), *(t for t in order if t in classes)]
         return groups[found[0]] if found else None
 
 
@@ -278,8 +280,8 @@ def _strings(value: Any, path: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _names(target: str, name: str) -> bool:
-    """Whether a target is a module's name or an expression that matches it."""
+def _matches(target: str, names: Collection[str]) -> bool:
+    """Whether a target is one of a module's names or an expression that matches one."""
     if target.startswith("re:"):
-        return re.match(target[3:], name) is not None
-    return target == name
+        return any(re.match(target[3:], name) is not None for name in names)
+    return target in names

@@ -32,6 +32,7 @@ from w8a8.checkpoint.files import (
     resolve,
     tensor_files,
 )
+from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.packed import unpack_rows, words
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
 from w8a8.errors import CheckpointError, ModelError
@@ -157,26 +158,30 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
     """
     modules = dict(model.named_modules())
     wanted = set(model.state_dict())
+    names = FileNames(model)
     seen: dict[str, Path] = {}
     for path, promised in files.items():
         entries = header(path, promised)
         with opened(path, promised) as file:
-            for name in sorted(entries):
+            for stored in sorted(entries):
+                name = names.in_model(stored)
                 if name in seen:
-                    raise CheckpointError(f"{path}: {name} is in {seen[name].name} too: two values for one tensor")
+                    raise CheckpointError(f"{path}: {stored} is in {seen[name].name} too: two values for one tensor")
                 seen[name] = path
                 prefix, _, key = name.rpartition(".")
-                module, where = modules.get(prefix), f"{path}: {name}"
+                module, where = modules.get(prefix), f"{path}: {stored}"
                 if isinstance(module, QuantLinear) and key in (("weight_packed",) if prefix in packed else ("weight",)):
-                    _place_weight(module, mapped(path, entries[name]), where, packed=prefix in packed)
+                    _place_weight(module, mapped(path, entries[stored]), where, packed=prefix in packed)
                 elif prefix in packed and key == "weight_shape":
-                    _check_stored_shape(modules[prefix], file.get_tensor(name), where)
+                    _check_stored_shape(modules[prefix], file.get_tensor(stored), where)
                 elif prefix in packed and key == "weight_zero_point" and name in wanted:
-                    modules[prefix]._buffers[key] = _unpacked_zero_point(modules[prefix], file.get_tensor(name), where)
+                    modules[prefix]._buffers[key] = _unpacked_zero_point(
+                        modules[prefix], file.get_tensor(stored), where
+                    )
                 elif name in wanted and not (prefix in packed and key == "weight"):
-                    _place(modules[prefix], key, file.get_tensor(name), where)
+                    _place(modules[prefix], key, file.get_tensor(stored), where)
                 else:
-                    _check_superfluous(model, module, key, file.get_tensor(name), where)
+                    _check_superfluous(model, module, key, file.get_tensor(stored), where)
     model.tie_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, t in tensors if t.is_meta and not name.endswith(_DERIVED)]
