@@ -19,7 +19,8 @@ linear ones, and files that nobody else reads; the price is a call per expert th
 import copy
 import inspect
 import itertools
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from w8a8.linear import quant_linears
 NAMES = ("gate_proj", "up_proj", "down_proj")
 """Of an expert's layers, where transformers has no conversion that says how the files call them."""
 
+M = TypeVar("M", bound=nn.Module)
 _STACKED = {"gate_up_proj", "down_proj"}
 _BOUND = 1e-5
 """Of a token's output, relative norm in float32: sums of few terms in another order."""
@@ -118,6 +120,16 @@ def unstacked(model: nn.Module) -> tuple[dict[str, Experts], dict[str, str]]:
         else:
             reasons[name] = f"stacked experts that are not taken apart: {reason}"
     return found, reasons
+
+
+def taken(experts: Mapping[str, M], chosen: Iterable[str]) -> dict[str, M]:
+    """Those that are to take their places: all, where one of the chosen layers is in any of them, else none.
+
+    Args:
+        experts: From `unstacked`, or the stacks, by the same names.
+        chosen: Names of layers; those of an expert are EXPERTS.NUMBER.LAYER.
+    """
+    return dict(experts) if any(name.rsplit(".", 2)[0] in experts for name in chosen) else {}
 
 
 def own_weights(experts: Experts) -> None:

@@ -39,7 +39,7 @@ from w8a8.checkpoint.names import FileNames, remember
 from w8a8.checkpoint.reader import checked_tensor
 from w8a8.checkpoint.skeleton import insert_quant_linears, unstack_as_stored
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
-from w8a8.experts import holds_experts, stacks_experts
+from w8a8.experts import holds_experts, stacks_experts, taken
 from w8a8.kernels.weights import quantize_weight
 from w8a8.linear import quant_linears
 from w8a8.scheme import Scheme
@@ -161,7 +161,7 @@ class W8A8Quantizer(HfQuantizer):
             return
         config = self.quantization_config
         chosen = _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include)
-        if not any(name.rsplit(".", 2)[0] in stacks for name in chosen):  # as `w8a8.quantize` leaves them
+        if not taken(stacks, chosen):  # as `w8a8.quantize` leaves them
             convert.swap(model, stacks)
         layers = {name: convert.empty_layer(model, name, config.scheme) for name in chosen}
         convert.swap(model, layers)

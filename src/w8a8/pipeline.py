@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from w8a8.checkpoint.vllm import Finding, findings, schemes_of, transposed_of
 from w8a8.convert import Progress, Schemes
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
-from w8a8.experts import own_weights, unstacked
+from w8a8.experts import Experts, own_weights, taken, unstacked
 from w8a8.linear import ledger
 from w8a8.scheme import Scheme
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
@@ -198,15 +198,14 @@ def _convert(
     progress: Progress | None,
 ) -> Result:
     kernels.check_name(kernel)
-    selection, schemes, stacks = _chosen(model, include, exclude, scheme)
+    selection, schemes, experts = _chosen(model, include, exclude, scheme)
     counted = Counter(schemes.values())
     if calibration is not None:
         calibration = Calibration.of(calibration)
     for each in counted:
         _check_static(each, calibration, observer)
     ((scheme, _),) = counted.most_common(1)
-    report, undo = _smoothed(model, _outside(selection, stacks), scheme, calibration, smooth, progress)
-    experts = {name: module for name, module in unstacked(model)[0].items() if name in stacks}
+    report, undo = _smoothed(model, _outside(selection, experts), scheme, calibration, smooth, progress)
     stacked = convert.swap(model, experts)
     try:
         layers = convert.build(
@@ -233,30 +232,21 @@ def _convert(
 
 def _chosen(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str], scheme: Schemes
-) -> tuple[convert.Selection, dict[str, Scheme], set[str]]:
-    """The layers, their schemes, and the stacks of experts that are to be taken apart: all, or none of them."""
+) -> tuple[convert.Selection, dict[str, Scheme], dict[str, Experts]]:
+    """The layers, their schemes, and the experts that are to take the places of stacked ones."""
     if not isinstance(model, nn.Module):
         convert.select(model)  # says so
     experts, reasons = unstacked(model)
     with convert.swapped(model, experts):
         selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
-    reasons |= selection.reasons
-    inside = {name for name in selection.chosen if _stack_of(name, experts) is not None}
-    if not inside:
-        for name in experts:
-            reasons[name] = next(r for layer, r in selection.reasons.items() if layer.startswith(f"{name}."))
-    return replace(selection, reasons=reasons), schemes, set(experts) if inside else set()
+    selection = replace(selection, reasons=reasons | selection.reasons)
+    return selection, schemes, taken(experts, selection.chosen)
 
 
-def _outside(selection: convert.Selection, stacks: Collection[str]) -> convert.Selection:
-    """The selection without the layers of experts, which smoothing sees stacked."""
-    return replace(selection, chosen=tuple(name for name in selection.chosen if _stack_of(name, stacks) is None))
-
-
-def _stack_of(name: str, stacks: Collection[str]) -> str | None:
-    """Of a layer of an expert, EXPERTS.NUMBER.LAYER, the first part; None for another layer."""
-    stack = name.rsplit(".", 2)[0]
-    return stack if stack in stacks else None
+def _outside(selection: convert.Selection, experts: Mapping[str, Experts]) -> convert.Selection:
+    """The selection without the layers of experts, which smoothing sees stacked: so every expert is in one product."""
+    chosen = tuple(name for name in selection.chosen if not taken(experts, [name]))
+    return replace(selection, chosen=chosen)
 
 
 def _smoothed(

@@ -25,11 +25,12 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from w8a8 import convert
 from w8a8.affine import QParams
 from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
 from w8a8.calibration.observers import Observer
@@ -39,6 +40,7 @@ from w8a8.checkpoint.writer import check_target
 from w8a8.convert import Progress, Selection
 from w8a8.coverage import Coverage
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
+from w8a8.experts import Experts, taken, unstacked
 from w8a8.scheme import Scheme
 from w8a8.smoothing.alpha import check_alpha
 from w8a8.smoothing.report import GroupReport, SmoothReport
@@ -139,7 +141,10 @@ def quantize_blocks(
     directory = resolve(source)
     check_target(target, overwrite=overwrite, source=directory)
     plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
-    walk = BlockWalk(empty_model(directory, None))
+    model = empty_model(directory, None)
+    experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
+    stacks = convert.swap(model, experts)
+    walk = BlockWalk(model)
     plan = by_blocks(plan, walk)
     load(walk.model, plan.shards[-1].steps, "")
     walk.model.tie_weights()
@@ -159,7 +164,7 @@ def quantize_blocks(
         return _result(plan, target, None, predicted(len(walk)), 0)
     with locked(partial):
         journal = Journal(partial, known, restart=overwrite)
-        job = _Job(plan, walk, request, journal)
+        job = _Job(plan, walk, request, journal, stacks)
         first, finished = job.first(), len(job.done)
         try:
             prediction = predicted(len(walk) - first)
@@ -177,13 +182,16 @@ def quantize_blocks(
 class _Job:
     """The blocks of one model, from the first that is not finished."""
 
-    def __init__(self, plan: Plan, walk: BlockWalk, request: Request, journal: Journal) -> None:
+    def __init__(
+        self, plan: Plan, walk: BlockWalk, request: Request, journal: Journal, stacks: Mapping[str, nn.Module]
+    ) -> None:
         self.plan = plan
         self.walk = walk
         self.request = request
         self.journal = journal
+        self.stacks = stacks  # of experts that have layers of their own, by name
         self.done = {shard.file for shard in plan.shards if journal.done(shard.file)}  # read again once: hashed
-        self.outer = tuple(step.name for step in plan.shards[-1].steps if step.spec is not None)
+        self.outer = tuple(step.place for step in plan.shards[-1].steps if step.spec is not None)
 
     def first(self) -> int:
         """The first block to be made: not finished, or needed for what enters the first that is not."""
@@ -227,7 +235,11 @@ class _Job:
 
     def _block(self, number: int) -> None:
         shard, prefix, block = self.plan.shards[number], self.walk.prefix(number), self.walk.blocks[number]
-        chosen = tuple(step.name for step in shard.steps if step.spec is not None)
+        chosen = tuple(step.place for step in shard.steps if step.spec is not None)
+        stacks = {name.removeprefix(prefix): stack for name, stack in self.stacks.items() if name.startswith(prefix)}
+        for name, stack in stacks.items():  # the layers are views of what smoothing sees
+            stack.to_empty(device="cpu")
+            convert.swap(block, {name: Experts(stack, cast(Experts, block.get_submodule(name)).names)})
         load(block, shard.steps, prefix)
         block.requires_grad_(False)
         recorders = {}
@@ -235,7 +247,7 @@ class _Job:
             paths = {chain: self._activations(number + 1, chain) for chain in self.request.chains}
             recorders = {chain: Recorder(path, self.walk.states) for chain, path in paths.items()}
         try:
-            grids = self._measured(number, Selection(chosen, {}, {}), recorders)
+            grids = self._measured(number, chosen, stacks, recorders)
             tensors = quantized(block, shard.steps, prefix, self.request.scheme, grids)
             digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
         except BaseException as error:
@@ -248,9 +260,11 @@ class _Job:
             self.journal.record(self._unit(number + 1), digests)
         self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
         block.to_empty(device="meta")
+        for stack in stacks.values():
+            stack.to_empty(device="meta")
 
     def _measured(
-        self, number: int, selection: Selection, recorders: Mapping[str, Recorder]
+        self, number: int, chosen: tuple[str, ...], stacks: Mapping[str, nn.Module], recorders: Mapping[str, Recorder]
     ) -> dict[str, QParams] | None:
         """Smooth a block, and measure what its layers read."""
         scheme, alpha = self.request.scheme, self.request.alpha
@@ -259,7 +273,10 @@ class _Job:
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
         enters = read[PLAIN]
         if alpha is not None:
-            with self.walk.only(number, None if enters is None else enters(0)):
+            outside = tuple(name for name in chosen if not taken(self.stacks, [name]))
+            selection = Selection(outside, {}, {})
+            first = None if enters is None else enters(0)
+            with convert.swapped(self.walk.blocks[number], stacks), self.walk.only(number, first):
                 told, _ = smooth_undoable(self.walk.model, plain, alpha=alpha, scheme=scheme, selection=selection)
             self._keep_report(number, told)
         if not scheme.static:
@@ -267,10 +284,10 @@ class _Job:
         chain = self.request.chains[-1]
         calibration = self.walk.calibration(self.request.calibration, number, read[chain], record.get(chain))
         with self.walk.only(number, None):
-            if not selection.chosen:  # the pass is made all the same, for what it returns
+            if not chosen:  # the pass is made all the same, for what it returns
                 calibration.run(self.walk.model)
                 return None
-            return self._grids(selection.chosen, calibration)
+            return self._grids(chosen, calibration)
 
     def _grids(self, names: tuple[str, ...], calibration: Calibration) -> dict[str, QParams]:
         activations = self.request.scheme.activations
