@@ -258,6 +258,8 @@ def _smooth_group(
         return GroupReport(group.source.module, readers, kept, before, after, change, reason)
 
     if not work.readers:
+        if any(work.model.get_parameter(reader.parameter).ndim == 3 for reader in group.readers):
+            return report(None, None, "stacked experts read it, whose errors are not searched")
         return report(None, None, "nothing that reads it will be quantised")
     unseen = sorted(work.sampled - set(samples))
     if unseen:

@@ -5,8 +5,8 @@ of the files is found in the model under its own name, or with the model's `base
 files leave it out; the result has the names that `w8a8.save` writes.  Experts that are quantised have layers of their
 own (`w8a8.experts`), which files have one by one, as on the hub, or stacked: then each is a range of a tensor's bytes.
 A tensor that has no place in the model is dropped where transformers would ignore it, and an error elsewhere: weights
-that transformers converts while loading, experts that stay stacked among them.  Values are cast to the dtype that transformers would load them in, the
-config's, before anything else; a second copy of a tied weight is dropped.
+that transformers converts while loading, experts that stay stacked among them.  Values are cast to the dtype that
+transformers would load them in, the config's, before anything else; a second copy of a tied weight is dropped.
 
 Shards are cut by bytes in the order of the source, so that they are the same for any number of processes.
 """
