@@ -10,6 +10,7 @@ not load quantised experts again, so for mixtures the logits are those of the mo
 """
 
 import argparse
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -176,7 +177,7 @@ def make(fixture: Fixture, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=fixture.dtype)
         recipe = QuantizationModifier(**fixture.recipe, ignore=list(fixture.ignore))
         oneshot(model=model, recipe=recipe, **(calibration() if fixture.calibrate else {}))
-        seen = reference(model) if fixture.mixture else None
+        seen = reference(copy.deepcopy(model)) if fixture.mixture else None
         model.save_pretrained(target, save_compressed=True)
     (target / "model.safetensors").chmod(0o644)
     (target / "recipe.yaml").unlink()

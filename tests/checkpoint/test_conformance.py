@@ -4,13 +4,18 @@ import json
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
-from transformers import AutoModelForCausalLM
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import w8a8
-from tests.conftest import llama, opt
+from tests.conftest import llama, mixtral, opt, qwen2_moe, qwen3_moe
 from w8a8 import PRESETS, PerChannel, PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.checkpoint.layout import check_writable
+from w8a8.checkpoint.names import FileNames
+from w8a8.convert import swap
+from w8a8.experts import unstacked
 from w8a8.linear import quant_linears
 from w8a8.streaming import quantize_directory
 
@@ -62,6 +67,51 @@ def test_a_streamed_directory_is_what_the_library_reads(tmp_path):
     llama().save_pretrained(tmp_path / "source")
     quantize_directory(tmp_path / "source", tmp_path / "out", shard_bytes=20_000)
     check(tmp_path / "out", w8a8.load(tmp_path / "out"))
+
+
+def library_reads(directory, make):
+    """A float model with experts as linear layers, whose weights and scales compressed-tensors made of a directory."""
+    model = make()
+    swap(model, unstacked(model)[0])
+    names = FileNames(model)
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    for part in (*config["config_groups"].values(), config):  # the library is asked for the files' names
+        key = "targets" if "targets" in part else "ignore"
+        part[key] = [names.in_model(f"{target}.weight").removesuffix(".weight") for target in part[key]]
+    compressor = ModelCompressor.from_compression_config(CompressedTensorsConfig(**config))
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    compressor.compress_model(model)
+    held = load_file(directory / "model.safetensors")
+    model.load_state_dict({names.in_model(name): tensor for name, tensor in held.items()})
+    compressor.decompress_model(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static"])
+def test_experts_are_what_the_library_reads(tmp_path, make, scheme):
+    model = make()
+    w8a8.quantize(model, scheme, calibration=IDS if scheme == "w8a8-static" else None, smooth="none")
+    w8a8.save(model, tmp_path / "out")
+    theirs = library_reads(tmp_path / "out", make)
+    layers = dict(quant_linears(model))
+    assert sum(".experts." in name for name in layers) == 12 * model.config.num_hidden_layers
+    for name, layer in layers.items():
+        found = theirs.get_submodule(name)
+        assert torch.equal(found.weight.detach(), layer.dequantized_weight())
+        if layer.input_scale is not None:
+            assert torch.equal(found.input_scale.view(-1), layer.input_scale.view(-1))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(theirs.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe], ids=lambda make: make.__name__)
+def test_transformers_alone_refuses_quantised_experts(tmp_path, make):
+    """It stacks what compressed-tensors has not decompressed; `w8a8.enable` and `w8a8.load` run them."""
+    w8a8.save(w8a8.quantize(make()).model, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="issues during automatic conversion of the weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", SCHEMES)

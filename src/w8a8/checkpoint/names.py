@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
-from w8a8.experts import NAMES, Experts, holds_experts
+from w8a8.experts import holds_experts
 
 
 class FileNames:
@@ -28,13 +28,6 @@ class FileNames:
 
     def __init__(self, model: nn.Module) -> None:
         self.renamings: list[WeightRenaming] = []
-        self._layers = {
-            f"{name}.{number}.{usual}": f"{name}.{number}.{own}"
-            for name, experts in model.named_modules()
-            if isinstance(experts, Experts) and experts.names != NAMES
-            for number in range(experts.num_experts)
-            for usual, own in zip(NAMES, experts.names, strict=True)
-        }
         if isinstance(model, PreTrainedModel) and holds_experts(model):
             self.renamings = [
                 transform
@@ -46,10 +39,9 @@ class FileNames:
             self.renamings, self._back = [], []
 
     def in_model(self, name: str) -> str:
-        """Of a tensor of the files.  Experts' layers are also found under the names that most models have."""
+        """Of a tensor of the files."""
         renamed: str = apply_renamings(name, self.renamings)
-        layer, _, key = renamed.rpartition(".")
-        return f"{self._layers[layer]}.{key}" if layer in self._layers else renamed
+        return renamed
 
     def in_file(self, name: str) -> str:
         """Of a tensor of the model."""

@@ -29,7 +29,7 @@ from w8a8.checkpoint.headers import Entry
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
 from w8a8.errors import CheckpointError, SchemeError
-from w8a8.experts import unstacked
+from w8a8.experts import NAMES, Experts, unstacked
 from w8a8.linear import QuantLinear, is_conv1d
 
 OTHERS_ERRORS = (
@@ -134,9 +134,16 @@ def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.M
         return {}
     old = convert.swap(model, found)
     names = FileNames(model)
-    places = {names.in_model(name).rsplit(".", 3)[0] for name in stored}  # of EXPERTS.NUMBER.LAYER.TENSOR
-    convert.swap(model, {name: stack for name, stack in old.items() if name not in places})
-    return {name: stack for name, stack in old.items() if name in places}
+    layers: dict[str, set[str]] = {}  # of EXPERTS.NUMBER.LAYER.TENSOR, by the first part
+    for name in stored:
+        experts, *rest = names.in_model(name).rsplit(".", 3)
+        layers.setdefault(experts, set()).update(rest[1:2])
+    for name, module in found.items():
+        if name not in layers:
+            convert.swap(model, {name: old.pop(name)})
+        elif layers[name] == set(NAMES) != set(module.names):  # as llm-compressor writes Mixtral with transformers 5
+            convert.swap(model, {name: Experts(old[name], NAMES)})
+    return old
 
 
 def check_size(
