@@ -12,6 +12,7 @@ from w8a8.convert import select, swap, swapped
 from w8a8.errors import CalibrationError, NonFiniteError, PatternError, SchemeError
 from w8a8.experts import Experts, holds_experts, own_weights, unstacked
 from w8a8.linear import quant_linears
+from w8a8.pipeline import foresee
 
 
 def deepseek():
@@ -283,8 +284,18 @@ class TestQuantizing:
             w8a8.quantize(model)
 
     def test_vllm_takes_all_and_refuses_some(self):
-        assert w8a8.pipeline.foresee(mixtral()) == ()
-        found = w8a8.pipeline.foresee(mixtral(), exclude=["*.experts.2.*"])
+        assert foresee(mixtral()) == ()
+        found = foresee(mixtral(), exclude=["*.experts.2.*"])
         assert [finding.what for finding in found] == ["experts of one layer have different schemes"]
-        static = w8a8.pipeline.foresee(mixtral(), "w8a8-static")
+        static = foresee(mixtral(), "w8a8-static")
         assert any("experts that are not per channel" in finding.what for finding in static)
+
+    def test_taken_apart_before_they_are_measured_and_chosen_by_name(self, tokens):
+        one, other = qwen3_moe(), qwen3_moe()
+        other.load_state_dict(one.state_dict())
+        assert w8a8.unstack_experts_(one) == {}
+        found = w8a8.sensitivity(one, tokens.flatten(), windows=1, seq_len=24, include=["*.layers.1.mlp.experts.*"])
+        assert len(found.layers) == 12
+        w8a8.quantize(one)
+        w8a8.quantize(other)
+        assert torch.equal(logits(one, tokens), logits(other, tokens))

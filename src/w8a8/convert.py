@@ -28,7 +28,7 @@ from torch import nn
 from w8a8 import kernels
 from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
-from w8a8.experts import Experts
+from w8a8.experts import Experts, unstacked
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears
 from w8a8.scheme import Scheme
 
@@ -254,6 +254,23 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
         yield
     finally:
         swap(model, old)
+
+
+def unstack_experts_(model: nn.Module) -> dict[str, str]:
+    """Give stacked experts linear layers of their own, in place, so that all that goes by a layer's name reaches them.
+
+    `w8a8.quantize` does this by itself; here it is for what looks at the float model: `sensitivity`, `allocate`,
+    `collect`.  The weights are the stacks', not copies.
+
+    Args:
+        model: Float.
+
+    Returns:
+        Why other stacks stay as they are, by name.
+    """
+    experts, reasons = unstacked(model)
+    swap(model, experts)
+    return reasons
 
 
 def _as_list(patterns: Sequence[str], argument: str) -> list[str]:
