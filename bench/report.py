@@ -11,6 +11,7 @@ import allocator
 import calibration
 import demo
 import evaluation
+import experts
 import layout
 import linear
 import loading
@@ -27,7 +28,7 @@ RESULTS = tuple(
     script.RESULT
     for script in (
         *(linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer),
-        *(loading, evaluation, sensitivity, streaming),
+        *(loading, evaluation, sensitivity, streaming, experts),
     )
 )
 
@@ -44,7 +45,7 @@ def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
     sections = (
         *(_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer),
-        *(_loading, _evaluation, _sensitivity, _streaming),
+        *(_loading, _evaluation, _sensitivity, _streaming, _experts),
     )
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
@@ -175,6 +176,15 @@ def _streaming(result: dict[str, Any]) -> str:
     return (
         "## Bigger than memory\n\n" + _where(result) + streaming.text(result) + "\n\n" + streaming.table(result) + "\n"
     )
+
+
+def _experts(result: dict[str, Any]) -> str:
+    told = (
+        "Tokens per second through one layer of experts, its router with it (bench/experts.py): transformers' loop over "
+        "the experts that are hit (eager), its grouped product, which is its default, and ours. Every call has other "
+        "random tokens. Variants in turn, medians.\n\n"
+    )
+    return "## Experts\n\n" + _where(result) + told + experts.table(result) + "\n"
 
 
 def _where(result: dict[str, Any]) -> str:

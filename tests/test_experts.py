@@ -29,12 +29,17 @@ def granite():
     return t.GraniteMoeForCausalLM(t.GraniteMoeConfig(**_MOE, num_local_experts=4)).eval()
 
 
+def phimoe():
+    return t.PhimoeForCausalLM(t.PhimoeConfig(**_MOE, num_local_experts=4)).eval()
+
+
 TAKEN = {
     "mixtral": (mixtral, ("w1", "w3", "w2")),
     "qwen3": (qwen3_moe, ("gate_proj", "up_proj", "down_proj")),
     "qwen2": (qwen2_moe, ("gate_proj", "up_proj", "down_proj")),
     "deepseek": (deepseek, ("gate_proj", "up_proj", "down_proj")),
     "olmoe": (olmoe, ("gate_proj", "up_proj", "down_proj")),
+    "phimoe": (phimoe, ("w1", "w3", "w2")),
     "granite": (granite, ("gate_proj", "up_proj", "down_proj")),
 }
 

@@ -1,6 +1,7 @@
 """Our directories read by the real compressed-tensors, inside transformers: codes and scales, exactly."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from w8a8.experts import unstacked
 from w8a8.linear import quant_linears
 from w8a8.streaming import quantize_directory
 
+THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor"
 IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
 SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()} | {
     "group": Scheme(QuantSpec(granularity=PerGroup(4)), QuantSpec(granularity=PerToken())),
@@ -112,6 +114,14 @@ def test_transformers_alone_refuses_quantised_experts(tmp_path, make):
     w8a8.save(w8a8.quantize(make()).model, tmp_path / "out")
     with pytest.raises(RuntimeError, match="issues during automatic conversion of the weights"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_transformers_alone_does_not_load_llm_compressors_experts_either():
+    """An error, or random experts where the layers have other names than it expects."""
+    with pytest.raises(RuntimeError, match="issues during automatic conversion of the weights"):
+        AutoModelForCausalLM.from_pretrained(THEIRS / "qwen3-moe-w8a8")
+    _, told = AutoModelForCausalLM.from_pretrained(THEIRS / "mixtral-w8a8", output_loading_info=True)
+    assert "model.layers.0.mlp.experts.down_proj" in told["missing_keys"]
 
 
 @pytest.mark.parametrize("name", SCHEMES)
