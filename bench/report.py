@@ -12,6 +12,7 @@ import blocks
 import calibration
 import demo
 import evaluation
+import experts
 import layout
 import linear
 import loading
@@ -28,7 +29,7 @@ RESULTS = tuple(
     script.RESULT
     for script in (
         *(linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer),
-        *(loading, evaluation, sensitivity, streaming, blocks),
+        *(loading, evaluation, sensitivity, streaming, blocks, experts),
     )
 )
 
@@ -45,7 +46,7 @@ def page(*results: dict[str, Any]) -> str:
     """The whole page; the results are those of `RESULTS`."""
     sections = (
         *(_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer),
-        *(_loading, _evaluation, _sensitivity, _streaming, _blocks),
+        *(_loading, _evaluation, _sensitivity, _streaming, _blocks, _experts),
     )
     return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
@@ -196,6 +197,15 @@ def _blocks(result: dict[str, Any]) -> str:
         "and the activations that pass from block to block, on a file system without a disk. Other work ran "
         "meanwhile, so that the processor's time is the one to compare.\n\n" + blocks.table(result) + "\n"
     )
+
+
+def _experts(result: dict[str, Any]) -> str:
+    told = (
+        "Tokens per second through one layer of experts, its router with it (bench/experts.py): transformers' loop "
+        "over the experts that are hit (eager), its grouped product, which is its default, and ours. Every call has "
+        "other random tokens. Variants in turn, medians.\n\n"
+    )
+    return "## Experts\n\n" + _where(result) + told + experts.table(result) + "\n"
 
 
 def _where(result: dict[str, Any]) -> str:

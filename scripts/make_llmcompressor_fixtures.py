@@ -5,10 +5,12 @@
 It needs `pip install llmcompressor` in an environment of its own, since llm-compressor pins other versions of
 transformers and compressed-tensors than the tests use.  The models are tiny and random.  Beside each checkpoint,
 which is left as it was written, stand `reference.safetensors` (input ids, the logits of transformers with
-compressed-tensors, and the logits with the same weights and float activations) and MADE_WITH.txt.
+compressed-tensors, and the logits with the same weights and float activations) and MADE_WITH.txt.  transformers does
+not load quantised experts again, so for mixtures the logits are those of the model before it is saved.
 """
 
 import argparse
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -28,10 +30,14 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SEED = 20260
@@ -78,6 +84,32 @@ def opt() -> PreTrainedModel:
     )
 
 
+MIXTURE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+
+
+def mixtral() -> PreTrainedModel:
+    """Three experts, under other names in files than in transformers."""
+    return MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=3))
+
+
+def qwen3_moe() -> PreTrainedModel:
+    """Three experts, under the names that most models have."""
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**MIXTURE, num_experts=3, moe_intermediate_size=20, head_dim=8))
+
+
 def groups(**activations: Any) -> dict[str, Any]:
     """Per-channel int8 weights with the given input activations."""
     weights = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
@@ -96,6 +128,7 @@ class Fixture:
     ignore: tuple[str, ...] = ("lm_head",)
     calibrate: bool = False
     dtype: torch.dtype = torch.float32
+    mixture: bool = False
 
 
 FIXTURES = {
@@ -105,6 +138,8 @@ FIXTURES = {
     "llama-w8a8-asym": Fixture(llama, groups(symmetric=False, strategy="token", dynamic=True)),
     "llama-w8a8-static-asym": Fixture(llama, groups(symmetric=False, strategy="tensor", dynamic=False), calibrate=True),
     "opt-w8a8": Fixture(opt),
+    "mixtral-w8a8": Fixture(mixtral, ignore=("lm_head", "re:.*gate$"), mixture=True),
+    "qwen3-moe-w8a8": Fixture(qwen3_moe, ignore=("lm_head", "re:.*gate$"), mixture=True),
 }
 
 
@@ -125,8 +160,9 @@ def spread(model: PreTrainedModel) -> None:
     """Make rows differ in size, so that a scale of another row would be seen."""
     generator = torch.Generator().manual_seed(SEED + 2)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
-            parameter.mul_(3 * torch.exp(0.7 * torch.randn(parameter.shape[0], 1, generator=generator)))
+        if parameter.ndim >= 2:
+            rows = torch.randn(*parameter.shape[:-1], 1, generator=generator)
+            parameter.mul_(3 * torch.exp(0.7 * rows))
         elif name.endswith("bias"):
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
 
@@ -141,23 +177,25 @@ def make(fixture: Fixture, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=fixture.dtype)
         recipe = QuantizationModifier(**fixture.recipe, ignore=list(fixture.ignore))
         oneshot(model=model, recipe=recipe, **(calibration() if fixture.calibrate else {}))
+        seen = reference(copy.deepcopy(model)) if fixture.mixture else None
         model.save_pretrained(target, save_compressed=True)
     (target / "model.safetensors").chmod(0o644)
     (target / "recipe.yaml").unlink()
-    save_file(reference(target), target / "reference.safetensors")
+    if seen is None:
+        seen = reference(AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval())
+    save_file(seen, target / "reference.safetensors")
     versions = [f"{package} {metadata.version(package)}" for package in PACKAGES]
     (target / "MADE_WITH.txt").write_text("\n".join([*versions, f"seed {SEED}"]) + "\n")
 
 
 @torch.no_grad()
-def reference(directory: Path) -> dict[str, torch.Tensor]:
-    """What transformers and compressed-tensors compute from a directory, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+def reference(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What transformers and compressed-tensors compute, in float32; activations are then no longer quantised."""
     inputs = ids(2, 8, SEED + 3)
     result = {"input_ids": inputs, "logits": model(inputs, use_cache=False).logits.contiguous()}
     for module in model.modules():
         if hasattr(module, "quantization_scheme"):
-            module.quantization_enabled = False
+            module.quantization_scheme.input_activations = None
     result["logits_weight_only"] = model(inputs, use_cache=False).logits.contiguous()
     return result
 

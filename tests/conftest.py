@@ -19,6 +19,10 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 
@@ -67,7 +71,7 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def mixtral() -> MixtralForCausalLM:
-    """Mixture of experts, whose weights transformers 5 fuses into 3-D parameters."""
+    """Mixture of experts, whose weights transformers 5 stacks in 3-D parameters and renames."""
     return MixtralForCausalLM(
         MixtralConfig(
             vocab_size=96,
@@ -81,6 +85,32 @@ def mixtral() -> MixtralForCausalLM:
             max_position_embeddings=64,
         )
     ).eval()
+
+
+_MOE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def qwen3_moe() -> Qwen3MoeForCausalLM:
+    """Experts called gate, up and down, in files too."""
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MOE, num_experts=4, head_dim=16)).eval()
+
+
+def qwen2_moe() -> Qwen2MoeForCausalLM:
+    """A shared expert, which a linear layer of one row weighs."""
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_MOE, num_experts=4, shared_expert_intermediate_size=24)).eval()
 
 
 MODELS: dict[str, Callable[[], Any]] = {"llama": llama, "opt": opt, "gpt2": gpt2, "mixtral": mixtral}

@@ -38,15 +38,24 @@ def test_a_tied_head_counts_its_products_but_not_its_parameters():
     assert "tied to model.decoder.embed_tokens" in head.reason
 
 
-def test_fused_experts_show_up_as_not_quantised():
+def test_stacked_experts_of_which_nothing_is_chosen_show_up_as_float():
     model = mixtral()
-    found = w8a8.quantize(model).coverage
+    found = w8a8.quantize(model, exclude=["*.experts.*"]).coverage
     experts = [m for m in found.left if "3-D expert" in m.reason]
     assert len(experts) == 1
     three_d = [p for p in model.parameters() if p.ndim == 3]
     assert experts[0].parameters == sum(p.numel() for p in three_d) > 0
     assert experts[0].macs == experts[0].parameters // 2  # two experts of four see a token
-    assert "fused 3-D expert parameters" in str(found)
+    assert "stacked 3-D expert parameters, of which no layer was chosen" in str(found)
+
+
+def test_a_quantised_expert_counts_for_the_tokens_that_see_it():
+    found = w8a8.quantize(mixtral(), exclude=["*.experts.3.*"]).coverage
+    quantized = [m for m in found.quantized if ".experts." in m.name]
+    left = [m for m in found.left if ".experts.3." in m.name]
+    assert [len(quantized), len(left)] == [9, 3]
+    assert all((m.parameters, m.macs) == (32 * 40, 32 * 40 // 2) for m in (*quantized, *left))
+    assert {m.reason for m in left} == {"excluded by '*.experts.3.*'"}
 
 
 def test_every_module_left_has_a_reason_and_every_quantised_one_a_scheme():

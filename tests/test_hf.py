@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, opt
+from tests.conftest import gpt2, llama, mixtral, opt, qwen3_moe
 from tests.test_packed import SCHEMES as PACKABLE
 from tests.test_packed import packed_directory
 from w8a8 import QuantLinear, W8A8Config, hf
@@ -19,6 +19,7 @@ from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.demo import demo_directory
 from w8a8.errors import CheckpointError, FormatError, ModelError, PatternError, SchemeError
+from w8a8.experts import holds_experts
 from w8a8.linear import quant_linears
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
@@ -32,11 +33,13 @@ def _theirs_again():
     hf.disable()
 
 
-@pytest.fixture(params=["demo", "llama", "gpt2", "mixtral"])
+@pytest.fixture(params=["demo", "llama", "gpt2", "mixtral", "qwen3_moe"])
 def source(request, tmp_path):
     if request.param == "demo":
         return demo_directory()
-    {"llama": llama, "gpt2": gpt2, "mixtral": mixtral}[request.param]().save_pretrained(tmp_path / "source")
+    {"llama": llama, "gpt2": gpt2, "mixtral": mixtral, "qwen3_moe": qwen3_moe}[request.param]().save_pretrained(
+        tmp_path / "source"
+    )
     return tmp_path / "source"
 
 
@@ -55,6 +58,22 @@ def quantized(source, scheme="w8a8", *, dtype="auto", **options):
 
 
 class TestQuantisingWhileLoading:
+    @pytest.mark.parametrize("include", [["*.q_proj"], ["*.q_proj", "*.experts.1.*"]], ids=str)
+    @pytest.mark.parametrize("make", [mixtral, qwen3_moe], ids=lambda make: make.__name__)
+    def test_experts_are_taken_as_quantize_takes_them(self, tmp_path, make, include):
+        make().save_pretrained(tmp_path / "source")
+        model = opened(tmp_path / "source", quantization_config=W8A8Config(include=include))
+        wanted = quantized(tmp_path / "source", include=include)
+        assert [type(m) for m in model.modules()] == [type(m) for m in wanted.modules()]
+        assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+
+    def test_experts_that_lie_stacked_in_the_files_stay_float(self, tmp_path):
+        mixtral().save_pretrained(tmp_path / "source", save_original_format=False)
+        model = opened(tmp_path / "source", quantization_config=W8A8Config())
+        wanted = quantized(tmp_path / "source", exclude=["*.experts.*"])
+        assert not holds_experts(model)
+        assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+
     @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"])
     def test_the_model_is_that_of_quantize(self, source, scheme):
         model = opened(source, quantization_config=W8A8Config(scheme))
@@ -112,7 +131,16 @@ class TestEnable:
         assert all(sum(calls.values()) == 1 for calls in ledger.values())
 
     @pytest.mark.parametrize(
-        "name", ["llama-w8a8", "llama-w8a8-asym", "llama-w8a8-bf16", "llama-w8a8-static-asym", "opt-w8a8"]
+        "name",
+        [
+            "llama-w8a8",
+            "llama-w8a8-asym",
+            "llama-w8a8-bf16",
+            "llama-w8a8-static-asym",
+            "mixtral-w8a8",
+            "opt-w8a8",
+            "qwen3-moe-w8a8",
+        ],
     )
     def test_a_directory_of_llm_compressor_runs_in_integers(self, name):
         w8a8.enable()
@@ -296,12 +324,12 @@ class TestSaving:
         w8a8.save(quantized(source, "w8a16"), tmp_path / "wanted")
         config = json.loads((tmp_path / "wanted/config.json").read_text())
         assert config["quantization_config"]["format"] == "pack-quantized"
-        model.save_pretrained(tmp_path / "loading", save_original_format=False)
+        model.save_pretrained(tmp_path / "loading")
         assert contents(tmp_path / "loading") == contents(tmp_path / "wanted")
-        w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded", save_original_format=False)
+        w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded")
         assert contents(tmp_path / "loaded") == contents(tmp_path / "wanted")
         w8a8.enable()
-        opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled", save_original_format=False)
+        opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled")
         assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
 
     def test_models_of_both_formats_come_back(self, tmp_path):
@@ -319,20 +347,20 @@ class TestSaving:
             pytest.skip("one is enough")
         model = opened(source, quantization_config=W8A8Config(**options))
         w8a8.save(quantized(source, **options), tmp_path / "wanted")
-        model.save_pretrained(tmp_path / "loading", save_original_format=False)
+        model.save_pretrained(tmp_path / "loading")
         assert contents(tmp_path / "loading") == contents(tmp_path / "wanted")
         w8a8.save(model, tmp_path / "ours")
         assert contents(tmp_path / "ours") == contents(tmp_path / "wanted")
         w8a8.enable()
-        opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled", save_original_format=False)
+        opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled")
         assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
 
     def test_after_quantize_and_load_save_pretrained_writes_it_too(self, source, tmp_path):
         model = quantized(source)
         w8a8.save(model, tmp_path / "wanted")
-        model.save_pretrained(tmp_path / "quantized", save_original_format=False)
+        model.save_pretrained(tmp_path / "quantized")
         assert contents(tmp_path / "quantized") == contents(tmp_path / "wanted")
-        w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded", save_original_format=False)
+        w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded")
         assert contents(tmp_path / "loaded") == contents(tmp_path / "wanted")
 
     def test_dense_models_need_no_option(self, tmp_path):

@@ -67,6 +67,7 @@ _HOME = {
     "collect": "calibration.calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
+    "unstack_experts_": "convert",
     "Coverage": "coverage",
     "W8A8Error": "errors",
     "study": "experiment",
@@ -157,6 +158,7 @@ __all__ = [
     "smooth_scales",
     "sqnr_db",
     "study",
+    "unstack_experts_",
 ]
 
 

@@ -1,13 +1,14 @@
 """The walk: find the linear layers of a model, choose among them, and swap them in place.
 
 Choosing.  A pattern is an exact name or a glob over the dotted module names; a `*` crosses dots.  A pattern
-that matches no linear layer is an error.  Three kinds of layer are not taken by a glob, only by their exact
+that matches no linear layer is an error.  Four kinds of layer are not taken by a glob, only by their exact
 name in `include`:
 
 - the output head (`lm_head`, or what the model calls its output embedding): files with a float head are
   what vLLM and transformers load;
 - a layer whose weight is shared with another module (OPT's head is its embedding): quantising it makes a
-  copy, and the two are no longer one.
+  copy, and the two are no longer one;
+- a router: a linear layer called `gate`, `router` or `shared_expert_gate` beside experts.  vLLM's are float.
 
 And some are never taken: subclasses of `nn.Linear`, which may do something else in `forward` or be read by
 their parent without it; layers with hooks, which a swap would drop.  All these are reported with the reason.
@@ -27,11 +28,15 @@ from torch import nn
 from w8a8 import kernels
 from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
+from w8a8.experts import Experts, unstacked
 from w8a8.linear import QuantLinear, is_conv1d, quant_linears
 from w8a8.scheme import Scheme
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, name) after each step of a long walk."""
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""What models call the layers that weigh experts."""
 
 Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
 """One scheme for all layers; or by pattern, where the first that matches a layer decides, and None is float."""
@@ -72,7 +77,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     linears = {name: m for name, m in model.named_modules() if _is_linear(m)}
     _check_patterns(model, linears, include, exclude)
     shared = _shared_weights(model, linears)
-    output = heads(model)
+    output, routers = heads(model), _routers(model)
     chosen, untied, reasons = [], {}, {}
     for name, linear in linears.items():
         named = name in include
@@ -85,6 +90,8 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
             reason = f"its weight is tied to {shared[name]}; {name!r} in include, by its name, quantises a copy of it"
         if reason is None and name in output and not named:
             reason = f"the output head stays float by default; {name!r} in include, by its name, quantises it"
+        if reason is None and name in routers and not named:
+            reason = f"a router stays float by default; {name!r} in include, by its name, quantises it"
         if reason is not None:
             reasons[name] = reason
             continue
@@ -249,6 +256,23 @@ def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]
         swap(model, old)
 
 
+def unstack_experts_(model: nn.Module) -> dict[str, str]:
+    """Give stacked experts linear layers of their own, in place, so that all that goes by a layer's name reaches them.
+
+    `w8a8.quantize` does this by itself; here it is for what looks at the float model: `sensitivity`, `allocate`,
+    `collect`.  The weights are the stacks', not copies.
+
+    Args:
+        model: Float.
+
+    Returns:
+        Why other stacks stay as they are, by name.
+    """
+    experts, reasons = unstacked(model)
+    swap(model, experts)
+    return reasons
+
+
 def _as_list(patterns: Sequence[str], argument: str) -> list[str]:
     if isinstance(patterns, str):
         raise PatternError(f"{argument}={patterns!r} is a string; give a list of patterns: [{patterns!r}]")
@@ -307,6 +331,15 @@ def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str
         if others:
             shared[name] = others[0]
     return shared
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """The linear layers beside experts that weigh them."""
+    found = set()
+    for parent, module in model.named_modules():
+        if any(isinstance(child, Experts) for child in module.children()):
+            found |= {f"{parent}.{name}".removeprefix(".") for name in ROUTERS}
+    return found
 
 
 def heads(model: nn.Module) -> list[str]:

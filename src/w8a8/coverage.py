@@ -5,7 +5,7 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
 - parameters: elements of weights and biases, as the float model would count them;
 - bytes: what they take in memory as they are now (codes, packed or not, scales, sums and biases);
 - multiply-adds per token: N * K of a linear layer; of a tied output head too, though the embedding owns the
-  parameter; of fused expert weights the share that one token passes through
+  parameter; of experts, stacked or not, the share that one token passes through
   (num_experts_per_tok / num_experts, from the model's config).  Attention's own products between tokens
   and elementwise work are not counted, nor are convolutions.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from w8a8.experts import Experts
 from w8a8.linear import Mode, QuantLinear, is_conv1d
 
 
@@ -107,35 +108,41 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
     """
     found = []
     seen: set[int] = set()  # parameters counted so far: a tied one belongs to its first owner
+    shares = {
+        id(layer): _active_share(model, experts.num_experts)
+        for experts in model.modules()
+        if isinstance(experts, Experts)
+        for layer in experts.modules()
+    }
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            found.append(_quantized(name, module))
+            found.append(_quantized(name, module, shares.get(id(module), 1.0)))
             continue
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         tied = len(own) < sum(1 for _ in module.parameters(recurse=False))
         if not own and not tied:
             continue
         seen.update(map(id, own))
-        found.append(_float(name, module, own, reasons.get(name), model))
+        found.append(_float(name, module, own, reasons.get(name), model, shares.get(id(module), 1.0)))
     return Coverage(tuple(found))
 
 
-def _quantized(name: str, layer: QuantLinear) -> ModuleCoverage:
-    macs = layer.out_features * layer.in_features
+def _quantized(name: str, layer: QuantLinear, share: float) -> ModuleCoverage:
+    weights = layer.out_features * layer.in_features
     return ModuleCoverage(
         name=name,
         kind="QuantLinear" if layer.mode is Mode.INTEGER else f"QuantLinear ({layer.mode.value})",
         shape=(layer.out_features, layer.in_features),
-        parameters=macs + (0 if layer.bias is None else layer.out_features),
+        parameters=weights + (0 if layer.bias is None else layer.out_features),
         bytes=sum(b.numel() * b.element_size() for b in layer.buffers()),
-        macs=macs,
+        macs=round(weights * share),
         scheme=layer.scheme.name,
         reason=None,
     )
 
 
 def _float(
-    name: str, module: nn.Module, own: list[nn.Parameter], reason: str | None, model: nn.Module
+    name: str, module: nn.Module, own: list[nn.Parameter], reason: str | None, model: nn.Module, share: float
 ) -> ModuleCoverage:
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else tuple(next(module.parameters(False)).shape)
@@ -143,7 +150,7 @@ def _float(
     experts = [] if convolution else [p for p in module.parameters(recurse=False) if p.ndim == 3]
     macs = 0
     if isinstance(module, nn.Linear) or is_conv1d(module):
-        macs = shape[0] * shape[1]
+        macs = round(shape[0] * shape[1] * share)
     elif experts:
         shape = tuple(experts[0].shape)
         macs = round(sum(p.numel() for p in experts) * _active_share(model, shape[0]))
@@ -162,7 +169,7 @@ def _float(
 def _why_float(module: nn.Module, has_experts: bool) -> str:
     """What kind of module this is, where no linear layer was to be chosen."""
     if has_experts:
-        return "fused 3-D expert parameters (E, out, in), not an nn.Linear: not quantised by this version"
+        return "stacked 3-D expert parameters, of which no layer was chosen"
     if isinstance(module, nn.Embedding):
         return "a lookup table, no product"
     if "norm" in type(module).__name__.lower():

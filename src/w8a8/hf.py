@@ -8,6 +8,9 @@ come from the files, each to what `w8a8.quantize` would make of it.  In the
 second the configuration class that transformers has for compressed-tensors is replaced by one that looks first: what
 `w8a8.load` runs becomes ours, everything else stays theirs.  `disable` puts theirs back.
 
+Experts that the files have one by one get layers of their own before anything is loaded, and transformers is kept from
+stacking them; stacked in the files, they stay float.
+
 The model's `save_pretrained` then writes the directory that `w8a8.save` writes.
 """
 
@@ -33,9 +36,11 @@ from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import mapped
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import from_json, runs_here, to_json
+from w8a8.checkpoint.names import FileNames, remember
 from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, stored_keys
-from w8a8.checkpoint.skeleton import insert_quant_linears
+from w8a8.checkpoint.skeleton import insert_quant_linears, unstack_as_stored
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
+from w8a8.experts import holds_experts, stacks_experts, taken
 from w8a8.kernels.weights import quantize_weight
 from w8a8.linear import QuantLinear, quant_linears
 from w8a8.packed import SHAPE, in_words
@@ -121,6 +126,11 @@ class W8A8Quantizer(HfQuantizer):
         name, _, key = param_name.rpartition(".")
         return name in self._quantized and (self.pre_quantized or key == "weight")
 
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """What transformers converts while it loads: all but experts, where those have layers of their own."""
+        conversions = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        return [each for each in conversions if not (holds_experts(model) and stacks_experts(each))]
+
     def get_quantize_ops(self) -> ConversionOps:
         """What quantises one weight as it comes from the file."""
         return _Quantize(self)
@@ -144,6 +154,8 @@ class W8A8Quantizer(HfQuantizer):
     ) -> None:
         """Put empty `QuantLinear` in their places."""
         self._dtype = dtype
+        stored = (name for file in checkpoint_files or () for name in read_header(Path(file)))
+        stacks = unstack_as_stored(model, stored)
         if self.quantization_config.checkpoint is not None:
             where = str(Path(checkpoint_files[0]).parent / "config.json") if checkpoint_files else "quantization_config"
             packed = insert_quant_linears(model, from_json(self.quantization_config.checkpoint, where), where)
@@ -152,6 +164,8 @@ class W8A8Quantizer(HfQuantizer):
             return
         config = self.quantization_config
         chosen = _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include)
+        if not taken(stacks, chosen):  # as `w8a8.quantize` leaves them
+            convert.swap(model, stacks)
         layers = {name: convert.empty_layer(model, name, config.scheme) for name in chosen}
         for layer in layers.values():
             layer.in_words = False  # the files have float weights under that name
@@ -172,6 +186,7 @@ class W8A8Quantizer(HfQuantizer):
             convert.swap(model, convert.build(model, selection, self.quantization_config.scheme))
             convert.untie(model, selection)
         self.quantization_config.checkpoint = to_json(describe(model))
+        remember(model)
         layers = [layer for _, layer in quant_linears(model)]
         _LOG.info("w8a8: %d linear layers run as %s", len(layers), layers[0].extra_repr().partition("scheme=")[2])
         return model
@@ -231,7 +246,8 @@ def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list
         raise CheckpointError(
             "quantised layers are filled from safetensors files, and none are given: load a directory"
         )
-    found = {name: (file, entry) for file in files for name, entry in read_header(file).items()}
+    names = FileNames(model)
+    found = {names.in_model(name): (file, entry) for file in files for name, entry in read_header(file).items()}
     arriving, taken = [], set()
     for name, layer in quant_linears(model):
         keys = stored_keys(layer, packed=name in packed)

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, trans
 from w8a8.convert import Progress, Schemes
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
+from w8a8.experts import Experts, own_weights, taken, unstacked
 from w8a8.linear import ledger
 from w8a8.scheme import Scheme
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
@@ -68,9 +69,10 @@ def quantize(
 ) -> Result:
     """Turn the linear layers of a model into int8 layers, in place.
 
-    `nn.Linear` and transformers' `Conv1D` are taken.  The output head and layers with a tied weight are
-    only taken where `include` holds their exact name; a tied head becomes a copy of its own, and the
-    config's `tie_word_embeddings` is then set to False.
+    `nn.Linear` and transformers' `Conv1D` are taken, and the stacked experts of mixtures: each expert then has linear
+    layers of its own, `model.layers.0.mlp.experts.3.down_proj`, if any of them is chosen.  The output head, layers with
+    a tied weight and routers are only taken where `include` holds their exact name; a tied head becomes a copy of its
+    own, and the config's `tie_word_embeddings` is then set to False.
 
     Args:
         model: Any module; changed only if everything succeeds.
@@ -135,10 +137,11 @@ def foresee(
     Raises:
         SchemeError, PatternError, ModelError: as `quantize`.
     """
-    _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
-    schemes = {name: chosen.get(name) for name in schemes_of(model)}
-    heads, transposed = convert.heads(model), transposed_of(model)
-    return findings(schemes, heads=heads, transposed=transposed, shapes=shapes_of(model))
+    with convert.swapped(model, unstacked(model)[0]):
+        _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
+        schemes = {name: chosen.get(name) for name in schemes_of(model)}
+        heads, transposed = convert.heads(model), transposed_of(model)
+        return findings(schemes, heads=heads, transposed=transposed, shapes=shapes_of(model))
 
 
 def simulate(
@@ -196,14 +199,15 @@ def _convert(
     progress: Progress | None,
 ) -> Result:
     kernels.check_name(kernel)
-    selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
+    selection, schemes, experts = _chosen(model, include, exclude, scheme)
     counted = Counter(schemes.values())
     if calibration is not None:
         calibration = Calibration.of(calibration)
     for each in counted:
         _check_static(each, calibration, observer)
     ((scheme, _),) = counted.most_common(1)
-    report, undo = smooth_first(model, selection, scheme, calibration, smooth, progress)
+    report, undo = smooth_first(model, _outside(selection, experts), scheme, calibration, smooth, progress)
+    stacked = convert.swap(model, experts)
     try:
         layers = convert.build(
             model,
@@ -217,11 +221,33 @@ def _convert(
         )
         convert.swap(model, layers)
     except BaseException:
+        convert.swap(model, stacked)
         undo()
         raise
+    for module in experts.values():
+        own_weights(module)
     convert.untie(model, selection)
     inscribe(model)
     return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report, schemes)
+
+
+def _chosen(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str], scheme: Schemes
+) -> tuple[convert.Selection, dict[str, Scheme], dict[str, Experts]]:
+    """The layers, their schemes, and the experts that are to take the places of stacked ones."""
+    if not isinstance(model, nn.Module):
+        convert.select(model)  # says so
+    experts, reasons = unstacked(model)
+    with convert.swapped(model, experts):
+        selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
+    selection = replace(selection, reasons=reasons | selection.reasons)
+    return selection, schemes, taken(experts, selection.chosen)
+
+
+def _outside(selection: convert.Selection, experts: Mapping[str, Experts]) -> convert.Selection:
+    """The selection without the layers of experts, which smoothing sees stacked: so every expert is in one product."""
+    chosen = tuple(name for name in selection.chosen if not taken(experts, [name]))
+    return replace(selection, chosen=chosen)
 
 
 def smooth_first(

@@ -1,22 +1,28 @@
 """Our directories read by the real compressed-tensors, inside transformers: codes and scales, exactly."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import w8a8
-from tests.conftest import llama, opt
+from tests.conftest import llama, mixtral, opt, qwen2_moe, qwen3_moe
 from w8a8 import PRESETS, PerChannel, PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.checkpoint.layout import check_writable
+from w8a8.checkpoint.names import FileNames
+from w8a8.convert import swap
 from w8a8.errors import CheckpointError
+from w8a8.experts import unstacked
 from w8a8.linear import quant_linears
 from w8a8.streaming import quantize_directory
 
+THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor"
 IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
 SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()} | {
     "group": Scheme(QuantSpec(granularity=PerGroup(4)), QuantSpec(granularity=PerToken())),
@@ -151,6 +157,59 @@ def test_int8_directories_of_weight_only_models_still_load(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     w8a8.save(w8a8.load(tmp_path / "out"), tmp_path / "again")
     assert f"{name}.weight_packed" in load_file(tmp_path / "again" / "model.safetensors")
+
+
+def library_reads(directory, make):
+    """A float model with experts as linear layers, whose weights and scales compressed-tensors made of a directory."""
+    model = make()
+    swap(model, unstacked(model)[0])
+    names = FileNames(model)
+    config = json.loads((directory / "config.json").read_text())["quantization_config"]
+    for part in (*config["config_groups"].values(), config):  # the library is asked for the files' names
+        key = "targets" if "targets" in part else "ignore"
+        part[key] = [names.in_model(f"{target}.weight").removesuffix(".weight") for target in part[key]]
+    compressor = ModelCompressor.from_compression_config(CompressedTensorsConfig(**config))
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    compressor.compress_model(model)
+    held = load_file(directory / "model.safetensors")
+    model.load_state_dict({names.in_model(name): tensor for name, tensor in held.items()})
+    compressor.decompress_model(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-static"])
+def test_experts_are_what_the_library_reads(tmp_path, make, scheme):
+    model = make()
+    w8a8.quantize(model, scheme, calibration=IDS if scheme == "w8a8-static" else None, smooth="none")
+    w8a8.save(model, tmp_path / "out")
+    theirs = library_reads(tmp_path / "out", make)
+    layers = dict(quant_linears(model))
+    assert sum(".experts." in name for name in layers) == 12 * model.config.num_hidden_layers
+    for name, layer in layers.items():
+        found = theirs.get_submodule(name)
+        assert torch.equal(found.weight.detach(), layer.dequantized_weight())
+        if layer.input_scale is not None:
+            assert torch.equal(found.input_scale.view(-1), layer.input_scale.view(-1))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(theirs.get_parameter(name), parameter)
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe], ids=lambda make: make.__name__)
+def test_transformers_alone_refuses_quantised_experts(tmp_path, make):
+    """It stacks what compressed-tensors has not decompressed; `w8a8.enable` and `w8a8.load` run them."""
+    w8a8.save(w8a8.quantize(make()).model, tmp_path / "out")
+    with pytest.raises(RuntimeError, match="issues during automatic conversion of the weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_transformers_alone_does_not_load_llm_compressors_experts_either():
+    """An error, or random experts where the layers have other names than it expects."""
+    with pytest.raises(RuntimeError, match="issues during automatic conversion of the weights"):
+        AutoModelForCausalLM.from_pretrained(THEIRS / "qwen3-moe-w8a8")
+    _, told = AutoModelForCausalLM.from_pretrained(THEIRS / "mixtral-w8a8", output_loading_info=True)
+    assert "model.layers.0.mlp.experts.down_proj" in told["missing_keys"]
 
 
 @pytest.mark.parametrize("name", SCHEMES)

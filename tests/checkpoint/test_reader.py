@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, opt
+from tests.conftest import gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
 from w8a8.checkpoint import reader
 from w8a8.checkpoint.files import read_quantization, tensor_files
+from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import empty_layers
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.linear import Mode, QuantLinear, quant_linears
@@ -39,7 +40,8 @@ def logits(model, ids):
 def test_llm_compressors_directories_run_in_int8(name):
     model = w8a8.load(THEIRS / name)
     files = load_file(THEIRS / name / "model.safetensors")
-    layers = dict(quant_linears(model))
+    names = FileNames(model)
+    layers = {names.of_layer(layer_name): layer for layer_name, layer in quant_linears(model)}
     assert set(layers) == {key.removesuffix(".weight_scale") for key in files if key.endswith(".weight_scale")}
     for path, layer in layers.items():
         assert layer.mode is Mode.INTEGER
@@ -128,8 +130,65 @@ def test_the_weights_are_mapped_and_never_float(tmp_path):
     assert all(any(lo <= w.data_ptr() < hi for lo, hi in ranges) for w in weights)
 
 
-def test_a_mixture_of_experts_keeps_its_float_experts(tmp_path):
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe], ids=lambda make: make.__name__)
+def test_experts_come_back_one_by_one(tmp_path, make):
+    model = w8a8.quantize(make()).model
+    ids = torch.randint(0, 96, (2, 16))
+    w8a8.save(model, tmp_path / "out")
+    found = w8a8.load(tmp_path / "out")
+    assert torch.equal(logits(found, ids), logits(model, ids))
+    assert [n for n, _ in quant_linears(found)] == [n for n, _ in quant_linears(model)]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    stack = "model.layers.0.block_sparse_moe" if make is mixtral else "model.layers.0.mlp"
+    down = "w2" if make is mixtral else "down_proj"
+    assert written[f"{stack}.experts.3.{down}.weight"].dtype is torch.int8
+    assert written[f"{stack}.gate.weight"].dtype is torch.float32
+    told = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert told["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert f"{stack}.gate" in told["ignore"]
+
+
+def test_experts_come_back_under_the_names_of_the_model_and_of_most_files_too(tmp_path):
     model = w8a8.quantize(mixtral()).model
+    ids = torch.randint(0, 96, (2, 16))
+    w8a8.save(model, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    usual = {".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
+    for stack in (".mlp.", ".block_sparse_moe."):
+        renamed = {}
+        for name, tensor in held.items():
+            layer = next((own for own in usual if own in name), None)
+            new = name if layer is None else name.replace(layer, usual[layer])
+            renamed[new.replace(".block_sparse_moe.", stack)] = tensor
+        save_file(renamed, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+        found = w8a8.load(tmp_path / "out")
+        assert "model.layers.0.mlp.experts.3.down_proj" in dict(quant_linears(found))
+        assert torch.equal(logits(found, ids), logits(model, ids))
+
+
+def test_an_expert_without_its_scale_is_missed(tmp_path):
+    w8a8.save(w8a8.quantize(mixtral()).model, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    del held["model.layers.0.block_sparse_moe.experts.2.w3.weight_scale"]
+    save_file(held, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors are missing: model\.layers\.0\.mlp\.experts\.2\.w3\.weight_scale"
+    ):
+        w8a8.load(tmp_path / "out")
+
+
+def test_experts_of_several_schemes_are_listed_by_the_names_of_the_files(tmp_path):
+    schemes = {"*.experts.*.w2": "w8a16", "*.experts.1.*": None, "*": "w8a8"}
+    model = w8a8.quantize(mixtral(), schemes).model
+    w8a8.save(model, tmp_path / "out")
+    groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]
+    assert any("model.layers.0.block_sparse_moe.experts.1.w2" in group["targets"] for group in groups.values())
+    ids = torch.randint(0, 96, (2, 16))
+    assert torch.equal(logits(w8a8.load(tmp_path / "out"), ids), logits(model, ids))
+
+
+def test_a_mixture_of_experts_keeps_its_float_experts(tmp_path):
+    model = w8a8.quantize(mixtral(), exclude=["*.experts.*"]).model
     ids = torch.randint(0, 96, (2, 16))
     w8a8.save(model, tmp_path / "out")
     assert torch.equal(logits(w8a8.load(tmp_path / "out"), ids), logits(model, ids))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import w8a8
-from tests.conftest import llama
+from tests.conftest import llama, mixtral
 from w8a8.cli import main
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
@@ -258,6 +258,13 @@ def test_inspect_reads_float_and_quantised_models_without_weights(call, demo_dir
     assert found["quantized"] is True
     assert found["schemes"][0]["activations"]["granularity"] == "token"
     assert found["totals"]["quantized"]["modules"] > 20
+
+
+def test_inspect_says_that_stacked_experts_are_taken(call, tmp_path):
+    mixtral().save_pretrained(tmp_path / "float")
+    told = json.loads(call("inspect", tmp_path / "float", "--json")[1])
+    reasons = {module["name"]: module["reason"] for module in told["modules"]}
+    assert reasons["model.layers.0.mlp.experts"] == "float now; `w8a8 quantize` takes it"
 
 
 def test_inspect_pairs_loads_the_weights_and_says_what_folds_and_why_not(call, tmp_path, demo_dir, quantized):

@@ -94,7 +94,11 @@ def test_smoothing_keeps_the_function_of_every_family_or_says_why_not(name, alph
     assert relative_error(after, before) < 1e-9
     assert report.smoothed
     told = {group.reason for group in report.groups} - {None}
-    assert told <= {"nothing that reads it will be quantised", "no alpha has a smaller error than none"}
+    assert told <= {
+        "nothing that reads it will be quantised",
+        "no alpha has a smaller error than none",
+        "stacked experts read it, whose errors are not searched",
+    }
     assert all(group.reason for group in report.refused)
 
 
@@ -154,8 +158,22 @@ def test_a_router_is_folded_along(tokens):
         assert relative_error(model(tokens).logits, expected) < 1e-5
     told = {group.source: group for group in report.groups}
     reason = told["model.layers.0.post_attention_layernorm"].reason
-    assert reason == "nothing that reads it will be quantised"  # experts are fused, and stay float
+    assert reason == "stacked experts read it, whose errors are not searched"
     assert torch.equal(router, before)
+
+
+def test_experts_are_quantised_as_they_are_after_the_rest_is_smoothed(tokens):
+    model = mixtral()
+    stack = model.model.layers[0].mlp.experts.down_proj.detach().clone()
+    result = w8a8.quantize(model, calibration=[tokens], smooth=0.5)
+    assert {group.source for group in result.smooth.smoothed} == {
+        "model.layers.0.input_layernorm",
+        "model.layers.0.self_attn.v_proj",
+    }
+    layer = model.model.layers[0].mlp.experts.get_submodule("3.w2")
+    alone = nn.Linear(40, 32, bias=False)
+    alone.weight.data = stack[3]
+    assert torch.equal(layer.dequantized_weight(), w8a8.QuantLinear.from_float(alone).dequantized_weight())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

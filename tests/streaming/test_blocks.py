@@ -15,7 +15,7 @@ from torch import nn
 
 import w8a8
 from tests import families
-from tests.conftest import gpt2, llama, opt
+from tests.conftest import gpt2, llama, opt, qwen3_moe
 from w8a8.calibration.calibrate import Calibration
 from w8a8.errors import CheckpointError, ModelError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
@@ -48,8 +48,8 @@ def data(**options):
     return Calibration.of(ids, samples=6, batch_size=2, **options)
 
 
-def saved(model, directory, dtype=torch.float32):
-    model.to(dtype).save_pretrained(directory, max_shard_size="40KB", save_original_format=False)
+def saved(model, directory, dtype=torch.float32, *, split=False):
+    model.to(dtype).save_pretrained(directory, max_shard_size="40KB", save_original_format=split)
     return directory
 
 
@@ -163,6 +163,20 @@ def test_a_fixed_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, 
     assert {g.source for g in done.smooth.smoothed} == {g.source for g in result.smooth.smoothed}
 
 
+@pytest.mark.parametrize("split", [True, False], ids=["as on the hub", "stacked"])
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+@pytest.mark.parametrize("smooth", ["none", 0.5, "searched"])
+def test_experts_become_what_they_become_in_memory(tmp_path, split, scheme, smooth):
+    if (scheme, smooth) == ("w8a8", "none"):
+        pytest.skip("does not use calibration data")
+    source = saved(qwen3_moe(), tmp_path / "source", split=split)
+    options = {"calibration": data(), "smooth": smooth}
+    quantize_blocks(source, tmp_path / "streamed", scheme, **options)
+    result, wanted = in_memory(source, tmp_path / "memory", scheme, **options)
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+    assert sum(".experts." in name for name in result.schemes) == 2 * 4 * 3
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [llama, opt, lambda: families.build("mixtral")], ids=["llama", "opt", "mixtral"])
 def test_a_searched_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, dtype):
@@ -191,6 +205,24 @@ def test_tokens_that_the_mask_hides_do_not_count(tmp_path):
     quantize_blocks(source, tmp_path / "streamed", "w8a8-static", calibration=calibration, smooth="none")
     _, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", calibration=calibration, smooth="none")
     assert_equal(tensors(tmp_path / "streamed"), wanted)
+
+
+def test_tokens_that_the_mask_hides_are_sent_to_no_expert(tmp_path):
+    source = saved(qwen3_moe(), tmp_path / "source")
+    ids = torch.randint(3, 96, (4, 24), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    masked = Calibration.of([{"input_ids": ids, "attention_mask": mask}])
+    cut = Calibration.of([{"input_ids": ids[:1]}, {"input_ids": ids[1:2, :7]}, {"input_ids": ids[2:]}])
+    options = {"smooth": "none"}
+    quantize_blocks(source, tmp_path / "streamed", "w8a8-static", calibration=masked, **options)
+    _, wanted = in_memory(source, tmp_path / "memory", "w8a8-static", calibration=masked, **options)
+    assert_equal(tensors(tmp_path / "streamed"), wanted)
+    _, alone = in_memory(source, tmp_path / "cut", "w8a8-static", calibration=cut, **options)
+    scales = [name for name in wanted if ".experts." in name and name.endswith("input_scale")]
+    assert len(scales) == 2 * 4 * 3
+    for name in scales:
+        assert torch.allclose(wanted[name], alone[name], rtol=1e-5)
 
 
 def test_a_block_that_stays_float_passes_its_activations_on(tmp_path):

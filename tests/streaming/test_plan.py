@@ -114,9 +114,42 @@ def test_a_tied_head_that_is_named_is_quantised_whichever_name_the_files_have(tm
     assert all(torch.equal(results[0][key], results[1][key]) for key in {**results[0], **results[1]})
 
 
-def test_tensors_that_transformers_stacks_are_an_error_that_names_one(tmp_path):
+def test_experts_that_are_to_stay_stacked_are_an_error_that_names_one(tmp_path):
     mixtral().save_pretrained(tmp_path / "source")  # under the names of the hub: an expert each
     with pytest.raises(UnplacedError, match=r"tensors have no place .*experts.*--no-stream"):
+        make_plan(tmp_path / "source", W8A8, exclude=["*.experts.*"])
+    mixtral().save_pretrained(tmp_path / "stacked", save_original_format=False)
+    plan = make_plan(tmp_path / "stacked", W8A8, exclude=["*.experts.*"])
+    assert "model.layers.0.mlp.experts.down_proj" in {step.name for step in plan.steps}
+
+
+def test_a_stack_of_experts_is_ranges_of_its_bytes(tmp_path):
+    model = mixtral()
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    steps = {step.place: step for step in make_plan(tmp_path / "stacked", W8A8).steps}
+    step = steps["model.layers.0.mlp.experts.2.w3"]
+    assert (step.name, step.entry.shape) == ("model.layers.0.block_sparse_moe.experts.2.w3", (40, 32))
+    octets = step.file.read_bytes()[step.entry.begin : step.entry.end]
+    want = model.model.layers[0].mlp.experts.gate_up_proj[2, 40:].detach().numpy().tobytes()
+    assert octets == want
+
+
+def test_a_stack_of_another_shape_is_refused(tmp_path):
+    mixtral().save_pretrained(tmp_path / "source", save_original_format=False)
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    rewrite(tmp_path / "source", lambda held: held.update({stack: held[stack][:3].clone()}))
+    with pytest.raises(CheckpointError, match=r"gate_up_proj has shape \(3, 80, 32\), config.json says \(4, 80, 32\)"):
+        make_plan(tmp_path / "source", W8A8)
+
+
+def test_an_expert_that_is_missing_or_there_twice_is_told(tmp_path):
+    mixtral().save_pretrained(tmp_path / "source")
+    one = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    rewrite(tmp_path / "source", lambda held: held.update({one.replace("block_sparse_moe", "mlp"): held[one] + 1}))
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w2.*two values for one tensor"):
+        make_plan(tmp_path / "source", W8A8)
+    rewrite(tmp_path / "source", lambda held: [held.pop(name) for name in list(held) if "experts.2.w2" in name])
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing: model\.layers\.0\.mlp\.experts\.2\.w2\.weight"):
         make_plan(tmp_path / "source", W8A8)
 
 

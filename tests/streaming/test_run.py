@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, opt
+from tests.conftest import gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
 from w8a8.checkpoint.files import INDEX
 from w8a8.checkpoint.headers import read_header
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
@@ -29,8 +29,8 @@ from w8a8.streaming.resources import Prediction
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def saved(model, directory, *, dtype=torch.bfloat16, shard="40KB"):
-    model.to(dtype).save_pretrained(directory, max_shard_size=shard)
+def saved(model, directory, *, dtype=torch.bfloat16, shard="40KB", **options):
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard, **options)
     return directory
 
 
@@ -64,6 +64,25 @@ def test_the_result_is_that_of_the_model_in_memory(tmp_path, make, dtype):
         assert found[name].dtype is tensor.dtype
         assert torch.equal(found[name], tensor)
     assert streamed.shards == len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
+    ids = torch.arange(12)[None]
+    logits = [w8a8.load(tmp_path / name)(ids).logits for name in ("streamed", "memory")]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("include", [["*"], ["*.3.*"]], ids=str)
+@pytest.mark.parametrize("split", [True, False], ids=["as on the hub", "stacked"])
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe], ids=lambda make: make.__name__)
+def test_experts_become_what_they_become_in_memory(tmp_path, make, split, include):
+    source = saved(make(), tmp_path / "source", save_original_format=split)
+    streamed = quantize_directory(source, tmp_path / "streamed", shard_bytes=20_000, include=include)
+    memory = in_memory(source, tmp_path / "memory", include=include)
+    found, wanted = tensors(tmp_path / "streamed"), tensors(memory)
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in wanted.items()}
+    told = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "memory")]
+    assert told[0]["quantization_config"] == told[1]["quantization_config"]
+    assert sum(".experts." in m.name for m in streamed.coverage.quantized) > 0
     ids = torch.arange(12)[None]
     logits = [w8a8.load(tmp_path / name)(ids).logits for name in ("streamed", "memory")]
     assert torch.equal(*logits)
@@ -164,7 +183,7 @@ class TestRefusals:
         model = mixtral()
         model.save_pretrained(tmp_path / "source")  # as Mixtral's own files are: an expert a tensor
         with pytest.raises(UnplacedError, match=r"experts.*can only be quantised in memory"):
-            quantize_directory(tmp_path / "source", tmp_path / "out")
+            quantize_directory(tmp_path / "source", tmp_path / "out", exclude=["*.experts.*"])
         assert not partial_of(tmp_path / "out").exists()
 
     def test_a_missing_tensor(self, tmp_path):

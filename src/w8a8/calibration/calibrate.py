@@ -18,6 +18,7 @@ fit the device, and as much memory for activations as there are batches; whole f
 """
 
 import contextlib
+import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from w8a8.calibration.observers import Observer, observer_of
 from w8a8.calibration.sources import SAMPLES, batched, hub_texts, windows_of_file, windows_of_ids, windows_of_texts
 from w8a8.convert import Progress
 from w8a8.errors import CalibrationError, W8A8Error
+from w8a8.experts import Experts
 from w8a8.scheme import QuantSpec
 
 __all__ = ["Calibration", "ModelInputs", "Statistic", "call", "checked_observer", "collect", "static_grids"]
@@ -274,6 +276,8 @@ def collect(
     handles = []
     try:
         handles.append(model.register_forward_pre_hook(shared.begin, with_kwargs=True))
+        experts = [module for module in modules.values() if isinstance(module, Experts)]
+        handles += [module.register_forward_pre_hook(shared.route, with_kwargs=True) for module in experts]
         for name, wanted in statistics.items():
             several = wanted if isinstance(wanted, Sequence) else (wanted,)
             handles.append(modules[name].register_forward_pre_hook(_hook(name, several, shared), with_kwargs=True))
@@ -354,6 +358,15 @@ class _Shared:
         self.mask = None
         if isinstance(mask, Tensor) and mask.ndim == 2 and not two_streams and not bool(mask.all()):
             self.mask = mask.to(torch.bool)
+
+    def route(self, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Send tokens that do not count to no expert: behind the router a row says nothing of its place."""
+        given = inspect.signature(experts.forward).bind(*args, **kwargs).arguments
+        if self.mask is None or len(given["top_k_index"]) != self.mask.numel():
+            return None
+        hidden = ~self.mask.reshape(-1, 1).to(given["top_k_index"].device)
+        given["top_k_index"] = given["top_k_index"].masked_fill(hidden, experts.num_experts)
+        return (), given
 
     def measured(self, x: Tensor) -> dict[Any, Any]:
         """A place for what is measured of this tensor, kept until it dies or changes."""

@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
+from w8a8.checkpoint.names import FileNames, remember
 from w8a8.errors import ModelError
+from w8a8.experts import Experts
 from w8a8.linear import Mode, is_conv1d, quant_linears
 from w8a8.packed import in_words
 from w8a8.scheme import Scheme
@@ -19,7 +21,9 @@ def describe(model: nn.Module) -> QuantizationConfig:
     """The groups and the ignored layers of a model.
 
     Where every plain linear layer has one scheme the target is "Linear", as other tools write it; with
-    several schemes, and for layers that were a `Conv1D`, layers are listed by name.
+    several schemes, and for layers that were a `Conv1D`, layers are listed by name: the files' name, where
+    it differs from the model's.  A router beside experts is ignored by name though it is no linear layer in
+    transformers: in vLLM it is one.
 
     Raises:
         ModelError: not a transformers model, or nothing in it is quantised.
@@ -27,19 +31,37 @@ def describe(model: nn.Module) -> QuantizationConfig:
     """
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise ModelError(f"expected a transformers model with a config, found {type(model).__name__}")
+    names = FileNames(model)
     by_scheme: dict[Scheme, list[str]] = {}
     was_conv1d = False
     for name, layer in quant_linears(model):
         check_writable(layer.scheme)
-        by_scheme.setdefault(layer.scheme, []).append(name)
+        by_scheme.setdefault(layer.scheme, []).append(names.of_layer(name))
         was_conv1d |= layer.was_conv1d
     if not by_scheme:
         raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
-    left = tuple(name for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m))
+    routers = _routers(model)
+    left = tuple(
+        names.of_layer(name)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) or is_conv1d(m) or name in routers
+    )
     if len(by_scheme) == 1 and not was_conv1d:
         by_scheme = {scheme: ["Linear"] for scheme in by_scheme}
     groups = (Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items())
     return QuantizationConfig(tuple(groups), left)
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """The modules beside experts that hold a matrix of their own and are not linear layers."""
+    found = set()
+    for parent, module in model.named_modules():
+        if any(isinstance(child, Experts) for child in module.children()):
+            for name, child in module.named_children():
+                weight = getattr(child, "weight", None)
+                if isinstance(weight, nn.Parameter) and weight.ndim == 2:
+                    found.add(f"{parent}.{name}" if parent else name)
+    return found
 
 
 def inscribe(model: Any) -> None:
@@ -50,3 +72,4 @@ def inscribe(model: Any) -> None:
     layers = [layer for _, layer in quant_linears(model)]
     if hasattr(model, "save_pretrained") and layers and all(layer.mode is not Mode.SIMULATED for layer in layers):
         model.config.quantization_config = to_json(describe(model))
+        remember(model)

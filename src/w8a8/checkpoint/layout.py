@@ -58,29 +58,35 @@ class QuantizationConfig:
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
 
-    def groups_for(self, layers: Mapping[str, Collection[str]], where: str) -> dict[str, Group]:
+    def groups_for(
+        self, layers: Mapping[str, Collection[str]], where: str, in_files: Mapping[str, str] | None = None
+    ) -> dict[str, Group]:
         """The group of each layer that is quantised.
 
         Args:
             layers: By dotted name, the names of the layer's class and of that one's parents, as far as they are
                 modules.
             where: The file, for messages.
+            in_files: The names of layers in the files, where those are others; what matches either name matches the
+                layer.
 
         Raises:
             CheckpointError: a regular expression is none, or takes too long.
         """
         groups = {target: group for group in self.groups for target in group.targets}
         expressions = {target: target[len(_RE) :] for target in (*groups, *self.ignore) if target.startswith(_RE)}
-        found = matching(list(dict.fromkeys(expressions.values())), list(layers), where)
+        names = {name: frozenset((name, (in_files or {}).get(name, name))) for name in layers}
+        every = list(dict.fromkeys(each for both in names.values() for each in sorted(both)))
+        found = matching(list(dict.fromkeys(expressions.values())), every, where)
         matched = {target: found[expression] for target, expression in expressions.items()}
         ignored, order = frozenset(self.ignore), sorted(t for t in groups if t in matched)
         chosen = {}
         for name, classes in layers.items():
-            known = {name, *classes}
-            if known & ignored or any(name in matched[t] for t in self.ignore if t in matched):
+            known = {*names[name], *classes}
+            if known & ignored or any(names[name] & matched[t] for t in self.ignore if t in matched):
                 continue
-            first = [name] if name in groups else []
-            fits = [*first, *(t for t in order if name in matched[t]), *sorted(c for c in classes if c in groups)]
+            first = sorted(each for each in names[name] if each in groups)
+            fits = [*first, *(t for t in order if names[name] & matched[t]), *sorted(c for c in classes if c in groups)]
             if fits:
                 chosen[name] = groups[fits[0]]
         return chosen

@@ -32,6 +32,7 @@ from w8a8.checkpoint.files import (
     resolve,
     tensor_files,
 )
+from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
 from w8a8.errors import CheckpointError, ModelError
 from w8a8.linear import QuantLinear, quant_linears
@@ -161,23 +162,25 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
     modules = dict(model.named_modules())
     wanted = set(model.state_dict())
     stored = {name: stored_keys(layer, packed=name in packed) for name, layer in quant_linears(model)}
+    names = FileNames(model)
     seen: dict[str, Path] = {}
     for path, promised in files.items():
         entries = header(path, promised)
         with opened(path, promised) as file:
-            for name in sorted(entries):
+            for in_file in sorted(entries):
+                name = names.in_model(in_file)
                 if name in seen:
-                    raise CheckpointError(f"{path}: {name} is in {seen[name].name} too: two values for one tensor")
+                    raise CheckpointError(f"{path}: {in_file} is in {seen[name].name} too: two values for one tensor")
                 seen[name] = path
                 prefix, _, key = name.rpartition(".")
-                module, where = modules.get(prefix), f"{path}: {name}"
+                module, where = modules.get(prefix), f"{path}: {in_file}"
                 if key in stored.get(prefix, ()):
-                    read = mapped(path, entries[name]) if key in _CODES else file.get_tensor(name)
+                    read = mapped(path, entries[in_file]) if key in _CODES else file.get_tensor(in_file)
                     place_tensor(modules[prefix], key, read, where, packed=prefix in packed)
                 elif name in wanted and (prefix not in stored or key == "bias"):
-                    _place(modules[prefix], key, file.get_tensor(name), where)
+                    _place(modules[prefix], key, file.get_tensor(in_file), where)
                 else:
-                    check_superfluous(model, module, key, file.get_tensor(name), where)
+                    check_superfluous(model, module, key, file.get_tensor(in_file), where)
     model.tie_weights()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, t in tensors if t.is_meta and not name.endswith(_DERIVED)]

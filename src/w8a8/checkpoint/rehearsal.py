@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from w8a8 import convert
 from w8a8.checkpoint.writer import save
 from w8a8.errors import CheckpointError, W8A8Error
+from w8a8.experts import unstacked
 from w8a8.linear import quant_linears
 from w8a8.scheme import Scheme
 
@@ -35,6 +36,7 @@ def rehearse(model: Any, scheme: Scheme, target: Path, tokenizer: Any = None) ->
         CheckpointError: something on the way fails; nothing long has started then.
     """
     small = _stand_in(model)
+    convert.swap(small, unstacked(small)[0])
     layers = convert.build(small, convert.select(small), scheme, input_params=_ones(small, scheme))
     convert.swap(small, layers)
     place = next(parent for parent in target.absolute().parents if parent.exists())

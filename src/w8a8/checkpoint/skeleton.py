@@ -10,7 +10,7 @@ where no size costs memory, and compared; then again with real buffers, as they 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from w8a8.checkpoint.files import CONFIG, header, read_json
+from w8a8 import convert
+from w8a8.checkpoint.files import CONFIG, header, read_json, tensor_files
 from w8a8.checkpoint.headers import Entry
 from w8a8.checkpoint.layout import QuantizationConfig
+from w8a8.checkpoint.names import FileNames
 from w8a8.errors import CheckpointError, SchemeError
+from w8a8.experts import NAMES, Experts, unstacked
 from w8a8.linear import QuantLinear, is_conv1d
 
 OTHERS_ERRORS = (
@@ -111,7 +114,36 @@ def empty_layers(
         raise CheckpointError(f"{directory / CONFIG}: {kind.__name__} cannot be made of it: {error}") from error
     if quantization is None:
         return model, set()
+    stored = (name for path, promised in tensor_files(directory).items() for name in header(path, promised))
+    unstack_as_stored(model, stored)
     return model, insert_quant_linears(model, quantization, str(directory / CONFIG), **options)
+
+
+def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Module]:
+    """Put experts with layers of their own where the files have them so; the model is changed.
+
+    Args:
+        model: With or without values.
+        stored: The names of the tensors in the files.
+
+    Returns:
+        The stacks that were replaced, by name: `convert.swap` puts them back.
+    """
+    found, _ = unstacked(model)
+    if not found:
+        return {}
+    old = convert.swap(model, found)
+    names = FileNames(model)
+    layers: dict[str, set[str]] = {}  # of EXPERTS.NUMBER.LAYER.TENSOR, by the first part
+    for name in stored:
+        experts, *rest = names.in_model(name).rsplit(".", 3)
+        layers.setdefault(experts, set()).update(rest[1:2])
+    for name, module in found.items():
+        if name not in layers:
+            convert.swap(model, {name: old.pop(name)})
+        elif layers[name] == set(NAMES) != set(module.names):  # as llm-compressor writes Mixtral with transformers 5
+            convert.swap(model, {name: Experts(old[name], NAMES)})
+    return old
 
 
 def check_size(
@@ -197,7 +229,8 @@ def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, whe
     classes = {
         name: [cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for name, m in linears.items()
     }
-    groups = quantization.groups_for(classes, where)
+    names = FileNames(model)
+    groups = quantization.groups_for(classes, where, {name: names.of_layer(name) for name in linears})
     for name, group in groups.items():
         try:
             layer = QuantLinear.in_place_of(linears[name], group.scheme, **options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from w8a8.checkpoint.files import opened, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, read_header
+from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.errors import CheckpointError
 
@@ -22,18 +23,19 @@ def verify_structure(directory: Path) -> None:
     Reads no values, so it takes milliseconds for a model of any size.
     """
     model = empty_model(directory, read_quantization(directory), simulated=True)
+    names = FileNames(model)
     found: dict[str, tuple[Path, Entry]] = {}
     for path, promised in tensor_files(directory).items():
         header = read_header(path)
         if promised is not None and promised != set(header):
             odd = min(promised ^ set(header))
             raise CheckpointError(f"{path}: {odd} is in the index or in the file, and not in both")
-        found |= {name: (path, entry) for name, entry in header.items()}
+        found |= {names.in_model(name): (path, entry) for name, entry in header.items()}
     wanted = _once(model)
-    for names, tensor in wanted:
-        name = next((name for name in names if name in found), None)
+    for aliases, tensor in wanted:
+        name = next((name for name in aliases if name in found), None)
         if name is None:
-            raise CheckpointError(f"{directory}: {names[0]} was not written")
+            raise CheckpointError(f"{directory}: {aliases[0]} was not written")
         path, entry = found[name]
         quantized = not tensor.is_floating_point()
         if entry.shape != tuple(tensor.shape) or (quantized and entry.dtype is not tensor.dtype):
@@ -41,7 +43,7 @@ def verify_structure(directory: Path) -> None:
                 f"{path}: {name} is {entry.dtype} of shape {entry.shape}, the model has {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}"
             )
-    extra = set(found) - {name for names, _ in wanted for name in names}
+    extra = set(found) - {name for aliases, _ in wanted for name in aliases}
     if extra:
         raise CheckpointError(f"{directory}: {min(extra)} was written, and the model has no such tensor")
 
@@ -56,11 +58,11 @@ def verify_values(directory: Path, model: nn.Module) -> None:
         model: Quantised.  Not modified.
     """
     verify_structure(directory)
-    held = model.state_dict()
+    held, names = model.state_dict(), FileNames(model)
     for path, promised in tensor_files(directory).items():
         with opened(path, promised) as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
-                if not _same(file.get_tensor(name), held[name]):
+                if not _same(file.get_tensor(name), held[names.in_model(name)]):
                     raise CheckpointError(f"{path}: {name} was written, and is not what the model holds")
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from w8a8.convert import ROUTERS
 from w8a8.linear import QuantLinear, is_conv1d
 from w8a8.packed import in_words
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
@@ -317,7 +318,7 @@ def _experts(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
                 "use 'w8a8' for the experts",
             )
         )
-    routers = tuple(name for name in quantized if name.rpartition(".")[2] in ("router", "gate"))
+    routers = tuple(name for name in quantized if name.rpartition(".")[2] in ROUTERS)
     if routers:
         found.append(
             Finding(

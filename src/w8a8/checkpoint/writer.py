@@ -19,6 +19,7 @@ from torch import nn
 from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import CONFIG
 from w8a8.checkpoint.layout import to_json
+from w8a8.checkpoint.names import remember
 from w8a8.checkpoint.verify import verify_values
 from w8a8.errors import CheckpointError
 
@@ -35,7 +36,8 @@ def save(
     """Write a model that transformers, vLLM and `w8a8.load` read.
 
     Args:
-        model: A transformers model with `QuantLinear` layers.  Not modified.
+        model: A transformers model with `QuantLinear` layers.  Not modified.  Experts that have layers of their own
+            are written one by one, under the names that the files of such models have.
         directory: Where to; made, parents too.
         tokenizer: Saved beside the model where given.
         overwrite: Replace a checkpoint that is there already.
@@ -51,9 +53,8 @@ def save(
     quantization = describe(model)
     check_target(target, overwrite=overwrite)
     with _appearing(target) as partial:
-        # names as in the model: transformers 5 would split fused experts again, and then fails to load
-        # the result with compressed-tensors ("Ckpt contains: 0", transformers 5.23)
-        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)  # type: ignore[operator]
+        remember(model)
+        model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         config = json.loads((partial / CONFIG).read_text())

@@ -32,6 +32,7 @@ def inspect(
     from w8a8.checkpoint.vllm import foresee_as_it_is
     from w8a8.convert import select
     from w8a8.coverage import coverage
+    from w8a8.experts import unstacked
 
     directory = resolve(model, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
@@ -41,7 +42,9 @@ def inspect(
     built, packed = empty_layers(directory, quantization, **options)
     if quantization is None:
         selection = select(built)
-        reasons = dict.fromkeys(selection.chosen, "float now; `w8a8 quantize` takes it") | selection.reasons
+        experts, others = unstacked(built)
+        taken = dict.fromkeys([*selection.chosen, *experts], "float now; `w8a8 quantize` takes it")
+        reasons = taken | selection.reasons | others
     else:
         reasons = {}
     found = coverage(built, reasons)

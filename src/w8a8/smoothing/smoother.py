@@ -310,6 +310,8 @@ def _smooth_group(work: _Work, samples: dict[str, Sample], trial: _Trial, alpha:
         return GroupReport(group.source.module, readers, kept, before, after, None, reason)
 
     if work.scheme is None:
+        if any(work.model.get_parameter(reader.parameter).ndim == 3 for reader in group.readers):
+            return report(None, "stacked experts read it, whose errors are not searched")
         return report(None, "nothing that reads it will be quantised")
     unseen = sorted(work.sampled - set(samples))
     if unseen:

@@ -24,17 +24,21 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
+
+from w8a8 import convert
 from w8a8.affine import QParams
 from w8a8.calibration.calibrate import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.files import resolve
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.checkpoint.writer import check_target
-from w8a8.convert import Progress, Selection
+from w8a8.convert import Progress
 from w8a8.coverage import Coverage
 from w8a8.errors import CheckpointError, W8A8Error
+from w8a8.experts import Experts, taken, unstacked
 from w8a8.scheme import Scheme
 from w8a8.smoothing.report import GroupReport, SmoothReport
 from w8a8.streaming.activations import Reader, Recorder
@@ -118,7 +122,10 @@ def quantize_blocks(
     directory = resolve(source)
     check_target(target, overwrite=overwrite, source=directory)
     plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
-    walk = BlockWalk(empty_model(directory, None))
+    model = empty_model(directory, None)
+    experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
+    stacks = convert.swap(model, experts)
+    walk = BlockWalk(model)
     plan = by_blocks(plan, walk)
     load(walk.model, plan.shards[-1].steps, "")
     walk.model.tie_weights()
@@ -137,7 +144,7 @@ def quantize_blocks(
         return _result(plan, target, None, predicted(len(walk)), 0)
     with locked(partial):
         journal = Journal(partial, known, restart=overwrite)
-        job = _Job(plan, walk, request, journal)
+        job = _Job(plan, walk, request, journal, stacks)
         first, finished = job.first(), len(job.done)
         try:
             prediction = predicted(len(walk) - first)
@@ -155,13 +162,16 @@ def quantize_blocks(
 class _Job:
     """The blocks of one model, from the first that is not finished."""
 
-    def __init__(self, plan: Plan, walk: BlockWalk, request: Request, journal: Journal) -> None:
+    def __init__(
+        self, plan: Plan, walk: BlockWalk, request: Request, journal: Journal, stacks: Mapping[str, nn.Module]
+    ) -> None:
         self.plan = plan
         self.walk = walk
         self.request = request
         self.journal = journal
+        self.stacks = stacks  # of experts that have layers of their own, by name
         self.done = {shard.file for shard in plan.shards if journal.done(shard.file)}  # read again once: hashed
-        self.outer = tuple(step.name for step in plan.shards[-1].steps if step.spec is not None)
+        self.outer = tuple(step.place for step in plan.shards[-1].steps if step.spec is not None)
 
     def first(self) -> int:
         """The first block to be made: not finished, or needed for what enters the first that is not."""
@@ -205,7 +215,11 @@ class _Job:
 
     def _block(self, number: int) -> None:
         shard, prefix, block = self.plan.shards[number], self.walk.prefix(number), self.walk.blocks[number]
-        chosen = tuple(step.name for step in shard.steps if step.spec is not None)
+        chosen = tuple(step.place for step in shard.steps if step.spec is not None)
+        stacks = {name.removeprefix(prefix): stack for name, stack in self.stacks.items() if name.startswith(prefix)}
+        for name, stack in stacks.items():  # the layers are views of what smoothing sees
+            stack.to_empty(device="cpu")
+            convert.swap(block, {name: Experts(stack, cast(Experts, block.get_submodule(name)).names)})
         load(block, shard.steps, prefix)
         block.requires_grad_(False)
         recorders = {}
@@ -213,7 +227,7 @@ class _Job:
             paths = {chain: self._activations(number + 1, chain) for chain in self.request.chains}
             recorders = {chain: Recorder(path, self.walk.states) for chain, path in paths.items()}
         try:
-            grids = self._measured(number, Selection(chosen, {}, {}), recorders)
+            grids = self._measured(number, chosen, stacks, recorders)
             tensors = quantized(block, shard.steps, prefix, self.request.scheme, grids)
             digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
         except BaseException as error:
@@ -226,9 +240,11 @@ class _Job:
             self.journal.record(self._unit(number + 1), digests)
         self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
         block.to_empty(device="meta")
+        for stack in stacks.values():
+            stack.to_empty(device="meta")
 
     def _measured(
-        self, number: int, selection: Selection, recorders: Mapping[str, Recorder]
+        self, number: int, chosen: tuple[str, ...], stacks: Mapping[str, nn.Module], recorders: Mapping[str, Recorder]
     ) -> dict[str, QParams] | None:
         """Smooth a block, and measure what its layers read."""
         scheme, alpha = self.request.scheme, self.request.alpha
@@ -236,18 +252,19 @@ class _Job:
         read = {chain: self._reader(number, chain) for chain in self.request.chains}
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
         if alpha is not None:
-            self._keep_report(
-                number, smooth_block(self.walk, number, self.request, selection.chosen, plain, read[PLAIN])
-            )
+            outside = tuple(name for name in chosen if not taken(self.stacks, [name]))
+            with convert.swapped(self.walk.blocks[number], stacks):
+                told = smooth_block(self.walk, number, self.request, outside, plain, read[PLAIN])
+            self._keep_report(number, told)
         if not scheme.static:
             return None
         chain = self.request.chains[-1]
         calibration = self.walk.calibration(self.request.calibration, number, read[chain], record.get(chain))
         with self.walk.only(number, None):
-            if not selection.chosen:  # the pass is made all the same, for what it returns
+            if not chosen:  # the pass is made all the same, for what it returns
                 calibration.run(self.walk.model)
                 return None
-            return block_grids(self.walk, selection.chosen, self.request, calibration)
+            return block_grids(self.walk, chosen, self.request, calibration)
 
     def _outside(self) -> None:
         """What lies outside of the blocks: the layers there are measured on what the last block returned."""

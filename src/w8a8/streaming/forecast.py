@@ -80,7 +80,7 @@ def predict_blocks(plan: Plan, walk: BlockWalk, target: Path, request: Request, 
 def _trial(plan: Plan, walk: BlockWalk, number: int, request: Request) -> float:
     """Seconds that a block will take, but for reading, quantising and writing it."""
     shard, prefix, block = plan.shards[number], walk.prefix(number), walk.blocks[number]
-    names = [step.name for step in shard.steps if step.spec is not None]
+    names = [step.place for step in shard.steps if step.spec is not None]
     load(block, shard.steps, prefix)
     block.requires_grad_(False)
     try:

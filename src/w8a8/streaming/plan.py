@@ -2,18 +2,19 @@
 
 The model is built without memory, and the layers are chosen by `convert.select`, as for a model in memory.  A tensor
 of the files is found in the model under its own name, or with the model's `base_model_prefix` before it, as some
-files leave it out; the result has the model's names, which are what transformers' `save_pretrained` writes.  A tensor
-that has no place in the model is dropped where transformers would ignore it, and an error elsewhere: expert weights
-that transformers stacks while loading, for one.  Values are cast to the dtype that transformers would load them in, the
-config's, before anything else; a second copy of a tied weight is dropped.
+files leave it out; the result has the names that `w8a8.save` writes.  Experts that are quantised have layers of their
+own (`w8a8.experts`), which files have one by one, as on the hub, or stacked: then each is a range of a tensor's bytes.
+A tensor that has no place in the model is dropped where transformers would ignore it, and an error elsewhere: weights
+that transformers converts while loading, experts that stay stacked among them.  Values are cast to the dtype that
+transformers would load them in, the config's, before anything else; a second copy of a tied weight is dropped.
 
 Shards are cut by bytes in the order of the source, so that they are the same for any number of processes.
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import to_json
+from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError
+from w8a8.experts import Experts, taken, unstacked
 from w8a8.linear import is_conv1d
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
 
@@ -47,9 +50,9 @@ Output = tuple[str, torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Step:
-    """One tensor of the source.
+    """One tensor of the source, or a layer's range of one.
 
-    name: In the result.
+    name, place: In the result and in the model, of the tensor or, where it is quantised, of its layer.
     dtype: That the values are cast to first.
     spec: The grid of a weight that is quantised; None: it is copied.
     transposed: The weight is `Conv1D`'s, (K, N).
@@ -60,6 +63,7 @@ class Step:
     file: Path
     entry: Entry
     name: str
+    place: str
     dtype: torch.dtype
     spec: QuantSpec | None
     transposed: bool
@@ -150,7 +154,8 @@ def make_plan(
     if read_quantization(source) is not None:
         raise SchemeError(f"{source} is quantised already: give the directory of the float model")
     model = empty_model(source, None)
-    selection = convert.select(model, convert.with_head(model, include, head), exclude)
+    selection = _choose(model, convert.with_head(model, include, head), exclude)
+    names = FileNames(model)
     found = _sources(source, model)
     chosen = {f"{name}.weight": name for name in selection.chosen}
     copies = _copies(model, found, set(chosen))
@@ -159,13 +164,14 @@ def make_plan(
     for parameter, (file, entry) in found.items():
         dtype = dtypes.get(parameter, entry.dtype)
         if parameter in chosen:
-            steps.append(_quantized(model, chosen.pop(parameter), scheme, dtype, file, entry))
+            steps.append(_quantized(model, names, chosen.pop(parameter), scheme, dtype, file, entry))
         elif parameter not in copies:
-            steps.append(Step(file, entry, parameter, dtype, None, False, False, ((parameter, dtype, entry.shape),)))
+            name = names.in_file(parameter)
+            steps.append(Step(file, entry, name, parameter, dtype, None, False, False, ((name, dtype, entry.shape),)))
     for parameter, name in chosen.items():  # tied: the files have it under the other name only
         file, entry = found[f"{selection.untied[name]}.weight"]
-        steps.append(_quantized(model, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
-    layers = {step.name: convert.empty_layer(model, step.name, scheme) for step in steps if step.spec is not None}
+        steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
+    layers = {step.place: convert.empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
     heads = convert.heads(model)
     convert.swap(model, layers)
     transposed, shapes = transposed_of(model), shapes_of(model)
@@ -178,9 +184,19 @@ def make_plan(
     return Plan(source, scheme, shards, config, coverage(model, selection.reasons), selection.untied, found_by_vllm)
 
 
+def _choose(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> convert.Selection:
+    """The layers to quantise; the model's experts get layers of their own if one of these is among them."""
+    experts, reasons = unstacked(model)
+    with convert.swapped(model, experts):
+        selection = convert.select(model, include, exclude)
+    convert.swap(model, taken(experts, selection.chosen))
+    return replace(selection, reasons=reasons | selection.reasons)
+
+
 def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:
     """Where each parameter and buffer of the model lies in the files, in the order of the files."""
-    names = set(model.state_dict())
+    names, in_files = set(model.state_dict()), FileNames(model)
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     found: dict[str, tuple[Path, Entry]] = {}
@@ -190,14 +206,16 @@ def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:
         missing = (promised or set()) - set(header)
         if missing:
             raise CheckpointError(f"{path}: {min(missing)} is missing, though the index says it is here")
-        for name, entry in header.items():
-            place = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in names), None)
-            if place is None:
-                if not any(re.search(pattern, name) for pattern in ignored) and not name.endswith("inv_freq"):
-                    lost.append(f"{path.name}: {name}")
-            elif place in found:
-                raise CheckpointError(f"{path}: {name} is in {found[place][0].name} too: two values for one tensor")
-            else:
+        for name, whole in header.items():
+            here = in_files.in_model(name)
+            places = (here, prefix + here, here.removeprefix(prefix))
+            parts = next(({n: whole} for n in places if n in names), None) or _taken_apart(experts, places, path, whole)
+            ignore = any(re.search(pattern, name) for pattern in ignored) or name.endswith("inv_freq")
+            if not parts and not ignore:
+                lost.append(f"{path.name}: {name}")
+            for place, entry in parts.items():
+                if place in found:
+                    raise CheckpointError(f"{path}: {name} is in {found[place][0].name} too: two values for one tensor")
                 found[place] = path, entry
     if lost:
         raise UnplacedError(
@@ -206,6 +224,32 @@ def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:
         )
     _check_complete(source, model, found)
     return found
+
+
+def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Path, whole: Entry) -> dict[str, Entry]:
+    """The layers' ranges of a tensor that has the weights of all experts of a layer; nothing for another tensor.
+
+    Raises:
+        CheckpointError: its shape is not that of the model's experts.
+    """
+    for stack, _, parameter in (place.rpartition(".") for place in places):
+        if stack not in experts or parameter not in ("gate_up_proj", "down_proj"):
+            continue
+        module = experts[stack]
+        e, h, i = module.num_experts, module.hidden_dim, module.intermediate_dim
+        gate, up, down = module.names
+        names, shape = ((gate, up), (i, h)) if parameter == "gate_up_proj" else ((down,), (h, i))
+        wanted = (e, len(names) * shape[0], shape[1])
+        if whole.shape != wanted:
+            raise CheckpointError(f"{path}: {whole.name} has shape {whole.shape}, {CONFIG} says {wanted}")
+        layers = [f"{stack}.{number}.{name}.weight" for number in range(e) for name in names]
+        size = whole.bytes // len(layers)
+        begins = range(whole.begin, whole.end, size)
+        return {
+            layer: replace(whole, shape=shape, begin=begin, end=begin + size)
+            for layer, begin in zip(layers, begins, strict=True)
+        }
+    return {}
 
 
 def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path, Entry]]) -> None:
@@ -273,14 +317,17 @@ def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
         return all(file.read(size) == file_b.read(size) for size in sizes)
 
 
-def _quantized(model: nn.Module, name: str, scheme: Scheme, dtype: torch.dtype, file: Path, entry: Entry) -> Step:
+def _quantized(
+    model: nn.Module, names: FileNames, name: str, scheme: Scheme, dtype: torch.dtype, file: Path, entry: Entry
+) -> Step:
     if entry.dtype not in _FLOATS:
         raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
     linear = model.get_submodule(name)
     layer = convert.empty_layer(model, name, scheme)
     kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
-    outputs = tuple((f"{name}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
-    return Step(file, entry, name, dtype, scheme.weights, is_conv1d(linear), layer.in_words, outputs)
+    told = names.of_layer(name)
+    outputs = tuple((f"{told}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
+    return Step(file, entry, told, name, dtype, scheme.weights, is_conv1d(linear), layer.in_words, outputs)
 
 
 def _cut(steps: list[Step], shard_bytes: int) -> tuple[Shard, ...]:

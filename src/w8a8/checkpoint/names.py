@@ -1,0 +1,65 @@
+"""How the files of a model call its tensors, where that differs from the model's own names.
+
+transformers 5 gives mixtures of experts other modules than the files on the hub were written for, and renames while it
+loads and saves: Mixtral's `mlp.experts` are `block_sparse_moe.experts` in files, which is what vLLM reads.  A model
+whose experts have layers of their own (`w8a8.experts`) is written under the files' names, by transformers' own
+renamings; its conversions, which stack and split, are not needed then.  Every other model is written under its
+own names.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+
+from w8a8.experts import holds_experts
+
+
+class FileNames:
+    """The names of a model's tensors and layers, in the model and in its files.
+
+    Args:
+        model: With `Experts` in their places, or none.  Not modified.
+
+    renamings: What transformers does from the files' names to the model's; none where that cannot be taken back.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.renamings: list[WeightRenaming] = []
+        if isinstance(model, PreTrainedModel) and holds_experts(model):
+            self.renamings = [
+                transform
+                for transform in get_model_conversion_mapping(model, add_legacy=False)
+                if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)
+            ]
+        self._back: list[Any] = [renaming.reverse_transform() for renaming in reversed(self.renamings)]
+        if any(self.in_model(self.in_file(name)) != name for name in model.state_dict()):
+            self.renamings, self._back = [], []
+
+    def in_model(self, name: str) -> str:
+        """Of a tensor of the files."""
+        renamed: str = apply_renamings(name, self.renamings)
+        return renamed
+
+    def in_file(self, name: str) -> str:
+        """Of a tensor of the model."""
+        renamed: str = apply_renamings(name, self._back)
+        return renamed
+
+    def of_layer(self, name: str) -> str:
+        """How the files call a layer of the model."""
+        return self.in_file(f"{name}.weight").removesuffix(".weight")
+
+
+def remember(model: Any) -> None:
+    """Have transformers' `save_pretrained` write a quantised model under these names, and convert nothing.
+
+    It would split stacked experts that stayed float, and then not load them again with compressed-tensors ("Ckpt
+    contains: 0", transformers 5.23).
+
+    Args:
+        model: A transformers model; what it remembers of the conversions it was loaded with is replaced.
+    """
+    model._weight_conversions = FileNames(model).renamings

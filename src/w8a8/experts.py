@@ -1,0 +1,230 @@
+"""The experts of a mixture as linear layers of their own, in the place of stacked parameters.
+
+transformers 5 keeps the experts of a layer in two parameters,
+
+    gate_up_proj (E, 2 I, H), down_proj (E, H, I):    y_e = down_e (act(gate_e x) * up_e x),    E experts
+
+which no walk over linear layers finds.  `Experts` has the same weights as 3 E `nn.Linear`, views of the stack, under
+the names that a model's files have (`experts.3.gate_proj`, Mixtral's `experts.3.w1`): these come from transformers' own
+conversion mapping.  Whatever works by a layer's name then works for experts.
+
+A stack is taken by what it is and does, not by a list of models: it has these two parameters and an activation, and the
+forward of its class, run on a small random instance, gives what `Experts` gives with the same weights.  Biases,
+transposed or interleaved stacks and gates of another kind do not, and stay as they are with that reason.
+
+Not taken: one int8 product over a stack of codes.  It would need a second kind of layer in each place that knows
+linear ones, and files that nobody else reads; the price is a call per expert that is hit.
+"""
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from w8a8.linear import quant_linears
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+"""Of an expert's layers, where transformers has no conversion that says how the files call them."""
+
+M = TypeVar("M", bound=nn.Module)
+_STACKED = {"gate_up_proj", "down_proj"}
+_BOUND = 1e-5
+"""Of a token's output, relative norm in float32: sums of few terms in another order."""
+_OTHER_KIND = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # of a forward with other arguments
+
+
+class Experts(nn.Module):
+    """The experts of one layer.
+
+    Args:
+        stack: What it is to take the place of, with or without values.  Its weights are shared, not copied.
+        names: Of each expert's gate, up and down layer.
+
+    Children are the experts by number, each with its three layers, and the activation.
+    """
+
+    def __init__(self, stack: Any, names: tuple[str, str, str] = NAMES) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_dim = stack.down_proj.shape[0], stack.down_proj.shape[1]
+        self.intermediate_dim = stack.down_proj.shape[2]
+        self.names = names
+        self.act_fn = stack.act_fn
+        for number in range(self.num_experts):
+            expert = nn.Module()
+            gate_up, down = stack.gate_up_proj[number], stack.down_proj[number]
+            weights = (gate_up[: self.intermediate_dim], gate_up[self.intermediate_dim :], down)
+            for name, weight in zip(names, weights, strict=True):
+                expert.add_module(name, _linear(weight.detach(), requires_grad=stack.down_proj.requires_grad))
+            self.add_module(str(number), expert)
+        self.train(stack.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the experts that each token is sent to.
+
+        Args:
+            hidden_states: (M, H).
+            top_k_index: Integers, (M, k): the experts of each token; num_experts and above is none.
+            top_k_weights: (M, k).
+
+        Returns:
+            (M, H) in the dtype of `hidden_states`; each token's experts are added in ascending order.
+        """
+        chosen = top_k_index.reshape(-1)
+        order = chosen.argsort(stable=True)  # (M k,) by expert, and in each by token
+        tokens = order.div(top_k_index.shape[-1], rounding_mode="floor")
+        x = hidden_states[tokens]
+        outputs, begin = [], 0
+        for number, count in enumerate(torch.bincount(chosen, minlength=self.num_experts)[: self.num_experts].tolist()):
+            if count:
+                outputs.append(self._expert(number, x[begin : begin + count]))
+                begin += count
+        result = torch.zeros_like(hidden_states)
+        if outputs:
+            weighted = torch.cat(outputs) * top_k_weights.reshape(-1)[order[:begin], None]
+            result.index_add_(0, tokens[:begin], weighted.to(result.dtype))
+        return result
+
+    def _expert(self, number: int, x: Tensor) -> Tensor:
+        gate, up, down = (self._modules[str(number)]._modules[name] for name in self.names)  # type: ignore[union-attr]
+        return down(self.act_fn(gate(x)) * up(x))  # type: ignore[misc, no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}"
+
+
+def unstacked(model: nn.Module) -> tuple[dict[str, Experts], dict[str, str]]:
+    """What can take the places of a model's stacked experts (`convert.swap` puts it there), and why others stay.
+
+    Args:
+        model: With or without values.  Not modified; the linear layers are views of its parameters.
+
+    Returns:
+        The new modules, and the reasons why other modules with stacked parameters are left, each by name.
+    """
+    found, reasons = {}, {}
+    conversions = _conversions(model)
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) or not any(p.ndim == 3 for p in own.values()) or not name:
+            continue
+        reason = _why_not(module, own)
+        if reason is None:
+            found[name] = Experts(module, _names(name, conversions))
+        else:
+            reasons[name] = f"stacked experts that are not taken apart: {reason}"
+    return found, reasons
+
+
+def taken(experts: Mapping[str, M], chosen: Iterable[str]) -> dict[str, M]:
+    """Those that are to take their places: all, where one of the chosen layers is in any of them, else none.
+
+    Args:
+        experts: From `unstacked`, or the stacks, by the same names.
+        chosen: Names of layers; those of an expert are EXPERTS.NUMBER.LAYER.
+    """
+    return dict(experts) if any(name.rsplit(".", 2)[0] in experts for name in chosen) else {}
+
+
+def own_weights(experts: Experts) -> None:
+    """Have what is float beside quantised layers hold its own values, so that the stack's memory goes; changes it."""
+    if not any(quant_linears(experts)):
+        return
+    for module in experts.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+
+
+def holds_experts(model: nn.Module) -> bool:
+    """Whether a model has experts with layers of their own."""
+    return any(isinstance(module, Experts) for module in model.modules())
+
+
+def _linear(weight: Tensor, *, requires_grad: bool) -> nn.Linear:
+    """Around a weight, which is not copied."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    return linear
+
+
+def _why_not(stack: Any, own: dict[str, nn.Parameter]) -> str | None:
+    if set(own) != _STACKED:
+        return f"its parameters are {', '.join(sorted(own))}, known are {', '.join(sorted(_STACKED))}"
+    shapes = [tuple(own[name].shape) for name in ("gate_up_proj", "down_proj")]
+    (e, gates, h), (e2, h2, i) = shapes if all(len(shape) == 3 for shape in shapes) else ((0,) * 3, (1,) * 3)
+    if (e, gates, h) != (e2, 2 * i, h2):
+        return f"gate_up_proj {shapes[0]} and down_proj {shapes[1]} are not (E, 2 I, H) and (E, H, I)"
+    if not isinstance(getattr(stack, "act_fn", None), nn.Module) or len(list(stack.children())) > 1:
+        return "it has other children than act_fn"
+    gate = getattr(type(stack), "_apply_gate", None)  # transformers gives each class that has none this one
+    if gate is not None and gate.__name__ != "_default_apply_gate":
+        return f"{type(stack).__name__} has a gate of its own"
+    if not all(parameter.is_floating_point() for parameter in own.values()):
+        return f"its weights are {own['down_proj'].dtype}"
+    if any((stack._forward_hooks, stack._forward_pre_hooks, stack._backward_hooks, stack._backward_pre_hooks)):
+        return "it has hooks, which would be dropped; remove them first"
+    with torch.device("cpu"):  # a caller may be making models on the meta device
+        return _difference(stack, {e: 4, h: 12, i: 8})
+
+
+@torch.no_grad()
+def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
+    """How the class's forward differs from ours, on a small instance with random weights.
+
+    Args:
+        stack: Not modified, its values not looked at.
+        sizes: Of the instance, by those of the stack: E, H and I.
+    """
+    e, h, i = (sizes[size] for size in (*stack.down_proj.shape,))
+    draw = torch.Generator().manual_seed(0)
+    small = copy.copy(stack)
+    for key, value in stack.__dict__.items():
+        if type(value) is int and value in sizes:
+            small.__dict__[key] = sizes[value]
+    shapes = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, h, i)}
+    small._parameters = {name: nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in shapes.items()}
+    sizes_of_x = torch.logspace(-2, 2, 7)[:, None]  # a gate that clamps shows it
+    x, weights = torch.randn(7, h, generator=draw) * sizes_of_x, torch.rand(7, 2, generator=draw)
+    index = torch.stack([torch.randperm(e, generator=draw)[:2] for _ in range(7)])
+    eager = inspect.unwrap(type(stack).forward)  # transformers wraps it to choose among implementations
+    try:
+        want = eager(small, x, index, weights)
+        error = float(((Experts(small)(x, index, weights) - want).norm(dim=-1) / want.norm(dim=-1)).max())
+    except _OTHER_KIND as failure:
+        return f"{type(stack).__name__} is called in another way ({type(failure).__name__})"
+    if error <= _BOUND:
+        return None
+    return f"{type(stack).__name__} computes something else (relative difference {error:.1e} on random weights)"
+
+
+def stacks_experts(conversion: Any) -> bool:
+    """Whether one of transformers' conversions makes a stack of the files' expert layers."""
+    kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
+    return kinds in ([MergeModulelist, Concatenate], [MergeModulelist])
+
+
+def _conversions(model: nn.Module) -> list[WeightConverter]:
+    """What stacks experts while transformers loads this model."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    known: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in known if stacks_experts(conversion)]
+
+
+def _names(stack: str, conversions: list[WeightConverter]) -> tuple[str, str, str]:
+    """How the files call the layers of each expert of a stack."""
+    found: list[list[str]] = []
+    for parameter in ("gate_up_proj", "down_proj"):
+        for conversion in conversions:
+            back = conversion.reverse_transform()
+            if back.rename_source_key(f"{stack}.{parameter}")[1] is not None:
+                found.append([pattern.removesuffix(".weight").rpartition(".")[2] for pattern in back.target_patterns])
+                break
+    names = tuple(itertools.chain.from_iterable(found))
+    return (names[0], names[1], names[2]) if [len(each) for each in found] == [2, 1] else NAMES
