@@ -181,8 +181,8 @@ def _streaming(result: dict[str, Any]) -> str:
 def _experts(result: dict[str, Any]) -> str:
     told = (
         "Tokens per second through one layer of experts, its router with it (bench/experts.py): transformers' loop "
-        "over the experts that are hit (eager), its grouped product, which is its default, and ours. Every call has other "
-        "random tokens. Variants in turn, medians.\n\n"
+        "over the experts that are hit (eager), its grouped product, which is its default, and ours. Every call has "
+        "other random tokens. Variants in turn, medians.\n\n"
     )
     return "## Experts\n\n" + _where(result) + told + experts.table(result) + "\n"
 
