@@ -10,7 +10,7 @@ import w8a8
 from tests.conftest import _MOE, mixtral, qwen2_moe, qwen3_moe
 from w8a8.convert import select, swap, swapped
 from w8a8.errors import CalibrationError, NonFiniteError, PatternError, SchemeError
-from w8a8.experts import Experts, holds_experts, own_weights, unstacked
+from w8a8.experts import Experts, holds_experts, own_weights, stacks, unstacked
 from w8a8.linear import quant_linears
 from w8a8.pipeline import foresee
 
@@ -97,6 +97,11 @@ class TestTakingApart:
         assert list(experts) == ["model.layers.0.mlp.experts"]
         assert reasons == {}
         assert all(parameter.is_meta for module in experts.values() for parameter in module.parameters())
+
+    def test_stacks_with_more_experts_than_there_can_be_are_left(self):
+        assert list(stacks(mixtral())[0]) == ["model.layers.0.mlp.experts"]
+        assert unstacked(mixtral(), at_most=3) == ({}, {})
+        assert len(unstacked(mixtral(), at_most=4)[0]) == 1
 
     def test_an_expert_that_no_token_is_sent_to_is_not_called(self):
         (experts,) = unstacked(mixtral())[0].values()

@@ -99,27 +99,41 @@ class Experts(nn.Module):
         return f"num_experts={self.num_experts}"
 
 
-def unstacked(model: nn.Module) -> tuple[dict[str, Experts], dict[str, str]]:
-    """What can take the places of a model's stacked experts (`convert.swap` puts it there), and why others stay.
+def stacks(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The stacked experts of a model that `unstacked` takes apart, and why others are left, by name.
+
+    Takes no time and no memory for each expert.
 
     Args:
-        model: With or without values.  Not modified; the linear layers are views of its parameters.
-
-    Returns:
-        The new modules, and the reasons why other modules with stacked parameters are left, each by name.
+        model: With or without values.  Not modified.
     """
     found, reasons = {}, {}
-    conversions = _conversions(model)
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) or not any(p.ndim == 3 for p in own.values()) or not name:
             continue
         reason = _why_not(module, own)
         if reason is None:
-            found[name] = Experts(module, _names(name, conversions))
+            found[name] = module
         else:
             reasons[name] = f"stacked experts that are not taken apart: {reason}"
     return found, reasons
+
+
+def unstacked(model: nn.Module, *, at_most: int | None = None) -> tuple[dict[str, Experts], dict[str, str]]:
+    """What can take the places of a model's stacked experts (`convert.swap` puts it there), and why others stay.
+
+    Args:
+        model: With or without values.  Not modified; the linear layers are views of its parameters.
+        at_most: Leave stacks of more experts than that: a file cannot have more than it has tensors.
+
+    Returns:
+        The new modules, and the reasons why other modules with stacked parameters are left, each by name.
+    """
+    conversions = _conversions(model)
+    found, reasons = stacks(model)
+    fitting = {n: m for n, m in found.items() if at_most is None or len(m.get_parameter("down_proj")) <= at_most}
+    return {name: Experts(module, _names(name, conversions)) for name, module in fitting.items()}, reasons
 
 
 def taken(experts: Mapping[str, M], chosen: Iterable[str]) -> dict[str, M]:

@@ -129,7 +129,8 @@ def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.M
     Returns:
         The stacks that were replaced, by name: `convert.swap` puts them back.
     """
-    found, _ = unstacked(model)
+    stored = list(stored)
+    found, _ = unstacked(model, at_most=len(stored))
     if not found:
         return {}
     old = convert.swap(model, found)

@@ -32,7 +32,7 @@ def inspect(
     from w8a8.checkpoint.vllm import foresee_as_it_is
     from w8a8.convert import select
     from w8a8.coverage import coverage
-    from w8a8.experts import unstacked
+    from w8a8.experts import stacks
 
     directory = resolve(model, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
@@ -42,7 +42,7 @@ def inspect(
     built, packed = empty_layers(directory, quantization, **options)
     if quantization is None:
         selection = select(built)
-        experts, others = unstacked(built)
+        experts, others = stacks(built)
         taken = dict.fromkeys([*selection.chosen, *experts], "float now; `w8a8 quantize` takes it")
         reasons = taken | selection.reasons | others
     else:

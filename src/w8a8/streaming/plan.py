@@ -230,7 +230,7 @@ def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Pa
     """The layers' ranges of a tensor that has the weights of all experts of a layer; nothing for another tensor.
 
     Raises:
-        CheckpointError: its shape is not that of the model's experts.
+        UnplacedError: it lies in another way there than in the model.
     """
     for stack, _, parameter in (place.rpartition(".") for place in places):
         if stack not in experts or parameter not in ("gate_up_proj", "down_proj"):
@@ -241,7 +241,10 @@ def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Pa
         names, shape = ((gate, up), (i, h)) if parameter == "gate_up_proj" else ((down,), (h, i))
         wanted = (e, len(names) * shape[0], shape[1])
         if whole.shape != wanted:
-            raise CheckpointError(f"{path}: {whole.name} has shape {whole.shape}, {CONFIG} says {wanted}")
+            raise UnplacedError(
+                f"{path}: {whole.name} has shape {whole.shape}, {CONFIG} says {wanted}; transformers may turn it round "
+                "while loading, so this model can only be quantised in memory (--no-stream)"
+            )
         layers = [f"{stack}.{number}.{name}.weight" for number in range(e) for name in names]
         size = whole.bytes // len(layers)
         begins = range(whole.begin, whole.end, size)
