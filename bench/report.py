@@ -183,9 +183,9 @@ def _blocks(result: dict[str, Any]) -> str:
         "## Block by block\n\n"
         + _where(result)
         + "`quantize --stream --calib` beside `w8a8.quantize` and `save` in memory, each a process of its own. "
-        "`before` is w8a8 as it compared each fold of a block alone and searched in float. Files in memory: the result, "
-        "and the activations that pass from block to block, on a file system without a disk. Other work ran meanwhile, so "
-        "that the processor's time is the one to compare.\n\n" + blocks.table(result) + "\n"
+        "`before` is w8a8 as it compared each fold of a block alone and searched in float. Files in memory: the "
+        "result, and the activations that pass from block to block, on a file system without a disk. Other work ran "
+        "meanwhile, so that the processor's time is the one to compare.\n\n" + blocks.table(result) + "\n"
     )
 
 
