@@ -27,7 +27,7 @@ LAYERS = [
 INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
-    "smoothing": ["fold", "alpha", "gate", "contest", "report", "smooth", "outliers"],
+    "smoothing": ["fold", "alpha", "gate", "contest", "report", "trial", "smooth", "outliers"],
     "checkpoint": [
         "headers",
         "layout",
