@@ -20,6 +20,7 @@ from tests.conftest import gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
 from w8a8.checkpoint.files import INDEX
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
+from w8a8.scheme import Scheme
 from w8a8.streaming import quantize_directory, run
 from w8a8.streaming.plan import UnplacedError, make_plan
 from w8a8.streaming.resources import Prediction
@@ -429,6 +430,12 @@ def test_two_jobs_do_not_write_one_result(tmp_path):
 
 def test_the_plan_is_the_same_whatever_the_number_of_processes(large):
     assert make_plan(large, w8a8.Scheme.of("w8a8")).shards == make_plan(large, w8a8.Scheme.of("w8a8")).shards
+
+
+def test_patterns_in_a_tuple_or_a_list_are_one_request(large):
+    plan = make_plan(large, Scheme.of("w8a8"))
+    assert run.fingerprint(plan, {"include": ("*",)}) == run.fingerprint(plan, {"include": ["*"]})
+    assert run.fingerprint(plan, {"include": ("*",)}) != run.fingerprint(plan, {"include": ["*", "lm_head"]})
 
 
 def test_force_goes_on_with_the_same_request_and_throws_another_away(tmp_path, monkeypatch):
