@@ -255,6 +255,13 @@ class TestQuantizing:
         assert gate in dict(quant_linears(model))
         assert gate in select(qwen2_moe()).chosen  # stacked experts say nothing of what weighs them
 
+    def test_what_is_inside_a_router_is_a_router(self):
+        model = qwen2_moe()
+        model.model.layers[0].mlp.router = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        told = w8a8.quantize(model).coverage
+        reasons = {m.name: m.reason for m in told.left if "router stays float" in m.reason}
+        assert "model.layers.0.mlp.router.1" in reasons
+
     def test_a_static_scheme_names_an_expert_that_saw_no_token_and_leaves_the_model(self, tokens):
         model = mixtral()
         with torch.no_grad():

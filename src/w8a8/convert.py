@@ -8,7 +8,8 @@ name in `include`:
   what vLLM and transformers load;
 - a layer whose weight is shared with another module (OPT's head is its embedding): quantising it makes a
   copy, and the two are no longer one;
-- a router: a linear layer called `gate`, `router` or `shared_expert_gate` beside experts.  vLLM's are float.
+- a router: a linear layer called `gate`, `router` or `shared_expert_gate` beside experts, or in a module of that
+  name.  vLLM's are float.
 
 And some are never taken: subclasses of `nn.Linear`, which may do something else in `forward` or be read by
 their parent without it; layers with hooks, which a swap would drop.  All these are reported with the reason.
@@ -334,12 +335,13 @@ def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str
 
 
 def _routers(model: nn.Module) -> set[str]:
-    """The linear layers beside experts that weigh them."""
+    """What weighs experts: modules beside them with all that is in them."""
     found = set()
-    for parent, module in model.named_modules():
+    for module in model.modules():
         if any(isinstance(child, Experts) for child in module.children()):
-            found |= {f"{parent}.{name}".removeprefix(".") for name in ROUTERS}
-    return found
+            for router in (child for name, child in module.named_children() if name in ROUTERS):
+                found |= {id(inner) for inner in router.modules()}
+    return {name for name, module in model.named_modules() if id(module) in found}
 
 
 def heads(model: nn.Module) -> list[str]:

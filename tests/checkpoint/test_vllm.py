@@ -94,7 +94,7 @@ def test_experts_run_in_one_scheme_and_routers_float():
     assert findings(experts) == ()
     static = dict.fromkeys(experts, Scheme.of("w8a8-static"))
     assert refused(findings(static)) == ["experts that are not per channel with symmetric per-token activations"]
-    for router in (f"{layer}.gate", "model.layers.0.block_sparse_moe.gate", f"{layer}.router"):
+    for router in (f"{layer}.gate", "model.layers.0.block_sparse_moe.router.layer", f"{layer}.shared_expert_gate"):
         assert refused(findings({router: Scheme.of("w8a8")})) == ["a quantised router"]
     some = {**experts, f"{layer}.experts.1.down_proj": None}
     assert refused(findings(some)) == ["experts of one layer have different schemes"]

@@ -439,6 +439,12 @@ def test_the_plan_is_the_same_whatever_the_number_of_processes(large):
     assert make_plan(large, w8a8.Scheme.of("w8a8")).shards == make_plan(large, w8a8.Scheme.of("w8a8")).shards
 
 
+def test_patterns_in_a_tuple_or_a_list_are_one_request(large):
+    plan = make_plan(large, Scheme.of("w8a8"))
+    assert run.fingerprint(plan, {"include": ("*",)}) == run.fingerprint(plan, {"include": ["*"]})
+    assert run.fingerprint(plan, {"include": ("*",)}) != run.fingerprint(plan, {"include": ["*", "lm_head"]})
+
+
 def test_force_goes_on_with_the_same_request_and_throws_another_away(tmp_path, monkeypatch):
     source, target = saved(llama(), tmp_path / "source"), tmp_path / "out"
     finished, write = [], run.write_shard

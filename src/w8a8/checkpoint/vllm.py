@@ -318,7 +318,7 @@ def _experts(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
                 "use 'w8a8' for the experts",
             )
         )
-    routers = tuple(name for name in quantized if name.rpartition(".")[2] in ROUTERS)
+    routers = tuple(name for name in quantized if set(name.split(".")[-2:]) & set(ROUTERS))
     if routers:
         found.append(
             Finding(

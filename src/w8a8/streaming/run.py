@@ -169,7 +169,8 @@ def _predicted(
 def fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
     """What decides the bytes of the result."""
     found = {"version of w8a8": __version__, "scheme": str(plan.scheme)}
-    found |= {f"option {name}": str(value) for name, value in request.items()}
+    for name, value in request.items():  # the command gives lists, Python's defaults are tuples
+        found[f"option {name}"] = str(list(value) if isinstance(value, tuple) else value)
     for path in (plan.source / CONFIG, *companions(plan.source)):
         found[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(tensor_files(plan.source)):
