@@ -227,6 +227,30 @@ class TestEnable:
             with pytest.raises(CheckpointError, match=rf"model\.safetensors: .*up_proj\.{key} .*{message}"):
                 opens(tmp_path / "d")
 
+    @pytest.mark.parametrize("key", ["weight", "bias", "weight_g_idx"])
+    def test_what_a_layer_has_no_place_for_is_refused(self, tmp_path, key):
+        w8a8.save(w8a8.quantize(mixtral(), "w8a16").model, tmp_path / "d")
+        path = tmp_path / "d" / "model.safetensors"
+        name = f"model.layers.0.block_sparse_moe.experts.1.w2.{key}"
+        save_file(load_file(path) | {name: torch.ones(32, 40)}, path, metadata={"format": "pt"})
+        for opens in (w8a8.load, opened):
+            w8a8.enable()
+            with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name} has no place in Mixtral"):
+                opens(tmp_path / "d")
+
+    @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+    def test_two_names_in_the_files_for_one_tensor_are_refused(self, tmp_path, scheme):
+        w8a8.save(w8a8.quantize(mixtral(), scheme).model, tmp_path / "d")
+        path = tmp_path / "d" / "model.safetensors"
+        tensors = load_file(path)
+        inside = "model.layers.0.block_sparse_moe.experts.0.w1."
+        twice = {name.replace("block_sparse_moe", "mlp"): t + 1 for name, t in tensors.items() if inside in name}
+        save_file(tensors | twice, path, metadata={"format": "pt"})
+        for opens in (w8a8.load, opened):
+            w8a8.enable()
+            with pytest.raises(CheckpointError, match=r"is in model\.safetensors too: two values for one tensor"):
+                opens(tmp_path / "d")
+
     def test_values_without_files_are_refused(self, tmp_path):
         model = w8a8.quantize(llama()).model
         w8a8.enable()

@@ -237,7 +237,9 @@ class _Arriving:
 
 
 def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list[_Arriving]:
-    """Every layer of the model, whose tensors are all in the files, which hold none of a layer that is not quantised.
+    """Every layer of the model, whose tensors are all in the files, once, which hold nothing else of it.
+
+    Nor do they hold scales of a layer that is not quantised.
 
     Raises:
         CheckpointError: that is not so.
@@ -247,7 +249,13 @@ def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list
             "quantised layers are filled from safetensors files, and none are given: load a directory"
         )
     names = FileNames(model)
-    found = {names.in_model(name): (file, entry) for file in files for name, entry in read_header(file).items()}
+    found: dict[str, tuple[Path, Entry]] = {}
+    for file in files:
+        for in_file, entry in read_header(file).items():
+            name = names.in_model(in_file)
+            if name in found:
+                raise CheckpointError(f"{file}: {in_file} is in {found[name][0].name} too: two values for one tensor")
+            found[name] = file, entry
     arriving, taken = [], set()
     for name, layer in quant_linears(model):
         keys = stored_keys(layer, packed=name in packed)
@@ -260,9 +268,11 @@ def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list
     modules = dict(model.named_modules())
     for name in found.keys() - taken:
         prefix, _, key = name.rpartition(".")
-        if key in QUANTIZED and prefix in modules:
+        module = modules.get(prefix)
+        unasked = isinstance(module, QuantLinear) and (key != "bias" or module.bias is None)
+        if module is not None and (key in QUANTIZED or unasked):
             path, entry = found[name]
-            check_superfluous(model, modules[prefix], key, mapped(path, entry), f"{path}: {name}")
+            check_superfluous(model, module, key, mapped(path, entry), f"{path}: {entry.name}")
     return arriving
 
 

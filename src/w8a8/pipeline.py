@@ -206,7 +206,7 @@ def _convert(
     for each in counted:
         _check_static(each, calibration, observer)
     ((scheme, _),) = counted.most_common(1)
-    report, undo = smooth_first(model, _outside(selection, experts), scheme, calibration, smooth, progress)
+    report, undo = smooth_first(model, outside_of(experts, selection), scheme, calibration, smooth, progress)
     stacked = convert.swap(model, experts)
     try:
         layers = convert.build(
@@ -224,8 +224,9 @@ def _convert(
         convert.swap(model, stacked)
         undo()
         raise
-    for module in experts.values():
-        own_weights(module)
+    for module in model.modules():
+        if isinstance(module, Experts):
+            own_weights(module)
     convert.untie(model, selection)
     inscribe(model)
     return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report, schemes)
@@ -244,7 +245,7 @@ def _chosen(
     return selection, schemes, taken(experts, selection.chosen)
 
 
-def _outside(selection: convert.Selection, experts: Mapping[str, Experts]) -> convert.Selection:
+def outside_of(experts: Mapping[str, Experts], selection: convert.Selection) -> convert.Selection:
     """The selection without the layers of experts, which smoothing sees stacked: so every expert is in one product."""
     chosen = tuple(name for name in selection.chosen if not taken(experts, [name]))
     return replace(selection, chosen=chosen)

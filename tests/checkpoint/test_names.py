@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers as t
 from safetensors.torch import load_file
+from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
 import w8a8
@@ -64,3 +65,16 @@ def test_transformers_saves_what_we_do(tmp_path):
         assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
     ids = torch.arange(12)[None]
     assert torch.equal(w8a8.load(tmp_path / "theirs")(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("make", [llama, mixtral])
+def test_no_weight_is_unpacked_for_the_sake_of_its_name(monkeypatch, make, scheme):
+    model = w8a8.quantize(make(), scheme).model
+
+    def state_dict(*args, **options):
+        raise AssertionError("this has the values of all layers, in the file's form: the model a second time")
+
+    monkeypatch.setattr(nn.Module, "state_dict", state_dict)
+    expected = "block_sparse_moe.gate.weight" if make is mixtral else "mlp.gate.weight"
+    assert FileNames(model).in_file("model.layers.0.mlp.gate.weight") == f"model.layers.0.{expected}"

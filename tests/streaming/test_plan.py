@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-import w8a8
+import w8a8.experts
 from tests.conftest import llama, mixtral, opt
 from w8a8.checkpoint.files import CONFIG, SINGLE
 from w8a8.errors import CheckpointError, PatternError, SchemeError
@@ -222,3 +222,17 @@ def test_pieces_are_whole_rows_and_make_up_the_tensor(source):
         if step.spec is not None:
             row = step.entry.shape[1] * step.entry.dtype.itemsize
             assert all((end - begin) % row == 0 and end - begin <= PIECE for begin, end in pieces)
+
+
+def test_a_file_that_cannot_hold_so_many_experts_is_refused_before_any_is_made(tmp_path, monkeypatch):
+    mixtral().save_pretrained(tmp_path / "source")
+    reconfigure(tmp_path / "source", num_local_experts=10**6)
+
+    made, linear = [], w8a8.experts._linear
+    monkeypatch.setattr("w8a8.experts._linear", lambda *args, **options: made.append(1) or linear(*args, **options))
+    with pytest.raises(CheckpointError, match="num_local_experts is 1000000, more than the files of this model can"):
+        make_plan(tmp_path / "source", W8A8)
+    reconfigure(tmp_path / "source", num_local_experts=90)  # fewer than the vocabulary's rows, more than tensors
+    with pytest.raises(CheckpointError):
+        make_plan(tmp_path / "source", W8A8)
+    assert len(made) <= 3 * 4  # of the small instance that the class is tried on

@@ -1,9 +1,9 @@
 """Mixed precision: a scheme for each layer, or float, under a budget of bytes or of perplexity.
 
-Layers that vLLM fuses (q, k and v; gate and up) are a *group*, and have one scheme: those that read the same tensor
-under the same parent, and those of the names it fuses.  What an option costs a group is measured: the KL(float ||
-model) of the model in which this group alone has it.  Costs are added up, which holds while they are small, and the
-choice is solved exactly (`knapsack`):
+Layers that vLLM fuses (q, k and v; gate and up; the experts of a layer) are a *group*, and have one scheme: those that
+read the same tensor under the same parent, those of the names it fuses, and experts.  What an option costs a group is
+measured: the KL(float || model) of the model in which this group alone has it.  Costs are added up, which holds while
+they are small, and the choice is solved exactly (`knapsack`):
 
     budget of bytes        least KL,     bytes <= budget
     budget of perplexity   least bytes,  KL <= log(1 + percent / 100)
@@ -40,6 +40,7 @@ from w8a8.convert import Progress, Schemes, swapped
 from w8a8.errors import SchemeError
 from w8a8.evaluation.scores import logits_of, token_kl, token_losses
 from w8a8.evaluation.text import Text
+from w8a8.experts import Experts
 from w8a8.linear import QuantLinear
 from w8a8.report.records import Choice
 from w8a8.scheme import Scheme
@@ -225,6 +226,9 @@ def _groups(model: nn.Module, sample: Sample, names: Sequence[str]) -> tuple[tup
         for together in by_parent.values():
             leaders = {first[name] for name in together}
             first = {name: first[together[0]] if lead in leaders else lead for name, lead in first.items()}
+    for stack in (f"{name}." for name, module in model.named_modules() if isinstance(module, Experts)):
+        inside = [name for name in names if name.startswith(stack)]
+        first |= dict.fromkeys(inside, first[inside[0]] if inside else "")
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(first[name], []).append(name)

@@ -7,6 +7,7 @@ renamings; its conversions, which stack and split, are not needed then.  Every o
 own names.
 """
 
+import itertools
 from typing import Any
 
 from torch import nn
@@ -35,7 +36,9 @@ class FileNames:
                 if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)
             ]
         self._back: list[Any] = [renaming.reverse_transform() for renaming in reversed(self.renamings)]
-        if any(self.in_model(self.in_file(name)) != name for name in model.state_dict()):
+        # not the state dict, for which packed layers unpack their codes: a second copy of the model
+        tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+        if self.renamings and any(self.in_model(self.in_file(name)) != name for name, _ in tensors):
             self.renamings, self._back = [], []
 
     def in_model(self, name: str) -> str:

@@ -105,6 +105,8 @@ def empty_layers(
     directory: Path, quantization: QuantizationConfig | None, *, trust_remote_code: bool = False, **options: Any
 ) -> tuple[Any, set[str]]:
     """`empty_model`, and the names of the layers whose weights the files have in words."""
+    if quantization is not None:
+        check_counts(directory)
     kind, config = architecture(directory, trust_remote_code=trust_remote_code)
     try:
         with init_empty_weights(include_buffers=False):
@@ -162,11 +164,7 @@ def check_size(
                 raise CheckpointError(f"{path}: {name} is in {found[name][0].name} too: two values for one tensor")
             found[name] = path, entry
     where = directory / CONFIG
-    most = max([len(found), *(size for _, entry in found.values() for size in entry.shape)])
-    for key, value in _numbers(read_json(where)):
-        limit = most if _COUNT.fullmatch(key) else 2**63 - 1
-        if value > limit:
-            raise CheckpointError(f"{where}: {key} is {value}, more than the files of this model can hold ({limit})")
+    check_counts(directory)
     kind, config = architecture(directory, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
@@ -185,6 +183,20 @@ def check_size(
         if entry.shape not in (wanted, wanted[::-1]):  # a quantised Conv1D is stored as a Linear
             held = f"{str(entry.dtype).removeprefix('torch.')} of shape {entry.shape}"
             raise CheckpointError(f"{path}: {name} is {held}, expected shape {wanted} by {CONFIG}")
+
+
+def check_counts(directory: Path) -> None:
+    """Raise `CheckpointError` where config.json tells of more layers, experts and so on than there can be.
+
+    A model has no more of them than its files have tensors, or rows of one.  Asked before any of them is made.
+    """
+    where = directory / CONFIG
+    entries = [entry for path, promised in tensor_files(directory).items() for entry in header(path, promised).values()]
+    most = max([len(entries), *(size for entry in entries for size in entry.shape)])
+    for key, value in _numbers(read_json(where)):
+        limit = most if _COUNT.fullmatch(key) else 2**63 - 1
+        if value > limit:
+            raise CheckpointError(f"{where}: {key} is {value}, more than the files of this model can hold ({limit})")
 
 
 def _check_floats(model: Any, found: Mapping[str, tuple[Path, Entry]]) -> None:

@@ -40,8 +40,10 @@ def compare_named(
 ) -> Compared:
     """Score a model against a reference, both in memory where they fit, else one after the other."""
     from w8a8 import evaluation as scoring
+    from w8a8 import unstack_experts_
     from w8a8.analysis import layer_errors
     from w8a8.checkpoint.files import resolve, tensor_files
+    from w8a8.experts import holds_experts
     from w8a8.streaming.resources import available_memory
 
     content = content_of(text)
@@ -72,6 +74,8 @@ def compare_named(
         both = scoring.compare(opened.model, other, seed=options["seed"], progress=step, **windows)
     if apart:
         return Compared(both, (), "the models were in memory one at a time")
+    if holds_experts(opened.model):
+        unstack_experts_(other)
     try:
         layers = layer_errors(other, opened.model, windows["text"], seq_len=_short(windows), seed=options["seed"])
     except ModelError as error:

@@ -60,19 +60,25 @@ def layers_of(job: Job, told: Mapping[str, Any], text: str) -> Layers:
     from w8a8.analysis import remedies, sensitivity
     from w8a8.analysis.errors import channel_absmax
     from w8a8.evaluation import encode
+    from w8a8.experts import unstacked
+    from w8a8.pipeline import outside_of
 
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     ids = encode(opened.tokenizer, content_of(text))
     data = job.calibration(opened.model, opened.tokenizer)
     patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
     choice = {"include": patterns, "exclude": job.selection["exclude"]}
-    selection = convert.select(opened.model, **choice)
-    _, schemes = convert.assign(selection, _saved_schemes(job, told))
+    experts, _ = unstacked(opened.model)
     seed = job.drawn["seed"]
     before, folded = None, _folded(told)
+    with convert.swapped(opened.model, experts):
+        selection = convert.select(opened.model, **choice)
+        _, schemes = convert.assign(selection, _saved_schemes(job, told))
+        if folded:
+            before = channel_absmax(opened.model, ids, seed=seed)
     if folded:
-        before = channel_absmax(opened.model, ids, seed=seed)
-        _smooth_again(opened.model, data, told["smooth"], folded, selection.chosen)
+        _smooth_again(opened.model, data, told["smooth"], folded, outside_of(experts, selection).chosen)
+    convert.swap(opened.model, experts)
     given = {**choice, "calibration": data, "observer": job.treatment["observer"]}
     with progress("measuring layers") as step:
         found = sensitivity(opened.model, ids, schemes, **given, seed=seed, before_smoothing=before, progress=step)

@@ -25,13 +25,14 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Measure what quantising each layer of a float model does to it and to the model's predictions."""
-    from w8a8 import analysis
+    from w8a8 import analysis, unstack_experts_
     from w8a8.evaluation import encode
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
     opened = open_named(model, dtype=dtype, device=device)
     ids = encode(opened.tokenizer, content_of(text))
+    unstack_experts_(opened.model)
     with progress("measuring") as step:
         found = analysis.sensitivity(
             opened.model,

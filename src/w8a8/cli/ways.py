@@ -110,12 +110,16 @@ def in_memory(job: Job) -> dict[str, Any]:
 
 
 def _allocated(job: Job, opened: Any, data: Any) -> tuple[Any, Any]:
-    """Smooth the model where that is asked for; what was done, and a scheme for each layer of what it then is."""
+    """Smooth the model where that is asked for; what was done, and a scheme for each layer of what it then is.
+
+    Its experts then have layers of their own.
+    """
     from w8a8 import convert
     from w8a8.analysis import Budget, allocate
     from w8a8.cli.app import content_of
     from w8a8.evaluation import encode
-    from w8a8.pipeline import smooth_first
+    from w8a8.experts import unstacked
+    from w8a8.pipeline import outside_of, smooth_first
     from w8a8.scheme import Scheme
 
     assert job.budget is not None, "asked for"
@@ -124,9 +128,12 @@ def _allocated(job: Job, opened: Any, data: Any) -> tuple[Any, Any]:
     patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
     choice = {"include": patterns, "exclude": job.selection["exclude"]}
     options = [Scheme.of(option) for option in job.budget["options"]]
-    selection = convert.select(opened.model, **choice)
+    experts, _ = unstacked(opened.model)
+    with convert.swapped(opened.model, experts):
+        selection = outside_of(experts, convert.select(opened.model, **choice))
     with progress("smoothing") as step:
         smooth, _ = smooth_first(opened.model, selection, options[0], data, job.treatment["smooth"], step)
+    convert.swap(opened.model, experts)
     with progress("measuring") as step:
         allocation = allocate(
             opened.model,
@@ -168,13 +175,14 @@ def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | No
 def by_blocks(job: Job) -> dict[str, Any]:
     """Quantise block by block with calibration data, from files to files."""
     from w8a8.checkpoint.files import resolve
-    from w8a8.checkpoint.skeleton import empty_model
+    from w8a8.checkpoint.skeleton import check_counts, empty_model
     from w8a8.pipeline import open_tokenizer
     from w8a8.streaming import quantize_blocks
 
     found: list[Any] = []
     quiet_transformers()
     directory = resolve(job.model)
+    check_counts(directory)
     data = job.calibration(empty_model(directory, None), open_tokenizer(directory))
     if job.treatment["smooth"] in (None, "auto") and not job.quiet:
         print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")

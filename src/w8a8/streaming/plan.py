@@ -27,7 +27,7 @@ from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, 
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.names import FileNames
-from w8a8.checkpoint.skeleton import empty_model
+from w8a8.checkpoint.skeleton import check_counts, empty_model
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError
@@ -153,8 +153,9 @@ def make_plan(
         )
     if read_quantization(source) is not None:
         raise SchemeError(f"{source} is quantised already: give the directory of the float model")
+    check_counts(source)
     model = empty_model(source, None)
-    selection = _choose(model, convert.with_head(model, include, head), exclude)
+    selection = _choose(model, convert.with_head(model, include, head), exclude, at_most=_most_experts(source))
     names = FileNames(model)
     found = _sources(source, model)
     chosen = {f"{name}.weight": name for name in selection.chosen}
@@ -184,9 +185,15 @@ def make_plan(
     return Plan(source, scheme, shards, config, coverage(model, selection.reasons), selection.untied, found_by_vllm)
 
 
-def _choose(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> convert.Selection:
+def _most_experts(source: Path) -> int:
+    """How many a layer can have: each is a tensor of the files, or one matrix of a stack."""
+    entries = [entry for path in tensor_files(source) for entry in read_header(path).values()]
+    return max([len(entries), *(entry.shape[0] for entry in entries if len(entry.shape) == 3)])
+
+
+def _choose(model: nn.Module, include: Sequence[str], exclude: Sequence[str], *, at_most: int) -> convert.Selection:
     """The layers to quantise; the model's experts get layers of their own if one of these is among them."""
-    experts, reasons = unstacked(model)
+    experts, reasons = unstacked(model, at_most=at_most)
     with convert.swapped(model, experts):
         selection = convert.select(model, include, exclude)
     convert.swap(model, taken(experts, selection.chosen))
