@@ -1,6 +1,7 @@
 import copy
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from w8a8.affine import QParams, fake_quantize, qparams
 from w8a8.errors import SchemeError
+from w8a8.kernels import native
 from w8a8.linear import Mode, QuantLinear, ledger
 from w8a8.packed import unpack_rows
 from w8a8.scheme import (
@@ -323,3 +325,19 @@ def test_an_integer_input_is_refused_instead_of_cut_to_integers(name, simulated)
     q = QuantLinear.from_float(nn.Linear(8, 4), name, simulated=simulated)
     with pytest.raises(SchemeError, match=r"the input is torch\.int64, a linear layer takes float tensors"):
         q(torch.ones(2, 8, dtype=torch.int64))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read as Linux tells it")
+@pytest.mark.skipif(native.unavailable_because() is not None, reason="the native kernel is not here")
+def test_codes_of_many_layers_are_in_memory_once():
+    """The codes before packing go back to the system: malloc would leave a hole as large beside each layer."""
+
+    def resident():
+        (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon:")]
+        return 1024 * int(line.split()[1])
+
+    linears = [nn.Linear(2048, 5632, bias=False, dtype=torch.bfloat16) for _ in range(10)]
+    before = resident()
+    layers = [QuantLinear.from_float(linear) for linear in linears]
+    held = sum(layer.packed_weight.numel() for layer in layers)
+    assert resident() - before < 1.4 * held

@@ -14,6 +14,7 @@ Threads are those of torch's own OpenMP runtime, which is looked up in the proce
 """
 
 import ctypes
+import mmap
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -187,8 +188,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     shape = (-(-n // PANEL), -(-k // 4), PANEL, 4)
     size = shape[0] * shape[1] * PANEL * 4
     align = _HUGE if size >= _HUGE else 64
-    room = torch.empty(size + align, dtype=torch.int8)
-    library = _loaded()
+    library, room = _loaded(), _octets(size + align)
     if align == _HUGE:
         library.advise_huge(room.data_ptr(), room.numel())  # a wish: nothing depends on it
     packed = room[-room.data_ptr() % align :][:size].view(shape)
@@ -196,6 +196,17 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     status = library.pack(weight.data_ptr(), k, n, k, packed.data_ptr(), sums.data_ptr(), torch.get_num_threads())
     assert status == 0, f"w8a8_pack: {status}"
     return packed, sums
+
+
+def _octets(size: int) -> Tensor:
+    """New memory, (size,) int8; much of it is a mapping of its own, which goes back to the system when it is let go.
+
+    malloc would keep it: the hole that a layer's codes leave behind is a few bytes too small for those of the next,
+    once a scale lies in it, and a model of such layers was in memory twice.
+    """
+    if size < _HUGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.empty(size, dtype=torch.int8)
+    return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.int8)
 
 
 def quantize_rows(x: Tensor, bits: int, *, per_row: bool) -> tuple[Tensor, Tensor] | None:
@@ -210,7 +221,7 @@ def quantize_rows(x: Tensor, bits: int, *, per_row: bool) -> tuple[Tensor, Tenso
     if isinstance(library, str) or x.device.type != "cpu" or x.dtype not in _DTYPES or x.stride(1) != 1:
         return None
     m, k = x.shape
-    codes, scale = torch.empty((m, k), dtype=torch.int8), torch.empty(m)
+    codes, scale = _octets(m * k).view(m, k), torch.empty(m)
     zero_point = torch.empty(m, dtype=torch.int32)
     rows = x.data_ptr(), _DTYPES.index(x.dtype), m, k, x.stride(0)
     grid = _TOKEN if per_row else _TENSOR, bits, 0.0, 0, 0
