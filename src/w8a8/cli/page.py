@@ -33,8 +33,9 @@ class Page:
 
 def check_page(path: Path) -> None:
     """Raise `ReportError` before anything long where the page could not be drawn or written."""
-    if not path.absolute().parent.is_dir():
-        raise ReportError(f"the page cannot be written to {path}: there is no directory {path.absolute().parent}")
+    from w8a8.report.page import check_place
+
+    check_place(path)
     if importlib.util.find_spec("vl_convert") is None:
         raise ReportError("the plots of a page are drawn by vl-convert: pip install 'w8a8[report]'")
 
