@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 import w8a8
+from tests.conftest import qwen3_moe
 from tests.report.standin import standin
 from w8a8.analysis.errors import channel_absmax
 from w8a8.analysis.layers import sensitivity
@@ -209,3 +210,20 @@ def test_a_budget_with_room_for_the_float_model_is_told(monkeypatch, tmp_path, c
     assert "--budget 100MB leaves every layer float" in said
     assert "tighter" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_page_names_the_experts_that_were_not_measured(monkeypatch, tmp_path):
+    tokenizer = open_model(demo_directory()).tokenizer
+    model = qwen3_moe()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    (tmp_path / "text.txt").write_text(held_out_text()[:600])
+    page = tmp_path / "page.html"
+    options = ["-o", tmp_path / "out", "--report", page, "--eval-text", tmp_path / "text.txt"]
+    monkeypatch.setattr("sys.argv", ["w8a8", "quantize", *map(str, [tmp_path / "moe", *options])])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    words = "; 24 more are quantised and were float here, as no linear layers of the float model: "
+    assert f"{words}model.layers.0.mlp.experts.0.gate_proj, " in page.read_text()

@@ -175,7 +175,7 @@ def _coverage(records: Records) -> str:
          _part(t.macs, macs)]
         for name, t in records.coverage.totals.items()
     ]  # fmt: skip
-    columns = ("", "modules", "parameters", "of all", "bytes", "multiply-adds per token", "of all")
+    columns = ("", "modules", "parameters", "of all", "bytes in memory", "multiply-adds per token", "of all")
     shown = [Column(name or "part", _percent if name == "of all" else _grouped) for name in columns]
     shown[0] = Column("part")
     left: dict[str, list[str]] = {}
