@@ -73,6 +73,11 @@ def test_the_default_prompt_is_what_the_shortest_context_has_room_for():
     assert max(seen) == model.config.max_position_embeddings - 5
 
 
+def test_a_context_without_room_for_what_is_written_is_told_with_a_prompt_that_could_be():
+    with pytest.raises(ModelError, match="a prompt of 1 tokens and 32 new ones were asked for, and float has a con"):
+        measure_speed({"float": llama(max_position_embeddings=16)}, new=32)
+
+
 def test_a_model_without_a_cache_is_told():
     class Plain(nn.Module):
         device = torch.device("cpu")

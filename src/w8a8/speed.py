@@ -91,7 +91,7 @@ def _length(models: Mapping[str, Any], prompt: int | None, new: int) -> int:
     """Of the prompt, where it and what is written fit into every context."""
     limits = {name: limit for name, model in models.items() if (limit := context_length(model)) is not None}
     room = min(limits.values(), default=PROMPT + new) - new
-    length = min(PROMPT, room) if prompt is None else prompt
+    length = max(1, min(PROMPT, room)) if prompt is None else prompt
     if not 1 <= length <= room or new < 1:
         shortest = min(limits, key=lambda name: limits[name]) if limits else next(iter(models))
         raise ModelError(

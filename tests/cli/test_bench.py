@@ -28,3 +28,10 @@ def test_a_prompt_without_room_is_one_message(call, demo_dir):  # noqa: F811
     assert code == 2
     assert "a prompt of 100000 tokens" in err
     assert "--prompt" in err
+
+
+def test_a_static_scheme_is_refused_with_the_way_to_time_it(call, demo_dir):  # noqa: F811
+    code, _, err = call("bench", demo_dir, "--scheme", "w8a8-static", *SHORT)
+    assert code == 2
+    assert "w8a8 quantize --calib FILE" in err
+    assert "--against" in err

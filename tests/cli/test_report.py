@@ -5,6 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 import w8a8
+from tests.conftest import qwen3_moe
 from tests.report.standin import standin
 from w8a8.analysis.errors import channel_absmax
 from w8a8.analysis.layers import sensitivity
@@ -14,6 +15,7 @@ from w8a8.cli import quantize as commands
 from w8a8.cli.commands import app
 from w8a8.corpus import held_out_text, training_text
 from w8a8.demo import demo_directory
+from w8a8.errors import ModelError
 from w8a8.evaluation import encode
 from w8a8.linear import quant_linears
 from w8a8.pipeline import open_model
@@ -162,3 +164,66 @@ def test_without_the_drawing_package_nothing_long_is_started(monkeypatch, tmp_pa
     assert stopped.value.code == 2
     assert "pip install 'w8a8[report]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def fails(monkeypatch, capsys, tmp_path, *options):
+    """Run `w8a8 quantize` on the demo, which has to stop; returns what it said."""
+    arguments = ["quantize", demo_directory(), "-o", tmp_path / "out", *options]
+    monkeypatch.setattr("sys.argv", ["w8a8", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "said"), [("folder", "it is a directory"), ("n" * 252, "File name too long")])
+def test_a_page_that_cannot_be_written_is_told_before_the_work(monkeypatch, tmp_path, capsys, name, said):
+    (tmp_path / "folder").mkdir()
+    assert said in fails(monkeypatch, capsys, tmp_path, "--report", tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("content", ["", "a"])
+def test_a_text_too_short_to_be_scored_is_told_before_the_work(monkeypatch, tmp_path, capsys, content):
+    (tmp_path / "text.txt").write_text(content)
+    said = fails(monkeypatch, capsys, tmp_path, "--eval-text", tmp_path / "text.txt")
+    assert f"the text has {len(content)} tokens" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_fails_says_that_the_checkpoint_is_whole(monkeypatch, tmp_path, capsys):
+    def broken(*_):
+        raise ModelError("the logits are not finite")
+
+    monkeypatch.setattr(commands, "compare_named", broken)
+    (tmp_path / "text.txt").write_text(held_out_text()[:500])
+    said = fails(monkeypatch, capsys, tmp_path, "--eval-text", tmp_path / "text.txt", "--include", "*.0.fc1")
+    assert "the logits are not finite" in said
+    assert f"{tmp_path / 'out'} is whole" in said
+    assert [name for name, _ in quant_linears(w8a8.load(tmp_path / "out"))] == ["model.decoder.layers.0.fc1"]
+
+
+def test_a_budget_with_room_for_the_float_model_is_told(monkeypatch, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(held_out_text()[:500])
+    options = ["--budget", "100MB", "--text", tmp_path / "text.txt", "--include", "*.0.fc1", "--dtype", "float32"]
+    said = fails(monkeypatch, capsys, tmp_path, *options)
+    assert "--budget 100MB leaves every layer float" in said
+    assert "tighter" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_page_names_the_experts_that_were_not_measured(monkeypatch, tmp_path):
+    tokenizer = open_model(demo_directory()).tokenizer
+    model = qwen3_moe()
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    (tmp_path / "text.txt").write_text(held_out_text()[:600])
+    page = tmp_path / "page.html"
+    options = ["-o", tmp_path / "out", "--report", page, "--eval-text", tmp_path / "text.txt"]
+    monkeypatch.setattr("sys.argv", ["w8a8", "quantize", *map(str, [tmp_path / "moe", *options])])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    words = "; 24 more are quantised and were float here, as no linear layers of the float model: "
+    assert f"{words}model.layers.0.mlp.experts.0.gate_proj, " in page.read_text()

@@ -108,3 +108,22 @@ def test_collected_smoothing_and_other_parts_reach_the_records():
     assert records["headline"]["tok_per_s_after"] == 3
     with pytest.raises(ReportError, match="unknown key 'remedy'"):
         collect(model="m", scheme="s", remedy=[])
+
+
+def test_rates_are_read_without_exponents():
+    records = standin(1)
+    records["headline"] |= {"tok_per_s_before": 11625.6, "tok_per_s_after": 123456.7}
+    assert "11,626 → 123,457 tokens/s" in report(records)
+
+
+def test_a_kind_looks_alike_in_every_plot():
+    """The first layer's effect cannot be drawn on logarithmic axes, so its kind comes later there."""
+    records = standin(2)
+    records["layers"][0]["kl_spared"] = -1e-6
+    figures = [found for found in re.findall("<figure>.*?</figure>", report(records), re.DOTALL) if "q_proj: " in found]
+    looks = {
+        re.search('aria-label="model.layers.1.self_attn.q_proj: [^"]*"[^>]*fill="([^"]+)"', figure)[1]
+        for figure in figures
+        if "mark-symbol" in figure and "1.self_attn.q_proj: " in figure
+    }
+    assert looks == {"var(--s0)"}

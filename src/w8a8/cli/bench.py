@@ -6,6 +6,7 @@ import typer
 
 from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app, open_named
 from w8a8.cli.output import plain, print_json, print_line, print_table, progress
+from w8a8.errors import SchemeError
 
 
 @app.command()
@@ -57,6 +58,11 @@ def _opened(model: str, against: list[str], scheme: str, head: str, places: dict
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
+    if wanted.static:
+        raise SchemeError(
+            f"--scheme {scheme} has static activation scales, and bench measures none: take a dynamic scheme, or save "
+            "the model with `w8a8 quantize --calib FILE` and name both, the float one as --against"
+        )
     found = {}
     for name in dict.fromkeys((*against, model)):
         is_float = read_quantization(resolve(name, trust_remote_code=places["trust_remote_code"])) is None

@@ -83,6 +83,17 @@ def compare_named(
     return Compared(both, layers, None)
 
 
+def check_text(model: str, text: str, *, trust_remote_code: bool = False) -> None:
+    """Raise a `W8A8Error` before the work where a text cannot be read, or a model cannot be scored on it."""
+    from w8a8.checkpoint.files import resolve
+    from w8a8.evaluation import encode
+    from w8a8.pipeline import open_tokenizer
+
+    content = content_of(text)
+    directory = resolve(model, trust_remote_code=trust_remote_code)
+    encode(open_tokenizer(directory, trust_remote_code=trust_remote_code), content)
+
+
 def _short(windows: dict[str, Any]) -> int:
     """Layers are measured on short windows."""
     return min(int(windows["seq_len"]), 256)

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app, content_of
-from w8a8.cli.compare import DEFAULT_WINDOWS, compare_named, show_comparison, sizes
+from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app
+from w8a8.cli.compare import DEFAULT_WINDOWS, check_text, compare_named, show_comparison, sizes
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.page import check_page, layers_of, page_of
 from w8a8.cli.sensitivity import show_sensitivity
 from w8a8.cli.ways import Job, by_blocks, in_memory, streamed
-from w8a8.errors import SchemeError
+from w8a8.errors import SchemeError, W8A8Error
 
 
 @app.command()
@@ -117,7 +117,7 @@ def quantize(
     if report is not None:
         check_page(report)
     if eval_text is not None:
-        content_of(eval_text)  # what cannot be read is told before the work
+        check_text(model, eval_text, trust_remote_code=trust_remote_code)
     data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
     data_free = data_free and budget is None
     if stream and not data_free and (calib is None or dtype != "auto" or trust_remote_code):
@@ -155,23 +155,34 @@ def quantize(
         told = in_memory(job)
     if not told:  # another process of torchrun speaks
         return
-    if eval_text is None and not dry_run and not as_json:
-        print_line(f"{sizes(str(output), model)}; what it lost: w8a8 eval {output} --text FILE --against {model}")
-    if eval_text is not None and not dry_run:
-        places = {"dtype": dtype, "device": "cpu"}
-        compared = compare_named(str(output), model, eval_text, dict(DEFAULT_WINDOWS), places)
-        told["evaluation"] = compared.told()
-        if not as_json:
-            show_comparison(str(output), model, compared)
-    if report is not None and not dry_run:
-        found = None if eval_text is None else layers_of(job, told, eval_text)
-        page_of(told, model, output, seed, found).write(report)
-        if found is not None and not as_json:
-            show_sensitivity(model, found.sensitivity)
-        if not as_json:
-            print_line(f"The page is {report}.")
+    if not dry_run:
+        try:
+            _look(job, told, eval_text, report)
+        except W8A8Error as error:
+            error.add_note(f"{output} is whole all the same")
+            raise
     if as_json:
         print_json(told)
+
+
+def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | None) -> None:
+    """What comes after the work: the comparison, which `told` gets too, and the page."""
+    output, model = str(job.output), job.model
+    if eval_text is None and not job.quiet:
+        print_line(f"{sizes(output, model)}; what it lost: w8a8 eval {output} --text FILE --against {model}")
+    if eval_text is not None:
+        places = {"dtype": job.dtype, "device": "cpu", "trust_remote_code": job.trust_remote_code}
+        compared = compare_named(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
+        told["evaluation"] = compared.told()
+        if not job.quiet:
+            show_comparison(output, model, compared)
+    if report is not None:
+        found = None if eval_text is None else layers_of(job, told, eval_text)
+        page_of(told, model, job.output, job.drawn["seed"], found).write(report)
+        if found is not None and not job.quiet:
+            show_sensitivity(model, found.sensitivity)
+        if not job.quiet:
+            print_line(f"The page is {report}.")
 
 
 def _alpha(smooth: str | None) -> str | float | None:

@@ -146,6 +146,11 @@ def _allocated(job: Job, opened: Any, data: Any) -> tuple[Any, Any]:
             observer=job.treatment["observer"],
             progress=step,
         )
+    if not any(allocation.schemes.values()):
+        raise SchemeError(
+            f"--budget {job.budget['limit']} leaves every layer float, {allocation.float_bytes:,} bytes in all: there "
+            "is nothing to quantise; give a tighter budget"
+        )
     return smooth, allocation
 
 

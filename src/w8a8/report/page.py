@@ -67,13 +67,37 @@ def write_report(path: str | Path, records: dict[str, Any]) -> None:
     """
     page = report(records)
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = _part(path)
     try:
         part.write_text(page, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ReportError(f"the page cannot be written to {path}: {error}") from error
+
+
+def check_place(path: Path) -> None:
+    """Raise `ReportError` where a page could not be written to a path; leaves nothing there.
+
+    Asked by writing: permissions do not tell of what is mounted read-only, nor of /proc.
+    """
+    if not path.absolute().parent.is_dir():
+        raise ReportError(
+            f"the page cannot be written to {path}: there is no directory {path.absolute().parent}; make it first"
+        )
+    if path.is_dir():
+        raise ReportError(f"the page cannot be written to {path}: it is a directory; name a file in it")
+    part = _part(path)
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise ReportError(f"the page cannot be written to {path}: {error}; choose another place") from error
+
+
+def _part(path: Path) -> Path:
+    """What a page is called until it is whole."""
+    return path.with_name(path.name + ".part")
 
 
 def _hash(content: str) -> str:

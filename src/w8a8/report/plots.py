@@ -68,13 +68,14 @@ def _renderer() -> Callable[[str], str]:
     return drawn
 
 
-def by_depth(layers: Sequence[Layer], measure: str, title: str) -> str:
+def by_depth(layers: Sequence[Layer], measure: str, title: str, kinds: Sequence[str]) -> str:
     """A measure of every layer over depth, one series per kind; what stands outside the blocks comes last.
 
     Args:
         layers: Those that have the measure.
         measure: The name of a field of `Layer`.
         title: Of the y axis.
+        kinds: Of all layers, the drawn and the others, so that a kind looks alike in every plot.
     """
     beyond = 1 + max((layer.block for layer in layers if layer.block is not None), default=-1)
     rows = [
@@ -93,15 +94,20 @@ def by_depth(layers: Sequence[Layer], measure: str, title: str) -> str:
             "encoding": {
                 "x": _x("depth", "block", scale={"nice": False, "padding": 8}, whole=True),
                 "y": _y("value", title),
-                **_series([layer.kind for layer in layers]),
+                **_series(kinds),
                 "description": {"field": "label"},
             },
         }
     )
 
 
-def against(layers: Sequence[Layer]) -> str:
-    """KL of a layer alone against what sparing it saves, on logarithmic axes; both must be positive."""
+def against(layers: Sequence[Layer], kinds: Sequence[str]) -> str:
+    """KL of a layer alone against what sparing it saves, on logarithmic axes; both must be positive.
+
+    Args:
+        layers: Those that are drawn.
+        kinds: Of all layers, as for `by_depth`.
+    """
     rows = [
         {"alone": layer.kl_alone, "spared": layer.kl_spared, "kind": layer.kind, "label": _both(layer)}
         for layer in layers
@@ -121,7 +127,7 @@ def against(layers: Sequence[Layer]) -> str:
                     "scale": axis,
                     "axis": _logarithmic([x.kl_spared for x in layers]),
                 },
-                **_series([layer.kind for layer in layers]),
+                **_series(kinds),
                 "description": {"field": "label"},
             },
         }

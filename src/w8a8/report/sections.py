@@ -49,7 +49,7 @@ def _tiles(h: Headline) -> list[tuple[str, str, str]]:
     if h.bytes_before is not None and h.bytes_after is not None:
         size, shrunk = f"{_mb(h.bytes_before)} → {_mb(h.bytes_after)}", _times(h.bytes_before, h.bytes_after, "smaller")
     if h.tok_per_s_before is not None and h.tok_per_s_after is not None:
-        speed = f"{h.tok_per_s_before:.4g} → {h.tok_per_s_after:.4g} tokens/s"
+        speed = f"{_rate(h.tok_per_s_before)} → {_rate(h.tok_per_s_after)} tokens/s"
         faster = _times(h.tok_per_s_after, h.tok_per_s_before, "as fast")
         if h.dtype_before is not None and h.dtype_after is not None:
             faster += f", floats in {h.dtype_before} → {h.dtype_after}"
@@ -120,6 +120,8 @@ def _worst(records: Records) -> str:
     ]
     if records.measured_on is not None:
         note = f"{note} {records.measured_on}"
+    if helped and len(helped) < len(names):
+        note = f"{note} Remedies were tried for {len(helped)} of these layers."
     return f"<p>{text(note)}</p>{_disagreement(records)}" + (
         table(columns, rows, caption="The worst layers") + _remedies(records)
     )
@@ -173,7 +175,7 @@ def _coverage(records: Records) -> str:
          _part(t.macs, macs)]
         for name, t in records.coverage.totals.items()
     ]  # fmt: skip
-    columns = ("", "modules", "parameters", "of all", "bytes", "multiply-adds per token", "of all")
+    columns = ("", "modules", "parameters", "of all", "bytes in memory", "multiply-adds per token", "of all")
     shown = [Column(name or "part", _percent if name == "of all" else _grouped) for name in columns]
     shown[0] = Column("part")
     left: dict[str, list[str]] = {}
@@ -205,6 +207,7 @@ def _coverage(records: Records) -> str:
 
 def _sensitivity(records: Records) -> str:
     figures = []
+    kinds = [layer.kind for layer in records.layers]
     for measure, title in (
         ("output_sqnr_db", "Output SQNR, dB"),
         ("weight_sqnr_db", "Weight SQNR, dB"),
@@ -213,7 +216,7 @@ def _sensitivity(records: Records) -> str:
         having = [layer for layer in records.layers if getattr(layer, measure) is not None]
         if having:
             note = _without(len(records.layers) - len(having), "layers") + _outside(having)
-            svg = drawing(plots.by_depth(having, measure, title), f"{title} by depth and kind")
+            svg = drawing(plots.by_depth(having, measure, title, kinds), f"{title} by depth and kind")
             figures.append(figure(f"{title} by depth and kind", svg, note, _values(having, measure, title)))
     positive = [layer for layer in records.layers if (layer.kl_alone or 0) > 0 and (layer.kl_spared or 0) > 0]
     if positive:
@@ -226,7 +229,7 @@ def _sensitivity(records: Records) -> str:
             [[x.name, x.kl_alone, x.kl_spared] for x in records.layers],
             caption=title,
         )
-        figures.append(figure(title, drawing(plots.against(positive), title), note, data))
+        figures.append(figure(title, drawing(plots.against(positive, kinds), title), note, data))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
 
 
@@ -430,6 +433,10 @@ def _mb(count: int) -> str:
 
 def _times(more: float, less: float, what: str) -> str:
     return f"{more / less:.2f} times {what}" if less else ""
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _fixed(digits: int) -> Callable[[float], str]:
