@@ -69,6 +69,17 @@ def test_the_result_is_that_of_the_model_in_memory(tmp_path, make, dtype):
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a16"])
+@pytest.mark.parametrize("make", [llama, opt, gpt2, mixtral, qwen3_moe], ids=lambda make: make.__name__)
+def test_a_result_of_one_file_has_the_bytes_that_save_writes(tmp_path, make, scheme):
+    source = saved(make(), tmp_path / "source", dtype=torch.bfloat16)
+    quantize_directory(source, tmp_path / "streamed", scheme, head="int8")
+    model = open_model(source).model
+    w8a8.quantize(model, scheme, head="int8")
+    w8a8.save(model, tmp_path / "memory")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+
+
 @pytest.mark.parametrize("include", [["*"], ["*.3.*"]], ids=str)
 @pytest.mark.parametrize("split", [True, False], ids=["as on the hub", "stacked"])
 @pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe], ids=lambda make: make.__name__)

@@ -15,14 +15,17 @@ Sizes are Python's integers: no product overflows.
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
 from w8a8.errors import CheckpointError
 
+Told: TypeAlias = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
 MAX_HEADER = 100 << 20
 """Bytes; the same limit as the library's."""
 MAX_NAME = 1000
@@ -48,6 +51,24 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
+_FIRST = [
+    "U64",
+    "I64",
+    "F64",
+    "C64",
+    "F32",
+    "U32",
+    "I32",
+    "BF16",
+    "F16",
+    "U16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+]
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,12 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {entry.name: entry for entry in entries}
 
 
-def header_of(tensors: list[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, Entry]]:
+def in_order(tensors: Iterable[Told]) -> list[Told]:
+    """Tensors in the order in which the library (0.8) writes a file: by dtype, the widest first, and by name."""
+    return sorted(tensors, key=lambda tensor: (_FIRST.index(NAMES[tensor[1]]), tensor[0]))
+
+
+def header_of(tensors: list[Told]) -> tuple[bytes, dict[str, Entry]]:
     """The first bytes of a file that holds these tensors in this order, and where each lies.
 
     The header is padded with spaces so that the tensors begin at a multiple of eight.

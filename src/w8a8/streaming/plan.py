@@ -24,7 +24,7 @@ from torch import nn
 from w8a8 import convert
 from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, tensor_files
-from w8a8.checkpoint.headers import Entry, read_header
+from w8a8.checkpoint.headers import Entry, Told, in_order, read_header
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import check_counts, empty_model
@@ -43,9 +43,6 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 class UnplacedError(CheckpointError):
     """The files hold tensors that transformers converts while loading: the model has to be loaded to be quantised."""
-
-
-Output = tuple[str, torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Step:
     spec: QuantSpec | None
     transposed: bool
     in_words: bool
-    outputs: tuple[Output, ...]
+    outputs: tuple[Told, ...]
 
     @property
     def whole(self) -> bool:
@@ -98,10 +95,9 @@ class Shard:
     steps: tuple[Step, ...]
 
     @property
-    def outputs(self) -> list[Output]:
-        """Its tensors, those with the widest elements first, so that all lie aligned."""
-        found = [output for step in self.steps for output in step.outputs]
-        return sorted(found, key=lambda output: -output[1].itemsize)
+    def outputs(self) -> list[Told]:
+        """Its tensors in the order of the file, the widest elements first, so that all lie aligned."""
+        return in_order(output for step in self.steps for output in step.outputs)
 
 
 @dataclass(frozen=True)

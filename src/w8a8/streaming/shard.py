@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from w8a8.affine import QTensor
-from w8a8.checkpoint.headers import header_of
+from w8a8.checkpoint.headers import Told, header_of, in_order
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.packed import SHAPE, WORDS, pack_rows
 from w8a8.streaming.journal import disk_error, sync_directory
-from w8a8.streaming.plan import PIECE, Output, Shard, Step
+from w8a8.streaming.plan import PIECE, Shard, Step
 from w8a8.streaming.source import Room
 
 _AHEAD = 2  # pieces that may wait for the disk
@@ -35,7 +35,7 @@ class ShardWriter:
         outputs: Name, dtype and shape of each tensor, in the order of the file.
     """
 
-    def __init__(self, path: Path, outputs: list[Output]) -> None:
+    def __init__(self, path: Path, outputs: list[Told]) -> None:
         self.path = path
         self._growing = path.with_name(f".{path.name}.growing")
         text, self._entries = header_of(outputs)
@@ -102,10 +102,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Raises:
         CheckpointError: the disk is full; nothing of the file is left.
     """
-    ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    writer = ShardWriter(path, [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in ordered])
+    outputs = in_order((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    writer = ShardWriter(path, outputs)
     try:
-        for name in ordered:
+        for name, _, _ in outputs:
             writer.put(name, tensors[name].contiguous())
         return writer.finish()
     except BaseException:
