@@ -40,9 +40,9 @@ def compare_named(
 ) -> Compared:
     """Score a model against a reference, both in memory where they fit, else one after the other."""
     from w8a8 import evaluation as scoring
-    from w8a8.pipeline import unstack_experts_
     from w8a8.analysis import layer_errors
     from w8a8.checkpoint.files import resolve, tensor_files
+    from w8a8.convert import unstack_experts_
     from w8a8.experts import holds_experts
     from w8a8.streaming.resources import available_memory
 

@@ -25,7 +25,8 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Measure what quantising each layer of a float model does to it and to the model's predictions."""
-    from w8a8 import analysis, unstack_experts_
+    from w8a8 import analysis
+    from w8a8.convert import unstack_experts_
     from w8a8.evaluation import encode
     from w8a8.scheme import Scheme
 
