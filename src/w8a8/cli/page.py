@@ -89,12 +89,6 @@ def layers_of(job: Job, told: Mapping[str, Any], text: str) -> Layers:
     words = f"Measured in {model}, on {found.windows} windows of {found.seq_len} tokens of {Path(text).name}"
     if any(scheme.static for scheme in schemes.values()):
         words += f"; static ranges by {job.treatment['observer']} on {data.description}, as they were saved"
-    measured = {layer.name for layer in found.layers}
-    modules = plain(told["coverage"])["modules"]
-    others = [module["name"] for module in modules if module["scheme"] is not None and module["name"] not in measured]
-    if others:
-        words += f"; {len(others)} more are quantised and were float here, as no linear layers of the float model: "
-        words += ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
     return Layers(found, made, words + ".")
 
 
