@@ -16,6 +16,7 @@ from torch import nn
 import w8a8
 from tests import families
 from tests.conftest import gpt2, llama, opt, qwen3_moe
+from tests.streaming.conftest import contents, partial_of, tensors
 from w8a8.calibration.calibrate import Calibration
 from w8a8.errors import CheckpointError, ModelError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
@@ -51,18 +52,6 @@ def data(**options):
 def saved(model, directory, dtype=torch.float32, *, split=False):
     model.to(dtype).save_pretrained(directory, max_shard_size="40KB", save_original_format=split)
     return directory
-
-
-def tensors(directory):
-    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def partial_of(target):
-    return target.with_name(f".{target.name}.partial")
 
 
 def in_memory(source, target, scheme, **options):

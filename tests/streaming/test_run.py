@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
+from tests.streaming.conftest import contents, partial_of, tensors
 from w8a8.checkpoint.files import INDEX
 from w8a8.checkpoint.headers import read_header
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
@@ -32,18 +33,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def saved(model, directory, *, dtype=torch.bfloat16, shard="40KB", **options):
     model.to(dtype).save_pretrained(directory, max_shard_size=shard, **options)
     return directory
-
-
-def tensors(directory):
-    return {name: t for path in sorted(directory.glob("*.safetensors")) for name, t in load_file(path).items()}
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-def partial_of(target):
-    return target.with_name(f".{target.name}.partial")
 
 
 def in_memory(source, target, **options):
