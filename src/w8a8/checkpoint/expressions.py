@@ -1,7 +1,7 @@
 """Regular expressions from other people's files, matched without giving them this process.
 
-`(a|aa)+$` takes Python's `re` a time that doubles with every character or two of a name, `re.compile` alone took
-170 s for the worst expression of 1,000 characters that was found, and neither can be interrupted from another thread.
+`(a|aa)+$` takes Python's `re` a time that doubles with every character or two of a name, `re.compile` alone can take
+a second for 1,000 characters, and neither can be interrupted from another thread.
 So one process without packages (`w8a8.checkpoint.matcher`, 25 ms) compiles and matches all expressions of a directory
 with all names, by the `re` that compressed-tensors has them matched with, and is killed when its time is over.
 
