@@ -11,6 +11,7 @@ LAYERS = [
     {"affine", "packed"},
     {"functional", "tokens"},
     {"kernels"},
+    {"buffers"},
     {"linear"},
     {"experts"},
     {"convert", "coverage"},

@@ -9,55 +9,26 @@ What it computes is one of three things, and `mode` says which:
   multiplied in float32.
 - WEIGHT_ONLY: the activation stays float; the int8 weight is dequantised and multiplied in its dtype.
 
-The buffers carry the names and shapes of a compressed-tensors file, so that `state_dict` is the file:
-
-    weight             (N, K) int8 codes; where a simulated grid is wider than 8 bits, its float32 values,
-                       and then there is no weight_scale and no weight_zero_point.  In the state dict of a weight-only
-                       layer it is weight_packed and weight_shape (`w8a8.packed`)
-    weight_scale       (1,), (N, 1), (N, G) or, per column, (1, K) float32
-    weight_zero_point  as weight_scale, int32; only where weights are asymmetric
-    bias               (N,) in the dtype of the float layer
-    input_scale        (1,) float32, and input_zero_point (1,) int32: only where activations are static
-
-`weight_sum` (N, G) int32 is derived from the weight and stays out of the state dict.
-
-Where the native kernel runs the layer, the codes lie packed for it (`packed_weight`) instead of row-major: in memory
-they exist once.  `layer.weight` and the state dict are then row-major copies, made when asked for.
+What it holds, and how that goes to files and back, is `LinearBuffers`.
 """
 
 import enum
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w8a8 import kernels
-from w8a8.affine import (
-    QParams,
-    QTensor,
-    dequantize,
-    fake_quantize,
-)
+from w8a8.affine import QParams, QTensor, dequantize, fake_quantize
+from w8a8.buffers import LinearBuffers
 from w8a8.errors import SchemeError
 from w8a8.kernels import native, reference
 from w8a8.kernels.weights import quantize_weight
-from w8a8.packed import SHAPE, WORDS, as_words, in_words, unpack_rows, words
-from w8a8.scheme import (
-    MAX_CODE_BITS,
-    Granularity,
-    PerChannel,
-    PerColumn,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    QuantSpec,
-    Scheme,
-)
+from w8a8.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.tokens import fake_quantize_tokens
 
 _LAYER_NUMBERS = itertools.count()
@@ -71,7 +42,7 @@ class Mode(enum.Enum):
     WEIGHT_ONLY = "weight-only"
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(LinearBuffers):
     """A linear layer with a quantised weight.  Made by `from_float`, or empty, to be filled from a file.
 
     Args:
@@ -91,15 +62,6 @@ class QuantLinear(nn.Module):
         KernelError: no kernel has this name.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-    weight_sum: Tensor
-    packed_weight: Tensor | None
-    weight_zero_point: Tensor | None
-    bias: Tensor | None
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -113,42 +75,17 @@ class QuantLinear(nn.Module):
         device: torch.device | str | None = None,
         was_conv1d: bool = False,
     ) -> None:
-        super().__init__()
         kernels.check_name(kernel)
-        self.in_features = in_features
-        self.out_features = out_features
-        self.scheme = scheme
-        self.mode = _mode(scheme, in_features, simulated=simulated)
-        self.kernel = kernel
+        mode = _mode(scheme, in_features, simulated=simulated)
+        super().__init__(
+            in_features, out_features, scheme, bias=bias, integer=mode is Mode.INTEGER, kernel=kernel, device=device
+        )
+        self.mode = mode
         self.strict = strict
         self.was_conv1d = was_conv1d
-        self.in_words = in_words(scheme)  # what the state dict has of the codes
-        spec, activations = scheme.weights, scheme.activations
-        self._grid = () if activations is None else _grid(activations)
-        if self.mode is Mode.INTEGER:
+        self._grid = () if scheme.activations is None else _grid(scheme.activations)
+        if mode is Mode.INTEGER:
             self._call = self._native_call()
-
-        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        scale_shape = _scale_shape(spec.granularity, out_features, in_features)
-        has_codes = spec.bits <= MAX_CODE_BITS
-        static = activations is not None and not activations.dynamic
-        buffers = {
-            "weight": empty(torch.int8 if has_codes else torch.float32, out_features, in_features),
-            "weight_scale": empty(torch.float32, *scale_shape) if has_codes else None,
-            "weight_zero_point": empty(torch.int32, *scale_shape) if has_codes and not spec.symmetric else None,
-            "bias": None if bias is None else empty(bias, out_features),
-            "input_scale": empty(torch.float32, 1) if static else None,
-            "input_zero_point": (
-                empty(torch.int32, 1) if activations is not None and static and not activations.symmetric else None
-            ),
-        }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
-        groups = scale_shape[1] if isinstance(spec.granularity, PerGroup) else 1
-        self.register_buffer("weight_sum", empty(torch.int32, out_features, groups), persistent=False)
-        self.register_buffer("packed_weight", None, persistent=False)
         self._take_number()
 
     @classmethod
@@ -209,7 +146,7 @@ class QuantLinear(nn.Module):
             if q.zero_point is not None:
                 layer.weight_zero_point = q.zero_point.reshape(layer.weight_scale.shape)
         layer.bias = None if bias is None else bias.detach().clone()
-        layer._set_input_params(input_params)
+        layer.set_input_params(input_params)
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,40 +180,6 @@ class QuantLinear(nn.Module):
         if self.weight.dtype is torch.float32:
             return self.weight.clone()
         return dequantize(QTensor(self.weight, self.weight_scale, self.weight_zero_point))
-
-    def set_codes(self, codes: Tensor) -> None:
-        """Take a weight: derive its sums, and pack it where the native kernel is to run the layer.
-
-        Args:
-            codes: (N, K) int8, row-major; float32 where a simulated grid is wider than 8 bits.  Kept, not copied,
-                unless it is packed.
-        """
-        self._buffers["packed_weight"] = None
-        self._buffers["weight"] = codes
-        groups = self.weight_sum.shape[1]
-        if codes.is_meta or self.mode is not Mode.INTEGER:
-            self.weight_sum = codes.new_zeros((self.out_features, groups), dtype=torch.int32)
-        elif self._packs(codes):
-            self._buffers["packed_weight"], self.weight_sum = native.pack(codes)
-            del self._buffers["weight"]
-        else:
-            self.weight_sum = _sums(codes.view(self.out_features, groups, self.in_features // groups))
-
-    def _packs(self, codes: Tensor) -> bool:
-        activations = self.scheme.activations
-        assert activations is not None, "an integer layer has integer activations"
-        groups = self.weight_sum.shape[1]
-        return (
-            codes.device.type == "cpu"
-            and self.scheme.weights.symmetric
-            and native.can_pack(self.out_features, self.in_features, groups, symmetric=activations.symmetric)
-            and kernels.first_choice(self.kernel) == native.NATIVE.name
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and (packed := self._buffers.get("packed_weight")) is not None:
-            return kernels.unpack(packed, self.out_features, self.in_features)
-        return super().__getattr__(name)
 
     def kernel_calls(self) -> dict[str, int]:
         """The layer's page of the ledger: how often each kernel ran."""
@@ -322,14 +225,6 @@ class QuantLinear(nn.Module):
             self.in_features,
         )
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.packed_weight is not None:
-            destination[prefix + "weight"] = self.weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.in_words:
-            stored = as_words(destination.pop(prefix + "weight"))
-            destination.update({prefix + key: value for key, value in stored.items()})
-
     def _simulate(self, x: Tensor) -> Tensor:
         """Float arithmetic: exact where integers could run the scheme, ordinary float32 elsewhere."""
         rows = x.reshape(x.shape[:-1].numel(), self.in_features)
@@ -343,35 +238,6 @@ class QuantLinear(nn.Module):
             y = F.linear(values, self.dequantized_weight(), _cast(self.bias, torch.float32)).to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _set_input_params(self, params: QParams | None) -> None:
-        activations = self.scheme.activations
-        if activations is None or activations.dynamic:
-            if params is not None:
-                raise SchemeError(f"input_params were given, but the activations are not static: {self.scheme}")
-            return
-        if params is None:
-            raise SchemeError(
-                f"static activations need their grid: {self.scheme}; give input_params=QParams(scale, zero_point) "
-                "measured on calibration data, or use a dynamic scheme"
-            )
-        if not bool((torch.isfinite(params.scale) & (params.scale > 0)).all()):
-            raise SchemeError(f"input_params have the scale {params.scale.tolist()}, which is not positive and finite")
-        zero_point = params.zero_point
-        if zero_point is not None and bool(((zero_point < activations.qmin) | (zero_point > activations.qmax)).any()):
-            raise SchemeError(
-                f"input_params have the zero point {zero_point.tolist()}, "
-                f"outside {activations.qmin}..{activations.qmax}"
-            )
-        if params.scale.numel() != 1 or (params.zero_point is None) != activations.symmetric:
-            raise SchemeError(
-                f"input_params have {params.scale.numel()} scales and "
-                f"{'no' if params.zero_point is None else 'a'} zero point; {self.scheme} takes one scale and "
-                f"{'no' if activations.symmetric else 'a'} zero point"
-            )
-        self.input_scale = params.scale.detach().to(self.weight.device, torch.float32, copy=True).reshape(1)
-        if params.zero_point is not None:
-            self.input_zero_point = params.zero_point.detach().to(self.weight.device, torch.int32, copy=True).reshape(1)
-
     def _take_number(self) -> None:
         self._number = next(_LAYER_NUMBERS)
         weakref.finalize(self, kernels.forget, self._number)
@@ -379,63 +245,6 @@ class QuantLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy has its own page in the ledger
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._take_number()
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLinear":
-        """Move with the model, but keep the grid float32 through `.half()` and `.to(dtype)`."""
-        probe = fn(torch.empty(0, dtype=torch.int8, device=self.weight_sum.device))
-        if self.packed_weight is not None and probe.device.type != "cpu":
-            self._buffers["weight"], self._buffers["packed_weight"] = self.weight, None
-        before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            assert after is not None, "a move does not drop buffers"
-            if after.dtype is not buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
-        if self.packed_weight is None and self.weight_sum.device.type == "cpu":  # moved here, perhaps
-            self.set_codes(self.weight)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Take codes as int8 or in words; refuse a float weight, which a copy would truncate without telling."""
-        if self.in_words and prefix + WORDS in state_dict:
-            state_dict = dict(state_dict)
-            stored, want = state_dict.pop(prefix + WORDS), (self.out_features, words(self.in_features, 8))
-            shape = state_dict.pop(prefix + SHAPE, None)
-            if stored.dtype is not torch.int32 or stored.shape != want:
-                error_msgs.append(
-                    f"{prefix}{WORDS} is {stored.dtype} of shape {tuple(stored.shape)}, expected int32 of shape {want}"
-                )
-                return
-            if shape is not None and shape.tolist() != [self.out_features, self.in_features]:
-                error_msgs.append(
-                    f"{prefix}{SHAPE} is {shape.tolist()}, expected {[self.out_features, self.in_features]}"
-                )
-                return
-            state_dict[prefix + "weight"] = unpack_rows(stored.contiguous(), 8, self.in_features)
-        holds = torch.int8 if self.scheme.weights.bits <= MAX_CODE_BITS else torch.float32
-        given = state_dict.get(prefix + "weight")
-        if given is not None and given.dtype is not holds:
-            error_msgs.append(
-                f"{prefix}weight is {given.dtype}, this QuantLinear holds {holds}: "
-                "load the float weights into the float model and quantise that"
-            )
-            return
-        if self.packed_weight is not None:
-            self._buffers["weight"], self._buffers["packed_weight"] = self.weight, None
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self.set_codes(self.weight)
 
 
 def float_operands(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -490,29 +299,9 @@ def _mode(scheme: Scheme, k: int, *, simulated: bool) -> Mode:
     return Mode.INTEGER
 
 
-def _sums(codes: Tensor) -> Tensor:
-    """Sums along the last axis, int32."""
-    if codes.device.type != "cpu":
-        return codes.sum(-1, dtype=torch.int32)
-    # 6.5 GB/s where torch, which makes an int32 copy of the weight first, reads 0.24 GB/s (torch 2.13, one layer)
-    return torch.from_numpy(np.add.reduce(codes.numpy(), axis=-1, dtype=np.int32))
-
-
 def _grid(spec: QuantSpec) -> tuple[int, bool, bool]:
     """What the op is told of the activation: bits, per token, symmetric."""
     return spec.bits, isinstance(spec.granularity, PerToken), spec.symmetric
-
-
-def _scale_shape(granularity: Granularity, n: int, k: int) -> tuple[int, ...]:
-    match granularity:
-        case PerTensor():
-            return (1,)
-        case PerColumn():
-            return (1, k)
-        case PerGroup(size):
-            return (n, k // size)
-        case PerChannel() | PerToken():
-            return (n, 1)
 
 
 def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
