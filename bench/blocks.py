@@ -54,7 +54,7 @@ def job(kind: str, way: str, source: Path, target: Path, windows: int) -> dict[s
     import torch
 
     import w8a8
-    from w8a8.calibration.calibrate import Calibration
+    from w8a8.calibration.data import Calibration
     from w8a8.pipeline import open_model
     from w8a8.smoothing import smoother as smoothing
     from w8a8.streaming import quantize_blocks

@@ -27,7 +27,8 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from machine import describe_machine
-from w8a8.calibration.calibrate import Calibration, collect
+from w8a8.calibration.calibrate import collect
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import MSE, AbsMax, MinMax, Percentile
 from w8a8.calibration.reservoir import Reservoir
 from w8a8.scheme import PerChannel

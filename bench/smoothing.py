@@ -24,7 +24,7 @@ from torch import Tensor
 
 import w8a8
 from w8a8 import PerChannel, PerTensor, PerToken, QuantSpec, Scheme, corpus, outliers
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.cli.output import plain
 from w8a8.demo import demo_directory
 from w8a8.evaluation import encode, perplexity

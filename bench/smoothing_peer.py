@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 import w8a8
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

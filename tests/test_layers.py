@@ -28,7 +28,7 @@ LAYERS = [
 # within a folder, in the order in which its files may import one another
 INSIDE = {
     "dataflow": ["tracing", "products", "commuting", "groups"],
-    "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "calibrate"],
+    "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "data", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smoother", "smooth", "outliers"],
     "checkpoint": [
         "headers",

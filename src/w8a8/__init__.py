@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from w8a8.analysis import Allocation, Budget, Sensitivity, allocate, sensitivity
     from w8a8.analysis.remedy import Remedy, remedies
     from w8a8.calibration import observers
-    from w8a8.calibration.calibrate import Calibration, collect
+    from w8a8.calibration.calibrate import collect
+    from w8a8.calibration.data import Calibration
     from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
     from w8a8.calibration.reservoir import Reservoir
     from w8a8.checkpoint import load, save
@@ -58,7 +59,7 @@ _HOME = {
     "remedies": "analysis",
     "Sensitivity": "analysis",
     "sensitivity": "analysis",
-    "Calibration": "calibration.calibrate",
+    "Calibration": "calibration.data",
     "W8A8Config": "hf",
     "disable": "hf",
     "enable": "hf",

@@ -13,7 +13,8 @@ from torch import nn
 
 from w8a8 import convert, kernels
 from w8a8.affine import QParams
-from w8a8.calibration.calibrate import Calibration, checked_observer, static_grids
+from w8a8.calibration.calibrate import checked_observer, static_grids
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
 from w8a8.checkpoint.describe import inscribe

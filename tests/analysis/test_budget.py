@@ -12,7 +12,7 @@ from w8a8 import checkpoint, pipeline
 from w8a8.analysis import Budget, allocate
 from w8a8.analysis.knapsack import GroupCosts, solve
 from w8a8.analysis.sample import draw
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
 from w8a8.errors import ModelError, SchemeError

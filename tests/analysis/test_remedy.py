@@ -9,7 +9,7 @@ from w8a8 import convert
 from w8a8.analysis import remedies, sensitivity, smoothed
 from w8a8.analysis.remedy import GROUPED, LEAVE, SMOOTH
 from w8a8.analysis.sample import draw, layers_for
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.evaluation.scores import token_kl
 from w8a8.linear import quant_linears
 from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme

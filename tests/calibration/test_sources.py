@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 import w8a8
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.sources import batched
 from w8a8.errors import CalibrationError, TextError
 

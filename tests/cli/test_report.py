@@ -9,7 +9,7 @@ from tests.conftest import qwen3_moe
 from tests.report.standin import standin
 from w8a8.analysis.errors import channel_absmax
 from w8a8.analysis.layers import sensitivity
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.cli import main
 from w8a8.cli import quantize as commands
 from w8a8.cli.commands import app

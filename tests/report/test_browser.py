@@ -11,7 +11,7 @@ from playwright.sync_api import expect, sync_playwright
 from tests.report.standin import COLUMNS, standin
 from w8a8.analysis import remedies, sensitivity
 from w8a8.analysis.errors import channel_absmax
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.cli.output import plain
 from w8a8.corpus import training_text
 from w8a8.demo import demo_model

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from tests.conftest import llama, opt
 from w8a8 import convert
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.evaluation import perplexity
 from w8a8.pipeline import simulate
 from w8a8.scheme import Scheme

@@ -9,7 +9,7 @@ from torch import nn
 import w8a8
 from tests import families
 from tests.conftest import llama, mixtral, opt
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Source, observe
 from w8a8.errors import CalibrationError, ModelError, PatternError, SchemeError
 from w8a8.linear import quant_linears

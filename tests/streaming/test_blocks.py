@@ -17,7 +17,7 @@ import w8a8
 from tests import families
 from tests.conftest import gpt2, llama, opt, qwen3_moe
 from tests.streaming.conftest import contents, partial_of, tensors
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.errors import CheckpointError, ModelError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
 from w8a8.streaming import forecast, quantize_blocks

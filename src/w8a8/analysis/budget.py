@@ -33,7 +33,7 @@ from w8a8.analysis.errors import observe_readers
 from w8a8.analysis.knapsack import GroupCosts, curve, milp_of_scipy, solve, total
 from w8a8.analysis.replay import record, replay
 from w8a8.analysis.sample import WINDOWS, Sample, divergence, draw, layers_for
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.vllm import FUSED
 from w8a8.convert import Progress, Schemes, swapped

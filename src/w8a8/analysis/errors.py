@@ -17,7 +17,8 @@ from w8a8 import convert
 from w8a8.analysis.measure import LayerMeasure
 from w8a8.analysis.replay import block_index, blocks_of
 from w8a8.analysis.sample import draw
-from w8a8.calibration.calibrate import Calibration, collect
+from w8a8.calibration.calibrate import collect
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.model_inputs import evaluating
 from w8a8.calibration.observers import MinMax
 from w8a8.errors import ModelError

@@ -25,7 +25,7 @@ from w8a8.analysis.errors import LayerErrors, channel_ranges, channels, describe
 from w8a8.analysis.measure import Histogram, LayerMeasure
 from w8a8.analysis.replay import blocks_of, record, replay
 from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.convert import Progress, Schemes
 from w8a8.evaluation.text import Text

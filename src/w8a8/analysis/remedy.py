@@ -21,7 +21,7 @@ from w8a8.analysis.layers import Sensitivity
 from w8a8.analysis.replay import record, replay
 from w8a8.analysis.sample import divergence, draw, layers_for
 from w8a8.analysis.smoothed import SmoothedGroup, smoothed_groups
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.convert import Progress, Schemes
 from w8a8.evaluation.text import Text

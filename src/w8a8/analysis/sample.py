@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from w8a8 import convert
 from w8a8.affine import QParams
 from w8a8.analysis.replay import Recording
-from w8a8.calibration.calibrate import Calibration, static_grids
+from w8a8.calibration.calibrate import static_grids
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.errors import CalibrationError
 from w8a8.evaluation.scores import token_kl

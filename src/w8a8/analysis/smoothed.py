@@ -17,7 +17,7 @@ from torch import nn
 
 from w8a8 import convert
 from w8a8.analysis.sample import layers_for
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.dataflow.groups import Dataflow, Group
 from w8a8.linear import QuantLinear

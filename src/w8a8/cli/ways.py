@@ -45,7 +45,7 @@ class Job:
             model: For the length of its context; it may be empty.
             tokenizer: Of the texts.
         """
-        from w8a8.calibration.calibrate import Calibration
+        from w8a8.calibration.data import Calibration
 
         if self.calib is None:
             return None

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from w8a8 import convert
 from w8a8.affine import QParams
-from w8a8.calibration.calibrate import Calibration, static_grids
+from w8a8.calibration.calibrate import static_grids
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.model_inputs import ModelInputs, call, evaluating
 from w8a8.scheme import Scheme
 from w8a8.smoothing.gate import tensors_in

@@ -26,7 +26,7 @@ from typing import Any
 from torch import nn
 
 from w8a8 import convert
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.model_inputs import ModelInputs, check_inputs
 from w8a8.calibration.sampling import ROWS, Sample
 from w8a8.convert import Progress

@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from w8a8.calibration.calibrate import Calibration, collect
+from w8a8.calibration.calibrate import collect
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.model_inputs import ModelInputs, check_inputs
 from w8a8.calibration.sampling import ROWS, Sample, Sampler
 from w8a8.convert import Progress

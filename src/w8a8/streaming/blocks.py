@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.model_inputs import ModelInputs, as_inputs, call, check_inputs, evaluating
 from w8a8.errors import ModelError
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from w8a8 import convert
 from w8a8.affine import QParams
-from w8a8.calibration.calibrate import Calibration
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.files import resolve
 from w8a8.checkpoint.skeleton import empty_model

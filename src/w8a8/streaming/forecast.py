@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import torch
 
-from w8a8.calibration.calibrate import Calibration, checked_observer, collect
+from w8a8.calibration.calibrate import checked_observer, collect
+from w8a8.calibration.data import Calibration
 from w8a8.linear import float_operands
 from w8a8.smoothing.alpha import GRID, Product, search
 from w8a8.smoothing.gate import Gate

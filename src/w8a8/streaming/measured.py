@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from w8a8.affine import QParams
-from w8a8.calibration.calibrate import Calibration, static_grids
+from w8a8.calibration.calibrate import static_grids
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.sampling import Sample
 from w8a8.smoothing.report import SmoothReport
 from w8a8.smoothing.smooth import smooth_observed

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from w8a8.calibration.calibrate import Calibration, checked_observer
+from w8a8.calibration.calibrate import checked_observer
+from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.errors import SchemeError
 from w8a8.scheme import Scheme
