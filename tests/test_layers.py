@@ -27,7 +27,7 @@ LAYERS = [
 ]
 # within a folder, in the order in which its files may import one another
 INSIDE = {
-    "dataflow": ["tracing", "products", "commuting", "groups"],
+    "dataflow": ["tracing", "products", "commuting", "groups", "observing"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "data", "calibrate"],
     "smoothing": ["fold", "alpha", "gate", "contest", "report", "smoother", "smooth", "outliers"],
     "checkpoint": [

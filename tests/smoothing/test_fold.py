@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.conftest import gpt2
-from w8a8.dataflow.groups import Group, Reader, ScaledParameter, Source, observe
+from w8a8.dataflow.groups import Group, Reader, ScaledParameter, Source
+from w8a8.dataflow.observing import observe
 from w8a8.errors import ModelError, NonFiniteError
 from w8a8.smoothing.fold import fold_, reader_scales
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.conftest import llama, mixtral
-from w8a8.dataflow.groups import observe
+from w8a8.dataflow.observing import observe
 from w8a8.errors import ModelError
 from w8a8.smoothing import gate as gate_module
 from w8a8.smoothing.fold import fold_

@@ -10,7 +10,8 @@ import w8a8
 from tests import families
 from tests.conftest import llama, mixtral, opt
 from w8a8.calibration.data import Calibration
-from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Source, observe
+from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Source
+from w8a8.dataflow.observing import observe
 from w8a8.errors import CalibrationError, ModelError, PatternError, SchemeError
 from w8a8.linear import quant_linears
 from w8a8.smoothing import smooth, smoother

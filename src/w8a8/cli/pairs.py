@@ -15,7 +15,7 @@ _FEW = 6
 
 def show_pairs(opened: "OpenedModel", *, as_json: bool) -> None:
     """Run a few random tokens through a model, and print what could be folded into what, and why the rest cannot."""
-    from w8a8.dataflow.groups import observe, probe
+    from w8a8.dataflow.observing import observe, probe
 
     found = observe(opened.model, probe(opened.model))
     if as_json:

@@ -13,20 +13,14 @@ that these inputs did not take, an expert that got no token.  Where a matrix was
 source's channels, the source is refused.  Slices of one stacked parameter (fused experts) stand for each other.
 """
 
-import contextlib
-import gc
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from w8a8.dataflow.commuting import RULES
-from w8a8.dataflow.products import blocked
-from w8a8.dataflow.tracing import Made, Role, Trace, Watch
-from w8a8.errors import ModelError
+from w8a8.dataflow.tracing import Made, Role, Trace
 from w8a8.linear import is_conv1d
 
 _MAX_REASONS = 3
@@ -143,134 +137,6 @@ class Dataflow:
         return {"groups": groups, "refused": [asdict(refusal) for refusal in self.refused], "unread": self.unread}
 
 
-def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
-    """Run the model once and see what could be folded into what.
-
-    Args:
-        model: Any module with its weights.  Run in evaluation mode and without a cache where it has one; its
-            parameters, training flags and hooks are afterwards what they were.
-        inputs: Keyword arguments of its forward, or the one positional argument.  A few dozen tokens are enough,
-            save for experts that are separate modules, each of which needs some.
-
-    Returns:
-        Groups and refusals.
-
-    Raises:
-        ModelError: not a module; weights on the meta device; inputs that are neither mapping nor tensor.
-    """
-    _check(model, inputs)
-    trace = Trace(model)
-    modes = (torch.inference_mode(False), torch.no_grad())  # inference mode would hide what composite operations do
-    with contextlib.ExitStack() as stack:
-        for mode in (_evaluating(model), _following(model, trace), *modes, Watch(trace, RULES, blocked)):
-            stack.enter_context(mode)
-        out = _run(model, inputs)
-    for tags in map(trace.tags, _tensors_in(out, set())):
-        trace.block(tags, "it is an output of the model")
-    del out
-    if trace.live_bytes():
-        gc.collect()  # what still lives may only be waiting for it
-    for tags in trace.alive():
-        trace.block(tags, "it outlives the forward, in a cache or a hook of the model")
-    return _conclude(model, trace)
-
-
-def probe(model: nn.Module, *, tokens: int = 32, seed: int = 0) -> dict[str, Tensor]:
-    """Random inputs to observe a transformers model with, where there are no real ones.
-
-    Args:
-        model: With a `config` and a `main_input_name` ("input_ids", "pixel_values", "input_features").
-        tokens: Length of a sequence of ids, cut to the model's context.
-        seed: Of the ids.
-
-    Returns:
-        (2, tokens) int64 ids for each input the forward needs.
-
-    Raises:
-        ModelError: not such a model, or its input is not token ids.
-    """
-    config = getattr(model, "config", None)
-    main = getattr(model, "main_input_name", None)
-    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
-    if main != "input_ids" or not isinstance(vocabulary, int):
-        raise ModelError(
-            f"a probe of random tokens was asked for, but {type(model).__name__} takes "
-            f"{main or 'an unknown input'}: call w8a8.dataflow.observe(model, inputs) with inputs of your own"
-        )
-    longest = next(
-        (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), tokens
-    )
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocabulary, (2, min(tokens, longest)), generator=generator)
-    device = next(model.parameters()).device
-    inputs = {"input_ids": ids.to(device)}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids.flip(0).to(device)
-    return inputs
-
-
-def _check(model: Any, inputs: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module to observe, found {type(model).__name__}: load the model first")
-    if not isinstance(inputs, Mapping | Tensor):
-        raise ModelError(
-            f"expected a mapping of the forward's arguments or a tensor, found {type(inputs).__name__}: "
-            "give {'input_ids': ids}"
-        )
-    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if empty:
-        raise ModelError(
-            f"the model is to be run, but {len(empty)} parameters are on the meta device, {empty[0]} first: "
-            "load their weights"
-        )
-
-
-def _run(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Any:
-    named = dict(inputs) if isinstance(inputs, Mapping) else {}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        named.setdefault("use_cache", False)
-    return model(**named) if isinstance(inputs, Mapping) else model(inputs, **named)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _following(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Have the trace know which module is running."""
-    handles = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _, __, name=name: trace.enter(name)))
-            handles.append(module.register_forward_hook(lambda _, __, ___: trace.leave(), always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors of an output, however it is wrapped."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if id(value) in seen or isinstance(value, nn.Module | type):
-        return
-    seen.add(id(value))
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple | set) else ()
-    for part in (*inside, *getattr(value, "__dict__", {}).values()):
-        yield from _tensors_in(part, seen)
-
-
 def _read_by(readers: Sequence[Reader], channels: int) -> Tensor:
     """(C,) bool: the channels that some reader reads."""
     seen = torch.zeros(channels, dtype=torch.bool)
@@ -382,8 +248,13 @@ class _Conclusion:
         return []
 
 
-def _conclude(model: nn.Module, trace: Trace) -> Dataflow:
-    """Groups from what was seen.  Where two sources meet in one reader, the later one is taken."""
+def conclude(model: nn.Module, trace: Trace) -> Dataflow:
+    """Groups and refusals from what was seen.  Where two sources meet in one reader, the later one is taken.
+
+    Args:
+        model: What ran.  Not modified.
+        trace: Of one forward that is over, with outputs and what outlives it blocked.
+    """
     seen = _Conclusion(model, trace)
     groups: dict[int, Group] = {}
     refused: dict[int, Refusal] = {}

@@ -18,7 +18,8 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.model_inputs import ModelInputs, check_inputs
 from w8a8.calibration.sampling import ROWS, Sample, Sampler
 from w8a8.convert import Progress
-from w8a8.dataflow.groups import Dataflow, Group, observe
+from w8a8.dataflow.groups import Dataflow, Group
+from w8a8.dataflow.observing import observe
 from w8a8.errors import NonFiniteError
 from w8a8.linear import float_operands
 from w8a8.scheme import PerColumn, PerTensor, Scheme
