@@ -62,7 +62,7 @@ INSIDE = {
         "forecast",
         "calibrated",
     ],
-    "report": ["records", "png", "markup", "plots", "sections", "page", "collect"],
+    "report": ["records", "numbers", "png", "markup", "plots", "layers", "sections", "page", "collect"],
     "analysis": ["replay", "sample", "measure", "errors", "layers", "smoothed", "remedy", "knapsack", "budget"],
 }
 SOURCE = Path(w8a8.__file__).parent

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from w8a8.report.records import Interval
-
-ABSENT = "\u2013"  # how a value that was not measured reads
+from w8a8.report.numbers import ABSENT
 
 
 @dataclass(frozen=True)
@@ -94,16 +92,6 @@ def figure(title: str, drawing: str, note: str, data: str) -> str:
 def drawing(svg: str, title: str) -> str:
     """An SVG that scales with its column and has a name."""
     return svg.replace("<svg ", f'<svg role="group" aria-label="{text(title)}" ', 1)
-
-
-def interval(value: Interval | None, digits: int, *, factor: float = 1.0, unit: str = "") -> str:
-    """`1.234 (1.200 to 1.300)`, or a dash."""
-    if value is None:
-        return ABSENT
-    shown = f"{value.mean * factor:.{digits}f}{unit}"
-    if value.low is None or value.high is None:
-        return shown
-    return f"{shown} ({value.low * factor:.{digits}f} to {value.high * factor:.{digits}f})"
 
 
 def _sort(key: str | None) -> str:

@@ -1,0 +1,62 @@
+"""How numbers read on the page: one way for each kind of value, wherever it stands."""
+
+from collections.abc import Callable
+
+from w8a8.report.records import Interval
+
+ABSENT = "\u2013"  # how a value that was not measured reads
+
+
+def interval(value: Interval | None, digits: int, *, factor: float = 1.0, unit: str = "") -> str:
+    """`1.234 (1.200 to 1.300)`, or a dash."""
+    if value is None:
+        return ABSENT
+    shown = f"{value.mean * factor:.{digits}f}{unit}"
+    if value.low is None or value.high is None:
+        return shown
+    return f"{shown} ({value.low * factor:.{digits}f} to {value.high * factor:.{digits}f})"
+
+
+def megabytes(count: int) -> str:
+    """`12.30 MB`, or `1.23 GB`."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
+
+
+def times(more: float, less: float, what: str) -> str:
+    """`2.00 times smaller`; empty where there is nothing to divide by."""
+    return f"{more / less:.2f} times {what}" if less else ""
+
+
+def rate(value: float) -> str:
+    """Four digits, or all of a whole number."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def fixed(digits: int) -> Callable[[float], str]:
+    """Reads a number with so many digits behind the point."""
+    return lambda value: f"{value:.{digits}f}"
+
+
+def significant(digits: int) -> Callable[[float], str]:
+    """Reads a number with so many digits in all."""
+    return lambda value: f"{value:.{digits}g}"
+
+
+def scientific(value: float) -> str:
+    """`1.23e-04`."""
+    return f"{value:.2e}"
+
+
+def grouped(value: int) -> str:
+    """`1,234,567`."""
+    return f"{value:,}"
+
+
+def percent(value: float) -> str:
+    """A share as `12.34 %`."""
+    return f"{100 * value:.2f} %"
+
+
+def without(count: int, what: str) -> str:
+    """How many a plot leaves out; empty where it has all."""
+    return f"{count} {what} not drawn." if count else ""
