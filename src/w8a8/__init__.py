@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from w8a8 import affine, dataflow, functional, kernels
     from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
     from w8a8.analysis import Allocation, Budget, Sensitivity, allocate, sensitivity
-    from w8a8.analysis.remedy import Remedy, remedies
+    from w8a8.analysis.remedy import remedies
     from w8a8.calibration import observers
     from w8a8.calibration.calibrate import collect
     from w8a8.calibration.data import Calibration
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from w8a8.hf import W8A8Config, disable, enable, enabled
     from w8a8.linear import QuantLinear, ledger
     from w8a8.pipeline import Result, quantize, simulate
+    from w8a8.report.records import Remedy
     from w8a8.scheme import (
         PRESETS,
         PerChannel,
@@ -55,7 +56,7 @@ _HOME = {
     "Allocation": "analysis",
     "Budget": "analysis",
     "allocate": "analysis",
-    "Remedy": "analysis",
+    "Remedy": "report.records",
     "remedies": "analysis",
     "Sensitivity": "analysis",
     "sensitivity": "analysis",

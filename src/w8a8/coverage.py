@@ -17,30 +17,7 @@ from torch import nn
 
 from w8a8.experts import Experts
 from w8a8.linear import Mode, QuantLinear, is_conv1d
-
-
-@dataclass(frozen=True)
-class ModuleCoverage:
-    """One module that holds parameters.  `reason` says why it is float; None for a quantised one."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    bytes: int
-    macs: int
-    scheme: str | None
-    reason: str | None
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over modules; `macs` are multiply-adds per token."""
-
-    modules: int
-    parameters: int
-    bytes: int
-    macs: int
+from w8a8.report.records import ModuleCoverage, Totals
 
 
 @dataclass(frozen=True)

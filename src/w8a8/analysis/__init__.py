@@ -3,7 +3,8 @@
 from w8a8.analysis.budget import Allocation, Budget, allocate
 from w8a8.analysis.errors import LayerErrors, layer_errors
 from w8a8.analysis.layers import Sensitivity, sensitivity
-from w8a8.analysis.remedy import Remedy, remedies
+from w8a8.analysis.remedy import remedies
+from w8a8.report.records import Remedy
 
 __all__ = [
     "Allocation",

@@ -14,7 +14,6 @@ of the layers before it.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,31 +21,11 @@ from torch import Tensor, nn
 
 from w8a8.affine import QParams, grid_of_range, sqnr_db
 from w8a8.linear import QuantLinear, float_operands
+from w8a8.report.records import Histogram
 from w8a8.scheme import MAX_CODE_BITS, PerChannel, PerTensor, QuantSpec
 from w8a8.tokens import fake_quantize_tokens, quantize_tokens
 
 BINS = 64
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """A tensor's values and the grid that rounds them.
-
-    layer: The linear layer.
-    what: "weight" or "input".
-    edges: Bin edges, ascending, one more than `counts`.
-    scale, zero_point, qmin, qmax: The grid: (q - zero_point) * scale for q in qmin..qmax; the loosest one where there
-        are several.
-    """
-
-    layer: str
-    what: str
-    edges: list[float]
-    counts: list[int]
-    scale: float
-    qmax: int
-    qmin: int
-    zero_point: int
 
 
 class LayerMeasure:

@@ -26,6 +26,7 @@ from w8a8.calibration.observers import Observer
 from w8a8.convert import Progress, Schemes
 from w8a8.evaluation.text import Text
 from w8a8.linear import float_operands
+from w8a8.report.records import Remedy
 from w8a8.scheme import PerGroup, PerToken, QuantSpec, Scheme
 
 GROUPED = Scheme(QuantSpec(granularity=PerGroup(32)), QuantSpec(granularity=PerToken()))
@@ -35,20 +36,6 @@ input."""
 
 LEAVE = "leave in float"
 SMOOTH = "smoothing"
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """What would help a layer.
-
-    gain_kl_nats: The measured fall of the model's KL, nats per token; negative: it would harm; None: it cannot be done.
-    note: How it was done, or why it cannot be.
-    """
-
-    layer: str
-    remedy: str
-    gain_kl_nats: float | None
-    note: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from typing import Any
 
 from w8a8.report.records import SCHEMA, check
 
-_GROUP = ("source", "readers", "alpha", "error_before", "error_after", "change", "reason")
-
 
 def collect(
     *,
@@ -75,8 +73,7 @@ def collect(
     if coverage is not None:
         records["coverage"] = dict(coverage)
     if smooth is not None:
-        groups = [{key: group[key] for key in _GROUP} for group in smooth["groups"]]
-        records["smoothing"] = {"kept": smooth["kept"], "groups": groups}
+        records["smoothing"] = {"kept": smooth["kept"], "groups": [dict(group) for group in smooth["groups"]]}
     check(records)
     return records
 

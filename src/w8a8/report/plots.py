@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from w8a8.errors import ReportError
-from w8a8.report.records import Budget, Group, Histogram, Layer
+from w8a8.report.records import Budget, GroupReport, Histogram, Layer
 
 WIDTH, HEIGHT = 340, 210
 _SERIES = 8
@@ -206,7 +206,7 @@ def shown_codes(found: Histogram) -> tuple[list[int], int]:
     return sorted({low, *inner, found.qmax}), every
 
 
-def alphas(groups: Sequence[Group]) -> str:
+def alphas(groups: Sequence[GroupReport]) -> str:
     """Alpha of every group in the order of the forward; groups that were left alone lie at the bottom, as squares."""
     rows = [
         {
@@ -231,7 +231,7 @@ def alphas(groups: Sequence[Group]) -> str:
     )
 
 
-def smoothing_errors(groups: Sequence[Group]) -> str:
+def smoothing_errors(groups: Sequence[GroupReport]) -> str:
     """The error of every group before and after, joined by a line; `groups` have both errors, above zero."""
     pairs = [
         {"place": place, "before": group.error_before, "after": group.error_after} for place, group in enumerate(groups)

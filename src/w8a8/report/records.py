@@ -8,6 +8,8 @@ Units: bytes; nats for losses and divergences; dB for SQNR (10 log10 of signal p
 cosines as plain ratios.  Lists of channels hold absmax per input channel, or per run of neighbouring channels where
 there are more than `MAX_COLUMNS`: their largest.
 
+Where the package tells the very same of a module, a group or a layer, it tells it with the dataclass from here.
+
 JSON Schema with a validator was the alternative: a dependency, a second description of the same types, and messages
 that speak of the schema and not of the file.
 """
@@ -66,7 +68,7 @@ class Headline:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over modules, as `w8a8.coverage.Totals`."""
+    """Sums over modules; `macs` are multiply-adds per token."""
 
     modules: int
     parameters: int
@@ -75,12 +77,12 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Module:
-    """One module that holds parameters, as `w8a8.coverage.ModuleCoverage`."""
+class ModuleCoverage:
+    """One module that holds parameters.  `reason` says why it is float; None for a quantised one."""
 
     name: str
     kind: str
-    shape: list[int]
+    shape: tuple[int, ...]
     parameters: int
     bytes: int
     macs: int
@@ -93,7 +95,7 @@ class Covered:
     """`Coverage.to_dict()`: totals of "quantized", "float" and "all", and every module."""
 
     totals: dict[str, Totals]
-    modules: list[Module]
+    modules: list[ModuleCoverage]
 
 
 @dataclass(frozen=True)
@@ -164,11 +166,20 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Group:
-    """What became of one smoothing group, as `w8a8.smoothing.report.GroupReport`; errors are relative output errors."""
+class GroupReport:
+    """What became of one source when it was to be smoothed.
+
+    source: The module that makes the tensor.
+    readers: The modules that read it.
+    alpha: How far it was smoothed; None: not at all.
+    error_before, error_after: Relative output errors of its quantised linears under the scheme, summed, on tokens that
+        its scales were not made from (see `w8a8.smoothing.alpha`); None where they were not measured.
+    change: The relative change of the block's float output, as the gate saw it; None where nothing was folded.
+    reason: Why it was not smoothed; None where it was.
+    """
 
     source: str
-    readers: list[str]
+    readers: tuple[str, ...]
     alpha: float | None = None
     error_before: float | None = None
     error_after: float | None = None
@@ -180,7 +191,7 @@ class Group:
 class Smoothing:
     """Alpha per group, in the order of the forward; `kept` won the contest."""
 
-    groups: list[Group]
+    groups: list[GroupReport]
     kept: str | None = None
 
 
@@ -206,7 +217,7 @@ class Budget:
 class Remedy:
     """What would help a layer.
 
-    gain_kl_nats: The measured fall of the model's KL, or None; negative: it would harm.
+    gain_kl_nats: The measured fall of the model's KL, nats per token; negative: it would harm; None: it cannot be done.
     note: How it was done, or why it cannot be.
     """
 
@@ -331,15 +342,16 @@ def _dataclass(kind: type[_T], value: Any, where: str) -> _T:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """A value as its annotation wants it: a dataclass, a list, a dict, a union with None, or a plain type."""
+    """A value as its annotation wants it: a dataclass, a list, a tuple, a dict, a union with None, or a plain type."""
     if isinstance(hint, types.UnionType):
         (inner,) = [option for option in typing.get_args(hint) if option is not types.NoneType]
         return None if value is None else _value(inner, value, where)
-    if typing.get_origin(hint) is list:
+    sequence = typing.get_origin(hint)
+    if sequence in (list, tuple):
         if not isinstance(value, list | tuple):
             raise _wrong(where, "a list", value)
-        (inner,) = typing.get_args(hint)
-        return [_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value)]
+        inner = typing.get_args(hint)[0]
+        return sequence(_value(inner, item, f"{where}[{i}]") for i, item in enumerate(value))
     if typing.get_origin(hint) is dict:
         if not isinstance(value, dict):
             raise _wrong(where, "an object", value)

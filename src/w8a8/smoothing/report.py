@@ -4,29 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from w8a8.report.records import GroupReport
 from w8a8.smoothing.contest import Score, winner
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What became of one source.
-
-    source: The module that makes the tensor.
-    readers: The modules that read it.
-    alpha: How far it was smoothed; None: not at all.
-    error_before, error_after: Relative output errors of its quantised linears under the scheme, summed, on tokens that
-        its scales were not made from (see `w8a8.alpha`); None where they were not measured.
-    change: The relative change of the block's float output, as the gate saw it; None where nothing was folded.
-    reason: Why it was not smoothed; None where it was.
-    """
-
-    source: str
-    readers: tuple[str, ...]
-    alpha: float | None
-    error_before: float | None
-    error_after: float | None
-    change: float | None
-    reason: str | None
 
 
 @dataclass(frozen=True)

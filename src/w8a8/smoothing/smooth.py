@@ -32,11 +32,12 @@ from w8a8.calibration.sampling import ROWS, Sample
 from w8a8.convert import Progress
 from w8a8.dataflow.groups import Dataflow, Refusal
 from w8a8.errors import ModelError
+from w8a8.report.records import GroupReport
 from w8a8.scheme import Scheme
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, Score, winner
 from w8a8.smoothing.fold import Undo, fold_
-from w8a8.smoothing.report import GroupReport, SmoothReport
+from w8a8.smoothing.report import SmoothReport
 from w8a8.smoothing.smoother import Alpha, Smoother, cut, observed, samples
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]

@@ -22,11 +22,11 @@ from w8a8.dataflow.groups import Dataflow, Group
 from w8a8.dataflow.observing import observe
 from w8a8.errors import NonFiniteError
 from w8a8.linear import float_operands
+from w8a8.report.records import GroupReport
 from w8a8.scheme import PerColumn, PerTensor, Scheme
 from w8a8.smoothing.alpha import GRID, Choice, Product, search
 from w8a8.smoothing.fold import Undo, fold_, touched
 from w8a8.smoothing.gate import Gate, Unrounded
-from w8a8.smoothing.report import GroupReport
 
 Alpha: TypeAlias = float | Literal["auto", "searched"]
 

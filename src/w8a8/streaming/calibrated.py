@@ -39,8 +39,9 @@ from w8a8.convert import Progress
 from w8a8.coverage import Coverage
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.experts import Experts, taken, unstacked
+from w8a8.report.records import GroupReport
 from w8a8.scheme import Scheme
-from w8a8.smoothing.report import GroupReport, SmoothReport
+from w8a8.smoothing.report import SmoothReport
 from w8a8.streaming.activations import Reader, Recorder
 from w8a8.streaming.blocks import BlockWalk
 from w8a8.streaming.contents import by_blocks, load, quantized
