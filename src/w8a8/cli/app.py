@@ -27,6 +27,8 @@ Dtype = Annotated[
     str, typer.Option("--dtype", help="Of the float tensors: auto (the file's), float32, bfloat16, float16.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, ...")]
+Preset = Annotated[str, typer.Option("--scheme", help="A preset; `w8a8 schemes` lists them.")]
+DrawingSeed = Annotated[int, typer.Option("--seed", help="Of the drawing.")]
 Include = Annotated[
     list[str],
     typer.Option("--include", help="Layers to quantise: exact name or glob, repeatable.  'lm_head' only by its name."),

@@ -145,7 +145,7 @@ def _cut(opened: Any, content: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fingerprint(model: str, dtype: str) -> str:
-    """What a reference is told from another by: its config, the headers and times of its files, the dtype."""
+    """What a reference is told from another by: its config, the names, sizes and times of its files, the dtype."""
     from w8a8.checkpoint.files import CONFIG, resolve, tensor_files
 
     directory = resolve(model)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Dtype, Exclude, Include, Json, Model, TrustRemoteCode, app
+from w8a8.cli.app import DrawingSeed, Dtype, Exclude, Include, Json, Model, Preset, TrustRemoteCode, app
 from w8a8.cli.compare import DEFAULT_WINDOWS, check_text, compare_named, show_comparison, sizes
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.page import check_page, layers_of, page_of
@@ -19,7 +19,7 @@ from w8a8.errors import SchemeError, W8A8Error
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.", show_default=False)],
-    scheme: Annotated[str, typer.Option("--scheme", help="A preset; `w8a8 schemes` lists them.")] = "w8a8",
+    scheme: Preset = "w8a8",
     include: Include = ["*"],  # noqa: B006 - typer wants a list, and copies it
     exclude: Exclude = [],  # noqa: B006
     head: Annotated[str, typer.Option("--head", help="The output head: float, which vLLM reads, or int8.")] = "float",
@@ -36,7 +36,7 @@ def quantize(
         int | None,
         typer.Option("--calib-length", min=1, help="Tokens in a window; by default the model's context, at most 512."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the drawing.")] = 0,
+    seed: DrawingSeed = 0,
     observer: Annotated[
         str, typer.Option("--observer", help="How a static scale is chosen: absmax, minmax, percentile, mse.")
     ] = "absmax",

@@ -4,20 +4,31 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Exclude, Include, Json, Model, SeqLen, app, content_of, open_named
+from w8a8.cli.app import (
+    Device,
+    DrawingSeed,
+    Dtype,
+    Exclude,
+    Include,
+    Json,
+    Model,
+    Preset,
+    SeqLen,
+    app,
+    content_of,
+    open_named,
+)
 from w8a8.cli.output import ERRORS, error_cells, print_json, print_line, print_table, progress
-
-Windows = Annotated[int, typer.Option("--windows", min=1, help="How many windows are drawn from the text.")]
 
 
 @app.command()
 def sensitivity(
     model: Model,
     text: Annotated[str, typer.Option("--text", metavar="FILE", help="Where windows are drawn.", show_default=False)],
-    scheme: Annotated[str, typer.Option("--scheme", help="A preset; `w8a8 schemes` lists them.")] = "w8a8",
-    windows: Windows = 8,
+    scheme: Preset = "w8a8",
+    windows: Annotated[int, typer.Option("--windows", min=1, help="How many windows are drawn from the text.")] = 8,
     seq_len: SeqLen = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the drawing.")] = 0,
+    seed: DrawingSeed = 0,
     include: Include = ["*"],  # noqa: B006 - typer wants a list, and copies it
     exclude: Exclude = [],  # noqa: B006
     dtype: Dtype = "auto",
