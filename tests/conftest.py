@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the machine may be busy, and the models are tiny
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,16 @@ from transformers import (
     MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+THEIRS = Path(__file__).parent / "data" / "llmcompressor"
+"""Directories that llm-compressor wrote."""
 
 
 @pytest.fixture(autouse=True)
@@ -113,9 +119,29 @@ def qwen2_moe() -> Qwen2MoeForCausalLM:
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_MOE, num_experts=4, shared_expert_intermediate_size=24)).eval()
 
 
+def phimoe() -> PhimoeForCausalLM:
+    """Experts called w1, w2 and w3, in files too."""
+    return PhimoeForCausalLM(PhimoeConfig(**_MOE, num_local_experts=4)).eval()
+
+
 MODELS: dict[str, Callable[[], Any]] = {"llama": llama, "opt": opt, "gpt2": gpt2, "mixtral": mixtral}
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The norm of the difference over the norm of what is wanted."""
+    return float(((found - wanted).norm() / wanted.norm()).detach())
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ids, use_cache=False).logits
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """The bytes of every file."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}

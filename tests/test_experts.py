@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import w8a8
-from tests.conftest import _MOE, mixtral, qwen2_moe, qwen3_moe
+from tests.conftest import _MOE, logits, mixtral, phimoe, qwen2_moe, qwen3_moe, relative_error
 from w8a8.convert import select, swap, swapped
 from w8a8.errors import CalibrationError, NonFiniteError, PatternError, SchemeError
 from w8a8.experts import Experts, holds_experts, own_weights, stacks, unstacked
@@ -29,10 +29,6 @@ def granite():
     return t.GraniteMoeForCausalLM(t.GraniteMoeConfig(**_MOE, num_local_experts=4)).eval()
 
 
-def phimoe():
-    return t.PhimoeForCausalLM(t.PhimoeConfig(**_MOE, num_local_experts=4)).eval()
-
-
 TAKEN = {
     "mixtral": (mixtral, ("w1", "w3", "w2")),
     "qwen3": (qwen3_moe, ("gate_proj", "up_proj", "down_proj")),
@@ -42,15 +38,6 @@ TAKEN = {
     "phimoe": (phimoe, ("w1", "w3", "w2")),
     "granite": (granite, ("gate_proj", "up_proj", "down_proj")),
 }
-
-
-def relative_error(y, expected):
-    return float((y - expected).norm() / expected.norm())
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids, use_cache=False).logits
 
 
 def held(model):

@@ -5,14 +5,10 @@ import torch
 from torch import nn
 
 import w8a8
-from tests.conftest import llama, opt
+from tests.conftest import llama, opt, relative_error
 from w8a8.errors import ModelError
 from w8a8.linear import QuantLinear
 from w8a8.pipeline import open_model
-
-
-def relative_error(y, expected):
-    return float((y - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("make", [llama, opt])

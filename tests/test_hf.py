@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, opt, qwen3_moe
+from tests.conftest import contents, gpt2, llama, mixtral, opt, qwen3_moe
 from tests.test_packed import SCHEMES as PACKABLE
 from tests.test_packed import packed_directory
 from w8a8 import QuantLinear, W8A8Config, hf
@@ -41,10 +41,6 @@ def source(request, tmp_path):
         tmp_path / "source"
     )
     return tmp_path / "source"
-
-
-def contents(directory):
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def opened(directory, **options):

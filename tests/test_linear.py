@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.conftest import relative_error
 from w8a8.affine import QParams, fake_quantize, qparams
 from w8a8.errors import SchemeError
 from w8a8.kernels import native
@@ -41,10 +42,6 @@ def measured(name, x):
     """The grid of the input, where a preset wants it beforehand."""
     spec = PRESETS[name].scheme.activations
     return qparams(x, spec, Operand.ACTIVATION) if PRESETS[name].scheme.static else None
-
-
-def relative_error(y, expected):
-    return float((y - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("name", PRESETS)

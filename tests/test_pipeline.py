@@ -7,16 +7,12 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import w8a8
-from tests.conftest import MODELS, gpt2, llama, opt
+from tests.conftest import MODELS, gpt2, llama, opt, relative_error
 from w8a8.errors import CheckpointError, KernelError, ModelError, NonFiniteError, PatternError, SchemeError
 from w8a8.evaluation import perplexity
 from w8a8.linear import Mode, quant_linears
 from w8a8.pipeline import open_model
 from w8a8.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
-
-
-def relative_error(y, expected):
-    return float((y - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import w8a8
+from tests.analysis.conftest import TWO_BITS
 from tests.conftest import llama, opt
 from w8a8 import checkpoint, pipeline
 from w8a8.analysis import Budget, allocate
@@ -18,11 +19,9 @@ from w8a8.demo import demo_model
 from w8a8.errors import ModelError, SchemeError
 from w8a8.evaluation import encode, perplexity
 from w8a8.linear import quant_linears
-from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme
 
 IDS = torch.randint(0, 96, (600,), generator=torch.Generator().manual_seed(3))
 SHORT = {"windows": 1, "seq_len": 32}
-TWO_BITS = Scheme(QuantSpec(2, PerChannel()), QuantSpec(8, PerToken()))
 
 
 def speaking_llama(loud):

@@ -4,14 +4,13 @@ import pytest
 import torch
 
 import w8a8
+from tests.analysis.conftest import TWO_BITS
 from tests.conftest import llama, opt
 from w8a8.analysis import layer_errors, sensitivity
 from w8a8.errors import ModelError
 from w8a8.linear import quant_linears
-from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme
 
 IDS = torch.randint(0, 96, (200,), generator=torch.Generator().manual_seed(3))
-TWO_BITS = Scheme(QuantSpec(2, PerChannel()), QuantSpec(8, PerToken()))
 DRAWN = {"windows": 2, "seq_len": 32, "seed": 1}
 
 

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import w8a8
+from tests.analysis.conftest import TWO_BITS
 from tests.conftest import llama, opt
 from w8a8 import convert
 from w8a8.analysis.errors import channel_absmax
@@ -17,9 +18,8 @@ from w8a8.errors import CalibrationError, PatternError
 from w8a8.evaluation import encode
 from w8a8.linear import quant_linears
 from w8a8.report.records import Channels
-from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme
+from w8a8.scheme import PerChannel, QuantSpec, Scheme
 
-TWO_BITS = Scheme(QuantSpec(2, PerChannel()), QuantSpec(8, PerToken()))
 IDS = torch.randint(0, 96, (400,), generator=torch.Generator().manual_seed(3))
 
 

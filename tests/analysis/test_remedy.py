@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import w8a8
+from tests.analysis.conftest import TWO_BITS
 from tests.conftest import gpt2, llama, opt
 from w8a8 import convert
 from w8a8.analysis import remedies, sensitivity, smoothed
@@ -12,9 +13,8 @@ from w8a8.analysis.sample import draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.evaluation.scores import token_kl
 from w8a8.linear import quant_linears
-from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme
+from w8a8.scheme import Scheme
 
-TWO_BITS = Scheme(QuantSpec(2, PerChannel()), QuantSpec(8, PerToken()))
 IDS = torch.randint(0, 96, (400,), generator=torch.Generator().manual_seed(3))
 SHORT = {"windows": 2, "seq_len": 32}
 READERS = [f"model.layers.1.self_attn.{kind}_proj" for kind in "qkv"]

@@ -1,7 +1,6 @@
 """Our directories read by the real compressed-tensors, inside transformers: codes and scales, exactly."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import w8a8
-from tests.conftest import llama, mixtral, opt, qwen2_moe, qwen3_moe
+from tests.conftest import THEIRS, llama, mixtral, opt, qwen2_moe, qwen3_moe, relative_error
 from w8a8 import PRESETS, PerChannel, PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.checkpoint.layout import check_writable
 from w8a8.checkpoint.names import FileNames
@@ -22,7 +21,6 @@ from w8a8.experts import unstacked
 from w8a8.linear import quant_linears
 from w8a8.streaming import quantize_directory
 
-THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor"
 IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
 SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()} | {
     "group": Scheme(QuantSpec(granularity=PerGroup(4)), QuantSpec(granularity=PerToken())),
@@ -77,10 +75,6 @@ def test_a_streamed_directory_is_what_the_library_reads(tmp_path):
 
 
 MIXED = {"*.self_attn.*": "w8a8-asym", "*.up_proj": SCHEMES["weight-only groups"], "*": "w8a16"}
-
-
-def relative_error(found, wanted):
-    return float((found - wanted).norm() / wanted.norm())
 
 
 @pytest.mark.parametrize(

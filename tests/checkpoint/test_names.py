@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-import transformers as t
 from safetensors.torch import load_file
 from torch import nn
 from transformers.core_model_loading import WeightRenaming
 
 import w8a8
-from tests.conftest import _MOE, llama, mixtral, qwen3_moe
+from tests.conftest import llama, mixtral, phimoe, qwen3_moe
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.convert import swap
 from w8a8.experts import unstacked
@@ -17,10 +16,6 @@ from w8a8.experts import unstacked
 def apart(model):
     swap(model, unstacked(model)[0])
     return model
-
-
-def phimoe():
-    return t.PhimoeForCausalLM(t.PhimoeConfig(**_MOE, num_local_experts=4))
 
 
 def test_mixtrals_files_call_its_parts_otherwise():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
+from tests.conftest import THEIRS, gpt2, llama, logits, mixtral, opt, qwen2_moe, qwen3_moe, relative_error
 from w8a8.checkpoint import reader
 from w8a8.checkpoint.files import read_quantization, tensor_files
 from w8a8.checkpoint.names import FileNames
@@ -19,21 +19,11 @@ from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.linear import Mode, QuantLinear, quant_linears
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
-THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor"
 DOWN = "model.layers.0.mlp.down_proj"
 
 
 def replace(key, make):
     return lambda tensors: tensors.update({key: make(tensors[key])})
-
-
-def relative_error(y, expected):
-    return float((y - expected).norm() / expected.norm())
-
-
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in THEIRS.iterdir()))

@@ -3,20 +3,17 @@
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import w8a8
-from tests.conftest import llama, mixtral
+from tests.conftest import THEIRS, llama, mixtral
 from w8a8.cli import main
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
 from w8a8.linear import quant_linears
-
-THEIRS = Path(__file__).parents[1] / "data" / "llmcompressor" / "llama-w8a8"
 
 
 @pytest.fixture
@@ -213,7 +210,7 @@ def test_usage_errors_exit_with_2_too(call):
 
 
 def test_a_torn_directory_names_file_and_place(call, tmp_path, text):
-    shutil.copytree(THEIRS, tmp_path / "d")
+    shutil.copytree(THEIRS / "llama-w8a8", tmp_path / "d")
     path = tmp_path / "d/model.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
     code, _, err = call("eval", tmp_path / "d", "--text", text)

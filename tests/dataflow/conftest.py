@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from tests.conftest import relative_error
 from tests.families import InDouble
 from w8a8.dataflow.groups import Dataflow, Group
 
@@ -50,7 +51,7 @@ def run(model: nn.Module, given: Any) -> list[Tensor]:
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float:
     """The largest relative norm of a change."""
-    return max(float((a - b).norm() / b.norm()) for b, a in zip(before, after, strict=True))
+    return max(relative_error(a, b) for b, a in zip(before, after, strict=True))
 
 
 def assert_folds(model: nn.Module, given: Any, flow: Dataflow) -> None:

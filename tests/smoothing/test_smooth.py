@@ -8,7 +8,8 @@ from torch import nn
 
 import w8a8
 from tests import families
-from tests.conftest import llama, mixtral, opt
+from tests.conftest import llama, mixtral, opt, relative_error
+from tests.smoothing.conftest import parameters, unchanged
 from w8a8.calibration.data import Calibration
 from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Source
 from w8a8.dataflow.observing import observe
@@ -18,18 +19,6 @@ from w8a8.smoothing import smooth, smoother
 from w8a8.smoothing.contest import Score
 from w8a8.smoothing.gate import Gate
 from w8a8.smoothing.smooth import smooth_
-
-
-def parameters(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def unchanged(model, before):
-    return all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-def relative_error(y, expected):
-    return float(((y - expected).norm() / expected.norm()).detach())
 
 
 @pytest.fixture

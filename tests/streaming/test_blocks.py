@@ -15,8 +15,8 @@ from torch import nn
 
 import w8a8
 from tests import families
-from tests.conftest import gpt2, llama, opt, qwen3_moe
-from tests.streaming.conftest import contents, partial_of, tensors
+from tests.conftest import contents, gpt2, llama, opt, qwen3_moe
+from tests.streaming.conftest import partial_of, tensors
 from w8a8.calibration.data import Calibration
 from w8a8.errors import CheckpointError, ModelError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 import w8a8.experts
-from tests.conftest import llama, mixtral, opt
+from tests.conftest import mixtral, opt
 from w8a8.checkpoint.files import CONFIG, SINGLE
 from w8a8.errors import CheckpointError, PatternError, SchemeError
 from w8a8.pipeline import open_model
@@ -48,12 +48,6 @@ def assert_as_in_memory(source, place):
         assert found[name].dtype is tensor.dtype, name
         assert torch.equal(found[name], tensor), name
     return found
-
-
-@pytest.fixture
-def source(tmp_path):
-    llama().save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
 
 
 @pytest.fixture

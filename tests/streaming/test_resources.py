@@ -17,12 +17,6 @@ GB = 10**9
 
 
 @pytest.fixture
-def source(tmp_path):
-    llama().save_pretrained(tmp_path / "source")
-    return tmp_path / "source"
-
-
-@pytest.fixture
 def groups(tmp_path, monkeypatch):
     """Control groups that are files of the test's own: set a limit, what is used, and what of it is cache."""
     monkeypatch.setattr(resources, "_CGROUPS", tmp_path / "cgroup")

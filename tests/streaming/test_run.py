@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
-from tests.streaming.conftest import contents, partial_of, tensors
+from tests.conftest import contents, gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
+from tests.streaming.conftest import partial_of, tensors
 from w8a8.checkpoint.files import INDEX
 from w8a8.checkpoint.headers import read_header
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
