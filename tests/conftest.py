@@ -76,21 +76,20 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64)).eval()
 
 
-def mixtral() -> MixtralForCausalLM:
+def mixtral(**changes: Any) -> MixtralForCausalLM:
     """Mixture of experts, whose weights transformers 5 stacks in 3-D parameters and renames."""
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=40,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            max_position_embeddings=64,
-        )
-    ).eval()
+    options = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+    }
+    return MixtralForCausalLM(MixtralConfig(**{**options, **changes})).eval()
 
 
 _MOE = {

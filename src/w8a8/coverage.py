@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from w8a8.errors import few
 from w8a8.experts import Experts
-from w8a8.linear import Mode, QuantLinear, is_conv1d
+from w8a8.linear import Mode, QuantLinear, is_linear
 from w8a8.report.records import ModuleCoverage, Totals
 
 
@@ -69,10 +70,9 @@ class Coverage:
             f"{_share(done.macs, every.macs)} of the multiply-adds; {every.bytes / 1e6:.2f} MB in all"
         ]
         for reason, modules in self.left_by_reason().items():
-            names = ", ".join(m.name for m in modules[:3]) + (", ..." if len(modules) > 3 else "")
-            lines.append(
-                f"  float: {names} ({len(modules)}, {sum(m.parameters for m in modules):,} parameters): {reason}"
-            )
+            count = sum(m.parameters for m in modules)
+            names = few(m.name for m in modules)
+            lines.append(f"  float: {names} ({len(modules)}, {count:,} parameters): {reason}")
         return "\n".join(lines)
 
 
@@ -126,7 +126,7 @@ def _float(
     convolution = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)  # 3-D too
     experts = [] if convolution else [p for p in module.parameters(recurse=False) if p.ndim == 3]
     macs = 0
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    if is_linear(module):
         macs = round(shape[0] * shape[1] * share)
     elif experts:
         shape = tuple(experts[0].shape)
@@ -151,7 +151,7 @@ def _why_float(module: nn.Module, has_experts: bool) -> str:
         return "a lookup table, no product"
     if "norm" in type(module).__name__.lower():
         return "a normalisation, elementwise"
-    if isinstance(module, nn.Linear) or is_conv1d(module):
+    if is_linear(module):
         return "not selected"
     return "not a linear layer"
 

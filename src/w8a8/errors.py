@@ -80,4 +80,11 @@ def closest(name: str, known: Iterable[str], *, limit: int = 3) -> str:
         return "closest: " + ", ".join(near)
     if not known:
         return "there are none"
-    return "known: " + ", ".join(known[:limit]) + (", ..." if len(known) > limit else "")
+    return "known: " + few(known, limit)
+
+
+def few(names: Iterable[str], most: int = 3, *, counted: bool = False) -> str:
+    """The first of many names: `"a, b, c, ..."`, or `counted`, `"a, b, c, ... (12)"`."""
+    names = list(names)
+    rest = "" if len(names) <= most else f", ... ({len(names)})" if counted else ", ..."
+    return ", ".join(names[:most]) + rest

@@ -271,6 +271,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a float linear layer: `nn.Linear`, a subclass of it, or `Conv1D`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
 def quant_linears(model: nn.Module) -> Iterable[tuple[str, QuantLinear]]:
     """Name and layer of every `QuantLinear` in the model, each once."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))

@@ -12,8 +12,7 @@ import transformers
 from torch import nn
 
 from w8a8 import convert, kernels
-from w8a8.affine import QParams
-from w8a8.calibration.calibrate import checked_observer, static_grids
+from w8a8.calibration.calibrate import checked_observer, grids_of_schemes
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
@@ -217,7 +216,7 @@ def _convert(
             simulated=simulated,
             kernel=kernel,
             strict=strict,
-            input_params=_static_grids(model, schemes, calibration, observer, progress),
+            input_params=grids_of_schemes(model, schemes, calibration, observer, progress=progress),
             progress=progress,
         )
         convert.swap(model, layers)
@@ -284,23 +283,6 @@ def smooth_first(
         )
     alpha: Any = smooth
     return smooth_undoable(model, calibration, alpha=alpha, scheme=scheme, selection=selection, progress=progress)
-
-
-def _static_grids(
-    model: nn.Module,
-    schemes: Mapping[str, Scheme],
-    calibration: Calibration | None,
-    observer: str | Callable[[], Observer],
-    progress: Progress | None,
-) -> dict[str, QParams]:
-    """The grids of the inputs of those layers whose schemes do not measure each input as it comes."""
-    grids: dict[str, QParams] = {}
-    for spec in dict.fromkeys(scheme.activations for scheme in schemes.values() if scheme.static):
-        assert spec is not None, "a static scheme has activations"
-        assert calibration is not None, "checked before"
-        names = [name for name, scheme in schemes.items() if scheme.activations == spec]
-        grids |= static_grids(model, names, spec, calibration, observer, progress=progress)
-    return grids
 
 
 def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:

@@ -34,12 +34,17 @@ def header_length(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
+def _other_bytes(path: Path, draw: Draw, length: int, *, most: int) -> None:
+    """One to `most` bytes in the first `length` of a file are others."""
+    data = bytearray(path.read_bytes())
+    for _ in range(draw.randint(1, most)):
+        data[draw.randrange(length)] = draw.randrange(256)
+    path.write_bytes(bytes(data))
+
+
 def _header_bytes(directory: Path, draw: Draw) -> None:
     path = draw.choice(weights_of(directory))
-    data = bytearray(path.read_bytes())
-    for _ in range(draw.randint(1, 3)):
-        data[draw.randrange(header_length(path))] = draw.randrange(256)
-    path.write_bytes(bytes(data))
+    _other_bytes(path, draw, header_length(path), most=3)
 
 
 def _header_fields(directory: Path, draw: Draw) -> None:
@@ -87,10 +92,7 @@ def _truncate(directory: Path, draw: Draw) -> None:
 
 def _json_bytes(directory: Path, draw: Draw) -> None:
     path = directory / INDEX
-    data = bytearray(path.read_bytes())
-    for _ in range(draw.randint(1, 4)):
-        data[draw.randrange(len(data))] = draw.randrange(256)
-    path.write_bytes(bytes(data))
+    _other_bytes(path, draw, path.stat().st_size, most=4)
 
 
 def _index_fields(directory: Path, draw: Draw) -> None:
@@ -149,10 +151,7 @@ def _config_fields(directory: Path, draw: Draw) -> None:
 
 def _config_bytes(directory: Path, draw: Draw) -> None:
     path = directory / CONFIG
-    data = bytearray(path.read_bytes())
-    for _ in range(draw.randint(1, 3)):
-        data[draw.randrange(len(data))] = draw.randrange(256)
-    path.write_bytes(bytes(data))
+    _other_bytes(path, draw, path.stat().st_size, most=3)
 
 
 KEEP_MEANING: dict[str, Callable[[Path, Draw], None]] = {

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from transformers import MixtralConfig, MixtralForCausalLM
 
 import w8a8
 from tests.cli.test_commands import call, text  # noqa: F401 - fixtures
+from tests.conftest import mixtral
 from w8a8.demo import demo_model
 from w8a8.experts import holds_experts
 
@@ -17,18 +17,7 @@ EXPERT = "model.layers.0.mlp.experts.1.w2"
 def mixture(tmp_path_factory):
     """A float directory with a tokenizer."""
     path, tokenizer = tmp_path_factory.mktemp("mixture") / "float", demo_model().tokenizer
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-    )
-    MixtralForCausalLM(config).save_pretrained(path)
+    mixtral(vocab_size=len(tokenizer), num_hidden_layers=2).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

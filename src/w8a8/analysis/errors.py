@@ -24,7 +24,7 @@ from w8a8.calibration.observers import MinMax
 from w8a8.errors import ModelError
 from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
-from w8a8.linear import QuantLinear, float_operands, is_conv1d, quant_linears
+from w8a8.linear import QuantLinear, float_operands, is_linear, quant_linears
 from w8a8.report.records import Channels, binned
 from w8a8.scheme import PerChannel
 
@@ -179,7 +179,7 @@ def described(model: nn.Module, blocks: list[str], name: str, layer: QuantLinear
 
 def _is_float_linear(model: nn.Module, name: str) -> bool:
     module = dict(model.named_modules()).get(name)
-    return module is not None and (isinstance(module, nn.Linear) or is_conv1d(module))
+    return module is not None and is_linear(module)
 
 
 def _check_same_beside(reference: nn.Module, model: nn.Module) -> None:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from w8a8 import convert
-from w8a8.affine import QParams
 from w8a8.analysis.replay import Recording
-from w8a8.calibration.calibrate import static_grids
+from w8a8.calibration.calibrate import grids_of_schemes
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.errors import CalibrationError
@@ -72,11 +71,7 @@ def layers_for(
     observer: str | Callable[[], Observer] = "absmax",
 ) -> dict[str, QuantLinear]:
     """The quantised layers of the chosen ones: in integers where they can run so, else simulated."""
-    grids: dict[str, QParams] = {}
-    for spec in dict.fromkeys(scheme.activations for scheme in schemes.values() if scheme.static):
-        assert spec is not None, "a static scheme has activations"
-        names = [name for name, scheme in schemes.items() if scheme.activations == spec]
-        grids |= static_grids(model, names, spec, calibration, observer)
+    grids = grids_of_schemes(model, schemes, calibration, observer)
     layers: dict[str, QuantLinear] = {}
     for simulated in (False, True):
         part = tuple(name for name in selection.chosen if _simulated(schemes[name]) is simulated)

@@ -27,9 +27,9 @@ from w8a8.affine import QParams
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
 from w8a8.convert import Progress
-from w8a8.errors import CalibrationError, W8A8Error
+from w8a8.errors import CalibrationError, W8A8Error, few
 from w8a8.experts import Experts
-from w8a8.scheme import QuantSpec
+from w8a8.scheme import QuantSpec, Scheme
 
 
 class Statistic(Protocol):
@@ -139,12 +139,38 @@ def static_grids(
     if unreached:
         raise CalibrationError(
             f"{len(unreached)} of {len(names)} layers read no token during calibration, so there is no scale for them: "
-            + ", ".join(unreached[:3])
-            + (", ..." if len(unreached) > 3 else "")
-            + f"; calibrated on {calibration.description}; use data that reaches them, exclude them, "
+            f"{few(unreached)}; calibrated on {calibration.description}; use data that reaches them, exclude them, "
             "or use a dynamic scheme"
         )
     return {name: found[name].params(spec) for name in names}
+
+
+def grids_of_schemes(
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration | None,
+    observer: str | Callable[[], Observer] = "absmax",
+    *,
+    progress: Progress | None = None,
+) -> dict[str, QParams]:
+    """The static grids of the inputs of those layers whose schemes do not measure each input as it comes.
+
+    Args:
+        model: Not modified.
+        schemes: By the layers' dotted names.
+        calibration: The forward passes: one round for each grid that differs.  None where no scheme is static.
+        observer, progress: As for `static_grids`.
+
+    Raises:
+        CalibrationError, NonFiniteError: as `static_grids`.
+    """
+    grids: dict[str, QParams] = {}
+    for spec in dict.fromkeys(scheme.activations for scheme in schemes.values() if scheme.static):
+        assert spec is not None, "a static scheme has activations"
+        assert calibration is not None, "whoever takes a static scheme has asked for the data"
+        names = [name for name, scheme in schemes.items() if scheme.activations == spec]
+        grids |= static_grids(model, names, spec, calibration, observer, progress=progress)
+    return grids
 
 
 class _Shared:

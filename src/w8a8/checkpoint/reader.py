@@ -34,7 +34,7 @@ from w8a8.checkpoint.files import (
 )
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
-from w8a8.errors import CheckpointError, ModelError
+from w8a8.errors import CheckpointError, ModelError, few
 from w8a8.linear import QuantLinear, quant_linears
 from w8a8.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.scheme import PerGroup, PerTensor, Scheme
@@ -139,8 +139,9 @@ def load_float(directory: Path, *, dtype: torch.dtype | str = "auto", trust_remo
     ):
         names = sorted(str(name) for name in told[key])
         if names:
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            raise ModelError(f"{directory}: {len(names)} weights of {kind.__name__} {what}: {shown}; copy it again")
+            raise ModelError(
+                f"{directory}: {len(names)} weights of {kind.__name__} {what}: {few(names)}; copy it again"
+            )
     return model.eval()
 
 
@@ -187,9 +188,7 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
     missing = [f"{name}_packed" if name.removesuffix(".weight") in packed else name for name in missing]
     if missing:
         raise CheckpointError(
-            f"{', '.join(str(path) for path in files)}: {len(missing)} tensors are missing: "
-            + ", ".join(missing[:4])
-            + (", ..." if len(missing) > 4 else "")
+            f"{', '.join(str(path) for path in files)}: {len(missing)} tensors are missing: {few(missing, 4)}"
         )
 
 

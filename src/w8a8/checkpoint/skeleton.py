@@ -30,7 +30,7 @@ from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.experts import NAMES, Experts, unstacked
-from w8a8.linear import QuantLinear, is_conv1d
+from w8a8.linear import QuantLinear, is_linear
 
 OTHERS_ERRORS = (
     ArithmeticError,
@@ -238,7 +238,7 @@ def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, whe
         CheckpointError: the targets match no layer, or cannot be matched.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     classes = {
         name: [cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for name, m in linears.items()
     }

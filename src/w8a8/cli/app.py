@@ -6,6 +6,7 @@ import typer
 
 from w8a8 import __version__
 from w8a8.cli.output import megabytes, percent, print_line, print_table
+from w8a8.errors import few
 
 app = typer.Typer(
     add_completion=False,
@@ -111,6 +112,4 @@ def show_coverage(found: Any) -> None:
     ]
     print_table("Coverage", ("", "modules", "parameters", "", "bytes", "multiply-adds per token", ""), rows)
     for reason, modules in found.left_by_reason().items():
-        names = ", ".join(m.name for m in modules[:3])
-        shown = names + (f", ... ({len(modules)})" if len(modules) > 3 else "")
-        print_line(f"  float: {shown}: {reason}")
+        print_line(f"  float: {few((m.name for m in modules), counted=True)}: {reason}")

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from w8a8.cli.output import print_json, print_line, print_table
+from w8a8.errors import few
 
 if TYPE_CHECKING:
     from w8a8.pipeline import OpenedModel
@@ -26,22 +27,17 @@ def show_pairs(opened: "OpenedModel", *, as_json: bool) -> None:
             group.source.module,
             group.source.kind,
             f"{int(group.scalable.sum())} of {group.source.channels}",
-            _few(reader.module for reader in group.readers),
+            few((reader.module for reader in group.readers), _FEW, counted=True),
         )
         for group in found.groups
     ]
     print_table(
         f"{opened.directory}: can be folded", ("source", "kind", "channels", "read by", "layers"), _by_layer(groups)
     )
-    refused = [(r.source.module, r.source.kind, _few(r.readers), r.reason) for r in found.refused]
+    refused = [(r.source.module, r.source.kind, few(r.readers, _FEW, counted=True), r.reason) for r in found.refused]
     print_table("Cannot be folded", ("source", "kind", "read by", "why", "layers"), _by_layer(refused))
     if found.unread:
-        print_line(f"Not reached by this forward: {_few(found.unread)}")
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_FEW]) + (f", ... ({len(names)})" if len(names) > _FEW else "")
+        print_line(f"Not reached by this forward: {few(found.unread, _FEW, counted=True)}")
 
 
 def _by_layer(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

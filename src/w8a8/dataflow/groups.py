@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.dataflow.tracing import Made, Role, Trace
-from w8a8.linear import is_conv1d
+from w8a8.linear import is_linear
 
 _MAX_REASONS = 3
 
@@ -277,7 +277,7 @@ def conclude(model: nn.Module, trace: Trace) -> Dataflow:
     unread = tuple(
         name
         for name, module in seen.modules.items()
-        if (isinstance(module, nn.Linear) or is_conv1d(module))
+        if is_linear(module)
         and id(module.weight) not in {id(seen.parameters[parameter]) for parameter in seen.contracted}
     )
     refusals = tuple(refused[n] for n in sorted(refused))

@@ -222,7 +222,7 @@ def alphas(groups: Sequence[GroupReport]) -> str:
             "data": {"values": rows},
             "mark": _POINT,
             "encoding": {
-                "x": _x("place", "group, in the order of the forward", scale={"nice": False, "padding": 8}, whole=True),
+                "x": _place(),
                 "y": {**_y("alpha", "alpha"), "scale": {"domain": [0, 1]}},
                 **_series(["smoothed", "left alone"]),
                 "description": {"field": "label"},
@@ -241,7 +241,7 @@ def smoothing_errors(groups: Sequence[GroupReport]) -> str:
         for place, group in enumerate(groups)
         for when, error in (("before", group.error_before), ("after", group.error_after))
     ]
-    place = _x("place", "group, in the order of the forward", scale={"nice": False, "padding": 8}, whole=True)
+    place = _place()
     axis = {
         "scale": {"type": "log", "nice": False, "padding": 8},
         "axis": _logarithmic([e for g in groups for e in (g.error_before, g.error_after)]),
@@ -323,6 +323,10 @@ def _x(field: str, title: str, *, scale: dict[str, Any] | None = None, whole: bo
 
 def _y(field: str, title: str) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "title": title, "scale": {"zero": False}, "axis": _few("y")}
+
+
+def _place() -> dict[str, Any]:
+    return _x("place", "group, in the order of the forward", scale={"nice": False, "padding": 8}, whole=True)
 
 
 def _few(axis: str) -> dict[str, Any]:

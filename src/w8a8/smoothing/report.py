@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from w8a8.errors import few
 from w8a8.report.records import GroupReport
 from w8a8.smoothing.contest import Score, winner
 
@@ -82,4 +83,4 @@ def _short(readers: Sequence[str], source: str) -> str:
     """Readers without the path they share with the source."""
     shared = source.rpartition(".")[0]
     names = [name[len(shared) + 1 :] if shared and name.startswith(shared + ".") else name for name in readers]
-    return ", ".join(names[:4]) + (f", ... ({len(names)})" if len(names) > 4 else "")
+    return few(names, 4, counted=True)

@@ -27,7 +27,7 @@ from torch import nn
 
 from w8a8 import convert
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import ModelInputs, check_inputs
+from w8a8.calibration.model_inputs import ModelInputs
 from w8a8.calibration.sampling import ROWS, Sample
 from w8a8.convert import Progress
 from w8a8.dataflow.groups import Dataflow, Refusal
@@ -38,7 +38,7 @@ from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, Score, winner
 from w8a8.smoothing.fold import Undo, fold_
 from w8a8.smoothing.report import SmoothReport
-from w8a8.smoothing.smoother import Alpha, Smoother, cut, observed, samples
+from w8a8.smoothing.smoother import Alpha, Smoother, look
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
 
@@ -106,16 +106,10 @@ def smooth_undoable(
     """`smooth_`, and what takes it back: for a caller that has more to do, and may fail."""
     if alpha not in ("auto", "searched"):
         check_alpha(alpha)
-    inputs = calibration.first(model)
-    check_inputs(model, inputs)
-    probe = cut(inputs)
-
-    def sampled(names: Sequence[str]) -> dict[str, Sample]:
-        return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
-
+    flow, probe, sampled = look(model, calibration, rows=rows, seed=seed, progress=progress)
     return smooth_observed(
         model,
-        observed(model, probe, lambda: inputs),
+        flow,
         probe,
         sampled,
         alpha=alpha,

@@ -100,14 +100,7 @@ class Smoother:
         Raises:
             CalibrationError, NonFiniteError, ModelError: as `smooth_`.
         """
-        inputs = calibration.first(model)
-        check_inputs(model, inputs)
-        probe = cut(inputs)
-
-        def sampled(names: Sequence[str]) -> dict[str, Sample]:
-            return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
-
-        flow = observed(model, probe, lambda: inputs)
+        flow, probe, sampled = look(model, calibration, rows=rows, seed=seed, progress=progress)
         return cls(model, flow, probe, sampled, schemes, readers=readers, progress=progress)
 
     def smooth(self, alpha: "Alpha | None", groups: Sequence[Group] | None = None) -> None:
@@ -151,6 +144,28 @@ class Smoother:
     def as_undo(self) -> Undo:
         """What `undo` does to the weights, for later."""
         return Undo(tuple(self._originals.values()))
+
+
+def look(
+    model: nn.Module, calibration: Calibration, *, rows: int, seed: int, progress: Progress | None
+) -> tuple[Dataflow, ModelInputs, Callable[[Sequence[str]], dict[str, Sample]]]:
+    """What smoothing a whole model starts from: its groups, a probe to compare on, and what samples named modules.
+
+    Args:
+        model: Not modified.
+        calibration, rows, seed, progress: As for `smooth_`.
+
+    Raises:
+        CalibrationError, ModelError: as `smooth_`.
+    """
+    inputs = calibration.first(model)
+    check_inputs(model, inputs)
+    probe = cut(inputs)
+
+    def sampled(names: Sequence[str]) -> dict[str, Sample]:
+        return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
+
+    return observed(model, probe, lambda: inputs), probe, sampled
 
 
 def observed(model: nn.Module, probe: ModelInputs, inputs: Callable[[], ModelInputs]) -> Dataflow:

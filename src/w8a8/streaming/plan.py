@@ -30,7 +30,7 @@ from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import check_counts, empty_model
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
-from w8a8.errors import CheckpointError, SchemeError
+from w8a8.errors import CheckpointError, SchemeError, few
 from w8a8.experts import Experts, taken, unstacked
 from w8a8.linear import is_conv1d
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
@@ -269,9 +269,7 @@ def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path,
             )
     missing = [names[0] for names in shared.values() if not any(name in found for name in names)]
     if missing:
-        raise CheckpointError(
-            f"{source}: {len(missing)} tensors are missing: " + ", ".join(missing[:4]) + (", ..." * (len(missing) > 4))
-        )
+        raise CheckpointError(f"{source}: {len(missing)} tensors are missing: {few(missing, 4)}")
 
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
