@@ -1,4 +1,4 @@
-"""Small models that are made here, since no hub is reachable; nothing is downloaded."""
+"""What many tests need.  Small models are made here, since no hub is reachable; nothing is downloaded."""
 
 import os
 
@@ -27,6 +27,11 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from w8a8.scheme import PerToken, QuantSpec
+
+TOKEN = QuantSpec(granularity=PerToken())
+"""A scale for each token of the input."""
 
 THEIRS = Path(__file__).parent / "data" / "llmcompressor"
 """Directories that llm-compressor wrote."""

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+from tests.conftest import TOKEN
 from w8a8.errors import SchemeError
 from w8a8.scheme import (
     PRESETS,
@@ -57,9 +58,6 @@ def test_a_granularity_that_does_not_fit_the_operand_says_what_does(operand, gra
 def test_code_range_is_that_of_the_contract(bits, symmetric, qmin, qmax):
     spec = QuantSpec(bits, symmetric=symmetric)
     assert (spec.qmin, spec.qmax) == (qmin, qmax)
-
-
-TOKEN = QuantSpec(granularity=PerToken())
 
 
 @pytest.mark.parametrize(

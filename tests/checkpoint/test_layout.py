@@ -6,6 +6,7 @@ from random import Random
 import pytest
 from torch import nn
 
+from tests.conftest import TOKEN
 from w8a8.checkpoint import layout
 from w8a8.checkpoint.expressions import matching
 from w8a8.checkpoint.layout import Group, QuantizationConfig, from_json, to_json
@@ -16,12 +17,10 @@ from w8a8.scheme import (
     PerColumn,
     PerGroup,
     PerTensor,
-    PerToken,
     QuantSpec,
     Scheme,
 )
 
-TOKEN = QuantSpec(granularity=PerToken())
 WRITABLE = [
     *(p.scheme for p in PRESETS.values()),
     Scheme(QuantSpec(4, PerGroup(32)), TOKEN),
