@@ -12,7 +12,7 @@ from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.errors import ModelError
 from w8a8.experts import Experts
-from w8a8.linear import Mode, is_linear, quant_linears
+from w8a8.linear import Mode, is_conv1d, quant_linears
 from w8a8.packed import in_words
 from w8a8.scheme import Scheme
 
@@ -41,7 +41,11 @@ def describe(model: nn.Module) -> QuantizationConfig:
     if not by_scheme:
         raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
     routers = _routers(model)
-    left = tuple(names.of_layer(name) for name, m in model.named_modules() if is_linear(m) or name in routers)
+    left = tuple(
+        names.of_layer(name)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) or is_conv1d(m) or name in routers
+    )
     if len(by_scheme) == 1 and not was_conv1d:
         by_scheme = {scheme: ["Linear"] for scheme in by_scheme}
     groups = (Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items())
