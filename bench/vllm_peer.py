@@ -114,7 +114,6 @@ def cases() -> Iterator[Case]:
     yield "llama w8a8, q_proj w8a8-asym", made["llama"], {"*.q_proj": "w8a8-asym", "*": "w8a8"}, {}
     yield "mixtral w8a8-o1", made["mixtral"], "w8a8-o1", {}
     yield "mixtral w8a8-static", made["mixtral"], "w8a8-static", {}
-    yield "mixtral w8a8, router too", made["mixtral"], "w8a8", {"include": ["*", "*.gate"]}
     yield "qwen3-moe w8a8, an expert float", made["qwen3-moe"], "w8a8", {"exclude": ["*.experts.3.*"]}
     yield "gpt2 w8a8", made["gpt2"], "w8a8", {}
     yield "llama-264 w8a8-asym", made["llama-264"], "w8a8-asym", {}
