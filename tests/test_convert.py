@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch import nn
 
+import w8a8
+from tests import families
 from tests.conftest import gpt2, llama, mixtral, opt
 from w8a8.convert import build, select, swap, swapped
 from w8a8.errors import NonFiniteError, PatternError, SchemeError
@@ -9,6 +11,10 @@ from w8a8.linear import QuantLinear, quant_linears
 from w8a8.scheme import PerGroup, QuantSpec, Scheme
 
 W8A8 = Scheme.of("w8a8")
+
+
+def relative_error(y, expected):
+    return float((y - expected).norm() / expected.norm())
 
 
 def test_every_linear_but_the_head_is_chosen_by_default():
@@ -92,8 +98,67 @@ def test_subclasses_and_hooked_layers_are_left_with_their_reason():
     model[1].register_forward_hook(lambda *_: None)
     found = select(model)
     assert found.chosen == ("2",)
-    assert "Special is a subclass" in found.reasons["0"]
+    assert found.reasons["0"] == "Special is a subclass of nn.Linear that its parent may read without calling it"
     assert "hooks" in found.reasons["1"]
+
+
+class Matmul(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, input):
+        out = input @ self.weight.T
+        return out if self.bias is None else out + self.bias
+
+
+class Scaled(Matmul):
+    factor = 1.0
+
+    def forward(self, input):
+        return super().forward(input) * self.factor
+
+
+class Pair(nn.Linear):
+    def forward(self, first, second):
+        return nn.functional.linear(first + second, self.weight, self.bias)
+
+
+class Extra(Matmul):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.shift = nn.Parameter(torch.zeros(()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_subclass_is_taken_where_its_forward_is_that_of_a_linear_layer(device):
+    scaled = Scaled(4, 6)
+    scaled.factor = 2.0
+    layers = [Matmul(4, 6), Matmul(4, 6, bias=False), Scaled(4, 6), scaled, Pair(4, 6), Extra(4, 6)]
+    model = nn.ModuleList(layers).to(device)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with torch.device(device):  # as transformers has it while it makes a model
+        found = select(model)
+    assert found.chosen == ("0", "1", "2")
+    assert found.reasons == {
+        "3": "Scaled is a subclass of nn.Linear that computes something else",
+        "4": "Pair is a subclass of nn.Linear that is called in another way (TypeError)",
+        "5": "Extra is a subclass of nn.Linear that also has shift",
+    }
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    assert model[0].in_features == 4
+
+
+def test_falcon_is_quantised_saved_and_loaded(tmp_path):
+    model = families.build("falcon")
+    with torch.no_grad():
+        before = model(**families.inputs("falcon")).logits
+        result = w8a8.quantize(model)
+        after = model(**families.inputs("falcon")).logits
+    assert "transformer.h.0.self_attention.query_key_value" in dict(quant_linears(model))
+    assert 0 < relative_error(after, before) < 0.05
+    w8a8.save(result.model, tmp_path / "out")
+    ids = families.inputs("falcon")
+    with torch.no_grad():
+        assert torch.equal(w8a8.load(tmp_path / "out")(**ids).logits, after)
 
 
 def test_attention_that_reads_its_projection_without_calling_it_still_works():

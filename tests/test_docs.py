@@ -34,10 +34,11 @@ def test_the_readme_shows_the_ten_line_example():
     assert all(name in first for name in ("w8a8.quantize", "w8a8.save", "w8a8.load", "coverage"))
 
 
-@pytest.mark.parametrize("name", ["demo", "model"])
-def test_the_readmes_tables_are_the_benchs_results(name):
-    result = json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
-    assert importlib.import_module(name).table(result) in (ROOT / "README.md").read_text()
+def test_tables_are_the_benchs_results():
+    tables = importlib.import_module("report").TABLES
+    assert len(tables) == 3
+    for path, script in tables:
+        assert script.table(json.loads(script.RESULT.read_text())) in path.read_text(), script.__name__
 
 
 def test_the_performance_page_is_made_from_the_results():

@@ -11,19 +11,23 @@ name in `include`:
 - a router: a linear layer called `gate`, `router` or `shared_expert_gate` beside experts, or in a module of that
   name.  vLLM's are float.
 
-And some are never taken: subclasses of `nn.Linear`, which may do something else in `forward` or be read by
-their parent without it; layers with hooks, which a swap would drop.  All these are reported with the reason.
+And some are never taken: subclasses of `nn.Linear` that inherit `forward`, as their parent may read them without it
+(torch's attention does), or whose `forward` does not compute x W^T + b, which is tried on a small copy (Falcon's does);
+layers with hooks, which a swap would drop.  All these are reported with the reason.
 
 Swapping.  Every new layer is made before the first old one is replaced, so that a failure half-way leaves
 the model as it was; `swapped` puts the old layers back at its end.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from w8a8 import kernels
@@ -313,11 +317,36 @@ def _nothing_left(model: nn.Module, reasons: dict[str, str]) -> str:
 def _never(linear: nn.Module) -> str | None:
     """Why this layer cannot be replaced, however it is named."""
     if type(linear) is not nn.Linear and not is_conv1d(linear):
-        return f"{type(linear).__name__} is a subclass of nn.Linear that may do something else"
+        with torch.device("cpu"):  # a caller may be making models on the meta device
+            why = _differs(linear)
+        if why is not None:
+            return f"{type(linear).__name__} is a subclass of nn.Linear {why}"
     hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     if any(hooks) or hasattr(linear, "_hf_hook"):
         return "it has hooks, which a swap would drop; remove them first"
     return None
+
+
+@torch.no_grad()
+def _differs(linear: Any) -> str | None:
+    """Why a subclass may do something else than nn.Linear: nothing where its `forward` does the same in small."""
+    if type(linear).forward is nn.Linear.forward:
+        return "that its parent may read without calling it"
+    own = {*linear._parameters, *linear._buffers, *linear._modules}
+    if own != {"weight", "bias"}:
+        return f"that also has {', '.join(sorted(own - {'weight', 'bias'}))}"
+    small, draw = copy.copy(linear), torch.Generator().manual_seed(0)
+    small.in_features, small.out_features = 8, 12
+    weight, bias = torch.randn(12, 8, generator=draw), torch.randn(12, generator=draw)
+    small._parameters = {"weight": nn.Parameter(weight), "bias": None if linear.bias is None else nn.Parameter(bias)}
+    x = torch.randn(2, 3, 8, generator=draw)
+    want = F.linear(x, weight, small.bias)
+    try:
+        found = small(x)
+        same = bool((found - want).norm() <= 1e-5 * want.norm())  # float32, sums of 8
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        return f"that is called in another way ({type(error).__name__})"
+    return None if same else "that computes something else"
 
 
 def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
 from w8a8.checkpoint.describe import inscribe
 from w8a8.checkpoint.files import read_quantization, resolve
+from w8a8.checkpoint.names import renamed_stacks
 from w8a8.checkpoint.reader import load_float
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.convert import Progress, Schemes
@@ -137,11 +138,14 @@ def foresee(
     Raises:
         SchemeError, PatternError, ModelError: as `quantize`.
     """
-    with convert.swapped(model, unstacked(model)[0]):
+    experts = unstacked(model)[0]
+    with convert.swapped(model, experts):
         _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
         schemes = {name: chosen.get(name) for name in schemes_of(model)}
-        heads, transposed = convert.heads(model), transposed_of(model)
-        return findings(schemes, heads=heads, transposed=transposed, shapes=shapes_of(model))
+        heads, transposed, shapes = convert.heads(model), transposed_of(model), shapes_of(model)
+    with convert.swapped(model, taken(experts, chosen)):
+        renamed = renamed_stacks(model)
+    return findings(schemes, heads=heads, transposed=transposed, renamed=renamed, shapes=shapes)
 
 
 def simulate(

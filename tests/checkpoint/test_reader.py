@@ -1,6 +1,7 @@
 """Directories of ours and of llm-compressor's, whole, torn and lying; and ours in transformers."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -184,6 +185,23 @@ def test_a_mixture_of_experts_keeps_its_float_experts(tmp_path):
     assert torch.equal(logits(w8a8.load(tmp_path / "out"), ids), logits(model, ids))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert relative_error(logits(theirs, ids), logits(model, ids)) < 0.03
+    ignored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+    expressions = [entry.removeprefix("re:") for entry in ignored if entry.startswith("re:")]
+    for layer in ("experts.0.w1", "experts.3.gate_proj"):  # vLLM asks for each layer of an expert
+        assert any(re.match(expression, f"model.layers.0.mlp.{layer}") for expression in expressions)
+    assert not any(re.match(expression, "model.layers.0.self_attn.q_proj") for expression in expressions)
+    assert "model.layers.0.mlp.gate" in ignored
+
+
+def test_a_quantised_head_is_named_as_it_is_no_linear_in_vllm(tmp_path):
+    model = w8a8.quantize(llama(), head="int8").model
+    w8a8.save(model, tmp_path / "out")
+    groups = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["config_groups"]
+    assert groups["group_0"]["targets"] == ["Linear", "lm_head"]
+    ids = torch.randint(0, 96, (2, 16))
+    assert torch.equal(logits(w8a8.load(tmp_path / "out"), ids), logits(model, ids))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert relative_error(logits(theirs, ids), logits(model, ids)) < 0.05
 
 
 def test_conv1d_models_come_back(tmp_path):

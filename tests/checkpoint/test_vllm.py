@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, opt
+from tests.conftest import gpt2, llama, mixtral, opt, qwen3_moe
 from w8a8 import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.checkpoint.vllm import findings, foresee_as_it_is, schemes_of, shapes_of, transposed_of
 from w8a8.linear import quant_linears
@@ -56,7 +56,7 @@ def test_what_vllm_does_not_run_is_refused_with_a_way_out(scheme, what):
 
 def test_shards_of_one_layer_are_alike():
     found = foresee(wide(), exclude=["*.0.self_attn.k_proj", "*.1.mlp.up_proj"])
-    assert refused(found) == ["layers that are one in vLLM have different schemes"] * 2
+    assert refused(found) == ["layers that are one in vLLM are in part float"] * 2
     assert found[0].layers == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
     assert foresee(wide(), exclude=["*.self_attn.[qkv]_proj"]) == ()
     assert foresee(wide(opt), exclude=["*.fc1"]) == ()
@@ -98,6 +98,20 @@ def test_experts_run_in_one_scheme_and_routers_float():
         assert refused(findings({router: Scheme.of("w8a8")})) == ["a quantised router"]
     some = {**experts, f"{layer}.experts.1.down_proj": None}
     assert refused(findings(some)) == ["experts of one layer have different schemes"]
+
+
+def test_experts_that_stay_float_are_refused_where_files_on_the_hub_call_them_otherwise():
+    stack = "model.layers.0.mlp.experts"
+    for found in (foresee(mixtral(), exclude=["*.experts.*"]), foresee_as_it_is(without_experts(mixtral()))):
+        assert [(f.refused, f.layers, f.what) for f in found] == [
+            (True, (stack,), "experts that stay float, under transformers' names")
+        ]
+    assert foresee(qwen3_moe(), exclude=["*.experts.*"]) == foresee_as_it_is(without_experts(qwen3_moe())) == ()
+
+
+def without_experts(model):
+    w8a8.quantize(model, exclude=["*.experts.*"])
+    return model
 
 
 def test_a_model_without_values_is_enough():

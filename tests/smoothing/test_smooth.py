@@ -69,10 +69,6 @@ def test_folding_all_groups_keeps_the_function_of_every_family(name, monkeypatch
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_smoothing_keeps_the_function_of_every_family_or_says_why_not(name, alpha, monkeypatch):
     model, inputs = families.build(name), families.inputs(name)
-    if name.startswith("falcon"):
-        with pytest.raises(SchemeError, match="FalconLinear is a subclass"):
-            smooth_(model, [inputs], alpha=alpha)
-        return
     with torch.no_grad():
         with monkeypatch.context() as patched:
             in_float64_throughout(patched)
@@ -82,7 +78,8 @@ def test_smoothing_keeps_the_function_of_every_family_or_says_why_not(name, alph
             in_float64_throughout(patched)
             after = model(**inputs).logits
     assert relative_error(after, before) < 1e-9
-    assert report.smoothed
+    searched_in_vain = [g for g in report.groups if g.reason == "no alpha has a smaller error than none"]
+    assert report.smoothed or (alpha == "searched" and searched_in_vain)
     told = {group.reason for group in report.groups} - {None}
     assert told <= {
         "nothing that reads it will be quantised",

@@ -4,6 +4,8 @@ A model that was quantised here carries the description in its config, so that t
 writes it too: int8 weights without it would be read as float.
 """
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -11,7 +13,7 @@ from torch import nn
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.errors import ModelError
-from w8a8.experts import Experts
+from w8a8.experts import Experts, stacks
 from w8a8.linear import Mode, is_conv1d, quant_linears
 from w8a8.packed import in_words
 from w8a8.scheme import Scheme
@@ -22,8 +24,9 @@ def describe(model: nn.Module) -> QuantizationConfig:
 
     Where every plain linear layer has one scheme the target is "Linear", as other tools write it; with
     several schemes, and for layers that were a `Conv1D`, layers are listed by name: the files' name, where
-    it differs from the model's.  A router beside experts is ignored by name though it is no linear layer in
-    transformers: in vLLM it is one.
+    it differs from the model's.  Three are listed for vLLM, in which they are other things than in transformers: the
+    quantised head, which is no "Linear" there; the router beside experts, which is one; and stacked experts that stay
+    float, by an expression, as it asks for each expert's layers.
 
     Raises:
         ModelError: not a transformers model, or nothing in it is quantised.
@@ -40,23 +43,29 @@ def describe(model: nn.Module) -> QuantizationConfig:
         was_conv1d |= layer.was_conv1d
     if not by_scheme:
         raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
-    routers = _routers(model)
+    stacked = [name for kind in stacks(model) for name in kind]
+    routers = _routers(model, stacked)
     left = tuple(
         names.of_layer(name)
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear) or is_conv1d(m) or name in routers
     )
+    left += tuple(f"re:{re.escape(name)}\\..*" for name in stacked)
     if len(by_scheme) == 1 and not was_conv1d:
-        by_scheme = {scheme: ["Linear"] for scheme in by_scheme}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = [names.of_layer(name) for name, layer in quant_linears(model) if layer is head]
+        by_scheme = {scheme: ["Linear", *heads] for scheme in by_scheme}
     groups = (Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items())
     return QuantizationConfig(tuple(groups), left)
 
 
-def _routers(model: nn.Module) -> set[str]:
+def _routers(model: nn.Module, stacked: Collection[str]) -> set[str]:
     """The modules beside experts that hold a matrix of their own and are not linear layers."""
     found = set()
+    experts = {name for name, module in model.named_modules() if isinstance(module, Experts) or name in stacked}
+    parents = {name.rpartition(".")[0] for name in experts}
     for parent, module in model.named_modules():
-        if any(isinstance(child, Experts) for child in module.children()):
+        if parent in parents:
             for name, child in module.named_children():
                 weight = getattr(child, "weight", None)
                 if isinstance(weight, nn.Parameter) and weight.ndim == 2:

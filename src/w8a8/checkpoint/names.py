@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
-from w8a8.experts import holds_experts
+from w8a8.experts import holds_experts, stacks
 
 
 class FileNames:
@@ -28,14 +28,8 @@ class FileNames:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.renamings: list[WeightRenaming] = []
-        if isinstance(model, PreTrainedModel) and holds_experts(model):
-            self.renamings = [
-                transform
-                for transform in get_model_conversion_mapping(model, add_legacy=False)
-                if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)
-            ]
-        self._back: list[Any] = [renaming.reverse_transform() for renaming in reversed(self.renamings)]
+        self.renamings = _renamings(model) if holds_experts(model) else []
+        self._back = _reversed(self.renamings)
         # not the state dict, for which packed layers unpack their codes: a second copy of the model
         tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
         if self.renamings and any(self.in_model(self.in_file(name)) != name for name, _ in tensors):
@@ -54,6 +48,29 @@ class FileNames:
     def of_layer(self, name: str) -> str:
         """How the files call a layer of the model."""
         return self.in_file(f"{name}.weight").removesuffix(".weight")
+
+
+def renamed_stacks(model: nn.Module) -> list[str]:
+    """The experts that lie stacked in a model, and that files on the hub call otherwise; ours do not."""
+    back = _reversed(_renamings(model))
+    return [
+        name for kind in stacks(model) for name in kind if apply_renamings(f"{name}.weight", back) != f"{name}.weight"
+    ]
+
+
+def _renamings(model: nn.Module) -> list[WeightRenaming]:
+    """Of the files' names, when transformers loads the model."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    return [
+        transform
+        for transform in get_model_conversion_mapping(model, add_legacy=False)
+        if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)
+    ]
+
+
+def _reversed(renamings: list[WeightRenaming]) -> list[Any]:
+    return [renaming.reverse_transform() for renaming in reversed(renamings)]
 
 
 def remember(model: Any) -> None:

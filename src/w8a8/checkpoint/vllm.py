@@ -1,6 +1,7 @@
 """What vLLM's loader will make of a model, known from its layers and schemes before anything is quantised.
 
-The rules are those of vLLM 0.33.0, read in its source, `vllm/model_executor/layers/quantization/compressed_tensors/`:
+bench/vllm_peer.py has vLLM 0.32.0, built for CPUs, open directories of either kind, and its verdicts are these.  What
+that build has no kernel for was read in the source of 0.33.0, `layers/quantization/compressed_tensors/`:
 
     compressed_tensors.py   _is_dynamic_token_w8a8, _is_static_tensor_w8a8, _quantization_scheme_map_from_config,
                             _is_wNa16_group_channel, _get_scheme_from_parts, CompressedTensorsKVCacheMethod
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from w8a8.checkpoint.names import renamed_stacks
 from w8a8.convert import ROUTERS
 from w8a8.linear import QuantLinear, is_conv1d
 from w8a8.packed import in_words
@@ -46,8 +48,9 @@ _TO_A_WORD = 4  # codes, in marlin_pad_qweight
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that vLLM refuses (`refused`), or does otherwise than one may expect.
+    """Something about a model that one wants to know before vLLM gets it.
 
+    refused: vLLM stops while it loads, or at the first forward, or computes something else than the model.
     layers: The names of the layers it is about.
     what, why, instead: What is the matter, where vLLM says so, and the way out.
     """
@@ -60,7 +63,7 @@ class Finding:
 
     def __str__(self) -> str:
         shown = ", ".join(self.layers[:3]) + (f", ... ({len(self.layers)})" if len(self.layers) > 3 else "")
-        verdict = f"vLLM {VERSION} refuses this" if self.refused else f"vLLM {VERSION}"
+        verdict = f"not for vLLM {VERSION}" if self.refused else f"vLLM {VERSION}"
         return f"{verdict}: {shown}: {self.what} ({self.why}); {self.instead}"
 
 
@@ -100,6 +103,7 @@ def findings(
     *,
     heads: Iterable[str] = (),
     transposed: Iterable[str] = (),
+    renamed: Iterable[str] = (),
     shapes: Mapping[str, tuple[int, int]] | None = None,
     packed: Collection[str] | None = None,
 ) -> tuple[Finding, ...]:
@@ -109,6 +113,7 @@ def findings(
         schemes: Every linear layer, in the model's order; None for one that stays float.
         heads: Those that are output heads.
         transposed: Those that are transformers' `Conv1D`.
+        renamed: Stacks of experts that stay float, and that the hub's files call otherwise.
         shapes: (N, K) of the layers, as far as they are known.
         packed: Those whose codes are in int32 words, in a directory that is there; None: as `w8a8.save` writes them.
     """
@@ -138,8 +143,19 @@ def findings(
                 False,
                 output,
                 "an int8 output head",
-                "ParallelLMHead takes the scheme of a linear layer; models whose load_weights skips lm_head do not",
+                "ParallelLMHead takes a scheme that names it; models whose load_weights skips lm_head do not",
                 "a float head loads everywhere, and load(..., head='int8') quantises it at run time here",
+            )
+        )
+    stacks = tuple(renamed)
+    if stacks:
+        found.append(
+            Finding(
+                True,
+                stacks,
+                "experts that stay float, under transformers' names",
+                "its models look for those of the hub's files, which transformers cannot read beside int8 layers",
+                "quantise the experts too",
             )
         )
     return tuple(found)
@@ -153,8 +169,9 @@ def foresee_as_it_is(model: nn.Module, packed: Collection[str] | None = None) ->
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear) and (module is output or name.rpartition(".")[2] == "lm_head")
     ]
-    schemes, transposed = schemes_of(model), transposed_of(model)
-    return findings(schemes, heads=heads, transposed=transposed, shapes=shapes_of(model), packed=packed)
+    schemes, transposed, renamed = schemes_of(model), transposed_of(model), renamed_stacks(model)
+    shapes = shapes_of(model)
+    return findings(schemes, heads=heads, transposed=transposed, renamed=renamed, shapes=shapes, packed=packed)
 
 
 def _by_scheme(quantized: Mapping[str, Scheme], packed: Collection[str]) -> list[Finding]:
@@ -172,6 +189,12 @@ def _refused(scheme: Scheme, *, packed: bool) -> tuple[str, str, str] | None:
     if inputs is None:
         return _refused_weight_only(weights, packed=packed)
     none = "_get_scheme_from_parts raises NotImplementedError: no compatible scheme"
+    if (weights.bits, inputs.bits) == (4, 8):
+        return (
+            "4-bit weights and 8-bit activations",
+            "CompressedTensorsW4A8Int has a kernel for CPUs only",
+            "use 8 bits",
+        )
     if weights.bits != 8 or inputs.bits != 8:
         return f"{weights.bits}-bit weights and {inputs.bits}-bit activations", none, "use 8 bits for both"
     if not weights.symmetric:
@@ -273,9 +296,12 @@ def _fused(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
         Finding(
             True,
             tuple(shards),
-            "layers that are one in vLLM have different schemes",
-            "should_ignore_layer and find_matched_target want all shards alike",
-            "quantise all of them, or none",
+            *(
+                ("layers that are one in vLLM are in part float", "should_ignore_layer raises ValueError")
+                if any(schemes[shard] is None for shard in shards)
+                else ("layers that are one in vLLM have different schemes", "it runs all in the scheme of the first")
+            ),
+            "quantise all of them alike, or none",
         )
         for shards in _shards(schemes)
         if len({schemes[shard] for shard in shards}) > 1

@@ -26,7 +26,7 @@ from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, Told, in_order, read_header
 from w8a8.checkpoint.layout import to_json
-from w8a8.checkpoint.names import FileNames
+from w8a8.checkpoint.names import FileNames, renamed_stacks
 from w8a8.checkpoint.skeleton import check_counts, empty_model
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
@@ -171,8 +171,13 @@ def make_plan(
     layers = {step.place: convert.empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
     heads = convert.heads(model)
     convert.swap(model, layers)
-    transposed, shapes = transposed_of(model), shapes_of(model)
-    found_by_vllm = findings(schemes_of(model), heads=heads, transposed=transposed, shapes=shapes)
+    found_by_vllm = findings(
+        schemes_of(model),
+        heads=heads,
+        transposed=transposed_of(model),
+        renamed=renamed_stacks(model),
+        shapes=shapes_of(model),
+    )
     config = {k: v for k, v in read_json(source / CONFIG).items() if k != "compression_config"}
     config["quantization_config"] = to_json(describe(model))
     if selection.untied:
