@@ -4,17 +4,13 @@ from torch import nn
 
 import w8a8
 from tests import families
-from tests.conftest import gpt2, llama, mixtral, opt
+from tests.conftest import gpt2, llama, mixtral, opt, relative_error
 from w8a8.convert import build, select, swap, swapped
 from w8a8.errors import NonFiniteError, PatternError, SchemeError
 from w8a8.linear import QuantLinear, quant_linears
 from w8a8.scheme import PerGroup, QuantSpec, Scheme
 
 W8A8 = Scheme.of("w8a8")
-
-
-def relative_error(y, expected):
-    return float((y - expected).norm() / expected.norm())
 
 
 def test_every_linear_but_the_head_is_chosen_by_default():

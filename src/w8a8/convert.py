@@ -34,7 +34,7 @@ from w8a8 import kernels
 from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
 from w8a8.experts import Experts, unstacked
-from w8a8.linear import QuantLinear, is_conv1d, quant_linears
+from w8a8.linear import QuantLinear, is_conv1d, is_linear, quant_linears
 from w8a8.scheme import Scheme
 
 Progress = Callable[[int, int, str], None]
@@ -75,11 +75,11 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
     include, exclude = _as_list(include, "include"), _as_list(exclude, "exclude")
-    if _is_linear(model):
+    if is_linear(model):
         raise SchemeError(
             "the model is itself one linear layer, which has no place to be swapped in: use QuantLinear.from_float"
         )
-    linears = {name: m for name, m in model.named_modules() if _is_linear(m)}
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     _check_patterns(model, linears, include, exclude)
     shared = _shared_weights(model, linears)
     output, routers = heads(model), _routers(model)
@@ -380,9 +380,5 @@ def heads(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if _is_linear(module) and (module is head or name.rpartition(".")[2] == "lm_head")
+        if is_linear(module) and (module is head or name.rpartition(".")[2] == "lm_head")
     ]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)

@@ -14,7 +14,7 @@ from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.errors import ModelError
 from w8a8.experts import Experts, stacks
-from w8a8.linear import Mode, is_conv1d, quant_linears
+from w8a8.linear import Mode, is_linear, quant_linears
 from w8a8.packed import in_words
 from w8a8.scheme import Scheme
 
@@ -45,11 +45,7 @@ def describe(model: nn.Module) -> QuantizationConfig:
         raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
     stacked = [name for kind in stacks(model) for name in kind]
     routers = _routers(model, stacked)
-    left = tuple(
-        names.of_layer(name)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) or is_conv1d(m) or name in routers
-    )
+    left = tuple(names.of_layer(name) for name, m in model.named_modules() if is_linear(m) or name in routers)
     left += tuple(f"re:{re.escape(name)}\\..*" for name in stacked)
     if len(by_scheme) == 1 and not was_conv1d:
         head = getattr(model, "get_output_embeddings", lambda: None)()

@@ -23,7 +23,7 @@ from torch import nn
 
 from w8a8.checkpoint.names import renamed_stacks
 from w8a8.convert import ROUTERS
-from w8a8.linear import QuantLinear, is_conv1d
+from w8a8.linear import QuantLinear, is_conv1d, is_linear
 from w8a8.packed import in_words
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
@@ -72,7 +72,7 @@ def schemes_of(model: nn.Module) -> dict[str, Scheme | None]:
     return {
         name: module.scheme if isinstance(module, QuantLinear) else None
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear | nn.Linear) or is_conv1d(module)
+        if isinstance(module, QuantLinear) or is_linear(module)
     }
 
 
