@@ -10,7 +10,9 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
   and elementwise work are not counted, nor are convolutions.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -21,7 +23,11 @@ from w8a8.linear import Mode, QuantLinear, is_conv1d
 
 @dataclass(frozen=True)
 class ModuleCoverage:
-    """One module that holds parameters.  `reason` says why it is float; None for a quantised one."""
+    """One module that holds parameters.  `reason` says why it is float; None for a quantised one.
+
+    `weight_sqnr_db` is of a weight that was quantised by this call, on a sample of its rows (`w8a8.row_sample`): +inf
+    where that lost nothing, None where it was not measured.
+    """
 
     name: str
     kind: str
@@ -31,6 +37,7 @@ class ModuleCoverage:
     macs: int
     scheme: str | None
     reason: str | None
+    weight_sqnr_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,15 @@ class Coverage:
             groups.setdefault(module.reason or "", []).append(module)
         return groups
 
+    def worst_weights(self, count: int = 10) -> tuple[ModuleCoverage, ...]:
+        """The quantised modules whose weights lost most, those of the lowest SQNR first."""
+        measured = [m for m in self.quantized if m.weight_sqnr_db is not None]
+        return tuple(sorted(measured, key=lambda m: m.weight_sqnr_db or 0.0)[:count])
+
+    def with_weight_sqnr(self, found: Mapping[str, float]) -> "Coverage":
+        """The same with the SQNR of weights, in dB, by the names of their modules."""
+        return Coverage(tuple(replace(m, weight_sqnr_db=found.get(m.name)) for m in self.modules))
+
     def totals(self) -> dict[str, Totals]:
         """Sums for `"quantized"`, `"float"` and `"all"`."""
         groups = {"quantized": self.quantized, "float": self.left, "all": self.modules}
@@ -77,10 +93,12 @@ class Coverage:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON, which has no infinity: the SQNR of a weight that lost nothing is None."""
         return {
             "totals": {name: asdict(totals) for name, totals in self.totals().items()},
-            "modules": [asdict(m) for m in self.modules],
+            "modules": [
+                asdict(replace(m, weight_sqnr_db=None) if m.weight_sqnr_db == math.inf else m) for m in self.modules
+            ],
         }
 
     def __str__(self) -> str:
@@ -138,6 +156,7 @@ def _quantized(name: str, layer: QuantLinear, share: float) -> ModuleCoverage:
         macs=round(weights * share),
         scheme=layer.scheme.name,
         reason=None,
+        weight_sqnr_db=layer.weight_sqnr_db,
     )
 
 

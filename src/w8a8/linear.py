@@ -23,6 +23,8 @@ The buffers carry the names and shapes of a compressed-tensors file, so that `st
 
 Where the native kernel runs the layer, the codes lie packed for it (`packed_weight`) instead of row-major: in memory
 they exist once.  `layer.weight` and the state dict are then row-major copies, made when asked for.
+
+`weight_sqnr_db` says what quantising did to the weight (`w8a8.row_sample`); None where the codes came from a file.
 """
 
 import enum
@@ -47,6 +49,7 @@ from w8a8.errors import SchemeError
 from w8a8.kernels import native, reference
 from w8a8.kernels.weights import quantize_weight
 from w8a8.packed import SHAPE, WORDS, as_words, in_words, unpack_rows, words
+from w8a8.row_sample import weight_sqnr_db
 from w8a8.scheme import (
     MAX_CODE_BITS,
     Granularity,
@@ -99,6 +102,7 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    weight_sqnr_db: float | None = None
 
     def __init__(
         self,
@@ -201,9 +205,12 @@ class QuantLinear(nn.Module):
         layer = cls.in_place_of(linear, scheme, simulated=simulated, kernel=kernel, strict=strict)
         spec = scheme.weights
         if spec.bits > MAX_CODE_BITS:
-            layer.set_codes(fake_quantize(weight.to(torch.float32), spec))
+            values = fake_quantize(weight.to(torch.float32), spec)
+            layer.weight_sqnr_db = weight_sqnr_db(weight, values)
+            layer.set_codes(values)
         else:
             q = quantize_weight(weight, spec)
+            layer.weight_sqnr_db = weight_sqnr_db(weight, q)
             layer.set_codes(q.codes)
             layer.weight_scale = q.scale.reshape(layer.weight_scale.shape)
             if q.zero_point is not None:
@@ -436,6 +443,7 @@ class QuantLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.set_codes(self.weight)
+        self.weight_sqnr_db = None
 
 
 def float_operands(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

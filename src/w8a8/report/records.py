@@ -76,7 +76,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Module:
-    """One module that holds parameters, as `w8a8.coverage.ModuleCoverage`."""
+    """One module that holds parameters, as `w8a8.coverage.ModuleCoverage`; SQNR in dB, None where it is infinite."""
 
     name: str
     kind: str
@@ -86,6 +86,7 @@ class Module:
     macs: int
     scheme: str | None
     reason: str | None
+    weight_sqnr_db: float | None = None
 
 
 @dataclass(frozen=True)

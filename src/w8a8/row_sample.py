@@ -1,0 +1,74 @@
+"""What a grid does to a weight, seen on some of its rows: an SQNR that needs no data.
+
+    SQNR = 10 log10(sum w**2 / sum (w - s (q - z))**2)    over at most `ROWS` evenly spaced output rows, in dB
+
+It is taken where the codes are made, in whatever way that is: there the rows are at hand, a smoothed weight is what it
+is, and a job from files to files writes the figure into its journal.  The alternative, one look at both directories at
+the end, would read scattered rows of all files again, words and transposed weights among them, and finds no smoothed
+weight in the source.  The price of a sample is that a bad row beside it is not seen.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from w8a8.affine import QTensor, decibels, dequantize, l2_error
+
+ROWS = 61
+"""A prime: heads of attention have 64 or 128 rows, and evenly spaced rows are not to fall on the same ones of each."""
+
+
+class RowSample:
+    """The sums of one weight, which may go by in pieces.
+
+    Args:
+        rows: N of the whole weight.
+    """
+
+    def __init__(self, rows: int) -> None:
+        count = min(rows, ROWS)
+        self._rows = [i * rows // count for i in range(count)]
+        self._seen = 0
+        self._signal, self._noise = 0.0, 0.0  # Euclidean norms
+
+    def take(self, weight: Tensor, made: QTensor | Tensor) -> None:
+        """Take in the next rows.
+
+        Args:
+            weight: (n, K) float.  Not modified.
+            made: Their codes, or where a grid is wider than codes its values, (n, K).
+        """
+        begin, self._seen = self._seen, self._seen + len(weight)
+        rows = torch.tensor([row - begin for row in self._rows if begin <= row < self._seen], device=weight.device)
+        if len(rows):
+            exact = weight[rows].to(torch.float64)
+            values = dequantize(_rows_of(made, rows)) if isinstance(made, QTensor) else made[rows]
+            self._signal = math.hypot(self._signal, float(torch.linalg.vector_norm(exact)))
+            self._noise = math.hypot(self._noise, l2_error(exact, values))
+
+    @property
+    def sqnr_db(self) -> float:
+        """In decibels; +inf where the sampled rows lost nothing."""
+        return decibels(self._signal, self._noise)
+
+
+def weight_sqnr_db(weight: Tensor, made: QTensor | Tensor) -> float:
+    """The SQNR of a whole weight in decibels, on its sampled rows; +inf where they lost nothing.
+
+    Args:
+        weight: (N, K) float.  Not modified.
+        made: As for `RowSample.take`.
+    """
+    sample = RowSample(len(weight))
+    sample.take(weight, made)
+    return sample.sqnr_db
+
+
+def _rows_of(q: QTensor, rows: Tensor) -> QTensor:
+    """Some rows with their scales, which may be shared by all rows: then there is one row of them."""
+
+    def part(grid: Tensor) -> Tensor:
+        return grid[rows] if len(grid) == len(q.codes) else grid
+
+    return QTensor(q.codes[rows], part(q.scale), None if q.zero_point is None else part(q.zero_point))
