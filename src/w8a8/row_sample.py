@@ -6,6 +6,10 @@ It is taken where the codes are made, in whatever way that is: there the rows ar
 is, and a job from files to files writes the figure into its journal.  The alternative, one look at both directories at
 the end, would read scattered rows of all files again, words and transposed weights among them, and finds no smoothed
 weight in the source.  The price of a sample is that a bad row beside it is not seen.
+
+An SQNR weighs energy.  An outlier of tens of times the other elements of its row lowers it; one that has more energy
+than all of them together is most of the signal, and then little shows of what the others lost.  Outputs tell
+(`w8a8.layer_errors`).
 """
 
 import math
@@ -15,8 +19,10 @@ from torch import Tensor
 
 from w8a8.affine import QTensor, decibels, dequantize, l2_error
 
-ROWS = 61
-"""A prime: heads of attention have 64 or 128 rows, and evenly spaced rows are not to fall on the same ones of each."""
+ROWS = 64
+
+_SERIAL = (1 << 15) - 1
+"""Elements that torch takes without its threads, for which a busy machine would wait longer than the sums take."""
 
 
 class RowSample:
@@ -27,9 +33,8 @@ class RowSample:
     """
 
     def __init__(self, rows: int) -> None:
-        count = min(rows, ROWS)
-        self._rows = [i * rows // count for i in range(count)]
-        self._seen = 0
+        self._step = -(-rows // ROWS) | 1  # odd: heads have 64 or 128 rows, and not the same ones of each are looked at
+        self._next = 0  # the first row that is looked at, counted from the next piece
         self._signal, self._noise = 0.0, 0.0  # Euclidean norms
 
     def take(self, weight: Tensor, made: QTensor | Tensor) -> None:
@@ -39,13 +44,14 @@ class RowSample:
             weight: (n, K) float.  Not modified.
             made: Their codes, or where a grid is wider than codes its values, (n, K).
         """
-        begin, self._seen = self._seen, self._seen + len(weight)
-        rows = torch.tensor([row - begin for row in self._rows if begin <= row < self._seen], device=weight.device)
-        if len(rows):
+        span = self._step * max(1, _SERIAL // max(1, weight.shape[1]))
+        for start in range(self._next, len(weight), span):
+            rows = slice(start, start + span, self._step)
             exact = weight[rows].to(torch.float64)
             values = dequantize(_rows_of(made, rows)) if isinstance(made, QTensor) else made[rows]
             self._signal = math.hypot(self._signal, float(torch.linalg.vector_norm(exact)))
             self._noise = math.hypot(self._noise, l2_error(exact, values))
+        self._next = (self._next - len(weight)) % self._step
 
     @property
     def sqnr_db(self) -> float:
@@ -65,7 +71,7 @@ def weight_sqnr_db(weight: Tensor, made: QTensor | Tensor) -> float:
     return sample.sqnr_db
 
 
-def _rows_of(q: QTensor, rows: Tensor) -> QTensor:
+def _rows_of(q: QTensor, rows: slice) -> QTensor:
     """Some rows with their scales, which may be shared by all rows: then there is one row of them."""
 
     def part(grid: Tensor) -> Tensor:
