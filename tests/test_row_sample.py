@@ -11,7 +11,7 @@ from w8a8.scheme import PerChannel, PerColumn, PerGroup, PerTensor, QuantSpec
 
 def by_hand(weight, values):
     """The definition, element by element in Python's float64, over the rows that are to be looked at."""
-    step = math.ceil(len(weight) / 64)
+    step = math.ceil(len(weight) / ROWS)
     rows = range(0, len(weight), step if step % 2 else step + 1)
     exact, made = ([v for row in rows for v in t[row].double().tolist()] for t in (weight, values))
     signal = math.fsum(w * w for w in exact)
@@ -19,7 +19,7 @@ def by_hand(weight, values):
     return 10 * math.log10(signal / noise) if noise else math.inf
 
 
-@pytest.mark.parametrize("shape", [(1, 100), (17, 20), (61, 4), (64, 12), (1000, 8), (70, 12_000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 100), (17, 20), (32, 4), (33, 12), (1000, 8), (70, 12_000)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", [PerChannel(), PerTensor(), PerColumn(), PerGroup(4)], ids=str)
 def test_the_figure_is_the_one_computed_by_hand(granularity, symmetric, shape):
@@ -81,6 +81,6 @@ def test_the_sample_is_bounded_and_spread_over_rows_and_over_places_in_heads():
     (gap,) = {b - a for a, b in itertools.pairwise(rows)}
     assert rows[0] < gap
     assert 2048 - rows[-1] <= gap
-    assert len({row % 64 for row in rows}) > 60  # of heads of 64 rows
+    assert len({row % 64 for row in rows}) == len(rows) > 30  # of heads of 64 rows
     assert looked_at(5) == [0, 1, 2, 3, 4]
     assert looked_at(65) == [*range(0, 65, 3)]

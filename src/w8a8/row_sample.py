@@ -19,7 +19,8 @@ from torch import Tensor
 
 from w8a8.affine import QTensor, decibels, dequantize, l2_error
 
-ROWS = 64
+ROWS = 32
+"""Enough for a tenth of a dB between layers; twice as many showed in the processor time of streaming small experts."""
 
 _SERIAL = (1 << 15) - 1
 """Elements that torch takes without its threads, for which a busy machine would wait longer than the sums take."""
