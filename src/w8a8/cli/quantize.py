@@ -166,7 +166,7 @@ def quantize(
 
 
 def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | None) -> None:
-    """What comes after the work: the comparison, which `told` gets too, and the page."""
+    """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
     output, model, seen = str(job.output), job.model, False
     if eval_text is not None:
         places = {"dtype": job.dtype, "device": "cpu", "trust_remote_code": job.trust_remote_code}
