@@ -1,4 +1,8 @@
+import json
+import math
+
 import pytest
+import torch
 from torch import nn
 
 import w8a8
@@ -76,3 +80,82 @@ def test_plain_data_for_json():
     data = w8a8.quantize(llama()).coverage.to_dict()
     assert data["totals"]["all"]["modules"] == len(data["modules"])
     assert data["modules"][1]["kind"] == "QuantLinear"
+
+
+def spoilt(model, name):
+    """Give each row of a layer's weight an element 50 times as large as the others, which are of 0.02."""
+    with torch.no_grad():
+        model.get_submodule(name).weight[:, 0] = 1.0
+    return model
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"])
+def test_a_weight_with_an_outlier_in_each_row_is_the_worst(scheme):
+    bad = "model.layers.1.mlp.up_proj"
+    found = w8a8.quantize(spoilt(llama(), bad), scheme).coverage
+    worst = found.worst_weights()
+    assert worst[0].name == bad
+    assert worst[0].weight_sqnr_db < worst[1].weight_sqnr_db - 4
+    assert len(worst) == 10 < len(found.quantized)
+    figures = [m.weight_sqnr_db for m in worst]
+    assert figures == sorted(figures)
+    assert found.worst_weights(100)[-1].weight_sqnr_db == max(m.weight_sqnr_db for m in found.quantized)
+
+
+def test_one_bad_expert_of_many_is_the_worst():
+    model = mixtral()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[2, :, 0] = 1.0
+    assert w8a8.quantize(model).coverage.worst_weights(1)[0].name == "model.layers.0.mlp.experts.2.w2"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_quantised_weight_is_measured_and_nothing_else(name):
+    found = w8a8.quantize(MODELS[name]()).coverage
+    assert all(35 < m.weight_sqnr_db < 50 for m in found.quantized)
+    assert all(m.weight_sqnr_db is None for m in found.left)
+
+
+def test_each_layer_of_a_mapping_is_measured_under_its_own_scheme():
+    model = llama()
+    alone = w8a8.quantize(llama_like(model), "w8a8-o1").coverage
+    mixed = w8a8.quantize(llama_like(model), {"*.0.*": "w8a8-o1", "*": "w8a8"}).coverage
+    for one, other in zip(alone.quantized, mixed.quantized, strict=True):
+        assert (one.weight_sqnr_db == other.weight_sqnr_db) is (".0." in one.name)
+
+
+def llama_like(model):
+    """Another with the same weights."""
+    other = llama()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_a_smoothed_weight_is_compared_with_its_codes_and_not_the_one_before(tokens):
+    model = llama()
+    smoothed = llama_like(model)
+    w8a8.smooth_(smoothed, [tokens], alpha=0.9)
+    wanted = w8a8.quantize(smoothed).coverage
+    assert w8a8.quantize(llama_like(model), calibration=[tokens], smooth=0.9).coverage == wanted
+    assert w8a8.quantize(model).coverage != wanted
+
+
+def test_a_weight_that_loses_nothing_is_infinite_and_null_in_json():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    nn.init.eye_(model[0].weight)
+    found = w8a8.quantize(model).coverage
+    assert found.modules[0].weight_sqnr_db == math.inf
+    assert [m.name for m in found.worst_weights()] == ["1", "0"]
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert told["modules"][0]["weight_sqnr_db"] is None
+    assert told["modules"][1]["weight_sqnr_db"] == found.modules[1].weight_sqnr_db
+
+
+def test_what_was_loaded_was_not_measured(tmp_path):
+    model = llama()
+    made = w8a8.quantize(model).coverage
+    w8a8.save(model, tmp_path / "out")
+    found = coverage(w8a8.load(tmp_path / "out"), {})
+    assert len(found.quantized) == len(made.quantized)
+    assert all(m.weight_sqnr_db is None for m in found.modules)
+    assert found.worst_weights() == ()

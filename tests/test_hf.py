@@ -78,6 +78,8 @@ class TestQuantisingWhileLoading:
         assert found.keys() == held.keys()
         assert all(torch.equal(found[name], held[name]) and found[name].dtype == held[name].dtype for name in held)
         assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+        lost = [{name: layer.weight_sqnr_db for name, layer in quant_linears(m)} for m in (model, wanted)]
+        assert lost[0] == pytest.approx(lost[1], rel=1e-9)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_in_another_dtype_it_is_what_quantize_makes_of_the_model_in_that_dtype(self, dtype):

@@ -9,7 +9,7 @@ LAYERS = [
     {"errors"},
     {"scheme", "report"},
     {"affine", "packed"},
-    {"functional", "tokens"},
+    {"functional", "tokens", "row_sample"},
     {"kernels"},
     {"buffers"},
     {"linear"},

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.conftest import TOKEN, relative_error
-from w8a8.affine import fake_quantize, qparams
+from w8a8.affine import fake_quantize, qparams, sqnr_db
 from w8a8.errors import SchemeError
 from w8a8.linear import Mode, QuantLinear, ledger
 from w8a8.scheme import (
@@ -139,7 +139,19 @@ def test_a_conv1d_is_transposed_once():
     q = QuantLinear.from_float(conv, "w8a8")
     assert q.weight.is_contiguous()
     assert q.weight.shape == (33, 100)
-    assert torch.equal(q(x), QuantLinear.from_float(linear, "w8a8")(x))
+    same = QuantLinear.from_float(linear, "w8a8")
+    assert torch.equal(q(x), same(x))
+    assert q.weight_sqnr_db == pytest.approx(same.weight_sqnr_db, rel=1e-9)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16", *SIMULATED_ONLY], ids=str)
+def test_a_layer_knows_what_its_weight_lost_until_it_takes_other_codes(scheme):
+    linear = nn.Linear(100, 30)
+    q = QuantLinear.from_float(linear, scheme, simulated=True)
+    assert q.weight_sqnr_db == pytest.approx(sqnr_db(linear.weight.detach(), q.dequantized_weight()), rel=1e-9)
+    assert copy.deepcopy(q).weight_sqnr_db == q.weight_sqnr_db
+    q.load_state_dict(q.state_dict())
+    assert q.weight_sqnr_db is None
 
 
 def test_a_sum_that_could_overflow_is_refused():

@@ -229,8 +229,11 @@ def sqnr_db(x: Tensor, y: Tensor) -> float:
     Raises:
         SchemeError: the shapes differ.
     """
-    noise = l2_error(x, y)
-    signal = float(torch.linalg.vector_norm(x.to(torch.float64)))
+    return decibels(float(torch.linalg.vector_norm(x.to(torch.float64))), l2_error(x, y))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """20 log10(signal / noise) of two Euclidean norms; +inf where there is no noise."""
     if noise == 0.0:
         return float("inf")
     return float(20 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))

@@ -61,6 +61,7 @@ class LinearBuffers(nn.Module):
     bias: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
+    weight_sqnr_db: float | None = None
 
     def __init__(
         self,
@@ -240,6 +241,7 @@ class LinearBuffers(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self.set_codes(self.weight)
+        self.weight_sqnr_db = None
 
 
 def _sums(codes: Tensor) -> Tensor:

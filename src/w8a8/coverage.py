@@ -10,7 +10,9 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
   and elementwise work are not counted, nor are convolutions.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -44,6 +46,15 @@ class Coverage:
             groups.setdefault(module.reason or "", []).append(module)
         return groups
 
+    def worst_weights(self, count: int = 10) -> tuple[ModuleCoverage, ...]:
+        """The quantised modules whose weights lost most, those of the lowest SQNR first."""
+        measured = [m for m in self.quantized if m.weight_sqnr_db is not None]
+        return tuple(sorted(measured, key=lambda m: m.weight_sqnr_db or 0.0)[:count])
+
+    def with_weight_sqnr(self, found: Mapping[str, float]) -> "Coverage":
+        """The same with the SQNR of weights, in dB, by the names of their modules."""
+        return Coverage(tuple(replace(m, weight_sqnr_db=found.get(m.name)) for m in self.modules))
+
     def totals(self) -> dict[str, Totals]:
         """Sums for `"quantized"`, `"float"` and `"all"`."""
         groups = {"quantized": self.quantized, "float": self.left, "all": self.modules}
@@ -55,10 +66,12 @@ class Coverage:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON, which has no infinity: the SQNR of a weight that lost nothing is None."""
         return {
             "totals": {name: asdict(totals) for name, totals in self.totals().items()},
-            "modules": [asdict(m) for m in self.modules],
+            "modules": [
+                asdict(replace(m, weight_sqnr_db=None) if m.weight_sqnr_db == math.inf else m) for m in self.modules
+            ],
         }
 
     def __str__(self) -> str:
@@ -115,6 +128,7 @@ def _quantized(name: str, layer: QuantLinear, share: float) -> ModuleCoverage:
         macs=round(weights * share),
         scheme=layer.scheme.name,
         reason=None,
+        weight_sqnr_db=layer.weight_sqnr_db,
     )
 
 

@@ -44,6 +44,7 @@ from w8a8.experts import holds_experts, stacks_experts, taken
 from w8a8.kernels.weights import quantize_weight
 from w8a8.linear import QuantLinear, quant_linears
 from w8a8.packed import SHAPE, in_words
+from w8a8.row_sample import weight_sqnr_db
 from w8a8.scheme import Scheme
 
 _LOG = logging.getLogger(__name__)
@@ -294,10 +295,12 @@ class _Quantize(ConversionOps):
         weight: Tensor = value[0] if isinstance(value, list) else value
         weight = weight if self.hf_quantizer._dtype is None else weight.to(self.hf_quantizer._dtype)
         try:
-            q = quantize_weight(weight.t() if layer.was_conv1d else weight, layer.scheme.weights)
+            weight = weight.t() if layer.was_conv1d else weight
+            q = quantize_weight(weight, layer.scheme.weights)
         except W8A8Error as error:
             error.add_note(f"while quantising {name}")
             raise
+        layer.weight_sqnr_db = weight_sqnr_db(weight, q)
         shape = layer.weight_scale.shape
         made = {f"{name}.weight": q.codes, f"{name}.weight_scale": q.scale.reshape(shape)}
         if q.zero_point is not None:

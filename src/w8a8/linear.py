@@ -9,7 +9,8 @@ What it computes is one of three things, and `mode` says which:
   multiplied in float32.
 - WEIGHT_ONLY: the activation stays float; the int8 weight is dequantised and multiplied in its dtype.
 
-What it holds, and how that goes to files and back, is `LinearBuffers`.
+What it holds, and how that goes to files and back, is `LinearBuffers`.  `weight_sqnr_db` says what quantising did to
+the weight (`w8a8.row_sample`); None where the codes came from a file.
 """
 
 import enum
@@ -28,6 +29,7 @@ from w8a8.buffers import LinearBuffers
 from w8a8.errors import SchemeError
 from w8a8.kernels import native, reference
 from w8a8.kernels.weights import quantize_weight
+from w8a8.row_sample import weight_sqnr_db
 from w8a8.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.tokens import fake_quantize_tokens
 
@@ -138,9 +140,12 @@ class QuantLinear(LinearBuffers):
         layer = cls.in_place_of(linear, scheme, simulated=simulated, kernel=kernel, strict=strict)
         spec = scheme.weights
         if spec.bits > MAX_CODE_BITS:
-            layer.set_codes(fake_quantize(weight.to(torch.float32), spec))
+            values = fake_quantize(weight.to(torch.float32), spec)
+            layer.weight_sqnr_db = weight_sqnr_db(weight, values)
+            layer.set_codes(values)
         else:
             q = quantize_weight(weight, spec)
+            layer.weight_sqnr_db = weight_sqnr_db(weight, q)
             layer.set_codes(q.codes)
             layer.weight_scale = q.scale.reshape(layer.weight_scale.shape)
             if q.zero_point is not None:

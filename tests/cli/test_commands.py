@@ -1,11 +1,13 @@
 """The command as a user calls it: what it prints, what it writes, how it fails."""
 
 import json
+import re
 import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import w8a8
@@ -14,6 +16,8 @@ from w8a8.cli import main
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
 from w8a8.linear import quant_linears
+
+WORST = "The worst layers by weights alone; by outputs: --eval-text FILE"
 
 
 @pytest.fixture
@@ -67,6 +71,7 @@ def test_quantize_writes_a_directory_that_evaluates(call, tmp_path, demo_dir, te
     assert "Coverage" in out
     assert "tied to model.decoder.embed_tokens" in out
     assert f" of 2.98 MB; what it lost: w8a8 eval {tmp_path / 'out'} --text FILE --against {demo_dir}" in out
+    assert WORST in out
     assert (tmp_path / "out/tokenizer.json").exists()
     code, out, _ = call("eval", tmp_path / "out", "--text", text, "--against", demo_dir, "--dtype", "float32", "--json")
     assert code == 0
@@ -85,6 +90,61 @@ def test_quantize_tells_json_what_it_did(call, tmp_path, demo_dir):
     left = {m["name"]: m["reason"] for m in result["coverage"]["modules"] if m["reason"]}
     assert left["model.decoder.layers.0.fc2"] == "excluded by '*.fc2'"
     assert w8a8.load(tmp_path / "out").lm_head.weight.dtype is torch.int8
+
+
+def worst_of(printed):
+    """Layers and cells of the table of weights that lost most."""
+    rows = re.findall(r"^│ (\S+) +│ (\S+) +│ +(\S+) +│$", printed.partition(WORST)[2], re.MULTILINE)
+    return [(layer, scheme, db) for layer, scheme, db in rows]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+@pytest.mark.parametrize(
+    "way", [["--no-stream"], ["--stream"], ["--stream", "--calib", "TEXT", "--smooth", "0.5", "--calib-samples", "4"]]
+)
+def test_quantize_ends_with_the_ten_worst_weights(call, tmp_path, text, scheme, way):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(demo_model().directory, source)
+    held = load_file(source / "model.safetensors")
+    (bad,) = (name for name in held if name.endswith("layers.3.self_attn.v_proj.weight"))
+    held[bad][:, 0] = 50 * held[bad].std()
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    options = [str(text) if each == "TEXT" else each for each in way]
+    code, printed, _ = call("quantize", source, "-o", out, "--scheme", scheme, *options)
+    assert code == 0
+    rows = worst_of(printed)
+    assert len(rows) == 10
+    assert rows[0][0] == "model.decoder.layers.3.self_attn.v_proj"
+    assert {row[1] for row in rows} == {scheme}
+    code, printed, _ = call("quantize", source, "-o", out, "--scheme", scheme, *options, "--force", "--json")
+    told = json.loads(printed)
+    assert [(m["name"], m["scheme"], f"{m['weight_sqnr_db']:.1f}") for m in told["worst_weights"]] == rows
+    by_name = {m["name"]: m["weight_sqnr_db"] for m in told["coverage"]["modules"] if m["reason"] is None}
+    assert len(by_name) == 36
+    assert [m["weight_sqnr_db"] for m in told["worst_weights"]] == sorted(by_name.values())[:10]
+
+
+def test_a_weight_that_lost_nothing_is_told_as_exact(call, tmp_path):
+    model = llama(num_hidden_layers=1)
+    for name, layer in model.named_modules():
+        if name.endswith("q_proj"):
+            torch.nn.init.eye_(layer.weight)
+    model.save_pretrained(tmp_path / "source")
+    _, printed, _ = call("quantize", tmp_path / "source", "-o", tmp_path / "out")
+    assert worst_of(printed)[-1] == ("model.layers.0.self_attn.q_proj", "w8a8", "exact")
+    _, printed, _ = call("quantize", tmp_path / "source", "-o", tmp_path / "out", "--force", "--json")
+    last = json.loads(printed)["worst_weights"][-1]
+    assert (last["name"], last["weight_sqnr_db"]) == ("model.layers.0.self_attn.q_proj", None)
+
+
+def test_where_outputs_are_measured_the_weights_are_told_with_them(call, tmp_path, demo_dir, text):
+    fixed = ["quantize", demo_dir, "-o", tmp_path / "out", "--eval-text", text]
+    _, printed, _ = call(*fixed)
+    assert "Layers by what they do to their own output" in printed
+    assert WORST not in printed
+    _, printed, _ = call(*fixed, "--force", "--calib", text, "--calib-samples", 4, "--smooth", 0.5)
+    assert "Layers were not measured: " in printed
+    assert len(worst_of(printed)) == 10
 
 
 def test_quantize_prints_what_was_untied(call, tmp_path, demo_dir):

@@ -54,6 +54,25 @@ def test_a_column_that_was_measured_for_no_layer_is_left_out():
     assert re.findall(r'<button type="button" data-column="\d">([^<]+)<', page) == ["layer", "kind", "cosine"]
 
 
+def test_coverage_tells_what_each_weight_lost():
+    module = {"kind": "QuantLinear", "shape": [4, 4], "parameters": 16, "bytes": 20, "macs": 16, "scheme": "w8a8"}
+    modules = [
+        {"name": "a.fc1", **module, "reason": None, "weight_sqnr_db": 41.26},
+        {"name": "a.fc2", **module, "reason": None, "weight_sqnr_db": None},
+    ]
+    page = report(collect(model="m", scheme="w8a8", coverage={"totals": totals_of(modules), "modules": modules}))
+    assert "weight SQNR, dB" in page
+    assert ">41.3<" in page
+    modules[0].pop("weight_sqnr_db")  # as earlier versions wrote it
+    page = report(collect(model="m", scheme="w8a8", coverage={"totals": totals_of(modules), "modules": modules}))
+    assert ">41.3<" not in page
+
+
+def totals_of(modules):
+    sums = {key: sum(m[key] for m in modules) for key in ("parameters", "bytes", "macs")}
+    return {name: {"modules": len(modules), **sums} for name in ("quantized", "all")}
+
+
 def test_embedded_data_cannot_end_its_element():
     document = embedded({"</script><!--": "\u2028\u2029&"})
     assert re.search("[<>&\u2028\u2029]", document) is None

@@ -61,6 +61,11 @@ def in_memory(source, target, scheme, **options):
     return result, tensors(target)
 
 
+def lost(result):
+    """The SQNR of each quantised weight, by layer."""
+    return {m.name: m.weight_sqnr_db for m in result.coverage.quantized}
+
+
 def assert_equal(found, wanted):
     assert set(found) == set(wanted)
     unequal = [name for name in wanted if not torch.equal(found[name], wanted[name])]
@@ -148,6 +153,9 @@ def test_a_fixed_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, 
     done = quantize_blocks(source, tmp_path / "streamed", scheme, calibration=data(), smooth=0.5)
     result, wanted = in_memory(source, tmp_path / "memory", scheme, calibration=data(), smooth=0.5)
     assert_equal(tensors(tmp_path / "streamed"), wanted)
+    assert lost(done) == pytest.approx(lost(result), rel=1e-9)
+    unsmoothed = w8a8.quantize(open_model(source).model, scheme, calibration=data(), smooth="none")
+    assert lost(done) != pytest.approx(lost(unsmoothed), rel=1e-9)  # it is of the smoothed weights
     assert len(done.smooth.smoothed) == len(result.smooth.smoothed) > 0
     assert {g.source for g in done.smooth.smoothed} == {g.source for g in result.smooth.smoothed}
 
@@ -160,9 +168,10 @@ def test_experts_become_what_they_become_in_memory(tmp_path, split, scheme, smoo
         pytest.skip("does not use calibration data")
     source = saved(qwen3_moe(), tmp_path / "source", split=split)
     options = {"calibration": data(), "smooth": smooth}
-    quantize_blocks(source, tmp_path / "streamed", scheme, **options)
+    done = quantize_blocks(source, tmp_path / "streamed", scheme, **options)
     result, wanted = in_memory(source, tmp_path / "memory", scheme, **options)
     assert_equal(tensors(tmp_path / "streamed"), wanted)
+    assert lost(done) == pytest.approx(lost(result), rel=1e-9)
     assert sum(".experts." in name for name in result.schemes) == 2 * 4 * 3
 
 
@@ -279,6 +288,8 @@ def test_finished_blocks_are_not_made_again(tmp_path, four_blocks):
     done, made = resumed(source, target)
     assert made == ["model.layers.2", "model.layers.3"]
     assert done.resumed == 2
+    assert None not in lost(done).values()
+    assert lost(done) == pytest.approx(lost(resumed(source, tmp_path / "at once")[0]), rel=1e-9)
     assert len(done.smooth.smoothed) == 4 * len([g for g in done.smooth.smoothed if "layers.0." in g.source])
     assert contents(target) == whole
 

@@ -1,6 +1,8 @@
 """The record of what is finished: it survives a kill anywhere, and never vouches for a file that has changed."""
 
 import errno
+import json
+import math
 import os
 
 import pytest
@@ -34,6 +36,24 @@ def test_what_is_recorded_is_done_for_the_next_run_and_for_other_ranks(partial):
         assert later.done("one")
         assert later.done("two")
         assert not later.done("three")
+
+
+def test_what_layers_lost_is_told_of_all_units_and_all_ranks(partial):
+    first, second = Journal(partial, KNOWN), Journal(partial, KNOWN, rank=1)
+    first.record("one", shard(partial, "one.safetensors"), {"a": 41.25, "b": math.inf})
+    second.record("two", shard(partial, "two.safetensors"), {"c": 1 / 3})
+    first.record("three", shard(partial, "three.safetensors"))
+    for each in (first, second, Journal(partial, KNOWN)):
+        assert each.weight_sqnr_db() == {"a": 41.25, "b": math.inf, "c": 1 / 3}
+
+
+def test_a_line_that_does_not_tell_what_layers_lost_does_not_count(partial):
+    Journal(partial, KNOWN).record("one", shard(partial, "one.safetensors"))
+    path = partial / "journal-0.jsonl"
+    line = json.loads(path.read_text())
+    del line["weight_sqnr_db"]
+    path.write_text(json.dumps(line) + "\n")
+    assert not Journal(partial, KNOWN).done("one")
 
 
 def test_a_record_after_a_torn_line_is_not_lost(partial):

@@ -127,6 +127,22 @@ def test_a_weight_of_many_pieces_is_the_same(tmp_path, monkeypatch, make, scheme
     assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"])
+@pytest.mark.parametrize("make", [llama, gpt2, mixtral, qwen3_moe], ids=lambda make: make.__name__)
+def test_what_weights_lost_is_what_they_lose_in_memory(tmp_path, monkeypatch, make, scheme):
+    source = saved(make(), tmp_path / "source")
+    result = w8a8.quantize(open_model(source).model, scheme)
+    monkeypatch.setattr("w8a8.streaming.plan.PIECE", 1000)  # of several rows each
+    done = quantize_directory(source, tmp_path / "out", scheme, shard_bytes=20_000)
+    wanted = {m.name: m.weight_sqnr_db for m in result.coverage.quantized}
+    found = {m.name: m.weight_sqnr_db for m in done.coverage.quantized}
+    assert found == pytest.approx(wanted, rel=1e-9)
+    assert all(30 < db < 60 for db in found.values())
+    assert all(m.weight_sqnr_db is None for m in done.coverage.left)
+    dry = quantize_directory(source, tmp_path / "dry", scheme, dry_run=True)
+    assert all(m.weight_sqnr_db is None for m in dry.coverage.modules)
+
+
 def test_names_without_the_base_models_prefix_are_found(tmp_path):
     source = saved(gpt2(), tmp_path / "source", shard="1GB")
     (path,) = source.glob("*.safetensors")
@@ -246,7 +262,7 @@ def test_a_dry_run_writes_nothing_and_predicts_the_size(tmp_path):
 class TestResuming:
     def test_finished_shards_are_not_made_again(self, tmp_path, monkeypatch):
         source = saved(llama(), tmp_path / "source")
-        quantize_directory(source, tmp_path / "whole", shard_bytes=20_000)
+        whole = quantize_directory(source, tmp_path / "whole", shard_bytes=20_000)
         written = []
 
         def failing(shard, *rest):
@@ -265,6 +281,8 @@ class TestResuming:
         done = quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         assert done.resumed == 3
         assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == times
+        assert done.coverage == whole.coverage  # with what the weights lost in the files that were there
+        assert len(done.coverage.worst_weights(100)) == len(done.coverage.quantized)
         assert contents(tmp_path / "out") == contents(tmp_path / "whole")
         assert not partial_of(tmp_path / "out").exists()
 
@@ -391,7 +409,11 @@ def test_two_processes_of_torchrun_make_the_same_bytes(tmp_path, large, whole):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "w8a8"]
     arguments = ["quantize", large, "-o", tmp_path / "out", *SHARDS, "--json"]
     done = subprocess.run([*command, *arguments], env=environment(), capture_output=True, timeout=300, check=True)
-    assert json.loads(done.stdout)["shards"] == len([name for name in whole if name.endswith(".safetensors")])
+    told = json.loads(done.stdout)
+    assert told["shards"] == len([name for name in whole if name.endswith(".safetensors")])
+    lost = [m["weight_sqnr_db"] for m in told["coverage"]["modules"] if m["reason"] is None]
+    assert len(lost) == 8 * 7
+    assert [m["weight_sqnr_db"] for m in told["worst_weights"]] == sorted(lost)[:10]
     assert contents(tmp_path / "out") == whole
 
 

@@ -11,7 +11,7 @@ from w8a8.cli.compare import DEFAULT_WINDOWS, check_text, compare_named, show_co
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.page import check_page, layers_of, page_of
 from w8a8.cli.sensitivity import show_sensitivity
-from w8a8.cli.ways import Job, by_blocks, in_memory, streamed
+from w8a8.cli.ways import Job, by_blocks, in_memory, show_weights, streamed
 from w8a8.errors import SchemeError, W8A8Error
 
 
@@ -166,16 +166,18 @@ def quantize(
 
 
 def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | None) -> None:
-    """What comes after the work: the comparison, which `told` gets too, and the page."""
-    output, model = str(job.output), job.model
-    if eval_text is None and not job.quiet:
-        print_line(f"{sizes(output, model)}; what it lost: w8a8 eval {output} --text FILE --against {model}")
+    """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
+    output, model, seen = str(job.output), job.model, False
     if eval_text is not None:
         places = {"dtype": job.dtype, "device": "cpu", "trust_remote_code": job.trust_remote_code}
         compared = compare_named(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
-        told["evaluation"] = compared.told()
+        told["evaluation"], seen = compared.told(), compared.why_not is None
         if not job.quiet:
             show_comparison(output, model, compared)
+    if not job.quiet and not seen:
+        show_weights(told["worst_weights"])
+    if not job.quiet and eval_text is None:
+        print_line(f"{sizes(output, model)}; what it lost: w8a8 eval {output} --text FILE --against {model}")
     if report is not None:
         found = None if eval_text is None else layers_of(job, told, eval_text)
         page_of(told, model, job.output, job.drawn["seed"], found).write(report)

@@ -3,6 +3,7 @@
 Each tells what it did on standard output, unless the job is quiet, and returns it for JSON.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,8 +230,20 @@ def _told(job: Job, result: Any, found: Iterable[Any], smooth: Any, data: Any) -
         "calibration": None if data is None else data.description,
         "smooth": None if smooth is None else smooth.to_dict(),
         "coverage": result.coverage.to_dict(),
+        "worst_weights": list(result.coverage.worst_weights()),
         "vllm": list(found),
     }
+
+
+def show_weights(worst: Iterable[Any]) -> None:
+    """The layers whose weights lost most, of `Coverage.worst_weights`: all that is known of layers without data."""
+    from w8a8.row_sample import ROWS
+
+    print_table(
+        "The worst layers by weights alone; by outputs: --eval-text FILE",
+        ("layer", "scheme", f"weight dB, at most {ROWS} rows"),
+        [(m.name, m.scheme, "exact" if m.weight_sqnr_db == math.inf else f"{m.weight_sqnr_db:.1f}") for m in worst],
+    )
 
 
 def _show_prediction(plan: Any, found: Any) -> None:

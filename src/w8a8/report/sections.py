@@ -97,7 +97,7 @@ def _coverage(records: Records) -> str:
             left.setdefault(module.reason, []).append(module.name)
     reasons = [[why, len(names), ", ".join(names)] for why, names in left.items()]
     modules = [
-        [m.name, m.kind, " x ".join(map(str, m.shape)), m.parameters, m.scheme or "float", m.reason]
+        [m.name, m.kind, " x ".join(map(str, m.shape)), m.parameters, m.scheme or "float", m.weight_sqnr_db, m.reason]
         for m in records.coverage.modules
     ]
     return (
@@ -110,7 +110,7 @@ def _coverage(records: Records) -> str:
             f"All {len(modules)} modules",
             table(
                 [Column("module"), Column("class"), Column("shape"), Column("parameters", grouped), Column("scheme"),
-                 Column("why float")],
+                 Column("weight SQNR, dB", fixed(1)), Column("why float")],
                 modules,
                 caption="Every module that holds parameters",
             ),

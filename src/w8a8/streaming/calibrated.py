@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from w8a8 import convert
 from w8a8.affine import QParams
@@ -48,7 +48,7 @@ from w8a8.streaming.contents import by_blocks, load, quantized
 from w8a8.streaming.forecast import predict_blocks
 from w8a8.streaming.journal import Journal, locked, write_whole
 from w8a8.streaming.measured import block_grids, smooth_block
-from w8a8.streaming.plan import Plan, make_plan
+from w8a8.streaming.plan import Plan, Shard, make_plan
 from w8a8.streaming.request import PLAIN, Request, request_of, told_of
 from w8a8.streaming.resources import Prediction
 from w8a8.streaming.run import complete, fingerprint
@@ -155,8 +155,9 @@ def quantize_blocks(
                 partial.rmdir()
             raise
         job.run(first, progress)
-        report = job.report()
+        report, lost = job.report(), journal.weight_sqnr_db()
         complete(plan, partial, target, journal)
+    plan = replace(plan, coverage=plan.coverage.with_weight_sqnr(lost))
     return _result(plan, target, report, prediction, finished)
 
 
@@ -229,7 +230,7 @@ class _Job:
             recorders = {chain: Recorder(path, self.walk.states) for chain, path in paths.items()}
         try:
             grids = self._measured(number, chosen, stacks, recorders)
-            tensors = quantized(block, shard.steps, prefix, self.request.scheme, grids)
+            tensors, lost = quantized(block, shard.steps, prefix, self.request.scheme, grids)
             digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
         except BaseException as error:
             for recorder in recorders.values():
@@ -239,7 +240,7 @@ class _Job:
             raise
         if digests:
             self.journal.record(self._unit(number + 1), digests)
-        self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
+        self._keep(shard, tensors, lost)
         block.to_empty(device="meta")
         for stack in stacks.values():
             stack.to_empty(device="meta")
@@ -274,8 +275,12 @@ class _Job:
             reader = self._reader(n, self.request.chains[-1])
             calibration = self.walk.calibration(self.request.calibration, n, reader)
             grids = block_grids(self.walk, self.outer, self.request, calibration)
-        tensors = quantized(self.walk.model, shard.steps, "", self.request.scheme, grids)
-        self.journal.record(shard.file, {shard.file: write_tensors(self.journal.partial / shard.file, tensors)})
+        self._keep(shard, *quantized(self.walk.model, shard.steps, "", self.request.scheme, grids))
+
+    def _keep(self, shard: Shard, tensors: Mapping[str, Tensor], lost: Mapping[str, float]) -> None:
+        """Write a shard and record it."""
+        digest = write_tensors(self.journal.partial / shard.file, tensors)
+        self.journal.record(shard.file, {shard.file: digest}, lost)
 
     def _unit(self, number: int) -> str:
         return f"activations that enter block {number}"

@@ -68,9 +68,10 @@ def _values(step: Step) -> Tensor:
 
 def quantized(
     root: nn.Module, steps: tuple[Step, ...], prefix: str, scheme: Scheme, grids: Mapping[str, QParams] | None
-) -> dict[str, Tensor]:
-    """What the tensors of a block become, by their names in the result."""
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What the tensors of a block become, by their names in the result; and the SQNR in dB of its layers' weights."""
     tensors: dict[str, Tensor] = {}
+    lost: dict[str, float] = {}
     for step in steps:
         if step.spec is None:
             tensors[step.name] = _place(root, step, prefix)[0].detach()
@@ -81,6 +82,8 @@ def quantized(
         except W8A8Error as error:
             error.add_note(f"while quantising {step.place}")
             raise
+        assert layer.weight_sqnr_db is not None, "measured where its codes were made"
+        lost[step.place] = layer.weight_sqnr_db
         kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
         tensors.update({f"{step.name}.{key}": value for key, value in kept.items()})
-    return tensors
+    return tensors, lost

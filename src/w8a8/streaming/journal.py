@@ -3,8 +3,8 @@
 The result grows in a hidden directory beside its place, `.NAME.partial`, and takes its name when it is complete.
 There, `fingerprint.json` holds everything that decides the bytes of the result, and each process appends a line to
 its own `journal-RANK.jsonl` for every unit (a shard, or a block) that it has finished: the files, their sizes and
-digests.  A line is written after the files are on the disk under their names; a line that is torn was not finished
-and does not count.
+digests, and what the weights in them lost.  A line is written after the files are on the disk under their names; a line
+that is torn was not finished and does not count.
 
 A digest is the SHA-256 of a file's header and of the digests of its tensors, which can be had while tensors are
 written in any order.  Resuming reads what is recorded again: a file that has changed since is made anew.
@@ -54,28 +54,34 @@ class Journal:
 
     def done(self, unit: str) -> bool:
         """Whether a unit is recorded and its files are still what they were."""
-        files = self._finished.get(unit)
-        return files is not None and all(_is_still(self.partial / name, told) for name, told in files.items())
+        line = self._finished.get(unit)
+        return line is not None and all(_is_still(self.partial / name, told) for name, told in line["files"].items())
 
-    def record(self, unit: str, files: Mapping[str, str]) -> None:
+    def record(self, unit: str, files: Mapping[str, str], weight_sqnr_db: Mapping[str, float] | None = None) -> None:
         """A unit is finished.
 
         Args:
             unit: Its name.
             files: The digest of each of its files, which are in the directory and on the disk.
+            weight_sqnr_db: Of each layer in them.
 
         Raises:
             CheckpointError: the disk is full.
         """
         told = {name: {"bytes": (self.partial / name).stat().st_size, "digest": d} for name, d in files.items()}
-        line = "\n" + json.dumps({"unit": unit, "files": told}) + "\n"  # the line before may be torn
+        line = {"unit": unit, "files": told, "weight_sqnr_db": dict(weight_sqnr_db or {})}
+        text = "\n" + json.dumps(line) + "\n"  # the line before may be torn
         try:
             with self._path.open("ab", buffering=0) as file:
-                file.write(line.encode())
+                file.write(text.encode())
                 os.fsync(file.fileno())
         except OSError as error:
             raise disk_error(error, self._path) from error
-        self._finished[unit] = told
+        self._finished[unit] = line
+
+    def weight_sqnr_db(self) -> dict[str, float]:
+        """Of the layers of all units that any process has recorded, also before a kill."""
+        return {name: db for line in _lines(self.partial).values() for name, db in line["weight_sqnr_db"].items()}
 
     def clear(self) -> None:
         """Remove the record itself: the directory is complete."""
@@ -157,7 +163,8 @@ def _lines(partial: Path) -> dict[str, Any]:
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # blank, or killed while it was written
                 told = json.loads(line)
-                found[told["unit"]] = told["files"]
+                if "weight_sqnr_db" in told:  # else of an earlier w8a8, which did not measure it
+                    found[told["unit"]] = told
     return found
 
 

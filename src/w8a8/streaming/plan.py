@@ -73,6 +73,11 @@ class Step:
         return self.spec is not None and (self.transposed or isinstance(self.spec.granularity, PerTensor))
 
     @property
+    def rows(self) -> int:
+        """Output rows of a weight, N."""
+        return self.entry.shape[1 if self.transposed else 0]
+
+    @property
     def bytes(self) -> int:
         """Of what it becomes."""
         return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.outputs)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,9 @@ def quantize_directory(
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
             us.together(lambda: _write(plan, us, journal, partial, {shard.file for shard in finished}, progress))
+            lost = us.together(journal.weight_sqnr_db)
             us.together(_only_first(us, lambda: complete(plan, partial, target, journal)))
+        plan = replace(plan, coverage=plan.coverage.with_weight_sqnr(lost))
         return _told(plan, target, us, prediction, len(finished))
 
 
@@ -129,7 +131,8 @@ def _write(
             if progress is not None:
                 progress(done, total, step.name)
 
-        journal.record(shard.file, {shard.file: write_shard(shard, partial, told)})
+        written = write_shard(shard, partial, told)
+        journal.record(shard.file, {shard.file: written.digest}, written.weight_sqnr_db)
 
 
 def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:

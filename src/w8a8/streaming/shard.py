@@ -9,6 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from w8a8.checkpoint.headers import Told, header_of, in_order
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.packed import SHAPE, WORDS, pack_rows
+from w8a8.row_sample import RowSample
 from w8a8.streaming.journal import disk_error, sync_directory
 from w8a8.streaming.plan import PIECE, Shard, Step
 from w8a8.streaming.source import Room
@@ -113,7 +115,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         raise
 
 
-def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> str:
+@dataclass(frozen=True)
+class Written:
+    """A file that is whole: its digest, and the SQNR in dB of the weight of each layer in it that was quantised."""
+
+    digest: str
+    weight_sqnr_db: dict[str, float]
+
+
+def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> Written:
     """Make one file of the result.
 
     Args:
@@ -122,19 +132,22 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
         told: Called after each tensor.
 
     Returns:
-        Its digest.
+        Its digest, and what its layers lost.
 
     Raises:
         CheckpointError: the source cannot be read, or the disk is full; nothing of the file is left.
         NonFiniteError: a weight holds a NaN or an infinity; the layer is named.
     """
     writer = ShardWriter(directory / shard.file, shard.outputs)
+    samples = {step.place: RowSample(step.rows) for step in shard.steps if step.spec is not None}
     try:
         with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
             waiting: list[Future[None]] = []
             rooms: list[Room] = []  # free ones
             for step, last, room, values in _read_ahead(shard, reading, rooms):
-                parts = [writer.place(name, part) for name, part in _made(step, values, last=last)]
+                parts = [
+                    writer.place(name, part) for name, part in _made(step, values, samples.get(step.place), last=last)
+                ]
                 waiting.append(writing.submit(_put_all, writer, parts, room, rooms))
                 del values, parts
                 while len(waiting) > (1 if step.whole else _AHEAD):
@@ -143,7 +156,7 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
                     told(step)
             for future in waiting:
                 future.result()
-        return writer.finish()
+        return Written(writer.finish(), {place: sample.sqnr_db for place, sample in samples.items()})
     except BaseException:
         writer.abandon()
         raise
@@ -184,16 +197,19 @@ def _read(step: Step, begin: int, end: int, rooms: list[Room]) -> tuple[Room, Te
     return room, values if step.spec is None else values.view(-1, step.entry.shape[1])
 
 
-def _made(step: Step, values: Tensor, *, last: bool) -> list[tuple[str, Tensor]]:
+def _made(step: Step, values: Tensor, sample: RowSample | None, *, last: bool) -> list[tuple[str, Tensor]]:
     """What a piece becomes, by the names of the outputs; the last one brings what there is of the whole."""
     values = values.to(step.dtype)
     if step.spec is None:
         return [(step.name, values)]
+    assert sample is not None, "each weight that is quantised has one"
+    weight = values.t() if step.transposed else values
     try:
-        q: QTensor = quantize_weight(values.t() if step.transposed else values, step.spec)
+        q: QTensor = quantize_weight(weight, step.spec)
     except W8A8Error as error:
         error.add_note(f"while quantising {step.name} of {step.file}")
         raise
+    sample.take(weight, q)
     made = {"weight_scale": q.scale, "weight_zero_point": q.zero_point}
     if step.in_words:
         shape = step.entry.shape[::-1] if step.transposed else step.entry.shape
