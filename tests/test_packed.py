@@ -62,7 +62,7 @@ def packed_directory(path, scheme):
     for name, layer in quant_linears(model):
         codes = layer.weight
         tensors.pop(f"{name}.weight", None)
-        tensors[f"{name}.weight_packed"] = pack_to_int32(codes, bits)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(codes, bits).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(codes.shape)
         if not scheme.weights.symmetric:
             zero_point = tensors[f"{name}.weight_zero_point"].to(torch.int8)
