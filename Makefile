@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all fuzz check docs-check bench bench-smoothing-peer bench-vllm package clean
+.PHONY: demo test test-all test-oldest fuzz check docs-check bench bench-smoothing-peer bench-vllm package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
@@ -27,6 +28,16 @@ test-all: test
 	$(MAKE) -C tests/native check sanitize arm
 	$(BIN)/python -m tests.checkpoint.fuzz --cases 10000
 	$(MAKE) fuzz
+
+# the tests with the oldest versions that pyproject.toml allows, in an environment of its own; torch 2.8 takes gigabytes
+$(OLDEST)/.installed: pyproject.toml setup.py constraints-oldest.txt $(wildcard src/w8a8/kernels/csrc/*)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-oldest.txt)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/pytest
 
 # 10,000 more, guided by coverage.  atheris is no requirement, as it has wheels for some Pythons and systems only; where
 # pip has none its reason stands here, and the seeded loop has to do
@@ -98,4 +109,4 @@ package: $(VENV)/.installed
 	$(BIN)/python -m zipfile -l dist/*.whl | grep -q 'w8a8/demo_model/model.safetensors'
 
 clean:
-	rm -rf $(VENV) .venv-peer build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(OLDEST) .venv-peer build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def models() -> dict[str, Callable[[], Any]]:
         "phi3": random("Phi3", **grouped),
         "gemma2": random("Gemma2", **grouped, head_dim=64),
         "gpt-neox": random("GPTNeoX"),
+        "falcon": random("Falcon", new_decoder_architecture=True, num_kv_heads=2),
         "gpt2": lambda: transformers.GPT2LMHeadModel(gpt2),
         "olmoe": random("Olmoe", num_experts=8),
         "mixtral": random("Mixtral", **grouped, num_local_experts=4),
@@ -89,6 +91,7 @@ def cases() -> Iterator[Case]:
     for model in ("opt", "llama", "qwen2", "qwen3", "phi3", "gemma2", "gpt-neox"):
         for scheme in ("w8a8", "w8a8-asym", "w8a8-static", "w8a8-o3"):
             yield f"{model} {scheme}", made[model], scheme, {}
+    yield "falcon w8a8", made["falcon"], "w8a8", {}
     yield "llama w8a8-o1", made["llama"], "w8a8-o1", {}
     yield "llama w8a8-static, smoothed", made["llama"], "w8a8-static", {"smooth": 0.5}
     yield "llama-bias w8a8-asym", made["llama-bias"], "w8a8-asym", {}
@@ -195,9 +198,9 @@ def score(directory: Path, make: Callable[[], Any], scheme: Any, options: dict[s
 
 
 def last_error(output: str) -> str:
-    """The last line of a traceback."""
-    lines = [line for line in output.splitlines() if ("Error: " in line or line.endswith("Error")) and "  " not in line]
-    return lines[-1].partition("] ")[2][:160] if lines else output.strip()[-160:]
+    """The last line that names an error, without what the process puts before it."""
+    named = re.findall(r"^(?:\[rank0\]: |\(.*\) )*((?:\w+\.)*\w*Error\b.*)$", output, re.MULTILINE)
+    return str(named[-1] if named else output.strip().rpartition("\n")[2])[:200]
 
 
 def child(directory: Path) -> None:

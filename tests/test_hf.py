@@ -116,6 +116,18 @@ class TestQuantisingWhileLoading:
         assert "nan at index (3, 4)" in caplog.text
         assert "while quantising model.layers.1.mlp.up_proj" in caplog.text
 
+    def test_a_weight_that_is_not_in_the_files_is_not_made_up(self, tmp_path):
+        shutil.copytree(demo_directory(), tmp_path / "torn")
+        tensors = load_file(tmp_path / "torn" / "model.safetensors")
+        del tensors["model.decoder.layers.2.fc1.weight"]
+        save_file(tensors, tmp_path / "torn" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(
+            CheckpointError, match=r"model\.decoder\.layers\.2\.fc1 is to be quantised .* not in the files"
+        ):
+            opened(tmp_path / "torn", quantization_config=W8A8Config())
+        left = opened(tmp_path / "torn", quantization_config=W8A8Config(exclude=["model.decoder.layers.2.fc1"]))
+        assert type(left.get_submodule("model.decoder.layers.2.fc1")) is torch.nn.Linear
+
 
 class TestEnable:
     def test_a_directory_of_ours_runs_in_integers(self, source, tmp_path):

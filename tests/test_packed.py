@@ -62,12 +62,12 @@ def packed_directory(path, scheme):
     for name, layer in quant_linears(model):
         codes = layer.weight
         tensors.pop(f"{name}.weight", None)
-        tensors[f"{name}.weight_packed"] = pack_to_int32(codes, bits)
+        tensors[f"{name}.weight_packed"] = pack_to_int32(codes, bits).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(codes.shape)
         if not scheme.weights.symmetric:
             zero_point = tensors[f"{name}.weight_zero_point"].to(torch.int8)
             if not isinstance(scheme.weights.granularity, PerTensor):
-                zero_point = pack_to_int32(zero_point, bits, packed_dim=0)
+                zero_point = pack_to_int32(zero_point, bits, packed_dim=0).contiguous()
             tensors[f"{name}.weight_zero_point"] = zero_point
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())

@@ -118,6 +118,7 @@ class W8A8Quantizer(HfQuantizer):
         self._dtype: torch.dtype | None = None
         self._quantized: set[str] = set()  # parameters that a QuantLinear takes
         self._arriving: list[_Arriving] = []
+        self._unstacked = False  # the model's experts have layers of their own
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is needed beside this package."""
@@ -127,10 +128,15 @@ class W8A8Quantizer(HfQuantizer):
         name, _, key = param_name.rpartition(".")
         return name in self._quantized and (self.pre_quantized or key == "weight")
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """What transformers converts while it loads: all but experts, where those have layers of their own."""
-        conversions = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
-        return [each for each in conversions if not (holds_experts(model) and stacks_experts(each))]
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """What transformers converts while it loads: all but experts, where those have layers of their own.
+
+        Args:
+            weight_conversions: Of the model's class.
+            model: Given by transformers 5.21 and later.
+        """
+        conversions = super().update_weight_conversions(weight_conversions, *model)  # type: ignore[no-untyped-call]
+        return [each for each in conversions if not (self._unstacked and stacks_experts(each))]
 
     def get_quantize_ops(self) -> ConversionOps:
         """What quantises one weight as it comes from the file."""
@@ -162,14 +168,18 @@ class W8A8Quantizer(HfQuantizer):
             packed = insert_quant_linears(model, from_json(self.quantization_config.checkpoint, where), where)
             self._quantized = {name for name, _ in quant_linears(model)}
             self._arriving = _arriving(model, [Path(file) for file in checkpoint_files or []], packed)
+            self._unstacked = holds_experts(model)
             return
         config = self.quantization_config
         chosen = _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include)
         if not taken(stacks, chosen):  # as `w8a8.quantize` leaves them
             convert.swap(model, stacks)
+        self._unstacked = holds_experts(model)
         layers = {name: convert.empty_layer(model, name, config.scheme) for name in chosen}
         for layer in layers.values():
             layer.in_words = False  # the files have float weights under that name
+            # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
+            layer._buffers["weight"] = layer.weight.to(dtype or torch.get_default_dtype())
         convert.swap(model, layers)
         self._quantized = set(layers)
 
@@ -179,7 +189,12 @@ class W8A8Quantizer(HfQuantizer):
             arriving.take()
         self._arriving.clear()
         if not self.pre_quantized:
-            for _, layer in quant_linears(model):
+            for name, layer in quant_linears(model):
+                if layer.weight.is_floating_point():  # nothing came
+                    raise CheckpointError(
+                        f"{name} is to be quantised while the model is loaded, and its weight is not in the files; "
+                        f"give the whole model, or exclude=['{name}'] to have transformers initialise the layer"
+                    )
                 layer.set_codes(layer.weight)
                 layer.in_words = in_words(layer.scheme)
         if self.quantization_config.head == "int8":

@@ -10,6 +10,7 @@ The tokens are random: what a dense model does takes as long for any text (a mix
 `generate` is not timed, since its own bookkeeping is a large share of a small model's token, and the same for all.
 """
 
+import inspect
 import statistics
 import time
 from collections.abc import Mapping
@@ -106,17 +107,19 @@ def _once(name: str, model: Any, length: int, new: int, batch: int, seed: int) -
     """Seconds of reading and of writing."""
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)).to(model.device)
+    # what transformers calls it from 5.24 on, and before
+    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     began = _now(model)
     out = model(input_ids=ids, use_cache=True)
     read = _now(model) - began
-    if getattr(out, "logits", None) is None or getattr(out, "past_key_values", None) is None:
+    if getattr(out, "logits", None) is None or getattr(out, cache, None) is None:
         raise ModelError(
             f"{name} ({type(model).__name__}) gives no logits, or keeps no cache of what it read: only a causal "
             "language model can be timed"
         )
     began = _now(model)
     for _ in range(new):
-        out = model(input_ids=_best(out.logits), past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=_best(out.logits), use_cache=True, **{cache: getattr(out, cache)})
     return read, _now(model) - began
 
 

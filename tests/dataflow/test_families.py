@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import nn
+from transformers import GPTNeoXForCausalLM
 
 from tests.dataflow.conftest import difference, fold, pairs, reasons, run
 from tests.families import FAMILIES, build, inputs
@@ -30,6 +31,7 @@ _GEMMA = at(
     {"~.input_layernorm": _QKV, "~.pre_feedforward_layernorm": "~.mlp.gate_proj ~.mlp.up_proj", **_GATED},
     model__norm="lm_head",
 )
+_NEOX_HEAD = next(iter(GPTNeoXForCausalLM._tied_weights_keys)).removesuffix(".weight")  # transformers 5.14 renamed it
 _NEOX = at(
     "gpt_neox.layers.*",
     {
@@ -37,7 +39,7 @@ _NEOX = at(
         "~.attention.query_key_value": "~.attention.dense",
         "~.post_attention_layernorm": "~.mlp.dense_h_to_4h",
     },
-    gpt_neox__final_layer_norm="lm_head",
+    gpt_neox__final_layer_norm=_NEOX_HEAD,
 )
 _BLOOM = at(
     "transformer.h.*",
@@ -236,7 +238,7 @@ def test_the_groups_of_a_family_are_those_of_the_table(name):
     flow = observe(build(name), inputs(name))
     found = {collapsed(source): " ".join(map(collapsed, readers)) for source, readers in pairs(flow).items()}
     assert found == GROUPS[name]
-    once = {"lm_head", "classifier", "model.decoder.project_out", "cls.predictions.transform.dense"}
+    once = {"lm_head", _NEOX_HEAD, "classifier", "model.decoder.project_out", "cls.predictions.transform.dense"}
     for source, readers in found.items():
         count = sum(collapsed(group.source.module) == source for group in flow.groups)
         assert count == (1 if readers in once else 2), source

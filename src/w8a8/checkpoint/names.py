@@ -8,12 +8,13 @@ own names.
 """
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+from transformers.core_model_loading import PrefixChange, WeightRenaming
 
 from w8a8.experts import holds_experts, stacks
 
@@ -37,13 +38,11 @@ class FileNames:
 
     def in_model(self, name: str) -> str:
         """Of a tensor of the files."""
-        renamed: str = apply_renamings(name, self.renamings)
-        return renamed
+        return _renamed(name, self.renamings)
 
     def in_file(self, name: str) -> str:
         """Of a tensor of the model."""
-        renamed: str = apply_renamings(name, self._back)
-        return renamed
+        return _renamed(name, self._back)
 
     def of_layer(self, name: str) -> str:
         """How the files call a layer of the model."""
@@ -83,3 +82,10 @@ def remember(model: Any) -> None:
         model: A transformers model; what it remembers of the conversions it was loaded with is replaced.
     """
     model._weight_conversions = FileNames(model).renamings
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    """By each renaming in turn, as transformers does; its own function for it came with 5.21."""
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
