@@ -52,9 +52,7 @@ class FileNames:
 def renamed_stacks(model: nn.Module) -> list[str]:
     """The experts that lie stacked in a model, and that files on the hub call otherwise; ours do not."""
     back = _reversed(_renamings(model))
-    return [
-        name for kind in stacks(model) for name in kind if apply_renamings(f"{name}.weight", back) != f"{name}.weight"
-    ]
+    return [name for kind in stacks(model) for name in kind if _renamed(f"{name}.", back) != f"{name}."]
 
 
 def _renamings(model: nn.Module) -> list[WeightRenaming]:
