@@ -6,7 +6,7 @@ from w8a8.diagnosis import diagnose
 
 def test_versions_machine_and_kernels_are_told():
     found = diagnose()
-    assert found.versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(found.versions["torch"])  # which may lack the build, as in 2.8.0+cu128
     assert found.machine["processor"]
     assert [k.name for k in found.kernels] == list(kernels.KERNELS)
     assert found.kernels[-1].available

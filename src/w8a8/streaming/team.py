@@ -4,6 +4,7 @@ Alone, all of it does nothing.  A step that fails in one process fails in all, s
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +71,22 @@ def team() -> Iterator[Team]:
     if dist.is_initialized():
         yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         return
-    dist.init_process_group("gloo")
+    with _stdout_to_stderr():  # gloo greets there with torch 2.8, in the middle of --json
+        dist.init_process_group("gloo")
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What C++ code writes on standard output goes to standard error."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
