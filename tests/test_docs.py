@@ -41,6 +41,14 @@ def test_tables_are_the_benchs_results():
         assert script.table(json.loads(script.RESULT.read_text())) in path.read_text(), script.__name__
 
 
+def test_nothing_that_the_preflight_lets_pass_was_refused_by_vllm():
+    peer = importlib.import_module("vllm_peer")
+    records = json.loads(peer.RESULT.read_text())["records"]
+    passed = [record for record in records if not record["refused"]]
+    assert len(passed) > 40
+    assert {peer.verdict(record) for record in passed} == {"runs", "no kernel in this build"}
+
+
 def test_the_performance_page_is_made_from_the_results():
     report = importlib.import_module("report")
     assert report.page(*(json.loads(path.read_text()) for path in report.RESULTS)) == report.PAGE.read_text()
