@@ -315,6 +315,15 @@ def test_inspect_reads_float_and_quantised_models_without_weights(call, demo_dir
     assert found["quantized"] is True
     assert found["schemes"][0]["activations"]["granularity"] == "token"
     assert found["totals"]["quantized"]["modules"] > 20
+    assert {m["kind"] for m in found["modules"] if m["scheme"]} == {"QuantLinear"}
+
+
+def test_inspect_shows_what_integers_cannot_run_as_simulated(call, tmp_path):
+    w8a8.save(w8a8.quantize(llama()).model, tmp_path / "d")
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    (tmp_path / "d" / "config.json").write_text(json.dumps(config | {"intermediate_size": 133_153}))  # sums overflow
+    found = json.loads(call("inspect", tmp_path / "d", "--json")[1])
+    assert {m["kind"] for m in found["modules"] if m["scheme"]} == {"QuantLinear (simulated)"}
 
 
 def test_inspect_says_that_stacked_experts_are_taken(call, tmp_path):

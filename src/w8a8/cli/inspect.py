@@ -7,6 +7,7 @@ import typer
 from w8a8.cli.app import Json, Model, TrustRemoteCode, app, open_named, show_coverage
 from w8a8.cli.output import print_json, print_line, print_table
 from w8a8.cli.pairs import show_pairs
+from w8a8.errors import SchemeError
 
 
 @app.command()
@@ -37,9 +38,10 @@ def inspect(
     directory = resolve(model, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if quantization is not None:
-        options["simulated"] = True  # a scheme that cannot run can still be shown
-    built, packed = empty_layers(directory, quantization, **options)
+    try:
+        built, packed = empty_layers(directory, quantization, **options)
+    except SchemeError:  # one that cannot run can still be shown
+        built, packed = empty_layers(directory, quantization, **options, simulated=True)
     if quantization is None:
         selection = select(built)
         experts, others = stacks(built)
