@@ -118,6 +118,12 @@ class Pair(nn.Linear):
         return nn.functional.linear(first + second, self.weight, self.bias)
 
 
+class Asks(Matmul):
+    def forward(self, input):
+        assert hasattr(self, "prepared")
+        return super().forward(input)
+
+
 class Extra(Matmul):
     def __init__(self, *sizes):
         super().__init__(*sizes)
@@ -128,7 +134,7 @@ class Extra(Matmul):
 def test_a_subclass_is_taken_where_its_forward_is_that_of_a_linear_layer(device):
     scaled = Scaled(4, 6)
     scaled.factor = 2.0
-    layers = [Matmul(4, 6), Matmul(4, 6, bias=False), Scaled(4, 6), scaled, Pair(4, 6), Extra(4, 6)]
+    layers = [Matmul(4, 6), Matmul(4, 6, bias=False), Scaled(4, 6), scaled, Pair(4, 6), Extra(4, 6), Asks(4, 6)]
     model = nn.ModuleList(layers).to(device)
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     with torch.device(device):  # as transformers has it while it makes a model
@@ -138,6 +144,7 @@ def test_a_subclass_is_taken_where_its_forward_is_that_of_a_linear_layer(device)
         "3": "Scaled is a subclass of nn.Linear that computes something else",
         "4": "Pair is a subclass of nn.Linear that is called in another way (TypeError)",
         "5": "Extra is a subclass of nn.Linear that also has shift",
+        "6": "Asks is a subclass of nn.Linear that is called in another way (AssertionError)",
     }
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert model[0].in_features == 4

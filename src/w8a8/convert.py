@@ -33,7 +33,7 @@ from torch import nn
 from w8a8 import kernels
 from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
-from w8a8.experts import Experts, unstacked
+from w8a8.experts import OTHER_KIND, Experts, unstacked
 from w8a8.linear import QuantLinear, is_conv1d, is_linear, quant_linears
 from w8a8.scheme import Scheme
 
@@ -344,7 +344,7 @@ def _differs(linear: Any) -> str | None:
     try:
         found = small(x)
         same = bool((found - want).norm() <= 1e-5 * want.norm())  # float32, sums of 8
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+    except OTHER_KIND as error:
         return f"that is called in another way ({type(error).__name__})"
     return None if same else "that computes something else"
 
