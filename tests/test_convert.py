@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -5,8 +7,10 @@ from torch import nn
 import w8a8
 from tests import families
 from tests.conftest import gpt2, llama, mixtral, opt, relative_error
-from w8a8.convert import build, select, swap, swapped
-from w8a8.errors import NonFiniteError, PatternError, SchemeError
+from w8a8.convert import assign, build, select, swap, swapped
+from w8a8.coverage import coverage
+from w8a8.dataflow.observing import observe
+from w8a8.errors import ModelError, NonFiniteError, PatternError, SchemeError
 from w8a8.linear import QuantLinear, quant_linears
 from w8a8.scheme import PerGroup, QuantSpec, Scheme
 
@@ -257,3 +261,71 @@ def test_progress_is_told_layer_by_layer():
     build(model, select(model), W8A8, progress=lambda *step: steps.append(step))
     assert steps[0] == (1, 14, "model.layers.0.self_attn.q_proj")
     assert steps[-1][:2] == (14, 14)
+
+
+def _named_with_brackets():
+    model = nn.Sequential()
+    for name in ("blk[0]", "blk[1]", "blk0", "a*"):
+        model.add_module(name, nn.Linear(8, 8))
+    return model
+
+
+def test_a_pattern_that_is_the_name_of_a_layer_means_that_layer_alone():
+    model = _named_with_brackets()
+    assert select(model, include=["blk[0]"]).chosen == ("blk[0]",)
+    assert select(model, include=["a*"]).chosen == ("a*",)
+    found = select(model, exclude=["blk[1]"])
+    assert found.chosen == ("blk[0]", "blk0", "a*")
+    assert found.reasons == {"blk[1]": "excluded by 'blk[1]'"}
+
+
+def test_a_pattern_that_is_no_name_is_a_glob():
+    model = _named_with_brackets()
+    assert select(model, include=["blk[01]"]).chosen == ("blk0",)
+    assert select(model, include=["blk*"]).chosen == ("blk[0]", "blk[1]", "blk0")
+
+
+def test_schemes_by_pattern_know_exact_names_with_brackets():
+    model = _named_with_brackets()
+    found, schemes = assign(select(model), {"blk[0]": "w8a16", "blk[1]": None, "*": "w8a8"})
+    assert {name: scheme.name for name, scheme in schemes.items()} == {"blk[0]": "w8a16", "blk0": "w8a8", "a*": "w8a8"}
+    assert found.reasons == {"blk[1]": "left float by the schemes' 'blk[1]'"}
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(8), nn.LazyConv1d(4, 3)])
+@pytest.mark.parametrize("work", [w8a8.quantize, w8a8.simulate, lambda m: coverage(m, {}), lambda m: observe(m, {})])
+def test_a_module_without_shapes_is_named_before_anything_is_done(lazy, work):
+    model = nn.Sequential(nn.Linear(8, 8), lazy)
+    with pytest.raises(ModelError, match=r"^1 \(Lazy.*without a shape.*call the model once"):
+        work(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_a_lazy_layer_that_has_run_is_quantised():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    x = torch.randn(3, 12)
+    model(x)
+    assert w8a8.quantize(model).model is model
+    assert model[0].in_features == 12
+
+
+class _TiedNest(nn.Module):
+    """Blocks within blocks, all with the first one's matrix."""
+
+    def __init__(self, depth, shared=None):
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+        if shared is not None:
+            self.a.weight = shared
+        self.inner = _TiedNest(depth - 1, self.a.weight) if depth else nn.Identity()
+
+    def forward(self, x):
+        return self.inner(x + self.b(self.a(self.norm(x)).relu()))
+
+
+def test_a_deep_nest_of_tied_layers_is_smoothed_quantised_and_copied():
+    model, x = _TiedNest(40), torch.randn(5, 8)
+    w8a8.quantize(model, calibration=[x], smooth=0.5)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    assert isinstance(twin.inner.inner.b, QuantLinear)

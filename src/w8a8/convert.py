@@ -1,7 +1,7 @@
 """The walk: find the linear layers of a model, choose among them, and swap them in place.
 
-Choosing.  A pattern is an exact name or a glob over the dotted module names; a `*` crosses dots.  A pattern
-that matches no linear layer is an error.  Four kinds of layer are not taken by a glob, only by their exact
+Choosing.  A pattern is the exact name of a layer, or else a glob over the dotted module names; a `*` crosses dots.  A
+pattern that matches no linear layer is an error.  Four kinds of layer are not taken by a glob, only by their exact
 name in `include`:
 
 - the output head (`lm_head`, or what the model calls its output embedding): files with a float head are
@@ -21,7 +21,7 @@ the model as it was; `swapped` puts the old layers back at its end.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -34,7 +34,7 @@ from w8a8 import kernels
 from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
 from w8a8.experts import OTHER_KIND, Experts, unstacked
-from w8a8.linear import QuantLinear, is_conv1d, is_linear, quant_linears
+from w8a8.linear import QuantLinear, check_materialised, is_conv1d, is_linear, quant_linears
 from w8a8.scheme import Scheme
 
 Progress = Callable[[int, int, str], None]
@@ -70,7 +70,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     Raises:
         PatternError: a pattern matches no linear layer; the message lists the closest names.
         SchemeError: nothing is left to quantise.
-        ModelError: `model` is not a module.
+        ModelError: `model` is not a module, or has parameters without a shape.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
@@ -79,18 +79,21 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
         raise SchemeError(
             "the model is itself one linear layer, which has no place to be swapped in: use QuantLinear.from_float"
         )
+    check_materialised(model)
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
     _check_patterns(model, linears, include, exclude)
+    included = set().union(*(matching(pattern, linears) for pattern in include))
+    excluded = {name: pattern for pattern in reversed(exclude) for name in matching(pattern, linears)}
     shared = _shared_weights(model, linears)
     output, routers = heads(model), _routers(model)
     chosen, untied, reasons = [], {}, {}
     for name, linear in linears.items():
         named = name in include
         reason = _never(linear)
-        if reason is None and not any(fnmatchcase(name, p) for p in include):
+        if reason is None and name not in included:
             reason = "not matched by include"
-        if reason is None:
-            reason = next((f"excluded by {p!r}" for p in exclude if fnmatchcase(name, p)), None)
+        if reason is None and name in excluded:
+            reason = f"excluded by {excluded[name]!r}"
         if reason is None and name in shared and not named:
             reason = f"its weight is tied to {shared[name]}; {name!r} in include, by its name, quantises a copy of it"
         if reason is None and name in output and not named:
@@ -125,8 +128,11 @@ def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str,
     """
     if not isinstance(schemes, Mapping):
         return selection, dict.fromkeys(selection.chosen, Scheme.of(schemes))
+    decides: dict[str, str] = {}  # the pattern that decides over a layer
     for pattern in schemes:
-        if not any(fnmatchcase(name, pattern) for name in selection.chosen):
+        matched = matching(pattern, selection.chosen)
+        decides = dict.fromkeys(matched, pattern) | decides
+        if not matched:
             raise PatternError(
                 f"schemes: {pattern!r} matches none of the {len(selection.chosen)} layers to quantise; "
                 + closest(pattern, selection.chosen)
@@ -134,7 +140,7 @@ def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str,
     known = {pattern: None if scheme is None else Scheme.of(scheme) for pattern, scheme in schemes.items()}
     found, reasons = {}, dict(selection.reasons)
     for name in selection.chosen:
-        match = next((pattern for pattern in known if fnmatchcase(name, pattern)), None)
+        match = decides.get(name)
         scheme = None if match is None else known[match]
         if scheme is not None:
             found[name] = scheme
@@ -278,6 +284,11 @@ def unstack_experts_(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
+def matching(pattern: str, names: Collection[str]) -> set[str]:
+    """The name that the pattern is, where there is one of that name (it may hold brackets); else those it globs."""
+    return {pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)}
+
+
 def _as_list(patterns: Sequence[str], argument: str) -> list[str]:
     if isinstance(patterns, str):
         raise PatternError(f"{argument}={patterns!r} is a string; give a list of patterns: [{patterns!r}]")
@@ -288,9 +299,9 @@ def _check_patterns(model: nn.Module, linears: dict[str, nn.Module], include: li
     quantized = {name for name, _ in quant_linears(model)}
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns:
-            if any(fnmatchcase(name, pattern) for name in linears):
+            if matching(pattern, linears):
                 continue
-            if any(fnmatchcase(name, pattern) for name in quantized):
+            if matching(pattern, quantized):
                 if pattern == "*":
                     raise SchemeError(_nothing_left(model, {}))
                 raise PatternError(f"{argument}: {pattern!r} matches only layers that are quantised already")

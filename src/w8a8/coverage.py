@@ -19,7 +19,7 @@ from torch import nn
 
 from w8a8.errors import few
 from w8a8.experts import Experts
-from w8a8.linear import Mode, QuantLinear, is_linear
+from w8a8.linear import Mode, QuantLinear, check_materialised, is_linear
 from w8a8.report.records import ModuleCoverage, Totals
 
 
@@ -95,7 +95,11 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
     Args:
         model: Any module.  Not modified.
         reasons: Why the selection left a linear layer alone, by its name; other modules give their own.
+
+    Raises:
+        ModelError: a parameter has no shape yet.
     """
+    check_materialised(model)
     found = []
     seen: set[int] = set()  # parameters counted so far: a tied one belongs to its first owner
     shares = {

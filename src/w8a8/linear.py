@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from w8a8 import kernels
 from w8a8.affine import QParams, QTensor, dequantize, fake_quantize
 from w8a8.buffers import LinearBuffers
-from w8a8.errors import SchemeError
+from w8a8.errors import ModelError, SchemeError
 from w8a8.kernels import native, reference
 from w8a8.kernels.weights import quantize_weight
 from w8a8.row_sample import weight_sqnr_db
@@ -279,6 +279,16 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether this is a float linear layer: `nn.Linear`, a subclass of it, or `Conv1D`."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def check_materialised(model: nn.Module) -> None:
+    """Raise `ModelError` where a module waits for its first input to know the shapes of its parameters."""
+    for name, module in model.named_modules():
+        if any(nn.parameter.is_lazy(tensor) for tensor in module._parameters.values()):
+            raise ModelError(
+                f"{name or 'the model'} ({type(module).__name__}) has parameters without a shape, which they get from "
+                "the first input: call the model once, then quantise it"
+            )
 
 
 def quant_linears(model: nn.Module) -> Iterable[tuple[str, QuantLinear]]:

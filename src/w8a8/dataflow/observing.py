@@ -19,6 +19,7 @@ from w8a8.dataflow.groups import Dataflow, conclude
 from w8a8.dataflow.products import blocked
 from w8a8.dataflow.tracing import Trace, Watch
 from w8a8.errors import ModelError
+from w8a8.linear import check_materialised
 
 
 def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
@@ -34,7 +35,8 @@ def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
         Groups and refusals.
 
     Raises:
-        ModelError: not a module; weights on the meta device; inputs that are neither mapping nor tensor.
+        ModelError: not a module; weights on the meta device or without a shape; inputs that are neither mapping nor
+            tensor.
     """
     _check(model, inputs)
     trace = Trace(model)
@@ -95,6 +97,7 @@ def _check(model: Any, inputs: Any) -> None:
             f"expected a mapping of the forward's arguments or a tensor, found {type(inputs).__name__}: "
             "give {'input_ids': ids}"
         )
+    check_materialised(model)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
         raise ModelError(
