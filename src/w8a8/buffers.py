@@ -139,6 +139,13 @@ class LinearBuffers(nn.Module):
             return kernels.unpack(packed, self.out_features, self.in_features)
         return super().__getattr__(name)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a copy or a pickle holds; codes that were packed for another machine are packed for this one."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        packed, shape = self.packed_weight, (self.out_features, self.in_features)
+        if packed is not None and not native.lies_as_here(packed, *shape):
+            self.set_codes(kernels.unpack(packed, *shape))
+
     def set_input_params(self, params: QParams | None) -> None:
         """Take the static grid of the input.
 

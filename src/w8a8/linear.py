@@ -248,7 +248,7 @@ class QuantLinear(LinearBuffers):
         weakref.finalize(self, kernels.forget, self._number)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a copy has its own page in the ledger
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         self._take_number()
 
 

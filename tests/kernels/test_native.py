@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -31,6 +32,18 @@ def test_packing_is_undone_by_unpacking_and_pads_with_zeros(shape):
     assert torch.equal(sums, weight.sum(1, keepdim=True, dtype=torch.int32))
     assert int(packed.abs().sum(dtype=torch.int64)) == int(weight.abs().sum(dtype=torch.int64))
     assert packed.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 3), (33, 101), (100, 64), (70, 768)])
+def test_panels_hold_groups_of_k_side_by_side(shape):
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
+    packed, _ = native.pack(weight)
+    panels, steps, width, group = packed.shape
+    assert group in (4, 8)
+    assert steps * group - shape[1] in range(64)
+    padded = torch.zeros(panels * width, steps * group, dtype=torch.int8)
+    padded[: shape[0], : shape[1]] = weight
+    assert torch.equal(packed, padded.view(panels, width, steps, group).transpose(1, 2))
 
 
 def test_a_strided_weight_is_packed_by_its_values():
@@ -67,6 +80,19 @@ def test_a_packed_layer_loads_copies_moves_and_casts():
     assert first.double().packed_weight is not None
     assert torch.equal(first.float()(x), expected)
     assert torch.equal(first.weight, weight)
+
+
+@pytest.mark.parametrize("steps_group", [(26, 4), (13, 8)], ids=str)
+def test_a_pickle_from_another_architecture_is_packed_anew(steps_group):
+    """The pickle holds panels, and another machine's are laid out otherwise: read as ours they are wrong numbers."""
+    q, x = QuantLinear.from_float(nn.Linear(100, 33)), torch.randn(3, 100)
+    expected, (steps, group) = q(x), steps_group
+    theirs = torch.zeros(64, steps * group, dtype=torch.int8)
+    theirs[:33, :100] = q.weight
+    q.packed_weight = theirs.view(2, 32, steps, group).transpose(1, 2).contiguous()
+    loaded = pickle.loads(pickle.dumps(q))
+    assert loaded.packed_weight.shape == native.packed_shape(33, 100)
+    assert torch.equal(loaded(x), expected)
 
 
 def direct(q: QuantLinear, x: torch.Tensor) -> torch.Tensor | None:

@@ -4,9 +4,10 @@ The sources are in csrc/; `csrc/w8a8.h` is the interface and csrc/linear.cpp the
 rows, multiplies and rescales, in the instruction set that is best on this CPU: AVX-512 VNNI, AVX-VNNI, AVX2, NEON
 dot product, or plain C++.  The environment variable W8A8_ISA forces one by name.  All give the same bits.
 
-The weight is packed: panels of 32 output columns, in which the four bytes that one instruction adds up lie side by
-side.  A packed weight is a tensor (P, S, 32, 4), P = ceil(N / 32), S = ceil(K / 4), padded with zeros; it takes the
-place of the row-major one, which was slower from four rows up when both were tried (docs/log.md).
+The weight is packed: panels of 32 output columns, in which the bytes that one instruction adds up lie side by side.  A
+packed weight is a tensor (P, S, 32, g), P = ceil(N / 32), S g >= K, padded with zeros; g and S are the library's, by
+architecture (`packed_shape`).  It takes the place of the row-major one, which was slower from four rows up when both
+were tried (docs/log.md).
 
 What runs at every call is one C function that takes tensors (csrc/python.cpp); the rest is called through ctypes.
 
@@ -14,6 +15,7 @@ Threads are those of torch's own OpenMP runtime, which is looked up in the proce
 """
 
 import ctypes
+import math
 import mmap
 import os
 from collections.abc import Mapping
@@ -29,8 +31,8 @@ from w8a8.errors import KernelError
 from w8a8.kernels.request import Kernel, LinearRequest
 
 PANEL = 32
-_PACKED_AXES = 4  # (P, S, 32, 4)
-_ABI = 1  # of csrc/w8a8.h
+_PACKED_AXES = 4  # (P, S, 32, g)
+_ABI = 2  # of csrc/w8a8.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
 _TOKEN, _TENSOR, _STATIC = 0, 2, 4  # enum w8a8_mode, the symmetric ones; + 1 is asymmetric
@@ -49,6 +51,8 @@ class _Library:
             return found
 
         self.abi = function("abi", ctypes.c_int)
+        self.packed_bytes = function("packed_bytes", _I64, _I64, _I64)
+        self.panel_group = function("panel_group", _I32)
         self.pack = function("pack", ctypes.c_int, _P, _I64, _I64, _I64, _P, _P, _I32)
         self.quantize_rows = function(
             "quantize_rows",
@@ -174,6 +178,18 @@ def peak_read(memory: Tensor, seconds: float = 1e-6) -> float:
     return float(_loaded().peak_read(memory.data_ptr(), size, seconds, torch.get_num_threads()))
 
 
+def packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
+    """(P, S, 32, g), as this machine's library packs a weight (N, K)."""
+    library = _loaded()
+    group, panels = library.panel_group(), -(-n // PANEL)
+    return panels, library.packed_bytes(PANEL, k) // (PANEL * group), PANEL, group
+
+
+def lies_as_here(packed: Tensor, n: int, k: int) -> bool:
+    """Whether a packed weight (N, K) is one of this machine's; one in a pickle may be of another architecture."""
+    return unavailable_because() is None and tuple(packed.shape) == packed_shape(n, k)
+
+
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Row-major codes as panels.
 
@@ -181,12 +197,12 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: (N, K) int8 on the CPU.  Not modified.
 
     Returns:
-        (P, S, 32, 4) int8, on large pages where it is big enough to have any; and the sums (N, 1) int32 along K.
+        (P, S, 32, g) int8, on large pages where it is big enough to have any; and the sums (N, 1) int32 along K.
     """
     n, k = weight.shape
     weight = weight.contiguous()
-    shape = (-(-n // PANEL), -(-k // 4), PANEL, 4)
-    size = shape[0] * shape[1] * PANEL * 4
+    shape = packed_shape(n, k)
+    size = math.prod(shape)
     align = _HUGE if size >= _HUGE else 64
     library, room = _loaded(), _octets(size + align)
     if align == _HUGE:

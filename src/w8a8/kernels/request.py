@@ -16,7 +16,7 @@ class LinearRequest:
     """The operands of one call, checked by the op before a kernel sees them.
 
     x: (M, K) float, M > 0, any strides.
-    weight: (N, K) int8, row-major, as in the file; or (P, S, 32, 4), packed (`w8a8.kernels.native`).
+    weight: (N, K) int8, row-major, as in the file; or (P, S, 32, g), packed (`w8a8.kernels.native`).
     weight_scale: (1,), (N, 1) or (N, G) float32.
     weight_sum: (N, G) int32, the sums of the codes along K (G = 1 without groups): what the shift to
         unsigned codes and the zero point of an activation are corrected with.
@@ -107,9 +107,9 @@ class LinearRequest:
 
 
 def unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    """Panels as row-major codes: (P, S, 32, 4) -> a new (N, K) int8, on any device."""
-    panels, steps, width, four = packed.shape
-    return packed.permute(0, 2, 1, 3).reshape(panels * width, steps * four)[:n, :k].contiguous()
+    """Panels as row-major codes: (P, S, 32, g) -> a new (N, K) int8, on any device."""
+    panels, steps, width, group = packed.shape
+    return packed.permute(0, 2, 1, 3).reshape(panels * width, steps * group)[:n, :k].contiguous()
 
 
 @dataclass(frozen=True)

@@ -34,11 +34,31 @@
 
 namespace w8a8 {
 
-constexpr int kPanel = W8A8_PANEL;
-constexpr int kMaxRows = 14;                     // the tallest register tile of any instruction set
-constexpr int64_t kPanelStep = kPanel * 4;       // bytes of one panel for four values of k
+constexpr int kMaxRows = 14;   // the tallest register tile of any instruction set
 
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+// How weights lie: [panel of 32 columns][group of k][column][k within the group], zeros beyond N and K.  This is the one
+// place where the layout is chosen.  It depends on the architecture and not on the instruction set in use, which can
+// change while packed weights live.
+//
+// kGroup: how many k of one column lie side by side, what the product instruction adds up.  Four bytes are a lane of
+// vpdpbusd; smmla wants eight, and sdot reads these as two fours.
+// kPad: a panel's K is a multiple of this: 64 bytes are one row of an AMX tile.  Who needs less stops earlier.
+constexpr int kPanel = W8A8_PANEL;
+#if defined(W8A8_ARM)
+constexpr int kGroup = 8, kPad = 8;
+#elif defined(W8A8_X86)
+constexpr int kGroup = 4, kPad = 64;
+#else
+constexpr int kGroup = 4, kPad = 4;
+#endif
+static_assert(kPad % kGroup == 0 && 64 % kPad == 0, "whole groups, and rows of codes have room for round_up(k, 64)");
+constexpr int64_t kPanelStep = kPanel * kGroup;                                       // bytes of a panel for one group
+inline int64_t panel_steps(int64_t k) { return round_up(k, kPad) / kGroup; }          // groups in a panel
+inline int64_t panel_bytes(int64_t k) { return panel_steps(k) * kPanelStep; }
+
 inline size_t dtype_bytes(int dtype) { return dtype == W8A8_F32 ? 4 : 2; }
 inline const char *row_of(const void *x, int dtype, int64_t ld, int64_t m) {
   return static_cast<const char *>(x) + m * ld * static_cast<int64_t>(dtype_bytes(dtype));
@@ -74,20 +94,23 @@ struct Finish {
   int64_t ldy;
 };
 
-// sums[r * kPanel + c] = left[r, :] . panel[:, c] over ksteps groups of four k.
-// `ahead` is memory the caller will want next: `ahead_lines` (1..8) cache lines of it are prefetched per four ksteps.
+// sums[r * kPanel + c] = left[r, :] . panel[:, c] over ksteps groups of k.
+// `ahead` is memory the caller will want next: `ahead_lines` (1..8) cache lines of it are prefetched while eight lines of
+// the panel are read.
 using TileFn = void (*)(const void *left, int64_t ld_bytes, const int8_t *panel, int64_t ksteps, int32_t *sums,
                         const int8_t *ahead, int ahead_lines);
 
-// The prefetch of a tile, spread evenly over its steps: a burst would take all of the core's miss buffers at once.  Where
-// a tile makes several passes over its panel, each pass fetches its part.
+// The prefetch of a tile, spread evenly over its steps: a burst would take all of the core's miss buffers at once.  A step
+// is four values of k, 128 bytes of the panel.  Where a tile makes several passes over its panel, each pass fetches its
+// part.
+constexpr int64_t kAheadStep = kPanel * 4;
 class Ahead {
  public:
-  Ahead(const int8_t *from, int lines, int64_t ksteps, int passes = 1, int pass = 0) : twice_(lines >= 8 && passes == 1) {
+  Ahead(const int8_t *from, int lines, int64_t steps, int passes = 1, int pass = 0) : twice_(lines >= 8 && passes == 1) {
     int64_t period = 1;   // steps from one line to the next, a power of two
     while (period * 2 * lines <= 4 * passes) period *= 2;
     mask_ = period - 1;
-    at_ = from + pass * (ksteps / period) * 64;
+    at_ = from + pass * (steps / period) * 64;
   }
   inline __attribute__((always_inline)) void step(int64_t s) {
     if (twice_) {
@@ -114,7 +137,7 @@ struct Isa {
   int stream_rows;             // up to so many rows a tile reads its panel once, from front to back
   TileFn tile[kMaxRows + 1];   // by number of rows
   RowRange (*range)(const void *row, int dtype, int64_t k, bool asym);
-  // Writes round_up(k, 4) codes at least, at most round_up(k, 64).
+  // Writes round_up(k, kGroup) codes at least, at most round_up(k, 64).
   void (*codes)(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
   // Columns [n0, n0 + cols) of rows [m0, m0 + rows); sums has row stride ld.
   void (*finish)(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);

@@ -51,7 +51,8 @@ struct Job {
   Workspace *space;
   std::atomic<int> workers{0};
 
-  int64_t ksteps, panel_bytes;
+  int64_t ksteps;                        // groups of k that hold any of K: a panel may have more, all zeros
+  int64_t panel_bytes;
   int64_t panel_begin[kMaxLayers + 1];   // of each layer, in the common numbering
   int64_t panels;
   int64_t tiles, tiles_per_block, blocks;
@@ -92,8 +93,8 @@ void product_task(const Job &job, int64_t task) {
   const int64_t t0 = block * job.tiles_per_block, t1 = std::min(job.tiles, t0 + job.tiles_per_block);
   const bool single = job.tiles == 1 && job.q.m <= job.isa->stream_rows;
   const int64_t stream = job.q.m <= kNearRows ? kNearAhead : kFarAhead;
-  const int lines = static_cast<int>(div_up(8, t1 - t0));   // per four k steps; 8 are the panel itself
-  const int64_t slice = div_up(job.ksteps, 4) * lines * 64;   // what one tile prefetches
+  const int lines = static_cast<int>(div_up(8, t1 - t0));   // per eight of the panel's own
+  const int64_t slice = div_up(job.ksteps * kPanelStep, 4 * kAheadStep) * lines * 64;   // what one tile prefetches
   alignas(64) int32_t sums[kMaxRows * kPanel];
   for (int64_t p = p0; p < p1; ++p) {
     const int l = layer_of(job, p);
@@ -162,8 +163,6 @@ int64_t left_stride(int64_t k, Left left) {
   return (lines | 1) * 64;
 }
 
-int64_t up64(int64_t bytes) { return div_up(bytes, 64) * 64; }
-
 int check(const w8a8_layer *const *layers, int count, int dtype, int64_t m, int64_t ldx, const int64_t *ldy) {
   if (count < 1 || count > kMaxLayers || m < 0) return W8A8_BAD_ARGUMENT;
   const w8a8_layer &a = *layers[0];
@@ -198,8 +197,8 @@ extern "C" int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, 
   Job job;
   job.layers = layers, job.count = count, job.dtype = dtype, job.y = y, job.ldy = ldy, job.isa = &use;
   job.space = &space;
-  job.ksteps = div_up(first.k, 4);
-  job.panel_bytes = job.ksteps * kPanelStep;
+  job.ksteps = div_up(first.k, kGroup);
+  job.panel_bytes = panel_bytes(first.k);
   job.panel_begin[0] = 0;
   for (int i = 0; i < count; ++i) job.panel_begin[i + 1] = job.panel_begin[i] + div_up(layers[i]->n, kPanel);
   job.panels = job.panel_begin[count];
@@ -210,7 +209,7 @@ extern "C" int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, 
   q.x_scale = first.x_scale, q.x_zero_point = first.x_zero_point;
   q.m = m, q.k = first.k, q.ldx = ldx;
   q.left = use.left, q.offset = left_offset(use.left), q.ld_bytes = left_stride(first.k, use.left);
-  const int64_t code_bytes = m * q.ld_bytes, sx_bytes = up64(4 * m);
+  const int64_t code_bytes = m * q.ld_bytes, sx_bytes = round_up(4 * m, 64);
   const int64_t range_bytes = q.shared_dynamic() ? m * static_cast<int64_t>(sizeof(RowRange)) : 0;
   char *memory = space.memory.get(code_bytes + 2 * sx_bytes + range_bytes);
   if (!memory) return W8A8_NO_MEMORY;
@@ -286,7 +285,7 @@ extern "C" int w8a8_quantize_rows(const void *x, int32_t dtype, int64_t m, int64
         const Grid shared = shared_grid(r.q);
         // The kernels write whole vectors; the caller's rows end at k.
         static thread_local Scratch scratch;
-        char *room = scratch.get(div_up(r.q.k, 64) * 64 + 64);
+        char *room = scratch.get(round_up(r.q.k, 64) + 64);
         for (int64_t t; (t = r.quantize.take(me)) >= 0; r.quantize.done()) {
           Quantize one = r.q;
           one.codes = room - t * one.ld_bytes;

@@ -1,7 +1,7 @@
 // Weights from the file's layout to panels and back, and their column sums.
 //
-// A panel is 32 output columns by all of K: [K/4][32][4].  Four consecutive k of one column are the four bytes that one
-// product instruction adds up; 32 columns are 128 bytes, two cache lines, read in order from beginning to end.
+// A panel is 32 output columns by all of K: [K / kGroup][32][kGroup] (internal.h).  A group of consecutive k of one column is
+// what one product instruction adds up; 32 of them are whole cache lines, and a panel is read from beginning to end.
 #include <algorithm>
 
 #include "internal.h"
@@ -39,27 +39,30 @@ void for_each_panel(int64_t panels, int threads, const Fn &fn) {
 using namespace w8a8;
 
 extern "C" int64_t w8a8_packed_bytes(int64_t n, int64_t k) {
-  return n < 0 || k < 0 ? 0 : div_up(n, kPanel) * div_up(k, 4) * kPanelStep;
+  return n < 0 || k < 0 ? 0 : div_up(n, kPanel) * panel_bytes(k);
 }
+
+extern "C" int32_t w8a8_panel_group(void) { return kGroup; }
 
 extern "C" int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int8_t *packed, int32_t *colsum,
                          int32_t threads) {
   if (n < 0 || k < 0 || (n > 1 && ldw < k)) return W8A8_BAD_ARGUMENT;
-  const int64_t ksteps = div_up(k, 4), panel_bytes = ksteps * kPanelStep;
+  const int64_t bytes_of_panel = panel_bytes(k);
   for_each_panel(div_up(n, kPanel), threads, [=](int64_t p) {
-    int8_t *panel = packed + p * panel_bytes;
+    int8_t *panel = packed + p * bytes_of_panel;
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, n - p * kPanel));
     const int8_t *rows = w + p * kPanel * ldw;
-    if (columns < kPanel || k % 4) std::memset(panel, 0, static_cast<size_t>(panel_bytes));
+    if (columns < kPanel || k % kPad) std::memset(panel, 0, static_cast<size_t>(bytes_of_panel));
     int64_t sums[kPanel] = {};
     // a cache line of each row at a time, so that the lines that are written are whole before they leave the first cache
     for (int64_t begin = 0; begin < k; begin += kLine) {
-      const int64_t bytes = std::min<int64_t>(kLine, k - begin), words = bytes / 4;
+      const int64_t bytes = std::min<int64_t>(kLine, k - begin), groups = bytes / kGroup;
       for (int c = 0; c < columns; ++c) {
         const int8_t *from = rows + c * ldw + begin;
-        int8_t *to = panel + begin / 4 * kPanelStep + 4 * c;
-        for (int64_t s = 0; s < words; ++s) std::memcpy(to + s * kPanelStep, from + 4 * s, 4);
-        if (bytes % 4) std::memcpy(to + words * kPanelStep, from + 4 * words, static_cast<size_t>(bytes % 4));
+        int8_t *to = panel + begin / kGroup * kPanelStep + kGroup * c;
+        for (int64_t s = 0; s < groups; ++s) std::memcpy(to + s * kPanelStep, from + kGroup * s, kGroup);
+        if (bytes % kGroup)
+          std::memcpy(to + groups * kPanelStep, from + kGroup * groups, static_cast<size_t>(bytes % kGroup));
         int32_t sum = 0;
         for (int64_t i = 0; i < bytes; ++i) sum += from[i];
         sums[c] += sum;
@@ -72,14 +75,16 @@ extern "C" int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int
 
 extern "C" int w8a8_unpack(const int8_t *packed, int64_t n, int64_t k, int8_t *w, int64_t ldw, int32_t threads) {
   if (n < 0 || k < 0 || (n > 1 && ldw < k)) return W8A8_BAD_ARGUMENT;
-  const int64_t panel_bytes = div_up(k, 4) * kPanelStep;
+  const int64_t bytes_of_panel = panel_bytes(k);
   for_each_panel(div_up(n, kPanel), threads, [=](int64_t p) {
     const int64_t end = std::min<int64_t>(n, (p + 1) * kPanel);
     for (int64_t col = p * kPanel; col < end; ++col) {
-      const int8_t *from = packed + p * panel_bytes + 4 * (col % kPanel);
+      const int8_t *from = packed + p * bytes_of_panel + kGroup * (col % kPanel);
       int8_t *to = w + col * ldw;
-      for (int64_t s = 0; s < k / 4; ++s) std::memcpy(to + 4 * s, from + s * kPanelStep, 4);
-      if (k % 4) std::memcpy(to + k / 4 * 4, from + k / 4 * kPanelStep, static_cast<size_t>(k % 4));
+      const int64_t groups = k / kGroup;
+      for (int64_t s = 0; s < groups; ++s) std::memcpy(to + kGroup * s, from + s * kPanelStep, kGroup);
+      if (k % kGroup)
+        std::memcpy(to + kGroup * groups, from + groups * kPanelStep, static_cast<size_t>(k % kGroup));
     }
   });
   return W8A8_OK;

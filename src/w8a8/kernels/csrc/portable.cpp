@@ -26,7 +26,7 @@ static inline int32_t rint_small(float v) {
 }
 
 void portable_codes(const void *row, int dtype, int64_t k, const Grid &g, Left left, int offset, void *out) {
-  const int64_t padded = div_up(k, 4) * 4;
+  const int64_t padded = round_up(k, kGroup);
   for (int64_t i = 0; i < padded; ++i) {
     float v = i < k ? load_one(row, dtype, i) / g.scale : 0.0f;
     v = v < -kBound ? -kBound : v > kBound ? kBound : v;
@@ -64,11 +64,12 @@ void tile(const void *left, int64_t ld, const int8_t *panel, int64_t ksteps, int
   int32_t acc[MR][kPanel] = {};
   for (int64_t s = 0; s < ksteps; ++s, panel += kPanelStep) {
     for (int r = 0; r < MR; ++r) {
-      const int8_t *a = static_cast<const int8_t *>(left) + r * ld + 4 * s;
-      const int a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3];
+      const int8_t *a = static_cast<const int8_t *>(left) + r * ld + kGroup * s;
       for (int c = 0; c < kPanel; ++c) {
-        const int8_t *b = panel + 4 * c;
-        acc[r][c] += a0 * b[0] + a1 * b[1] + a2 * b[2] + a3 * b[3];
+        const int8_t *b = panel + kGroup * c;
+        int32_t sum = 0;
+        for (int i = 0; i < kGroup; ++i) sum += a[i] * b[i];
+        acc[r][c] += sum;
       }
     }
   }
@@ -76,9 +77,9 @@ void tile(const void *left, int64_t ld, const int8_t *panel, int64_t ksteps, int
 }
 
 double peak(int64_t rounds) {
-  alignas(64) int8_t a[64] = {1, 2, 3, 4}, b[kPanelStep * 16] = {1, 2, 3};
-  int32_t sums[kPanel];
-  for (int64_t i = 0; i < rounds; ++i) tile<1>(a, 64, b, 16, sums, nullptr, 0);
+  alignas(64) int8_t a[64] = {1, 2, 3, 4}, b[kPanel * 64] = {1, 2, 3};
+  int32_t sums[kPanel] = {};
+  for (int64_t i = 0; i < rounds; ++i) tile<1>(a, 64, b, 64 / kGroup, sums, nullptr, 0);
   volatile int32_t sink = sums[0];
   (void)sink;
   return static_cast<double>(rounds) * 2 * 64 * kPanel;

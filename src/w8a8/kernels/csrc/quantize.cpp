@@ -65,7 +65,7 @@ void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
   const RowRange r = q.shared_dynamic() ? q.ranges[m] : q.isa->range(row, q.dtype, q.k, q.asym());
   if (!r.finite()) {
     // Codes that mean zero, and a scale that makes every output of this row NaN.
-    const int64_t padded = div_up(q.k, 4) * 4;
+    const int64_t padded = round_up(q.k, kGroup);
     if (q.left == Left::kS16)
       for (int64_t i = 0; i < padded; ++i) reinterpret_cast<int16_t *>(out)[i] = static_cast<int16_t>(q.offset);
     else

@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 1       /* raised whenever a struct or a signature below changes */
+#define W8A8_ABI 2       /* raised whenever a struct or a signature below changes */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
@@ -70,9 +70,12 @@ W8A8_API int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, co
 W8A8_API int w8a8_linear(const w8a8_layer *layer, const void *x, int32_t dtype, int64_t m, int64_t ldx, void *y,
                          int64_t ldy, int32_t threads);
 
-/* Weights (N, K) row-major with row stride ldw -> panels [ceil(N/32)][ceil(K/4)][32][4], zeros where there is no weight.
- * The layout is the same for every instruction set.  colsum: (N,) out.  64-byte aligned `packed` is faster, not required. */
+/* Weights (N, K) row-major with row stride ldw -> panels [ceil(N/32)][steps][32][group], zeros where there is no weight.
+ * group is w8a8_panel_group(): 8 on AArch64, 4 elsewhere; steps * group is K, rounded up to a multiple of group, on x86 of
+ * 64.  So the layout is the same for every instruction set of an architecture.  colsum: (N,) out.  64-byte aligned `packed`
+ * is faster, not required. */
 W8A8_API int64_t w8a8_packed_bytes(int64_t n, int64_t k);
+W8A8_API int32_t w8a8_panel_group(void);
 W8A8_API int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int8_t *packed, int32_t *colsum,
                        int32_t threads);
 W8A8_API int w8a8_unpack(const int8_t *packed, int64_t n, int64_t k, int8_t *w, int64_t ldw, int32_t threads);
