@@ -29,6 +29,7 @@ from w8a8.errors import SchemeError
 from w8a8.kernels import native
 from w8a8.packed import SHAPE, WORDS, as_words, in_words, unpack_rows, words
 from w8a8.scheme import (
+    CODE_REACH,
     MAX_CODE_BITS,
     Granularity,
     PerChannel,
@@ -37,6 +38,7 @@ from w8a8.scheme import (
     PerTensor,
     PerToken,
     Scheme,
+    largest_k,
 )
 
 
@@ -111,7 +113,12 @@ class LinearBuffers(nn.Module):
         Args:
             codes: (N, K) int8, row-major; float32 where a simulated grid is wider than 8 bits.  Kept, not copied,
                 unless it is packed.
+
+        Raises:
+            SchemeError: K is so large that the sums of these codes might not fit in int32; nothing is changed then.
         """
+        if self._integer and not codes.is_meta:
+            self._check_sums(codes)
         self._buffers["packed_weight"] = None
         self._buffers["weight"] = codes
         groups = self.weight_sum.shape[1]
@@ -123,6 +130,26 @@ class LinearBuffers(nn.Module):
         else:
             self.weight_sum = _sums(codes.view(self.out_features, groups, self.in_features // groups))
 
+    def _check_sums(self, codes: Tensor) -> None:
+        """Codes that were made elsewhere may reach further than those that are made here: -128, for one."""
+        spec, activations = self.scheme.weights, self.scheme.activations
+        assert activations is not None, "an integer layer has integer activations"
+        reach = activations.reach
+        first, last = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)  # zero points
+
+        def limit_of(lowest: int, highest: int) -> int:
+            return largest_k(reach, max(1, highest - first, last - lowest))
+
+        if not codes.numel() or self.in_features <= limit_of(-CODE_REACH, CODE_REACH - 1):
+            return
+        lowest, highest = (int(end) for end in codes.aminmax())
+        limit = limit_of(lowest, highest)
+        if self.in_features > limit:
+            raise SchemeError(
+                f"K={self.in_features} could overflow the int32 sum, which holds K up to {limit} for a weight with "
+                f"codes from {lowest} to {highest}; use simulated=True"
+            )
+
     def _packs(self, codes: Tensor) -> bool:
         activations = self.scheme.activations
         assert activations is not None, "an integer layer has integer activations"
@@ -130,7 +157,7 @@ class LinearBuffers(nn.Module):
         return (
             codes.device.type == "cpu"
             and self.scheme.weights.symmetric
-            and native.can_pack(self.out_features, self.in_features, groups, symmetric=activations.symmetric)
+            and native.can_pack(self.out_features, self.in_features, groups, activations)
             and kernels.first_choice(self.kernel) == native.NATIVE.name
         )
 

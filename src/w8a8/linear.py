@@ -30,7 +30,7 @@ from w8a8.errors import ModelError, SchemeError
 from w8a8.kernels import native, reference
 from w8a8.kernels.weights import quantize_weight
 from w8a8.row_sample import weight_sqnr_db
-from w8a8.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme, largest_k
 from w8a8.tokens import fake_quantize_tokens
 
 _LAYER_NUMBERS = itertools.count()
@@ -312,10 +312,11 @@ def _mode(scheme: Scheme, k: int, *, simulated: bool) -> Mode:
     if scheme.not_executable_because is not None:
         raise SchemeError(f"{scheme} cannot run in integers: {scheme.not_executable_because}")
     assert activations is not None, "weight-only schemes have left above"
-    reach = activations.qmax - activations.qmin if not activations.symmetric else activations.qmax
-    limit = 2**31 // (reach * (weights.qmax if weights.symmetric else weights.qmax - weights.qmin))
-    if k >= limit:
-        raise SchemeError(f"K={k} could overflow the int32 sum, which holds K < {limit} here; use simulated=True")
+    limit = largest_k(activations.reach, weights.reach)
+    if k > limit:
+        raise SchemeError(
+            f"K={k} could overflow the int32 sum, which holds K up to {limit} for {scheme}; use simulated=True"
+        )
     return Mode.INTEGER
 
 

@@ -98,6 +98,7 @@ _INSTEAD = {
 
 MAX_BITS = 16  # the widest grid that can be simulated
 MAX_CODE_BITS = 8  # the widest grid whose codes fit int8
+CODE_REACH = 128  # of any int8: what a weight made elsewhere may hold, -2**(bits-1) among it
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,22 @@ class QuantSpec:
 
     @property
     def qmin(self) -> int:
-        """The lowest code.  Symmetric grids never produce -2**(bits-1)."""
-        return -self.qmax if self.symmetric else -(2 ** (self.bits - 1))
+        """The lowest code.
+
+        A scale that is taken from the tensor itself never makes -2**(bits-1) on a symmetric grid.  One that was
+        measured beforehand meets values beyond it, and saturates there as everybody's kernels do.
+        """
+        return -self.qmax if self.symmetric and self.dynamic else -(2 ** (self.bits - 1))
 
     @property
     def qmax(self) -> int:
         """The highest code: 2**(bits-1) - 1."""
         return int(2 ** (self.bits - 1)) - 1
+
+    @property
+    def reach(self) -> int:
+        """The largest |code - zero_point| that can occur."""
+        return max(self.qmax, -self.qmin) if self.symmetric else self.qmax - self.qmin
 
     def check(self, operand: Operand) -> None:
         """Raise `SchemeError` where the granularity makes no sense for the operand."""
@@ -251,6 +261,11 @@ class Preset:
 
     scheme: Scheme
     about: str
+
+
+def largest_k(activation_reach: int, weight_reach: int) -> int:
+    """The longest sum that surely fits in int32, of products of codes that reach this far from their zero points."""
+    return (2**31 - 1) // (activation_reach * weight_reach)
 
 
 def _is_int(value: object) -> bool:

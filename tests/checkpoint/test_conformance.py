@@ -6,13 +6,15 @@ import pytest
 import torch
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, apply_quantization_config
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize as library_fake_quantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import w8a8
 from tests.conftest import THEIRS, llama, mixtral, opt, qwen2_moe, qwen3_moe, relative_error
-from w8a8 import PRESETS, PerChannel, PerGroup, PerToken, QuantSpec, Scheme
+from w8a8 import PRESETS, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.affine import QParams
 from w8a8.checkpoint.layout import check_writable
 from w8a8.checkpoint.names import FileNames
 from w8a8.convert import swap
@@ -20,6 +22,7 @@ from w8a8.errors import CheckpointError
 from w8a8.experts import unstacked
 from w8a8.linear import quant_linears
 from w8a8.streaming import quantize_directory
+from w8a8.tokens import fake_quantize_tokens
 
 IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
 SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()} | {
@@ -151,6 +154,16 @@ def test_int8_directories_of_weight_only_models_still_load(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     w8a8.save(w8a8.load(tmp_path / "out"), tmp_path / "again")
     assert f"{name}.weight_packed" in load_file(tmp_path / "again" / "model.safetensors")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_static_symmetric_grid_saturates_where_the_librarys_does(bits):
+    x, scale = torch.linspace(-40, 40, 2001)[None], torch.tensor([40 / 2**bits])  # twice as far as the grid goes
+    args = QuantizationArgs(num_bits=bits, symmetric=True, strategy="tensor", dynamic=False)
+    theirs = library_fake_quantize(x, scale, torch.zeros(1, dtype=torch.int8), args)
+    assert theirs.min() == -(2 ** (bits - 1)) * scale
+    spec = QuantSpec(bits, PerTensor(), dynamic=False)
+    assert torch.equal(fake_quantize_tokens(x, spec, QParams(scale, None)), theirs)
 
 
 def library_reads(directory, make):

@@ -132,13 +132,47 @@ def test_many_random_cases_agree_with_the_reference(path):
 @pytest.mark.parametrize("kernel", kernels.KERNELS)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_largest_sums_do_not_overflow_or_saturate(kernel, symmetric):
-    k = 65_000  # close to the limit with a zero point: 2**31 / (255 * 127)
+    k = 65_000  # close to the limit with a zero point: (2**31 - 1) // (255 * 127)
     scheme = Scheme(QuantSpec(8, PerTensor()), QuantSpec(8, PerTensor(), symmetric))
     linear = nn.Linear(k, 2, bias=False)
     nn.init.ones_(linear.weight)
     linear.weight.data[1] = -1
     y = QuantLinear.from_float(linear, scheme, kernel=kernel, strict=True)(torch.ones(3, k))
     torch.testing.assert_close(y, torch.tensor([[k, -k]] * 3, dtype=torch.float32), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+@pytest.mark.parametrize(
+    ("activations", "lowest", "limit"),
+    [
+        (QuantSpec(8, PerToken()), -127, 133_144),
+        (QuantSpec(8, PerToken()), -128, 132_104),
+        (QuantSpec(8, PerTensor(), dynamic=False), -127, 132_104),
+        (QuantSpec(8, PerTensor(), dynamic=False), -128, 131_071),
+        (QuantSpec(8, PerToken(), symmetric=False), -127, 66_311),
+        (QuantSpec(8, PerToken(), symmetric=False), -128, 65_793),
+    ],
+    ids=str,
+)
+def test_the_longest_sum_is_exact_and_a_longer_one_is_refused(kernel, activations, lowest, limit):
+    """All codes at the end that reaches furthest; a file that brings -128 is refused where that is one too many."""
+    scheme = Scheme(QuantSpec(8, PerTensor()), activations)
+
+    def filled(k, weight):
+        q = QuantLinear(k, 1, scheme, bias=None, kernel=kernel, strict=True)
+        q.weight_scale.fill_(1.0)
+        if q.input_scale is not None:
+            q.input_scale.fill_(1.0)
+        q.set_codes(torch.full((1, k), weight, dtype=torch.int8))
+        return q
+
+    grid = [activations.qmax, activations.qmin if not activations.dynamic else -activations.qmax]
+    for x in (float(end) for end in grid):
+        q = filled(limit, lowest)
+        inputs = torch.full((1, limit), x)
+        assert torch.equal(q(inputs), oracle(q, inputs))
+    with pytest.raises(SchemeError, match=f"could overflow the int32 sum, which holds K up to {limit}"):
+        filled(limit + 1, lowest)
 
 
 @pytest.mark.parametrize("threads", [2, 5])
@@ -188,6 +222,22 @@ def test_a_static_grid_is_used_as_it_is(kernel, symmetric):
     q = layer(scheme, kernel=kernel, strict=True, input_params=QParams(torch.tensor([0.01]), zero_point))
     x = torch.randn(4, 100)  # beyond 1.27: clamped
     assert torch.equal(q(x), oracle(q, x))
+
+
+@pytest.mark.parametrize("kernel", [*kernels.KERNELS, "simulated"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_static_symmetric_grid_saturates_at_both_ends_of_the_codes(kernel, bits):
+    """As compressed-tensors and vLLM do; a dynamic scale, made from the same values, never gets there."""
+    options = {"simulated": True} if kernel == "simulated" else {"kernel": kernel, "strict": True}
+    static = Scheme(QuantSpec(8, PerChannel()), QuantSpec(bits, PerTensor(), dynamic=False))
+    linear = nn.Linear(4, 4, bias=False)
+    linear.weight.data = torch.eye(4) * 127  # codes of 127, scales of 1
+    x = torch.tensor([[-1e9, -(2.0 ** (bits - 1)) - 1, 1.0, 1e9]])
+    q = QuantLinear.from_float(linear, static, input_params=QParams(torch.ones(1), None), **options)
+    assert (q(x) / 127).tolist() == [[-(2 ** (bits - 1)), -(2 ** (bits - 1)), 1, 2 ** (bits - 1) - 1]]
+    dynamic = QuantLinear.from_float(linear, Scheme(static.weights, QuantSpec(bits, PerTensor())), **options)
+    reach = 2 ** (bits - 1) - 1
+    assert (dynamic(x.clamp(-reach, reach)) / 127).tolist() == [[-reach, -reach, 1, reach]]
 
 
 @pytest.mark.parametrize("shape", [(0, 100), (2, 0, 100), (100,), (1, 100), (2, 3, 4, 100)])
@@ -339,7 +389,7 @@ def test_torch_cpu_refuses_what_is_not_on_the_cpu():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_weight_zero_point_is_exact_to_the_last_k(kernel, symmetric):
     """All codes at one end and all zero points at the other: the largest sum that a K can have."""
-    k = 2**31 // ((127 if symmetric else 255) * 255) - 1
+    k = (2**31 - 1) // ((127 if symmetric else 255) * 255)
     scheme = Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken(), symmetric))
     q = QuantLinear(k, 3, scheme, bias=None, kernel=kernel, strict=True)
     codes = torch.full((3, k), 127, dtype=torch.int8)
@@ -354,9 +404,9 @@ def test_a_weight_zero_point_is_exact_to_the_last_k(kernel, symmetric):
 
 def test_a_weight_zero_point_that_could_overflow_is_refused():
     scheme = Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken(), symmetric=False))
-    with pytest.raises(SchemeError, match="holds K < 33025"):
-        QuantLinear(33_025, 2, scheme, bias=None, device="meta")
-    assert QuantLinear(33_024, 2, scheme, bias=None, device="meta").in_features == 33_024
+    with pytest.raises(SchemeError, match="holds K up to 33025"):
+        QuantLinear(33_026, 2, scheme, bias=None, device="meta")
+    assert QuantLinear(33_025, 2, scheme, bias=None, device="meta").in_features == 33_025
 
 
 def test_the_native_kernel_says_that_it_has_no_weight_zero_points():

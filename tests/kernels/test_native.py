@@ -196,10 +196,10 @@ def test_what_the_kernel_has_not_is_run_by_another_and_said():
 
 
 def test_a_k_near_the_limit_falls_back():
-    assert native.can_pack(4, 132_104, 1, symmetric=True)
-    assert not native.can_pack(4, 132_105, 1, symmetric=True)
-    assert native.can_pack(4, 65_793, 1, symmetric=False)
-    assert not native.can_pack(4, 65_794, 1, symmetric=False)
+    static = QuantSpec(8, PerTensor(), dynamic=False)
+    for activations, k in ((QuantSpec(8), 132_104), (static, 131_071), (QuantSpec(8, symmetric=False), 65_793)):
+        assert native.can_pack(4, k, 1, activations)
+        assert not native.can_pack(4, k + 1, 1, activations)
     q = QuantLinear.from_float(nn.Linear(133_000, 2, bias=False))
     assert q.packed_weight is None
     q(torch.ones(1, 133_000))

@@ -38,6 +38,7 @@ float safe_scale(float span, int steps) {
 Naive naive_quantize(const std::vector<float> &x, int64_t m, int64_t k, int mode, int bits, float scale, int zero) {
   const int qmax = (1 << (bits - 1)) - 1, qmin = -qmax - 1;
   const bool asym = mode & 1;
+  const int low = asym || mode == W8A8_STATIC_SYM ? qmin : -qmax;
   Naive out{std::vector<int>(static_cast<size_t>(m * k)), {}, {}};
   std::vector<float> lo(static_cast<size_t>(m)), hi(lo);
   std::vector<char> finite(static_cast<size_t>(m), 1);
@@ -67,7 +68,7 @@ Naive naive_quantize(const std::vector<float> &x, int64_t m, int64_t k, int mode
     for (int64_t j = 0; j < k; ++j) {
       const size_t e = static_cast<size_t>(i * k + j);
       const float q = std::nearbyint(x[e] / s) + static_cast<float>(z);
-      out.codes[e] = finite[r] ? static_cast<int>(std::clamp(q, static_cast<float>(asym ? qmin : -qmax),
+      out.codes[e] = finite[r] ? static_cast<int>(std::clamp(q, static_cast<float>(low),
                                                              static_cast<float>(qmax)))
                                : 0;
     }
@@ -209,7 +210,7 @@ bool halves(uint64_t seed) {
   w8a8_quantize_rows(x.data(), W8A8_F32, 1, kRow, kRow, W8A8_STATIC_SYM, 8, s, 0, 0, codes.data(), kRow, scale.data(),
                      zero.data(), 1);
   for (int i = 0; i < kRow; ++i) {
-    const float q = std::clamp(std::nearbyint(x[static_cast<size_t>(i)] / s), -127.0f, 127.0f);
+    const float q = std::clamp(std::nearbyint(x[static_cast<size_t>(i)] / s), -128.0f, 127.0f);
     if (static_cast<int8_t>(codes[static_cast<size_t>(i)]) != static_cast<int>(q)) {
       std::printf("FAILED half: isa %s x %a scale %a\n", isa().name, static_cast<double>(x[static_cast<size_t>(i)]),
                   static_cast<double>(s));

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from w8a8.errors import KernelError
 from w8a8.kernels.request import Kernel, LinearRequest
+from w8a8.scheme import CODE_REACH, QuantSpec, largest_k
 
 PANEL = 32
 _PACKED_AXES = 4  # (P, S, 32, g)
@@ -266,10 +267,9 @@ def takes(weight: Tensor, kernel: str) -> bool:
     return weight.ndim == _PACKED_AXES and kernel in ("auto", "native")
 
 
-def can_pack(n: int, k: int, groups: int, *, symmetric: bool) -> bool:
-    """Whether the kernel runs a layer of this shape, for activations with or without a zero point."""
-    reach = 127 if symmetric else 255
-    return n > 0 and groups == 1 and 0 < k <= (2**31 - 1) // (reach * 128)
+def can_pack(n: int, k: int, groups: int, activations: QuantSpec) -> bool:
+    """Whether the kernel, which does not look for the largest code of a weight, runs a layer of this shape."""
+    return n > 0 and groups == 1 and 0 < k <= largest_k(activations.reach, CODE_REACH)
 
 
 Call = tuple[int, int, int, int, int]

@@ -176,9 +176,7 @@ int check(const w8a8_layer *const *layers, int count, int dtype, int64_t m, int6
     if (m > 1 && ldy[i] < b.n) return W8A8_BAD_ARGUMENT;
   }
   if (ldx < 0) return W8A8_BAD_ARGUMENT;   // 0 is a row that is expanded to many
-  // |code - zero point| <= 127 or 255, |weight| <= 128
-  const int64_t most = a.mode & 1 ? 255 : 127;
-  return a.k > INT32_MAX / (most * 128) ? W8A8_K_TOO_LARGE : W8A8_OK;
+  return a.k > INT32_MAX / (reach_of(a.mode, a.bits) * 128) ? W8A8_K_TOO_LARGE : W8A8_OK;   // |weight| <= 128
 }
 
 }  // namespace

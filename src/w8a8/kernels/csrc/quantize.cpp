@@ -44,8 +44,8 @@ void measure_row(const Quantize &q, int64_t m) {
 
 Grid shared_grid(const Quantize &q) {
   if (q.mode == W8A8_STATIC_SYM || q.mode == W8A8_STATIC_ASYM) {
-    const int qmax = qmax_of(q.bits), qmin = q.asym() ? qmin_of(q.bits) : -qmax;
-    return {q.x_scale, q.asym() ? q.x_zero_point : 0, qmin, qmax};
+    // Values beyond a scale that was given saturate at both ends of the codes; a scale of the row's own never gets there.
+    return {q.x_scale, q.asym() ? q.x_zero_point : 0, qmin_of(q.bits), qmax_of(q.bits)};
   }
   RowRange all{0, 0, 0};
   if (!q.shared_dynamic()) return grid_of(all, false, q.bits);
@@ -79,6 +79,11 @@ void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
   q.isa->codes(row, q.dtype, q.k, g, q.left, q.offset, out);
   q.sx[m] = g.scale;
   q.zx[m] = g.zero_point;
+}
+
+int reach_of(int mode, int bits) {
+  if (mode & 1) return qmax_of(bits) - qmin_of(bits);
+  return mode == W8A8_STATIC_SYM ? -qmin_of(bits) : qmax_of(bits);
 }
 
 bool valid(int dtype, int mode, int bits, float x_scale, int32_t x_zero_point) {

@@ -34,6 +34,9 @@ Grid shared_grid(const Quantize &q);
 // Codes, scale and zero point of row m.  Rows are independent.
 void quantize_row(const Quantize &q, int64_t m, const Grid &shared);
 
+// The largest |code - zero point| that can occur.
+int reach_of(int mode, int bits);
+
 bool valid(int dtype, int mode, int bits, float x_scale, int32_t x_zero_point);
 
 }  // namespace w8a8

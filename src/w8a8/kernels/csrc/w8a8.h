@@ -35,7 +35,7 @@ enum w8a8_mode {
   W8A8_TOKEN_ASYM = 1,
   W8A8_TENSOR_SYM = 2,  /* one scale for all rows, from all rows */
   W8A8_TENSOR_ASYM = 3,
-  W8A8_STATIC_SYM = 4,  /* one scale for all rows, given in the layer */
+  W8A8_STATIC_SYM = 4,  /* one scale for all rows, given in the layer; codes saturate at -2**(bits-1) */
   W8A8_STATIC_ASYM = 5
 };
 
