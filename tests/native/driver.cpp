@@ -103,8 +103,14 @@ struct Random {
 
 bool one_case(uint64_t seed) {
   Random rnd{std::mt19937_64(seed)};
-  const int m = rnd.pick({0, 1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 17, 29, 40}), n = rnd.pick({0, 1, 7, 16, 31, 32, 33, 64, 100});
-  const int k = rnd.pick({0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 100, 128, 200, 513});
+  // Some are large enough for what only large products do: several blocks of rows, K in chunks and split, tasks that
+  // quantise their own rows.
+  const bool large = seed % 40 == 7, deep = seed % 80 == 7;
+  const int m = large ? rnd.pick({33, 48, 65, 129, 200, 257, 300}) : rnd.pick({0, 1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 16, 17, 29, 40});
+  const int n = large ? rnd.pick({1, 33, 70, 100}) : rnd.pick({0, 1, 7, 16, 31, 32, 33, 64, 100});
+  const int k = deep    ? rnd.pick({5001, 5632, 5700})
+                : large ? rnd.pick({64, 700, 705, 1500})
+                        : rnd.pick({0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 100, 128, 200, 513});
   const int dtype = rnd.below(3), mode = rnd.below(6), bits = rnd.pick({8, 8, 8, 2, 3, 4, 7});
   const int threads = rnd.pick({0, 1, 2, 3, 7}), pad = rnd.pick({0, 0, 1, 5});
   const float x_scale = std::exp2(rnd.normal() * 4) * (rnd.below(8) ? 1.0f : 0x1p-110f);

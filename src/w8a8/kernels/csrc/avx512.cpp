@@ -75,11 +75,15 @@ RowRange range_dt(const void *row, int64_t k, bool asym) {
   return asym ? range_of<DT, true>(row, k) : range_of<DT, false>(row, k);
 }
 
-RowRange range(const void *row, int dtype, int64_t k, bool asym) {
+}  // namespace
+
+RowRange avx512_range(const void *row, int dtype, int64_t k, bool asym) {
   if (dtype == W8A8_F32) return range_dt<W8A8_F32>(row, k, asym);
   if (dtype == W8A8_BF16) return range_dt<W8A8_BF16>(row, k, asym);
   return range_dt<W8A8_F16>(row, k, asym);
 }
+
+namespace {
 
 // True division: on Zen 4 it is as fast as a multiplication with a check for the quotients that it would round otherwise
 // (0.20 ns an element both ways, range included), so there is nothing to be clever about.
@@ -113,12 +117,16 @@ void codes_dt(const void *row, int64_t k, const Grid &g, int offset, uint8_t *ou
   for (; i < k; i += 16) store(i, load16_tail<DT>(row, i, k));
 }
 
-void codes(const void *row, int dtype, int64_t k, const Grid &g, Left, int offset, void *out) {
+}  // namespace
+
+void avx512_codes(const void *row, int dtype, int64_t k, const Grid &g, Left, int offset, void *out) {
   uint8_t *o = static_cast<uint8_t *>(out);
   if (dtype == W8A8_F32) codes_dt<W8A8_F32>(row, k, g, offset, o);
   else if (dtype == W8A8_BF16) codes_dt<W8A8_BF16>(row, k, g, offset, o);
   else codes_dt<W8A8_F16>(row, k, g, offset, o);
 }
+
+namespace {
 
 // Not vcvtneps2bf16: that one flushes subnormals whatever the mode says.
 inline __m256i to_bf16x16(__m512 v) {
@@ -129,7 +137,9 @@ inline __m256i to_bf16x16(__m512 v) {
   return _mm512_cvtepi32_epi16(r);
 }
 
-void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
+}  // namespace
+
+void avx512_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
   const w8a8_layer &w = *f.layer;
   for (int c = 0; c < cols; c += 16) {
     const int64_t n = n0 + c;
@@ -155,6 +165,8 @@ void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int ro
     }
   }
 }
+
+namespace {
 
 inline __m512i broadcast4(const uint8_t *p) {
   int32_t v;
@@ -240,7 +252,7 @@ W8A8_TARGET_END
 const Isa kAvx512Vnni = {"avx512vnni", usable, Left::kU8, 14, 14,
                          {nullptr, tile<1, 4>, tile<2, 4>, tile<3, 2>, tile<4, 1>, tile<5, 1>, tile<6, 1>, tile<7, 1>,
                           tile<8, 1>, tile<9, 1>, tile<10, 1>, tile<11, 1>, tile<12, 1>, tile<13, 1>, tile<14, 1>},
-                         range, codes, finish, peak};
+                         avx512_range, avx512_codes, avx512_finish, peak};
 
 }  // namespace w8a8
 #endif

@@ -129,6 +129,14 @@ class Ahead {
   bool twice_;
 };
 
+// Matrix tiles, which multiply blocks of rows; tiles.h.
+struct TileBlock;
+struct Tiles {
+  void (*configure)(int tile_rows, bool one_tile);   // of the calling thread, before run
+  void (*release)();                                 // when the thread has no more: others configure it too
+  void (*run)(const TileBlock &block);
+};
+
 struct Isa {
   const char *name;
   bool (*usable)();
@@ -142,13 +150,20 @@ struct Isa {
   // Columns [n0, n0 + cols) of rows [m0, m0 + rows); sums has row stride ld.
   void (*finish)(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
   double (*peak)(int64_t rounds);   // runs `rounds` rounds of the product instruction, returns operations done
+  const char *(*why_not)() = nullptr;   // where there is more to say than that this CPU has not got it
+  const Tiles *tiles = nullptr;         // instead of `tile`
 };
 
-const Isa &isa();   // the one in use
+const Isa &isa();   // the one that is forced, or the best
+// What runs a product: the one that is forced, or by the table in dispatch.cpp.  It is counted as run.
+const Isa &isa_for(int64_t m, int64_t k);
 
 extern const Isa kPortable;
 #ifdef W8A8_X86
-extern const Isa kAvx2, kAvxVnni, kAvx512Vnni256, kAvx512Vnni;
+extern const Isa kAvx2, kAvxVnni, kAvx512Vnni256, kAvx512Vnni, kAmx;
+#endif
+#if defined(W8A8_TILE_MODEL) && defined(W8A8_X86)
+extern const Isa kAmxModel;   // tests/native/tile_model.cpp
 #endif
 #ifdef W8A8_ARM_DOT
 extern const Isa kNeonDot;
@@ -162,6 +177,9 @@ void portable_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m
 RowRange avx2_range(const void *row, int dtype, int64_t k, bool asym);
 void avx2_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
 void avx2_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+RowRange avx512_range(const void *row, int dtype, int64_t k, bool asym);
+void avx512_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
+void avx512_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
 #endif
 
 // Quotients beyond any grid are brought into the range of the conversion to int32; the clamp to the grid follows.

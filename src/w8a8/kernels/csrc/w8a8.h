@@ -97,15 +97,20 @@ W8A8_API int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t ld
                          const float *scale, const int32_t *zero_point, int32_t dtype, void *y, int64_t ldy,
                          int32_t threads);
 
-/* Which instruction set runs.  Names: portable, avx2, avxvnni, avx512vnni256, avx512vnni, neon_dot.
- * At load: the best one this CPU has, or the one in the environment variable W8A8_ISA where that is set and possible.
- * w8a8_isa_use(name) switches the whole process; null or "" goes back to the best.  Returns W8A8_BAD_ARGUMENT for a
+/* Which instruction set runs.  Names: portable, avx2, avxvnni, avx512vnni256, avx512vnni, amx, neon_dot.
+ * By a table of least sizes (dispatch.cpp), or the one in the environment variable W8A8_ISA where that is set and possible.
+ * w8a8_isa_use(name) switches the whole process; null or "" goes back to the table.  Returns W8A8_BAD_ARGUMENT for a
  * name that is unknown or that this CPU cannot run.  w8a8_isa_use_env() reads W8A8_ISA again. */
-W8A8_API const char *w8a8_isa_name(void);
+W8A8_API const char *w8a8_isa_name(void);               /* the forced one, or the first of the table */
 W8A8_API int w8a8_isa_count(void);
 W8A8_API const char *w8a8_isa_at(int i, int *usable);   /* all that were compiled in, best last */
+W8A8_API const char *w8a8_isa_why_not(int i);           /* null where it can be used */
+W8A8_API uint64_t w8a8_isa_runs(int i);                 /* how many products it has run in this process */
 W8A8_API int w8a8_isa_use(const char *name);
 W8A8_API int w8a8_isa_use_env(void);
+
+/* Line i of the table on this CPU, or null: the first line whose least numbers of rows and of K a product reaches runs it. */
+W8A8_API const char *w8a8_choice_at(int i, int64_t *rows, int64_t *k);
 
 /* How the parallel loop is run: "openmp <path of the runtime>", "threads" (our own) or "serial". */
 W8A8_API const char *w8a8_parallel_name(void);
