@@ -45,15 +45,25 @@ def diagnose() -> Diagnosis:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
     }
     if kernels.available()[NATIVE.name] is None:
-        sets = [name if usable else f"({name})" for name, usable in native.instruction_sets().items()]
-        machine["native kernel runs"] = native.instruction_set()
-        machine["native kernel has (not this CPU)"] = ", ".join(sets)
+        sets = native.instruction_sets()
+        machine["native kernel has"] = ", ".join(name for name, reason in sets.items() if reason is None)
+        machine["native kernel has not"] = "; ".join(f"{name}: {reason}" for name, reason in sets.items() if reason)
+        machine["native kernel runs"] = _what_runs()
         machine["native kernel's threads"] = native.threading()
     statuses = (
         KernelStatus(name, kernels.KERNELS[name].about, reason is None, reason)
         for name, reason in kernels.available().items()
     )
     return Diagnosis(versions, machine, tuple(statuses))
+
+
+def _what_runs() -> str:
+    """The table of instruction sets, in words."""
+    forced = os.environ.get("W8A8_ISA")
+    if forced:
+        return f"{forced}, as W8A8_ISA asks"
+    *lines, last = native.choices()
+    return "".join(f"{c.instruction_set} from {c.rows} rows and K = {c.k}, else " for c in lines) + last.instruction_set
 
 
 def _version(package: str) -> str:

@@ -206,15 +206,62 @@ def test_a_k_near_the_limit_falls_back():
     assert "native" not in q.kernel_calls()
 
 
+def usable():
+    return [name for name, reason in native.instruction_sets().items() if reason is None]
+
+
+@pytest.fixture
+def unforced():
+    """The table decides, whatever W8A8_ISA says."""
+    forced = os.environ.get("W8A8_ISA") or None
+    native.use_instruction_set(None)
+    yield
+    native.use_instruction_set(forced)
+
+
+@pytest.mark.usefixtures("unforced")
 def test_instruction_sets_can_be_forced_and_the_impossible_is_refused():
-    sets = native.instruction_sets()
-    assert sets["portable"]
+    assert "portable" in usable()
     native.use_instruction_set("portable")
     assert native.instruction_set() == "portable"
     native.use_instruction_set(None)
-    assert native.instruction_set() == [name for name, usable in sets.items() if usable][-1]
+    assert native.instruction_set() == native.choices()[0].instruction_set
     with pytest.raises(KernelError, match="instruction set 'mmx' cannot be used"):
         native.use_instruction_set("mmx")
+    for name in set(native.instruction_sets()) - set(usable()):
+        with pytest.raises(KernelError, match=re.escape(f"{name} ({native.instruction_sets()[name]})")):
+            native.use_instruction_set(name)
+
+
+@pytest.mark.usefixtures("unforced")
+def test_the_table_names_only_what_this_cpu_has_and_ends_with_a_line_for_everything():
+    lines = native.choices()
+    assert {line.instruction_set for line in lines} <= set(usable())
+    assert (lines[-1].rows, lines[-1].k) == (1, 1)
+    assert all((line.rows, line.k) != (1, 1) for line in lines[:-1]), "nothing could reach the lines below"
+    best = {"amx", "avx512vnni", "avxvnni", "avx2", "neon_i8mm", "neon_dot", "portable"} & set(usable())
+    assert lines[0].instruction_set == [name for name in native.instruction_sets() if name in best][-1]
+
+
+@pytest.mark.usefixtures("unforced")
+@pytest.mark.parametrize("k", [3, 63, 64, 200])
+def test_what_runs_is_what_the_table_says(k):
+    q = QuantLinear.from_float(nn.Linear(k, 40), kernel="native", strict=True)
+    for m in (1, 2, 3, 4, 5, 16, 17, 300):
+        said = next(c.instruction_set for c in native.choices() if m >= c.rows and k >= c.k)
+        before = native.runs()
+        q(torch.randn(m, k))
+        after = native.runs()
+        assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {said: 1}
+
+
+@pytest.mark.parametrize("name", usable())
+def test_what_is_forced_runs(name, unforced):
+    q = QuantLinear.from_float(nn.Linear(200, 40), kernel="native", strict=True)
+    native.use_instruction_set(name)
+    before = native.runs()[name]
+    q(torch.randn(5, 200))
+    assert native.runs()[name] == before + 1
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

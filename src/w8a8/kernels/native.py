@@ -1,8 +1,9 @@
 """The native kernel: C++ that is compiled when the package is installed.
 
 The sources are in csrc/; `csrc/w8a8.h` is the interface and csrc/linear.cpp the design.  One call quantises the
-rows, multiplies and rescales, in the instruction set that is best on this CPU: AVX-512 VNNI, AVX-VNNI, AVX2, NEON
-dot product, or plain C++.  The environment variable W8A8_ISA forces one by name.  All give the same bits.
+rows, multiplies and rescales, in one of the instruction sets that this CPU has: AMX, AVX-512 VNNI, AVX-VNNI, AVX2, NEON
+dot product, or plain C++.  Which, by rows and K, says one table (`choices`); the environment variable W8A8_ISA forces one
+by name.  All give the same bits.
 
 The weight is packed: panels of 32 output columns, in which the bytes that one instruction adds up lie side by side.  A
 packed weight is a tensor (P, S, 32, g), P = ceil(N / 32), S g >= K, padded with zeros; g and S are the library's, by
@@ -19,6 +20,7 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -33,7 +35,7 @@ from w8a8.scheme import CODE_REACH, QuantSpec, largest_k
 
 PANEL = 32
 _PACKED_AXES = 4  # (P, S, 32, g)
-_ABI = 2  # of csrc/w8a8.h
+_ABI = 3  # of csrc/w8a8.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
 _TOKEN, _TENSOR, _STATIC = 0, 2, 4  # enum w8a8_mode, the symmetric ones; + 1 is asymmetric
@@ -78,7 +80,10 @@ class _Library:
         self.isa_name = function("isa_name", ctypes.c_char_p)
         self.isa_count = function("isa_count", ctypes.c_int)
         self.isa_at = function("isa_at", ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_int))
+        self.isa_why_not = function("isa_why_not", ctypes.c_char_p, ctypes.c_int)
+        self.isa_runs = function("isa_runs", ctypes.c_uint64, ctypes.c_int)
         self.isa_use = function("isa_use", ctypes.c_int, ctypes.c_char_p)
+        self.choice_at = function("choice_at", ctypes.c_char_p, ctypes.c_int, *2 * [ctypes.POINTER(_I64)])
         self.parallel_name = function("parallel_name", ctypes.c_char_p)
         self.peak_ops = function("peak_ops", ctypes.c_double, ctypes.c_double, _I32)
         self.peak_read = function("peak_read", ctypes.c_double, _P, _I64, ctypes.c_double, _I32)
@@ -115,7 +120,7 @@ def _library() -> _Library | str:
     if forced and library.isa_name().decode() != forced:
         raise KernelError(
             f"the environment variable W8A8_ISA is {forced!r}, which this CPU cannot run or the kernel does not have; "
-            f"it has {_isas(library)}"
+            f"it has {', '.join(_told(library))}"
         )
     return library
 
@@ -127,13 +132,16 @@ def _loaded() -> _Library:
     return library
 
 
-def _isas(library: _Library) -> dict[str, bool]:
-    usable = ctypes.c_int()
-    found = {}
+def _isas(library: _Library) -> dict[str, str | None]:
+    reasons = {}
     for i in range(library.isa_count()):
-        name = library.isa_at(i, ctypes.byref(usable)).decode()
-        found[name] = bool(usable.value)
-    return found
+        reason = library.isa_why_not(i)
+        reasons[library.isa_at(i, None).decode()] = None if reason is None else reason.decode()
+    return reasons
+
+
+def _told(library: _Library) -> list[str]:
+    return [name if reason is None else f"{name} ({reason})" for name, reason in _isas(library).items()]
 
 
 def unavailable_because() -> str | None:
@@ -142,25 +150,49 @@ def unavailable_because() -> str | None:
     return library if isinstance(library, str) else None
 
 
-def instruction_sets() -> dict[str, bool]:
-    """Every instruction set that was compiled in, best last, and whether this CPU has it."""
+def instruction_sets() -> dict[str, str | None]:
+    """Every instruction set that was compiled in, best last: None where this CPU has it, else why it cannot be used."""
     return _isas(_loaded())
 
 
 def instruction_set() -> str:
-    """The instruction set in use."""
+    """The instruction set that is forced, or else the best that `choices` has."""
     return str(_loaded().isa_name().decode())
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A line of the table: what runs a product of at least so many rows and so large a K."""
+
+    instruction_set: str
+    rows: int
+    k: int
+
+
+def choices() -> tuple[Choice, ...]:
+    """What this CPU runs where nothing is forced: the first line whose least sizes a product reaches."""
+    library, rows, k = _loaded(), _I64(), _I64()
+    lines = []
+    while (name := library.choice_at(len(lines), ctypes.byref(rows), ctypes.byref(k))) is not None:
+        lines.append(Choice(name.decode(), rows.value, k.value))
+    return tuple(lines)
+
+
+def runs() -> dict[str, int]:
+    """How many products each instruction set has run in this process."""
+    library = _loaded()
+    return {name: int(library.isa_runs(i)) for i, name in enumerate(_isas(library))}
+
+
 def use_instruction_set(name: str | None) -> None:
-    """Switch the whole process to an instruction set; None goes back to the best.
+    """Switch the whole process to an instruction set; None goes back to the table.
 
     Raises:
         KernelError: the kernel does not have it, or this CPU does not.
     """
     library = _loaded()
     if library.isa_use(None if name is None else name.encode()):
-        raise KernelError(f"instruction set {name!r} cannot be used; there are {_isas(library)}")
+        raise KernelError(f"instruction set {name!r} cannot be used; there are {', '.join(_told(library))}")
 
 
 def threading() -> str:
