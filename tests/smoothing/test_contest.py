@@ -80,3 +80,32 @@ def test_few_batches_are_run(tokens, monkeypatch):
 def test_a_loop_of_the_users_is_scored_on_its_first_call(tokens):
     score = of(llama(), lambda model: [model(input_ids=tokens) for _ in range(3)]).score()
     assert score.loss_nats is not None
+
+
+class _WithPicture(nn.Module):
+    """A causal language model that reads something before the tokens, and has logits for it too."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.inner, self.more = llama(), more
+        self.config = self.inner.config
+
+    def can_generate(self):
+        return True
+
+    def forward(self, input_ids):
+        out = self.inner(torch.cat([torch.zeros_like(input_ids[:, : self.more]), input_ids], 1))
+        return {"logits": out.logits}
+
+
+def test_logits_that_do_not_stand_beside_the_ids_give_no_loss(tokens):
+    assert of(_WithPicture(0), [{"input_ids": tokens}])._predicts
+    score = of(_WithPicture(3), [{"input_ids": tokens}]).score()
+    assert score.loss_nats is None
+    assert 0 < score.distance < 0.1
+
+
+def test_int32_ids_have_the_same_loss(tokens):
+    model = llama()
+    wide = of(model, [{"input_ids": tokens}]).score()
+    assert of(model, [{"input_ids": tokens.to(torch.int32)}]).score() == wide

@@ -6,10 +6,11 @@ from torch import nn
 
 from tests.conftest import llama, mixtral
 from w8a8.dataflow.observing import observe
-from w8a8.errors import ModelError
+from w8a8.errors import ModelError, W8A8Error
 from w8a8.smoothing import gate as gate_module
 from w8a8.smoothing.fold import fold_
 from w8a8.smoothing.gate import TOLERANCE, Gate, closed_blocks, relative_change
+from w8a8.smoothing.smooth import smooth_
 
 
 def scales(group, seed=0):
@@ -120,7 +121,7 @@ def test_a_model_without_a_float_output_is_refused():
         def forward(self, x):
             return x.argmax(-1)
 
-    with pytest.raises(ModelError, match="holds no float tensor"):
+    with pytest.raises(ModelError, match="returns no float tensor"):
         Gate(Counter(), [], torch.randn(2, 3))
 
 
@@ -153,3 +154,97 @@ def test_a_block_is_run_once_for_each_state_of_its_weights(tokens, monkeypatch):
         model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
     assert gate.change(group) > 1e-3
     assert len(runs) == 2
+
+
+class _Block(nn.Module):
+    """A norm and a layer that reads it, in a block that does something of its own besides."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.seen = []
+
+    def forward(self, x, kept=None):
+        return self.linear(self.norm(x)) + self.own(x, kept)
+
+    def own(self, x, kept):
+        return torch.zeros_like(x)
+
+
+class _Remembering(_Block):
+    def own(self, x, kept):
+        self.seen.append(x)
+        return torch.stack(self.seen).sum(0)
+
+
+class _Growing(_Block):
+    def own(self, x, kept):
+        self.seen.append(x)
+        return torch.cat(self.seen)  # of another length each time: an error from the second call on
+
+
+class _Drawing(_Block):
+    def own(self, x, kept):
+        return torch.rand_like(x)
+
+
+class _Caching(_Block):
+    """Whose caller gives it what grows, as transformers gives layers a cache."""
+
+    def own(self, x, kept):
+        kept.rows.append(x)
+        return torch.stack(kept.rows).sum(0)
+
+
+class _Kept:
+    def __init__(self):
+        self.rows = []
+
+
+class _Whole(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.first, self.block = nn.Linear(8, 8), block
+
+    def forward(self, x):
+        return self.block(self.first(x), _Kept())
+
+
+@pytest.mark.parametrize("kind", [_Drawing, _Caching])
+def test_a_block_that_draws_or_is_given_a_cache_is_compared_as_any_other(kind):
+    model, x = _Whole(kind()).eval(), torch.randn(5, 8)
+    (group,) = (g for g in observe(model, x).groups if g.source.module == "block.norm")
+    gate = Gate(model, [group], x)
+    assert gate.why_not(group) is None
+    fold_(model, group, scales(group))
+    assert gate.change(group) < 1e-6
+    with torch.no_grad():
+        model.block.norm.weight.mul_(2)
+    assert gate.change(group) > gate.bound(group)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(_Remembering, "compared.*keeps state between calls"), (_Growing, "called with.*RuntimeError")]
+)
+def test_a_block_that_keeps_state_refuses_its_folds_and_nothing_changes(kind, reason, precision):
+    model, x = _Whole(kind()).eval(), torch.randn(5, 8)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(W8A8Error, match=f"cannot be {reason}"):
+        smooth_(model, [x], alpha=0.5)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_the_state_of_a_block_whose_result_is_dropped_refuses_that_block_alone():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.norm, self.last = _Remembering(), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            self.block(x)
+            return self.last(self.norm(x))
+
+    report = smooth_(Beside().eval(), [torch.randn(5, 8)], alpha=0.5)
+    told = {group.source: group for group in report.groups}
+    assert told["norm"].alpha == 0.5
+    assert "block does not return the same again for the same input" in told["block.norm"].reason

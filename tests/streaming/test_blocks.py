@@ -422,14 +422,11 @@ def test_the_forecast_counts_passes_groups_comparisons_and_the_search(tmp_path, 
     weights = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 100  # all that reads a group, the search is tried on the largest
     pass_, seen = batches, 1
     search = weights / (64 * 100)
-    for scheme, smooth, dtype_states, passes in (
-        ("w8a8-static", "none", 0, 1),
-        ("w8a8-static", 0.5, 2, 2),
-        ("w8a8", "searched", 2, 1),
-    ):
+    compared = (1 + 2) / 2  # with two states of the weights, of which the first is run twice
+    for scheme, smooth, passes in (("w8a8-static", "none", 1), ("w8a8-static", 0.5, 2), ("w8a8", "searched", 1)):
         with monkeypatch.context() as patched:
             found = predicted_seconds(source, patched, scheme, smooth)
-        smoothing = 0 if smooth == "none" else seen + dtype_states + search
+        smoothing = 0 if smooth == "none" else seen + compared + search
         assert found == pytest.approx(blocks * (passes * pass_ + smoothing))
 
 

@@ -1,18 +1,24 @@
 """One call of a model: what it is called with, and the state in which it is called to be observed."""
 
 import contextlib
+import copy
+import enum
 import inspect
-from collections.abc import Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from w8a8.errors import CalibrationError
+from w8a8.errors import CalibrationError, W8A8Error, few
 from w8a8.evaluation import context_length
 
 ModelInputs: TypeAlias = Mapping[str, Any] | Tensor | tuple[Any, ...]
 """One call of a model: keyword arguments, one positional argument, or several."""
+
+_NOT_TAKEN = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
+"""What the forward of a model raises that is given too little, or something else than it takes."""
 
 
 def as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelInputs:
@@ -25,13 +31,87 @@ def as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def call(model: nn.Module, inputs: ModelInputs) -> Any:
-    """Call a model with one batch, moved to the device of its first parameter."""
+    """Call a model with one batch, moved to the device of its first parameter.
+
+    What keeps state among the inputs, a cache of keys and values, is copied: the batch is the same for the next call.
+
+    Raises:
+        CalibrationError: the model does not take the batch.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = copied(inputs, lambda t: t.to(device))
+    try:
+        if isinstance(given, Mapping):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
+    except W8A8Error:
+        raise
+    except _NOT_TAKEN as error:
+        said = str(error).strip().splitlines()[:1]
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be called with a batch of the calibration data ({_in_words(inputs)}): "
+            f"{': '.join([type(error).__name__, *said])}; give batches that it takes: a list of mappings of its "
+            "forward's arguments"
+        ) from error
+
+
+def copied(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nest of inputs with every tensor changed, and what can keep state in it copied.
+
+    Args:
+        value: Tensors, tuples, lists, mappings and objects with attributes (caches), in one another.  Not modified.
+            Modules, classes, functions and plain values are taken as they are.
+        change: Gives another tensor for a tensor.  One that it returns itself is copied where it lies in an object,
+            which may write to it.
+    """
+    return _copied(value, change, {}, inside=False)
+
+
+def _copied(value: Any, change: Callable[[Tensor], Tensor], seen: dict[int, Any], *, inside: bool) -> Any:
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, Tensor):
+        changed = change(value)
+        seen[id(value)] = changed.clone() if inside and changed is value else changed
+        return seen[id(value)]
+    if isinstance(value, tuple):
+        parts = (_copied(part, change, seen, inside=inside) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, list | MutableMapping):
+        new = seen[id(value)] = copy.copy(value)
+        for key in range(len(value)) if isinstance(value, list) else list(value):
+            new[key] = _copied(value[key], change, seen, inside=inside)
+        return new
+    stateless = isinstance(value, nn.Module | type | enum.Enum | types.ModuleType) or callable(value)
+    if stateless or not hasattr(value, "__dict__"):
+        return value
+    new = seen[id(value)] = copy.copy(value)
+    for name, part in vars(value).items():
+        new.__dict__[name] = _copied(part, change, seen, inside=True)
+    return new
+
+
+def _in_words(inputs: ModelInputs) -> str:
+    """What a batch holds."""
+
+    def told(value: Any) -> str:
+        return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
     if isinstance(inputs, Mapping):
-        return model(**{key: _moved(value, device) for key, value in inputs.items()})
-    if isinstance(inputs, tuple):
-        return model(*(_moved(value, device) for value in inputs))
-    return model(_moved(inputs, device))
+        return few(f"{name} {told(value)}" for name, value in inputs.items())
+    return few(map(told, inputs)) if isinstance(inputs, tuple) else told(inputs)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """One state of torch's random generators for the length of a `with` block, for models that draw as they run."""
+    others = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=others):
+        torch.default_generator.manual_seed(0)
+        for other in others:
+            with torch.cuda.device(other):
+                torch.cuda.manual_seed(0)
+        yield
 
 
 def check_inputs(model: nn.Module, inputs: ModelInputs) -> None:
@@ -70,7 +150,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
         if use_cache is not None:
             config.use_cache = use_cache
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -59,10 +59,10 @@ def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> Tensor:
 
 
 def context_length(model: Any) -> int | None:
-    """The longest sequence that the model has positions for, or None where its config does not say."""
+    """The longest sequence that the model has positions for, or None where its config does not say, or no limit."""
     for name in ("max_position_embeddings", "n_positions"):
         value = getattr(model.config, name, None)
-        if isinstance(value, int):
+        if isinstance(value, int) and value > 0:  # XLNet's is -1: no limit
             return value
     return None
 

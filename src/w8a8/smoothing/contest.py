@@ -19,7 +19,6 @@ measure its grids.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from w8a8 import convert
 from w8a8.affine import QParams
 from w8a8.calibration.calibrate import static_grids
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import ModelInputs, call, evaluating
+from w8a8.calibration.model_inputs import ModelInputs, call, evaluating, seeded
 from w8a8.scheme import Scheme
 from w8a8.smoothing.gate import tensors_in
 
@@ -82,7 +81,7 @@ class Contest:
         self.scheme = scheme
         self.selection = selection
         batches = calibration.batches or (calibration.first(model),)
-        self._predicts = _predicts_tokens(model, batches[0])
+        self._predicts = self._predicts_tokens(batches[0])
         self._compared = _first(batches, COMPARED_TOKENS)
         self._scored = _first(batches, TOKENS) if self._predicts else self._compared
         self._data = Calibration(self._scored, calibration.description)
@@ -120,7 +119,9 @@ class Contest:
             logits, ids, counted = self._outputs(batch)[0], _ids(batch), _counted(batch)
             assert ids is not None, "the model predicts tokens"
             losses = F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).to(torch.float32), ids[:, 1:].flatten().to(logits.device), reduction="none"
+                logits[:, :-1].flatten(0, 1).to(torch.float32),
+                ids[:, 1:].flatten().to(logits.device, torch.int64),
+                reduction="none",
             )
             if counted is not None:
                 losses = losses[counted[:, 1:].flatten().to(losses.device)]
@@ -141,10 +142,25 @@ class Contest:
                 size += float(old[finite].to(torch.float64).square().sum())
         return math.sqrt(distance / size) if size and math.isfinite(distance) else math.inf
 
+    def _predicts_tokens(self, batch: ModelInputs) -> bool:
+        """Whether the model is a causal language model whose logits stand beside the token ids of the batch.
+
+        Those of a model that reads something else too (a picture, a soft prompt) are more than the ids, and which of
+        them predicts which token is the model's to know: there is then no loss.
+        """
+        ids, model = _ids(batch), self.model
+        generates = getattr(model, "can_generate", None)
+        encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if ids is None or ids.shape[-1] < 2 or not callable(generates) or not generates() or encodes:
+            return False
+        logits = self._outputs(batch)[0]
+        return logits.ndim == 3 and logits.shape[:2] == ids.shape and int(ids.max()) < logits.shape[2]
+
     @torch.no_grad()
     def _outputs(self, batch: ModelInputs) -> list[Tensor]:
         """The float tensors of the model's output; of a language model its logits come first."""
-        with evaluating(self.model):
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        with evaluating(self.model), seeded(device):
             out = call(self.model, batch)
         logits = [out.logits] if isinstance(getattr(out, "logits", None), Tensor) else tensors_in(out)
         return [t for t in logits if t.is_floating_point()]
@@ -160,14 +176,6 @@ def _first(batches: Sequence[ModelInputs], tokens: int) -> list[ModelInputs]:
         found.append(batch)
         seen += _tokens(batch)
     return found
-
-
-def _predicts_tokens(model: Any, batch: ModelInputs) -> bool:
-    """Whether the model is a causal language model and the batch its token ids."""
-    ids = _ids(batch)
-    generates = getattr(model, "can_generate", None)
-    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return ids is not None and ids.shape[-1] > 1 and callable(generates) and bool(generates()) and not encodes
 
 
 def _ids(batch: ModelInputs) -> Tensor | None:

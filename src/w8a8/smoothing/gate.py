@@ -7,6 +7,10 @@ on these arguments, and the change is the largest, over its output tensors, of
 
     ||after - before|| / ||before||     (Euclidean norms)
 
+A module is run on copies of what it was given, caches included, from one state of the random generators, so that it is
+asked the same each time.  One that keeps state of its own between calls (or fails on a second one) cannot be compared,
+which is seen before any fold by running each twice: nothing in it is folded, with that reason.
+
 All folds of a module are compared at once, since what they make together is what will be used; one that is wrong shows
 there as it would alone.  To find it, they are made again one by one (`smooth`).  Outputs are kept until a weight
 changes, by torch's version counters, so no state of the weights is run twice.
@@ -36,9 +40,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.calibration.model_inputs import ModelInputs, call, evaluating
+from w8a8.calibration.model_inputs import ModelInputs, call, copied, evaluating, seeded
 from w8a8.dataflow.groups import Group
 from w8a8.errors import ModelError
+from w8a8.experts import OTHER_KIND
 from w8a8.smoothing.fold import fold_
 
 TOLERANCE = 1e-5
@@ -63,13 +68,13 @@ class Gate:
     """The outputs of a model's blocks on a probe, before any fold.
 
     Args:
-        model: In float.  Not modified; run once, and each block once.
+        model: In float.  Not modified; run once, and each block twice.
         groups: All the groups that may be folded.
         probe: Inputs of the model: kept small by the caller, since every comparison runs a block on them.
         tolerance: See the module's docstring.
 
     Raises:
-        ModelError: the model's output on the probe holds no float tensor.
+        ModelError: the model's output on the probe holds no float tensor, or is another one each time.
     """
 
     def __init__(
@@ -83,19 +88,22 @@ class Gate:
         names = {*self._blocks.values(), ""}
         self._dtypes = {name: _working_dtype(model.get_submodule(name)) for name in names}
         self._calls = _capture(model, names, probe)
-        self._before = {name: self._first_outputs(name) for name in sorted(self._calls, reverse=True)}
+        self._before: dict[str, list[Tensor]] = {}
+        self._why_not: dict[str, str] = {}
+        for name in sorted(self._calls, reverse=True):
+            self._look(name)
         self._copy = None
-        if not self._before[""]:
-            raise ModelError(f"the output of {type(model).__name__} holds no float tensor, so no fold can be checked")
+        if "" in self._why_not:
+            raise ModelError(
+                f"smoothing was asked for, and the float outputs of {type(model).__name__} cannot be compared, so no "
+                f"fold could be checked: {self._why_not['']}; use smooth='none'"
+            )
 
     def why_not(self, group: Group) -> str | None:
         """Why a group cannot be checked, and so not be folded; None where it can."""
         block = self._blocks[id(group)]
-        if block not in self._calls:
-            return f"{block} did not run on the probe, so the fold could not be checked"
-        if not self._before[block]:
-            return f"{block or 'the model'} returns no float tensor, so the fold could not be checked"
-        return None
+        reason = self._why_not.get(block) if block in self._calls else f"{block} did not run on the probe"
+        return None if reason is None else f"{reason}, so the fold could not be checked"
 
     def block(self, group: Group) -> str:
         """Where its fold is compared: the name of a module."""
@@ -134,16 +142,38 @@ class Gate:
         eps = max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=0.0)
         return max(self.tolerance, _HALF_EPS * eps) if eps > torch.finfo(torch.float32).eps else self.tolerance
 
-    def _first_outputs(self, block: str) -> list[Tensor]:
-        """The block's outputs; some operations (torch's grouped product, fused kernels) do not know float64."""
+    def _look(self, block: str) -> None:
+        """Keep the block's outputs, or the reason why it cannot be compared.
+
+        Some operations (torch's grouped product, fused kernels) do not know float64, and some models make tensors of
+        their own in float32: then the block is run in float32, or as it is.
+        """
+        module = self.model.get_submodule(block)
+        plain = torch.float32 if _is_half(module) and self._dtypes[block] is not None else None
+        for dtype in dict.fromkeys((self._dtypes[block], plain, None)):
+            self._copy, self._dtypes[block] = None, dtype
+            reason = self._seen_twice(block)
+            if reason is None:
+                return
+        self._why_not[block] = str(reason)
+
+    def _seen_twice(self, block: str) -> str | None:
+        """Keep the block's outputs in its dtype of now; why they say nothing of the next ones."""
+        what = block or "the model"
         try:
-            return self._outputs(block)
-        except RuntimeError:
-            if self._dtypes[block] is not torch.float64:
-                raise
-            self._copy = None
-            self._dtypes[block] = torch.float32 if _is_half(self.model.get_submodule(block)) else None
-            return self._outputs(block)
+            self._seen.pop(block, None)
+            first = self._outputs(block)
+            del self._seen[block]
+            again = self._outputs(block)
+        except OTHER_KIND as error:
+            said = str(error).strip().splitlines()[:1]
+            return f"{what} cannot be called again with what it was given ({': '.join([type(error).__name__, *said])})"
+        if not first:
+            return f"{what} returns no float tensor"
+        if relative_change(first, again) > self._bound(self.model.get_submodule(block)) / 10:
+            return f"{what} does not return the same again for the same input: it keeps state between calls"
+        self._before[block] = first
+        return None
 
     def _outputs(self, block: str) -> list[Tensor]:
         """The block's output tensors with the weights of now."""
@@ -237,7 +267,7 @@ def _capture(model: nn.Module, names: set[str], probe: ModelInputs) -> dict[str,
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in calls:
-                calls[name] = _Call(*_mapped((args, kwargs), lambda t: t.detach().clone()))
+                calls[name] = _Call(*copied((args, kwargs), lambda t: t.detach().clone()))
 
         return hook
 
@@ -272,8 +302,8 @@ def _run(module: nn.Module, given: _Call) -> list[Tensor]:
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.clone()
 
-    args, kwargs = _mapped((given.args, given.kwargs), cast)
-    with evaluating(module):
+    args, kwargs = copied((given.args, given.kwargs), cast)
+    with evaluating(module), seeded(next((p.device for p in module.parameters()), torch.device("cpu"))):
         return [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
 
 
@@ -335,19 +365,6 @@ def _common(a: str, b: str) -> str:
             break
         shared.append(x)
     return ".".join(shared)
-
-
-def _mapped(value: Any, change: Any) -> Any:
-    """A nest of tuples, lists and mappings with every tensor changed; other leaves as they are."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_mapped(v, change) for v in value)
-    if isinstance(value, list):
-        return [_mapped(v, change) for v in value]
-    if type(value) is dict:
-        return {k: _mapped(v, change) for k, v in value.items()}
-    return value
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

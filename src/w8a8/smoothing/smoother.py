@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import ModelInputs, check_inputs
+from w8a8.calibration.model_inputs import ModelInputs, check_inputs, copied
 from w8a8.calibration.sampling import ROWS, Sample, Sampler
 from w8a8.convert import Progress
 from w8a8.dataflow.groups import Dataflow, Group
@@ -193,7 +193,8 @@ def samples(
 
 
 def _as_mapping(model: nn.Module, inputs: ModelInputs) -> Any:
-    """Inputs as `observe` takes them."""
+    """Inputs as `observe` takes them, which may write to their caches."""
+    inputs = copied(inputs, lambda t: t)
     if isinstance(inputs, tuple):
         return inspect.signature(model.forward).bind(*inputs).arguments
     return inputs

@@ -116,7 +116,7 @@ def _smoothing(
     asked = {prefix + modules[0] for modules in readers if modules}  # what a group reads is sampled once
     with walk.only(number, None):
         passed, seen = _least(lambda: samples(walk.model, data, sorted(asked)))
-    seconds += batches * passed + states * compared
+    seconds += batches * passed + (1 + states) / 2 * compared  # a gate runs the block twice to begin with
     weights = [float_operands(block.get_submodule(module))[0] for modules in readers for module in modules]
     tried = {name: float_operands(block.get_submodule(name.removeprefix(prefix)))[0] for name in seen}
     if not tried:
