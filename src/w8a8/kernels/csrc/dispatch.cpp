@@ -21,6 +21,9 @@ const Isa *const kAll[] = {
 #ifdef W8A8_ARM_DOT
     &kNeonDot,
 #endif
+#ifdef W8A8_ARM_I8MM
+    &kNeonI8mm,
+#endif
 #if defined(W8A8_TILE_MODEL) && defined(W8A8_X86)
     &kAmxModel,
 #endif
@@ -39,6 +42,9 @@ constexpr Choice kChoices[] = {
     {&kAvx512Vnni, 1, 1},
     {&kAvxVnni, 1, 1},
     {&kAvx2, 1, 1},
+#endif
+#ifdef W8A8_ARM_I8MM
+    {&kNeonI8mm, 1, 1},
 #endif
 #ifdef W8A8_ARM_DOT
     {&kNeonDot, 1, 1},

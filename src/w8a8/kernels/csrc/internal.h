@@ -16,6 +16,10 @@
 // Old clang declares the dot-product intrinsics only where the whole file may use them.
 #if !defined(__clang__) || __clang_major__ >= 16 || defined(__ARM_FEATURE_DOTPROD)
 #define W8A8_ARM_DOT 1
+// Likewise those of the matrix multiplication, which came to GCC with version 10.
+#if defined(__clang__) ? __clang_major__ >= 16 || defined(__ARM_FEATURE_MATMUL_INT8) : __GNUC__ >= 10
+#define W8A8_ARM_I8MM 1
+#endif
 #endif
 #endif
 
@@ -168,6 +172,9 @@ extern const Isa kAmxModel;   // tests/native/tile_model.cpp
 #ifdef W8A8_ARM_DOT
 extern const Isa kNeonDot;
 #endif
+#ifdef W8A8_ARM_I8MM
+extern const Isa kNeonI8mm;
+#endif
 
 // Shared by instruction sets that do not bring their own.
 RowRange portable_range(const void *row, int dtype, int64_t k, bool asym);
@@ -180,6 +187,13 @@ void avx2_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, i
 RowRange avx512_range(const void *row, int dtype, int64_t k, bool asym);
 void avx512_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
 void avx512_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+#endif
+#ifdef W8A8_ARM_DOT
+RowRange neon_range(const void *row, int dtype, int64_t k, bool asym);
+void neon_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
+void neon_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+void neon_tile_one(const void *left, int64_t ld_bytes, const int8_t *panel, int64_t ksteps, int32_t *sums,
+                   const int8_t *ahead, int ahead_lines);
 #endif
 
 // Rounding x * (1 / scale) instead of x / scale, with the same codes.

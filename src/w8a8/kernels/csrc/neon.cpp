@@ -62,12 +62,6 @@ RowRange range_dt(const void *row, int64_t k) {
   return {vminvq_f32(lo), vmaxvq_f32(hi), vmaxvq_u32(bits)};
 }
 
-RowRange range(const void *row, int dtype, int64_t k, bool) {
-  if (dtype == W8A8_F32) return range_dt<W8A8_F32>(row, k);
-  if (dtype == W8A8_BF16) return range_dt<W8A8_BF16>(row, k);
-  return range_dt<W8A8_F16>(row, k);
-}
-
 template <int DT>
 void codes_dt(const void *row, int64_t k, const Grid &g, int offset, uint8_t *out) {
   const float32x4_t scale = vdupq_n_f32(g.scale);
@@ -89,14 +83,22 @@ void codes_dt(const void *row, int64_t k, const Grid &g, int offset, uint8_t *ou
   }
 }
 
-void codes(const void *row, int dtype, int64_t k, const Grid &g, Left, int offset, void *out) {
+}  // namespace
+
+RowRange neon_range(const void *row, int dtype, int64_t k, bool) {
+  if (dtype == W8A8_F32) return range_dt<W8A8_F32>(row, k);
+  if (dtype == W8A8_BF16) return range_dt<W8A8_BF16>(row, k);
+  return range_dt<W8A8_F16>(row, k);
+}
+
+void neon_codes(const void *row, int dtype, int64_t k, const Grid &g, Left, int offset, void *out) {
   uint8_t *o = static_cast<uint8_t *>(out);
   if (dtype == W8A8_F32) codes_dt<W8A8_F32>(row, k, g, offset, o);
   else if (dtype == W8A8_BF16) codes_dt<W8A8_BF16>(row, k, g, offset, o);
   else codes_dt<W8A8_F16>(row, k, g, offset, o);
 }
 
-void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
+void neon_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
   const w8a8_layer &w = *f.layer;
   const int whole = cols / 4 * 4;
   for (int r = 0; r < rows; ++r) {
@@ -128,8 +130,8 @@ void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int ro
 
 // One row: a register of weights is two columns by eight k, and its product with the same eight codes twice has two half
 // sums of each.  Nothing is rearranged, and sixteen registers of half sums are chains enough.
-void tile_one(const void *left_, int64_t, const int8_t *panel, int64_t ksteps, int32_t *sums, const int8_t *ahead,
-              int ahead_lines) {
+void neon_tile_one(const void *left_, int64_t, const int8_t *panel, int64_t ksteps, int32_t *sums,
+                   const int8_t *ahead, int ahead_lines) {
   constexpr int kPairs = kPanel / 2;
   const int8_t *left = static_cast<const int8_t *>(left_);
   int32x4_t acc[kPairs];
@@ -147,9 +149,11 @@ void tile_one(const void *left_, int64_t, const int8_t *panel, int64_t ksteps, i
   for (int v = 0; v < kPairs; v += 2) vst1q_s32(sums + 2 * v, vpaddq_s32(acc[v], acc[v + 1]));
 }
 
-// MR rows by V registers of four columns in a pass.  Two registers of weights are four columns by eight k; parted into
-// the first four k and the last, each multiplies four codes of every row, which are a lane of the row's register.  Rows
-// are padded to whole cache lines, so 16 codes can always be read.
+namespace {
+
+// MR rows by V registers of four columns in a pass.  ld2 parts four columns by eight k into the first four k of each and
+// the last; either multiplies four codes of every row, which are a lane of the row's register.  Rows are padded to whole
+// cache lines, so 16 codes can always be read.
 template <int MR, int V>
 void tile(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, int32_t *sums, const int8_t *ahead,
           int ahead_lines) {
@@ -165,21 +169,22 @@ void tile(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, in
     Ahead fetch(ahead, ahead_lines, 2 * ksteps, kPasses, pass);
     int8x16_t av[MR];
     // The lane is part of the instruction, so the two halves of 16 codes are written out.
-#define W8A8_STEP(STEP, LANE)                                                                          \
-  {                                                                                                    \
-    fetch.step(2 * (STEP)), fetch.step(2 * (STEP) + 1);                                                \
-    W8A8_PRAGMA(GCC unroll 8)                                                                          \
-    for (int v = 0; v < V; ++v) {                                                                      \
-      const int32x4_t b0 = vreinterpretq_s32_s8(vld1q_s8(b + 32 * v));                                 \
-      const int32x4_t b1 = vreinterpretq_s32_s8(vld1q_s8(b + 32 * v + 16));                            \
-      const int8x16_t first = vreinterpretq_s8_s32(vuzp1q_s32(b0, b1));                                \
-      const int8x16_t last = vreinterpretq_s8_s32(vuzp2q_s32(b0, b1));                                 \
-      W8A8_PRAGMA(GCC unroll 8)                                                                        \
-      for (int r = 0; r < MR; ++r) acc[r][v] = vdotq_laneq_s32(acc[r][v], first, av[r], LANE);         \
-      W8A8_PRAGMA(GCC unroll 8)                                                                        \
-      for (int r = 0; r < MR; ++r) acc[r][v] = vdotq_laneq_s32(acc[r][v], last, av[r], LANE + 1);      \
-    }                                                                                                  \
-    b += kPanelStep;                                                                                   \
+#define W8A8_ADD(WEIGHTS, LANE)                                                                              \
+  W8A8_PRAGMA(GCC unroll 8)                                                                                  \
+  for (int r = 0; r < MR; ++r) {                                                                             \
+    acc[r][v] = vdotq_laneq_s32(acc[r][v], vreinterpretq_s8_s32(WEIGHTS), av[r], LANE);                      \
+    __asm__ volatile("" : "+w"(acc[r][v])); /* holds the order: GCC 12 loads all first and spills sums */    \
+  }
+#define W8A8_STEP(STEP, LANE)                                                                                \
+  {                                                                                                          \
+    fetch.step(2 * (STEP)), fetch.step(2 * (STEP) + 1);                                                      \
+    W8A8_PRAGMA(GCC unroll 8)                                                                                \
+    for (int v = 0; v < V; ++v) {                                                                            \
+      const int32x4x2_t bv = vld2q_s32(reinterpret_cast<const int32_t *>(b + 32 * v));                       \
+      W8A8_ADD(bv.val[0], LANE)                                                                              \
+      W8A8_ADD(bv.val[1], LANE + 1)                                                                          \
+    }                                                                                                        \
+    b += kPanelStep;                                                                                         \
   }
     int64_t s = 0;
     for (; s + 2 <= ksteps; s += 2, a += 16) {
@@ -193,6 +198,7 @@ void tile(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, in
       W8A8_STEP(s, 0)
     }
 #undef W8A8_STEP
+#undef W8A8_ADD
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 8
@@ -219,10 +225,10 @@ W8A8_TARGET_END
 
 }  // namespace
 
-// At most 3 x 8 or 6 x 4 sums beside the codes and two registers of weights: 32.
+// At most 3 x 8 or 6 x 4 sums beside the codes and two registers of weights: 29 and 32.
 const Isa kNeonDot = {"neon_dot", usable, Left::kS8, 6, 3,
-                      {nullptr, tile_one, tile<2, 8>, tile<3, 8>, tile<4, 4>, tile<5, 4>, tile<6, 4>},
-                      range, codes, finish, peak};
+                      {nullptr, neon_tile_one, tile<2, 8>, tile<3, 8>, tile<4, 4>, tile<5, 4>, tile<6, 4>},
+                      neon_range, neon_codes, neon_finish, peak};
 
 }  // namespace w8a8
 #endif

@@ -1,7 +1,7 @@
 // Weights from the file's layout to panels and back, and their column sums.
 //
-// A panel is 32 output columns by all of K: [K / kGroup][32][kGroup] (internal.h).  A group of consecutive k of one column is
-// what one product instruction adds up; 32 of them are whole cache lines, and a panel is read from beginning to end.
+// A panel is 32 output columns by all of K: [K / kGroup][32][kGroup] (internal.h).  A group of consecutive k of a column
+// is what one product instruction adds up; 32 of them are whole cache lines, and a panel is read from beginning to end.
 #include <algorithm>
 
 #include "internal.h"
@@ -52,7 +52,7 @@ extern "C" int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int
     int8_t *panel = packed + p * bytes_of_panel;
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, n - p * kPanel));
     const int8_t *rows = w + p * kPanel * ldw;
-    if (columns < kPanel || k % kPad) std::memset(panel, 0, static_cast<size_t>(bytes_of_panel));
+    if (k > 0 && (columns < kPanel || k % kPad)) std::memset(panel, 0, static_cast<size_t>(bytes_of_panel));
     int64_t sums[kPanel] = {};
     // a cache line of each row at a time, so that the lines that are written are whole before they leave the first cache
     for (int64_t begin = 0; begin < k; begin += kLine) {

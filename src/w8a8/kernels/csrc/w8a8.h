@@ -71,9 +71,9 @@ W8A8_API int w8a8_linear(const w8a8_layer *layer, const void *x, int32_t dtype, 
                          int64_t ldy, int32_t threads);
 
 /* Weights (N, K) row-major with row stride ldw -> panels [ceil(N/32)][steps][32][group], zeros where there is no weight.
- * group is w8a8_panel_group(): 8 on AArch64, 4 elsewhere; steps * group is K, rounded up to a multiple of group, on x86 of
- * 64.  So the layout is the same for every instruction set of an architecture.  colsum: (N,) out.  64-byte aligned `packed`
- * is faster, not required. */
+ * group is w8a8_panel_group(): 8 on AArch64, 4 elsewhere; steps * group is K, rounded up to a multiple of group, on x86
+ * of 64.  So the layout is the same for every instruction set of an architecture.  colsum: (N,) out.  64-byte aligned
+ * `packed` is faster, not required. */
 W8A8_API int64_t w8a8_packed_bytes(int64_t n, int64_t k);
 W8A8_API int32_t w8a8_panel_group(void);
 W8A8_API int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int8_t *packed, int32_t *colsum,
@@ -97,7 +97,7 @@ W8A8_API int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t ld
                          const float *scale, const int32_t *zero_point, int32_t dtype, void *y, int64_t ldy,
                          int32_t threads);
 
-/* Which instruction set runs.  Names: portable, avx2, avxvnni, avx512vnni256, avx512vnni, amx, neon_dot.
+/* Which instruction set runs.  Names: portable, avx2, avxvnni, avx512vnni256, avx512vnni, amx, neon_dot, neon_i8mm.
  * By a table of least sizes (dispatch.cpp), or the one in the environment variable W8A8_ISA where that is set and possible.
  * w8a8_isa_use(name) switches the whole process; null or "" goes back to the table.  Returns W8A8_BAD_ARGUMENT for a
  * name that is unknown or that this CPU cannot run.  w8a8_isa_use_env() reads W8A8_ISA again. */
