@@ -2,8 +2,8 @@
 
 The sources are in csrc/; `csrc/w8a8.h` is the interface and csrc/linear.cpp the design.  One call quantises the
 rows, multiplies and rescales, in one of the instruction sets that this CPU has: AMX, AVX-512 VNNI, AVX-VNNI, AVX2, NEON
-dot product, or plain C++.  Which, by rows and K, says one table (`choices`); the environment variable W8A8_ISA forces
-one by name.  All give the same bits.
+i8mm or dot product, or plain C++.  Which, by rows and K, says one table (`choices`); the environment variable W8A8_ISA
+forces one by name.  All give the same bits.
 
 The weight is packed: panels of 32 output columns, in which the bytes that one instruction adds up lie side by side.  A
 packed weight is a tensor (P, S, 32, g), P = ceil(N / 32), S g >= K, padded with zeros; g and S are the library's, by
