@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, MimiConfig, MimiModel
 
 import w8a8
-from tests.conftest import THEIRS, llama, mixtral
+from tests.conftest import THEIRS, llama, mixtral, qwen2_moe
 from w8a8.cli import main
 from w8a8.corpus import held_out_text
 from w8a8.demo import demo_model
@@ -331,6 +331,43 @@ def test_inspect_says_that_stacked_experts_are_taken(call, tmp_path):
     told = json.loads(call("inspect", tmp_path / "float", "--json")[1])
     reasons = {module["name"]: module["reason"] for module in told["modules"]}
     assert reasons["model.layers.0.mlp.experts"] == "float now; `w8a8 quantize` takes it"
+
+
+@pytest.mark.parametrize("make", [qwen2_moe, mixtral])
+def test_inspect_says_of_routers_what_quantize_then_does(call, tmp_path, make):
+    make().save_pretrained(tmp_path / "float")
+    shown = json.loads(call("inspect", tmp_path / "float", "--json")[1])["modules"]
+    told = json.loads(call("quantize", tmp_path / "float", "-o", tmp_path / "out", "--json")[1])["coverage"]["modules"]
+    done = {m["name"]: m["reason"] for m in told}
+    assert any("gate" in m["name"] for m in shown)
+    for module in shown:
+        if module["name"] in done:
+            expected = done[module["name"]] or "float now; `w8a8 quantize` takes it"
+            assert module["reason"] == expected, module["name"]
+
+
+def test_quantize_goes_on_where_no_stand_in_can_be_made(call, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40}
+    Dinov2Model(Dinov2Config(**sizes, image_size=16, patch_size=4)).save_pretrained(tmp_path / "float")
+    code, _, err = call("quantize", tmp_path / "float", "-o", tmp_path / "out", "--no-stream")
+    assert code == 0, err
+    assert "saving was not rehearsed: no Dinov2Model of one block can be made (ValueError: out_features" in err
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_model_that_is_not_in_the_files_as_it_is_in_memory_is_not_streamed(call, tmp_path):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40}
+    small = {"num_filters": 8, "codebook_size": 16, "codebook_dim": 8, "vector_quantization_hidden_dimension": 8}
+    config = MimiConfig(**sizes, **small, num_key_value_heads=4, head_dim=8, num_quantizers=4, upsample_groups=32)
+    MimiModel(config).save_pretrained(tmp_path / "float")
+    code, _, err = call("quantize", tmp_path / "float", "-o", tmp_path / "out", "--stream")
+    assert (code, "Traceback" in err) == (2, False)
+    assert "tensors are missing" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = call("quantize", tmp_path / "float", "-o", tmp_path / "out")
+    assert code == 0, err
+    assert "not streamed, but in memory" in err
+    assert any(True for _ in quant_linears(w8a8.load(tmp_path / "out")))
 
 
 def test_inspect_pairs_loads_the_weights_and_says_what_folds_and_why_not(call, tmp_path, demo_dir, quantized):

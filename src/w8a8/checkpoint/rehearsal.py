@@ -2,6 +2,11 @@
 
 Saving comes last, after hours perhaps, and is where a model's class, its tokenizer or the disk show what they do not
 do. The stand-in is of the same class and widths, with one block and hardly a vocabulary.
+
+Not every config can be cut down so: some say of each layer what it is, or check one number against another.  Whether
+the stand-in makes sense is seen before anything is asked of it, by making it of its own config twice, the second time
+from a file.  Where it does not there is no rehearsal, which is told, and no reason to stop: what is written in the end
+is looked at in any case.
 """
 
 import copy
@@ -13,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 
 from w8a8 import convert
+from w8a8.checkpoint.skeleton import OTHERS_ERRORS
 from w8a8.checkpoint.writer import save
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.experts import unstacked
@@ -23,7 +29,7 @@ _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_la
 _VOCABULARY = 8
 
 
-def rehearse(model: Any, scheme: Scheme, target: Path, tokenizer: Any = None) -> None:
+def rehearse(model: Any, scheme: Scheme, target: Path, tokenizer: Any = None) -> str | None:
     """Quantise and save a stand-in for a model beside the target, look at the result, and remove it.
 
     Args:
@@ -32,35 +38,65 @@ def rehearse(model: Any, scheme: Scheme, target: Path, tokenizer: Any = None) ->
         target: Where the model will go.
         tokenizer: Saved along where given.
 
+    Returns:
+        Why there was no rehearsal, where a stand-in cannot be made of this model; else None.
+
     Raises:
         CheckpointError: something on the way fails; nothing long has started then.
     """
-    small = _stand_in(model)
-    convert.swap(small, unstacked(small)[0])
-    layers = convert.build(small, convert.select(small), scheme, input_params=_ones(small, scheme))
-    convert.swap(small, layers)
     place = next(parent for parent in target.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.rehearsal-", dir=place) as directory:
+        small = _quantised_stand_in(model, scheme, Path(directory) / "config")
+        if isinstance(small, str):
+            small, why_not = None, small
+        else:
+            why_not = None
         try:
-            save(small, Path(directory) / "model", tokenizer)
+            if small is not None:
+                save(small, Path(directory) / "model", tokenizer)
+            elif tokenizer is not None:
+                tokenizer.save_pretrained(Path(directory) / "model")
         except (W8A8Error, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+            what = "its tokenizer" if small is None else "a model of one block of it"
             raise CheckpointError(
-                f"{type(model).__name__} cannot be saved: a model of one block of it failed with "
-                f"{type(error).__name__}: {error}"
+                f"{type(model).__name__} cannot be saved: {what} failed with {type(error).__name__}: {error}"
             ) from error
+    return why_not
+
+
+def _quantised_stand_in(model: Any, scheme: Scheme, place: Path) -> Any:
+    """The stand-in, quantised; or a sentence on why there is none.
+
+    Args:
+        place: A directory to be made for its config.
+    """
+    try:
+        small = _stand_in(model)
+        small.config.save_pretrained(place)
+        with init_empty_weights(include_buffers=False):
+            again = type(model)._from_config(type(small.config).from_pretrained(place))
+        if again.state_dict().keys() != small.state_dict().keys():
+            return f"a {type(model).__name__} of one block is another model when it is read again"
+        convert.swap(small, unstacked(small)[0])
+        layers = convert.build(small, convert.select(small), scheme, input_params=_ones(small, scheme))
+    except OTHERS_ERRORS as error:
+        said = " ".join(str(error).split())[:200]
+        return f"no {type(model).__name__} of one block can be made ({type(error).__name__}: {said})"
+    convert.swap(small, layers)
     assert any(quant_linears(small)), "something was quantised"
+    return small
 
 
 def _stand_in(model: Any) -> Any:
     """One block of random values, in the class and the dtype of the model."""
     config = copy.deepcopy(model.config)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name in _DEPTHS:
-            if isinstance(getattr(part, name, None), int):
-                setattr(part, name, 1)
-        kinds = getattr(part, "layer_types", None)
-        if isinstance(kinds, list):
-            part.layer_types = kinds[:1]
+        depths = {name: depth for name in _DEPTHS if type(depth := getattr(part, name, None)) is int}
+        for name, value in list(vars(part).items()):  # what says of each layer what it is
+            if isinstance(value, list) and len(value) in depths.values():
+                setattr(part, name, value[:1])
+        for name in depths:
+            setattr(part, name, 1)
         part.vocab_size, part.pad_token_id = _VOCABULARY, None
     with init_empty_weights(include_buffers=False):
         small = type(model)._from_config(config, dtype=model.dtype)

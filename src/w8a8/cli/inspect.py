@@ -31,9 +31,7 @@ def inspect(
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.skeleton import empty_layers
     from w8a8.checkpoint.vllm import foresee_as_it_is
-    from w8a8.convert import select
     from w8a8.coverage import coverage
-    from w8a8.experts import stacks
 
     directory = resolve(model, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
@@ -42,13 +40,7 @@ def inspect(
         built, packed = empty_layers(directory, quantization, **options)
     except SchemeError:  # one that cannot run can still be shown
         built, packed = empty_layers(directory, quantization, **options, simulated=True)
-    if quantization is None:
-        selection = select(built)
-        experts, others = stacks(built)
-        taken = dict.fromkeys([*selection.chosen, *experts], "float now; `w8a8 quantize` takes it")
-        reasons = taken | selection.reasons | others
-    else:
-        reasons = {}
+    reasons = _what_would_be(built) if quantization is None else {}
     found = coverage(built, reasons)
     foreseen = () if quantization is None else foresee_as_it_is(built, packed)
     if as_json:
@@ -71,6 +63,19 @@ def inspect(
         for m in found.modules
     ]
     print_table(str(directory), ("module", "kind", "shape", "parameters", "scheme", "why float"), rows)
+
+
+def _what_would_be(model: Any) -> dict[str, str]:
+    """What `quantize` without options says of each module of a float model; of stacked experts as one."""
+    from w8a8 import convert
+    from w8a8.experts import taken, unstacked
+
+    experts, reasons = unstacked(model)
+    with convert.swapped(model, experts):
+        selection = convert.select(model)
+    reasons |= selection.reasons
+    chosen = [*selection.chosen, *taken(experts, selection.chosen)]
+    return reasons | dict.fromkeys(chosen, "float now; `w8a8 quantize` takes it")
 
 
 @app.command()

@@ -98,7 +98,9 @@ def in_memory(job: Job) -> dict[str, Any]:
     schemes = job.scheme if chosen is None else chosen.schemes
     foreseen = pipeline.foresee(opened.model, schemes, **job.selection)
     job.check_target(foreseen)
-    rehearse(opened.model, job.scheme, job.output, opened.tokenizer)
+    not_rehearsed = rehearse(opened.model, job.scheme, job.output, opened.tokenizer)
+    if not_rehearsed is not None:
+        print_note(f"saving was not rehearsed: {not_rehearsed}; what is written is looked at as always")
     with progress("quantising") as step:
         result = pipeline.quantize(opened.model, schemes, **job.selection, calibration=data, **treatment, progress=step)
     save(opened.model, job.output, opened.tokenizer, overwrite=job.force)

@@ -42,7 +42,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class UnplacedError(CheckpointError):
-    """The files hold tensors that transformers converts while loading: the model has to be loaded to be quantised."""
+    """The files hold other tensors than the model: it has to be loaded to be quantised, as transformers converts it."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def make_plan(
         calibrated: Static activation scales will be there.
 
     Raises:
-        UnplacedError: the files hold tensors that have no place of their own in the model.
-        CheckpointError: the files are torn or missing, or lack tensors.
+        UnplacedError: the files hold tensors that have no place of their own in the model, or lack some of it.
+        CheckpointError: the files are torn or missing.
         SchemeError: the scheme needs calibration, cannot be executed, or nothing is left to quantise.
         PatternError, ModelError: as `w8a8.quantize`.
     """
@@ -269,7 +269,12 @@ def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Pa
 
 
 def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path, Entry]]) -> None:
-    """Every parameter is in the files, or is one with another that is, and has the shape of the model's."""
+    """Every parameter is in the files, or is one with another that is, and has the shape of the model's.
+
+    Raises:
+        UnplacedError: some are not in the files: transformers may have a way to make them while loading.
+        CheckpointError: another shape.
+    """
     shared: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         shared.setdefault(id(tensor), []).append(name)
@@ -279,7 +284,10 @@ def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path,
             )
     missing = [names[0] for names in shared.values() if not any(name in found for name in names)]
     if missing:
-        raise CheckpointError(f"{source}: {len(missing)} tensors are missing: {few(missing, 4)}")
+        raise UnplacedError(
+            f"{source}: {len(missing)} tensors are missing: {few(missing, 4)}; where transformers makes them while "
+            f"loading {type(model).__name__}, it can be quantised in memory (--no-stream)"
+        )
 
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
