@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    pipeline,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
@@ -412,3 +420,54 @@ def test_an_opt_without_tied_head_keeps_it_float(tmp_path):
     opt(tie_word_embeddings=False).save_pretrained(tmp_path / "source")
     model = opened(tmp_path / "source", quantization_config=W8A8Config())
     assert isinstance(model.lm_head, torch.nn.Linear)
+
+
+class TestBaseAndTask:
+    """The base of a task model and the other way round, as transformers loads float models."""
+
+    def directory(self, tmp_path, model, *, head="float"):
+        w8a8.save(w8a8.quantize(model, head=head).model, tmp_path / "model")
+        return tmp_path / "model"
+
+    @pytest.mark.parametrize("head", ["float", "int8"])
+    @pytest.mark.parametrize("make", [llama, opt, mixtral], ids=lambda make: make.__name__)
+    def test_the_base_of_a_causal_model(self, tmp_path, make, head):
+        model = make()
+        directory = self.directory(tmp_path, model, head=head)
+        hf.enable()
+        base = AutoModel.from_pretrained(directory)
+        with torch.inference_mode():
+            wanted = model(IDS, output_hidden_states=True).hidden_states[-1]
+            assert torch.equal(base(IDS).last_hidden_state, wanted)
+
+    def test_the_base_of_a_classifier(self, tmp_path):
+        model = bert_classifier()
+        directory = self.directory(tmp_path, model)
+        hf.enable()
+        base = AutoModel.from_pretrained(directory)
+        with torch.inference_mode():
+            assert torch.equal(base(IDS).last_hidden_state, model.bert(IDS).last_hidden_state)
+
+    def test_a_task_models_head_is_made_anew_and_float(self, tmp_path, caplog):
+        model = llama()
+        directory = self.directory(tmp_path, model.model)
+        hf.enable()
+        task = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=3)
+        assert type(task.score) is torch.nn.Linear
+        with torch.inference_mode():
+            assert torch.equal(task.model(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+    def test_a_layer_that_was_lost_is_missed(self, tmp_path):
+        directory = self.directory(tmp_path, llama())
+        path = directory / "model.safetensors"
+        kept = {name: t for name, t in load_file(path).items() if not name.startswith("model.layers.1.mlp.up_proj")}
+        save_file(kept, path, {"format": "pt"})
+        hf.enable()
+        with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+            opened(directory)
+
+
+def bert_classifier():
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    config = BertConfig(vocab_size=96, max_position_embeddings=64, **small)
+    return BertForSequenceClassification(config).eval()

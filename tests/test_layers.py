@@ -13,7 +13,7 @@ LAYERS = [
     {"kernels"},
     {"buffers"},
     {"linear"},
-    {"experts"},
+    {"experts", "ties"},
     {"convert", "coverage"},
     {"dataflow", "checkpoint", "corpus"},
     {"evaluation"},

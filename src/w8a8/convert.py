@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from w8a8 import kernels
+from w8a8 import kernels, ties
 from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
 from w8a8.experts import OTHER_KIND, Experts, unstacked
@@ -230,10 +230,8 @@ def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
 
 
 def untie(model: nn.Module, selection: Selection) -> None:
-    """After a tied head was quantised: have the config say so, or loading would tie it to the embedding again."""
-    config = getattr(model, "config", None)
-    if config is not None and selection.untied and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    """After a tied layer was quantised: have the model say so, or it would be tied again."""
+    ties.untie(model, selection.untied)
 
 
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -161,11 +161,13 @@ class W8A8Quantizer(HfQuantizer):
     ) -> None:
         """Put empty `QuantLinear` in their places."""
         self._dtype = dtype
-        stored = (name for file in checkpoint_files or () for name in read_header(Path(file)))
+        stored = [name for file in checkpoint_files or () for name in read_header(Path(file))]
         stacks = unstack_as_stored(model, stored)
         if self.quantization_config.checkpoint is not None:
             where = str(Path(checkpoint_files[0]).parent / "config.json") if checkpoint_files else "quantization_config"
-            packed = insert_quant_linears(model, from_json(self.quantization_config.checkpoint, where), where)
+            quantization = from_json(self.quantization_config.checkpoint, where)
+            another = bool(stored) and type(model).__name__ not in (model.config.architectures or ())
+            packed = insert_quant_linears(model, quantization, where, stored, of_another=another)
             self._quantized = {name for name, _ in quant_linears(model)}
             self._arriving = _arriving(model, [Path(file) for file in checkpoint_files or []], packed)
             self._unstacked = holds_experts(model)
@@ -288,7 +290,7 @@ def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list
         unasked = isinstance(module, QuantLinear) and (key != "bias" or module.bias is None)
         if module is not None and (key in QUANTIZED or unasked):
             path, entry = found[name]
-            check_superfluous(model, module, key, mapped(path, entry), f"{path}: {entry.name}")
+            check_superfluous(names, module, name, mapped(path, entry), f"{path}: {entry.name}")
     return arriving
 
 

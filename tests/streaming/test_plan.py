@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import w8a8.experts
 from tests.conftest import mixtral, opt
@@ -230,3 +238,36 @@ def test_a_file_that_cannot_hold_so_many_experts_is_refused_before_any_is_made(t
     with pytest.raises(CheckpointError):
         make_plan(tmp_path / "source", W8A8)
     assert len(made) <= 3 * 4  # of the small instance that the class is tried on
+
+
+class TestNamesThatTransformersRenames:
+    def test_a_vision_model_is_streamed(self, tmp_path):
+        vit().save_pretrained(tmp_path / "source")
+        assert "vit.encoder.layer.0.attention.attention.key.weight" in load_file(tmp_path / "source" / SINGLE)
+        found = assert_as_in_memory(tmp_path / "source", tmp_path)
+        assert "vit.layers.0.attention.k_proj.weight_scale" in found
+        quantize_directory(tmp_path / "source", tmp_path / "streamed", overwrite=True)
+        assert (tmp_path / "streamed" / CONFIG).read_bytes() == (tmp_path / "memory" / CONFIG).read_bytes()
+
+    def test_tables_of_old_files_are_left_out(self, tmp_path):
+        bert().save_pretrained(tmp_path / "source")
+        rewrite(tmp_path / "source", lambda held: held.update(OLD))
+        found = assert_as_in_memory(tmp_path / "source", tmp_path)
+        assert not set(found) & set(OLD)
+
+    def test_what_the_class_does_without_is_told(self, source, monkeypatch):
+        rewrite(source, lambda held: held.update({"mtp.0.weight": torch.ones(2)}))
+        monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
+        assert make_plan(source, W8A8).unwanted == ("mtp.0.weight",)
+
+
+OLD = {"bert.embeddings.position_ids": torch.arange(64)[None]}
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(**_SMALL, image_size=32, patch_size=16)).eval()
+
+
+def bert():
+    return BertForMaskedLM(BertConfig(vocab_size=96, max_position_embeddings=64, **_SMALL)).eval()

@@ -4,10 +4,13 @@ A model that was quantised here carries the description in its config, so that t
 writes it too: int8 weights without it would be read as float.
 """
 
+import copy
+import json
 import re
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
@@ -53,6 +56,20 @@ def describe(model: nn.Module) -> QuantizationConfig:
         by_scheme = {scheme: ["Linear", *heads] for scheme in by_scheme}
     groups = (Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items())
     return QuantizationConfig(tuple(groups), left)
+
+
+def config_of(model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json that transformers' `save_pretrained` would write for a model, without saving it.
+
+    Args:
+        model: A transformers model, with or without values.  Not modified.
+        dtype: Of its float tensors.
+    """
+    config = copy.deepcopy(model.config)
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    written: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return written
 
 
 def _routers(model: nn.Module, stacked: Collection[str]) -> set[str]:

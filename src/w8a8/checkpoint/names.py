@@ -5,18 +5,27 @@ loads and saves: Mixtral's `mlp.experts` are `block_sparse_moe.experts` in files
 whose experts have layers of their own (`w8a8.experts`) is written under the files' names, by transformers' own
 renamings; its conversions, which stack and split, are not needed then.  Every other model is written under its
 own names.
+
+What is read may be named otherwise: by an older version, by the task model of which this is the base, or the other way
+round.  Then a tensor is found where transformers would put it: by all its renamings, unless the name is the model's
+own already, and with the model's `base_model_prefix` taken off or put on.  What transformers leaves out without an
+error is left out here too (`ignored`).
 """
 
-import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
-from w8a8.experts import holds_experts, stacks
+from w8a8.experts import holds_experts, stacks, stacks_experts
+from w8a8.linear import QuantLinear, is_linear
+
+_REMADE = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+"""Tables that old files hold and models make themselves: what such a buffer ends with, and what is then left out."""
 
 
 class FileNames:
@@ -25,20 +34,41 @@ class FileNames:
     Args:
         model: With `Experts` in their places, or none.  Not modified.
 
-    renamings: What transformers does from the files' names to the model's; none where that cannot be taken back.
+    model: The name of the model's class.
+    renamings: What is undone when the model is written; none where that cannot be undone.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.renamings = _renamings(model) if holds_experts(model) else []
+        self.model = type(model).__name__
+        known = _conversions(model)
+        apart = holds_experts(model)
+        self._reading = [each for each in known if isinstance(each, WeightRenaming)]
+        self._converting = [
+            each for each in known if isinstance(each, WeightConverter) and not (apart and stacks_experts(each))
+        ]
+        self.renamings = _renamings(model) if apart else []
         self._back = _reversed(self.renamings)
-        # not the state dict, for which packed layers unpack their codes: a second copy of the model
-        tensors = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
-        if self.renamings and any(self.in_model(self.in_file(name)) != name for name, _ in tensors):
+        self._tensors = set(_stored(model))
+        self._layers = {name for name, m in model.named_modules() if is_linear(m) or isinstance(m, QuantLinear)}
+        self._prefix = f"{prefix}." if (prefix := getattr(model, "base_model_prefix", "")) else ""
+        self._unwanted = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+        buffers = [name for name, _ in model.named_buffers()]
+        self._remade = [
+            re.compile(pattern) for end, pattern in _REMADE.items() if any(name.endswith(end) for name in buffers)
+        ]
+        if self.renamings and any(_renamed(self.in_file(name), self.renamings) != name for name in self._tensors):
             self.renamings, self._back = [], []
 
     def in_model(self, name: str) -> str:
-        """Of a tensor of the files."""
-        return _renamed(name, self.renamings)
+        """Of a tensor of the files; a name that the model does not have where there is no place for it."""
+        renamed = _renamed(name, self._reading)
+        if not self._has(renamed) and self._has(name):
+            renamed = name
+        if self._prefix and renamed.startswith(self._prefix) and self._has(renamed.removeprefix(self._prefix)):
+            return renamed.removeprefix(self._prefix)
+        if self._prefix and self._has(self._prefix + renamed):
+            return self._prefix + renamed
+        return renamed
 
     def in_file(self, name: str) -> str:
         """Of a tensor of the model."""
@@ -48,6 +78,43 @@ class FileNames:
         """How the files call a layer of the model."""
         return self.in_file(f"{name}.weight").removesuffix(".weight")
 
+    def layers_of(self, stored: Iterable[str]) -> dict[str, str]:
+        """How these files call the model's linear layers of which they hold a tensor.
+
+        Args:
+            stored: The names of the tensors in the files.
+        """
+        found = {}
+        for name in stored:
+            layer = self.in_model(name).rpartition(".")[0]
+            if layer in self._layers:
+                found[layer] = name.rpartition(".")[0]
+        return found
+
+    def converted(self, name: str) -> bool:
+        """Whether transformers makes something else of a tensor of the files than itself."""
+        renamed = _renamed(name, self._reading)
+        return any(each.rename_source_key(renamed)[1] is not None for each in self._converting)
+
+    def ignored(self, name: str) -> bool:
+        """Whether transformers leaves out a tensor that has no place in the model.
+
+        Args:
+            name: From `in_model`.
+        """
+        return self.unwanted(name) or any(pattern.search(name) for pattern in self._remade)
+
+    def unwanted(self, name: str) -> bool:
+        """Whether the model's class says that it does without a tensor, which may hold weights all the same.
+
+        Args:
+            name: From `in_model`.
+        """
+        return not self._has(name) and any(pattern.search(name) for pattern in self._unwanted)
+
+    def _has(self, name: str) -> bool:
+        return name in self._tensors or name.rpartition(".")[0] in self._layers
+
 
 def renamed_stacks(model: nn.Module) -> list[str]:
     """The experts that lie stacked in a model, and that files on the hub call otherwise; ours do not."""
@@ -55,15 +122,24 @@ def renamed_stacks(model: nn.Module) -> list[str]:
     return [name for kind in stacks(model) for name in kind if _renamed(f"{name}.", back) != f"{name}."]
 
 
+def _conversions(model: nn.Module, *, legacy: bool = True) -> list[Any]:
+    """What transformers does with the files' tensors while it loads the model."""
+    return get_model_conversion_mapping(model, add_legacy=legacy) if isinstance(model, PreTrainedModel) else []
+
+
 def _renamings(model: nn.Module) -> list[WeightRenaming]:
-    """Of the files' names, when transformers loads the model."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    return [
-        transform
-        for transform in get_model_conversion_mapping(model, add_legacy=False)
-        if isinstance(transform, WeightRenaming) and not isinstance(transform, PrefixChange)
-    ]
+    """Of the files' names, those that are undone in what is written."""
+    known = _conversions(model, legacy=False)
+    return [each for each in known if isinstance(each, WeightRenaming) and not isinstance(each, PrefixChange)]
+
+
+def _stored(model: nn.Module) -> Iterator[str]:
+    """The names of the state dict, save for those of packed layers, which would unpack their codes for it."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        buffers = module._buffers.keys() - module._non_persistent_buffers_set
+        for key in (*module._parameters, *buffers):
+            if getattr(module, key) is not None:
+                yield f"{path}.{key}" if path else key
 
 
 def _reversed(renamings: list[WeightRenaming]) -> list[Any]:

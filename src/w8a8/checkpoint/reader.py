@@ -9,9 +9,9 @@ Everything is checked before it is used: the index points into the directory, th
 tensor has the shape and dtype that the config promises, none is missing and none is left over.
 """
 
+import logging
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from w8a8.linear import QuantLinear, quant_linears
 from w8a8.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.scheme import PerGroup, PerTensor, Scheme
 
+_LOG = logging.getLogger(__name__)
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SCALES = ("weight_scale", "input_scale")
 _DERIVED = (".weight_sum", ".packed_weight")
 _ZERO_POINTS = ("weight_zero_point", "input_zero_point")
@@ -142,6 +144,9 @@ def load_float(directory: Path, *, dtype: torch.dtype | str = "auto", trust_remo
             raise ModelError(
                 f"{directory}: {len(names)} weights of {kind.__name__} {what}: {few(names)}; copy it again"
             )
+    file_names = FileNames(model)
+    stored = (name for path, promised in files.items() for name in header(path, promised))
+    tell_unwanted(file_names.model, [name for name in stored if file_names.unwanted(file_names.in_model(name))])
     return model.eval()
 
 
@@ -165,6 +170,7 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
     stored = {name: stored_keys(layer, packed=name in packed) for name, layer in quant_linears(model)}
     names = FileNames(model)
     seen: dict[str, Path] = {}
+    unwanted: list[str] = []
     for path, promised in files.items():
         entries = header(path, promised)
         with opened(path, promised) as file:
@@ -181,8 +187,10 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
                 elif name in wanted and (prefix not in stored or key == "bias"):
                     _place(modules[prefix], key, file.get_tensor(in_file), where)
                 else:
-                    check_superfluous(model, module, key, file.get_tensor(in_file), where)
-    model.tie_weights()
+                    check_superfluous(names, module, name, file.get_tensor(in_file), where)
+                    unwanted += [in_file] if names.unwanted(name) else []
+    tell_unwanted(names.model, unwanted)
+    model.tie_weights(missing_keys=wanted - seen.keys(), recompute_mapping=False)  # not what the files have twice
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, t in tensors if t.is_meta and not name.endswith(_DERIVED)]
     missing = [f"{name}_packed" if name.removesuffix(".weight") in packed else name for name in missing]
@@ -190,6 +198,13 @@ def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -
         raise CheckpointError(
             f"{', '.join(str(path) for path in files)}: {len(missing)} tensors are missing: {few(missing, 4)}"
         )
+
+
+def tell_unwanted(model: str, tensors: Sequence[str]) -> None:
+    """Say in the log which tensors of the files a model's class does without, if any."""
+    if tensors:
+        what = "tensor" if len(tensors) == 1 else "tensors"
+        _LOG.warning("%s does without %d %s: %s", model, len(tensors), what, few(tensors, 4))
 
 
 def stored_keys(layer: QuantLinear, *, packed: bool) -> set[str]:
@@ -234,12 +249,14 @@ def _check_words(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
 
 
 def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
-    """Check one tensor of the file and put it into the model."""
+    """Check one tensor of the file and put it into the model: floats in the file's dtype, others in the model's."""
     want = getattr(module, key)
-    if tensor.shape != want.shape or not tensor.is_floating_point():
-        raise CheckpointError(f"{where} is {_describe(tensor)}, expected float values of shape {tuple(want.shape)}")
+    floats = want.dtype in _FLOATS
+    if tensor.shape != want.shape or not (tensor.dtype in _FLOATS if floats else tensor.dtype is want.dtype):
+        kind = "float values" if floats else str(want.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{where} is {_describe(tensor)}, expected {kind} of shape {tuple(want.shape)}")
     if key in module._parameters:
-        module._parameters[key] = nn.Parameter(tensor)
+        module._parameters[key] = nn.Parameter(tensor, requires_grad=want.requires_grad)
     else:
         module._buffers[key] = tensor
 
@@ -271,17 +288,25 @@ def _checked_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str) ->
     return scale
 
 
-def check_superfluous(model: nn.Module, module: nn.Module | None, key: str, tensor: Tensor, where: str) -> None:
-    """Raise `CheckpointError` where a tensor of the files that the model has no place for would change something."""
+def check_superfluous(names: FileNames, module: nn.Module | None, name: str, tensor: Tensor, where: str) -> None:
+    """Raise `CheckpointError` where a tensor of the files that the model has no place for would change something.
+
+    Args:
+        names: Of the model.
+        module: Of the model, with the tensor's name up to the last dot, where it has one.
+        name: Of the tensor, from `FileNames.in_model`.
+        tensor: Looked at where it is a zero point.
+        where: File and name, for messages.
+    """
+    key = name.rpartition(".")[2]
     if isinstance(module, QuantLinear) and key in _ZERO_POINTS:  # a symmetric layer's zeros, as older files have
         if bool(tensor.any()):
             raise CheckpointError(f"{where} is not zero, though {CONFIG} says that the layer is symmetric")
         return
     if key in QUANTIZED and isinstance(module, nn.Linear):
         raise CheckpointError(f"{where} belongs to a layer that is float by {CONFIG}")
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    if key != "inv_freq" and not any(re.search(pattern, where) for pattern in ignored):
-        raise CheckpointError(f"{where} has no place in {type(model).__name__}")
+    if not names.ignored(name):
+        raise CheckpointError(f"{where} has no place in {names.model}")
 
 
 def _describe(t: Tensor) -> str:

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from w8a8 import convert
+from w8a8 import convert, ties
 from w8a8.checkpoint.files import CONFIG, header, read_json, tensor_files
 from w8a8.checkpoint.headers import Entry
 from w8a8.checkpoint.layout import QuantizationConfig
@@ -111,14 +111,45 @@ def empty_layers(
     try:
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(config)  # in the dtype that the config states
+        _fill_what_no_file_holds(model)
         model.tie_weights()
     except OTHERS_ERRORS as error:
         raise CheckpointError(f"{directory / CONFIG}: {kind.__name__} cannot be made of it: {error}") from error
     if quantization is None:
         return model, set()
-    stored = (name for path, promised in tensor_files(directory).items() for name in header(path, promised))
+    stored = [name for path, promised in tensor_files(directory).items() for name in header(path, promised)]
     unstack_as_stored(model, stored)
-    return model, insert_quant_linears(model, quantization, str(directory / CONFIG), **options)
+    return model, insert_quant_linears(model, quantization, str(directory / CONFIG), stored, **options)
+
+
+@torch.no_grad()
+def _fill_what_no_file_holds(model: Any) -> None:
+    """Give what the model makes itself the values that it has after transformers' own loading.
+
+    These are buffers that are not saved, and parameters that the class leaves out when it is (Marian's positions).  A
+    class makes them where it initialises weights, which `from_pretrained` has done under the default dtype: positions
+    that are computed in bfloat16 are others.  On the meta device this leaves all other weights alone.
+    """
+    for name in not_saved(model):
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        held = module._parameters.get(key)
+        if held is not None:
+            module._parameters[key] = nn.Parameter(torch.zeros_like(held, device="cpu"), held.requires_grad)
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()
+
+
+def not_saved(model: nn.Module) -> set[str]:
+    """The tensors that the model's class leaves out of its files, since it makes them itself."""
+    left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return {name for name, _ in _tensors(model) if name in left_out}
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Module]:
@@ -200,12 +231,10 @@ def check_counts(directory: Path) -> None:
 
 
 def _check_floats(model: Any, found: Mapping[str, tuple[Path, Entry]]) -> None:
-    buffers = [name for name, _ in model.named_buffers()]
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    buffers, names = {name for name, _ in model.named_buffers()}, FileNames(model)
     for name, (path, entry) in found.items():
-        if entry.dtype.is_floating_point or any(re.search(pattern, name) for pattern in ignored):
-            continue
-        if not any(f".{buffer}".endswith(f".{name}") or name.endswith(f".{buffer}") for buffer in buffers):
+        place = names.in_model(name)
+        if not (entry.dtype.is_floating_point or place in buffers or names.ignored(place)):
             held = str(entry.dtype).removeprefix("torch.")
             raise CheckpointError(f"{path}: {name} is {held} of shape {entry.shape}, expected float values")
 
@@ -222,13 +251,23 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
         yield key, value
 
 
-def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, where: str, **options: Any) -> set[str]:
+def insert_quant_linears(
+    model: nn.Module,
+    quantization: QuantizationConfig,
+    where: str,
+    stored: Iterable[str],
+    *,
+    of_another: bool = False,
+    **options: Any,
+) -> set[str]:
     """Put empty `QuantLinear` in the places of the linear layers that are quantised.
 
     Args:
         model: Float, on the meta device; changed.
         quantization: What is quantised, and how.
         where: The file that says so, for messages.
+        stored: The names of the tensors in the files, which may be those of the model's base, or of a task model.
+        of_another: The files were written by a model of another class: layers of which they hold nothing stay float.
         options: As for `QuantLinear`.
 
     Returns:
@@ -242,8 +281,10 @@ def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, whe
     classes = {
         name: [cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for name, m in linears.items()
     }
-    names = FileNames(model)
-    groups = quantization.groups_for(classes, where, {name: names.of_layer(name) for name in linears})
+    in_files = FileNames(model).layers_of(stored)
+    groups = quantization.groups_for(classes, where, in_files)
+    if of_another:
+        groups = {name: group for name, group in groups.items() if name in in_files}
     for name, group in groups.items():
         try:
             layer = QuantLinear.in_place_of(linears[name], group.scheme, **options)
@@ -254,4 +295,5 @@ def insert_quant_linears(model: nn.Module, quantization: QuantizationConfig, whe
         setattr(model.get_submodule(parent), key, layer)
     if not groups:
         raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
+    ties.forget(model, groups)
     return {name for name, group in groups.items() if group.packed}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from w8a8.checkpoint.files import opened, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, read_header
 from w8a8.checkpoint.names import FileNames
-from w8a8.checkpoint.skeleton import empty_model
+from w8a8.checkpoint.skeleton import empty_model, not_saved
 from w8a8.errors import CheckpointError
 
 
@@ -79,6 +79,9 @@ def _same(written: Tensor, held: Tensor) -> bool:
 def _once(model: nn.Module) -> list[tuple[list[str], Tensor]]:
     """Each tensor of the state dict with all its names: a tied one has several, and is written under one or more."""
     by_tensor: dict[int, tuple[list[str], Tensor]] = {}
+    left_out = not_saved(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in left_out:
+            continue
         by_tensor.setdefault(id(tensor), ([], tensor))[0].append(name)
     return list(by_tensor.values())

@@ -72,9 +72,12 @@ class Job:
     def before(self, found: list[Any]) -> Callable[[Any, Any], None]:
         """What is done when the plan is made and nothing is written: `found` gets what vLLM would say."""
 
+        from w8a8.checkpoint.reader import tell_unwanted
+
         def look(plan: Any, prediction: Any) -> None:
             found.extend(plan.findings)
             self.check_target(plan.findings)
+            tell_unwanted(plan.model, plan.unwanted)
             if not self.quiet:
                 _show_prediction(plan, prediction)
 

@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from w8a8 import convert
-from w8a8.checkpoint.describe import describe
-from w8a8.checkpoint.files import CONFIG, SINGLE, read_json, read_quantization, tensor_files
+from w8a8.checkpoint.describe import config_of, describe
+from w8a8.checkpoint.files import CONFIG, SINGLE, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, Told, in_order, read_header
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.names import FileNames, renamed_stacks
-from w8a8.checkpoint.skeleton import check_counts, empty_model
+from w8a8.checkpoint.skeleton import check_counts, empty_model, not_saved
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError, few
@@ -107,7 +107,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole job.  `config` is the config.json of the result, `findings` what vLLM will make of it."""
+    """The whole job.
+
+    config: The config.json of the result.
+    findings: What vLLM will make of it.
+    model: The name of the model's class.
+    unwanted: Tensors of the source that the model's class does without, and so the result.
+    """
 
     source: Path
     scheme: Scheme
@@ -116,6 +122,8 @@ class Plan:
     coverage: Coverage
     untied: dict[str, str]
     findings: tuple[Finding, ...]
+    model: str
+    unwanted: tuple[str, ...]
 
     @property
     def steps(self) -> list[Step]:
@@ -158,9 +166,9 @@ def make_plan(
     model = empty_model(source, None)
     selection = _choose(model, convert.with_head(model, include, head), exclude, at_most=_most_experts(source))
     names = FileNames(model)
-    found = _sources(source, model)
+    found, unwanted = _sources(source, model)
     chosen = {f"{name}.weight": name for name in selection.chosen}
-    copies = _copies(model, found, set(chosen))
+    copies = _copies(model, found, set(chosen)) | not_saved(model)
     dtypes = _dtypes(model)
     steps = []
     for parameter, (file, entry) in found.items():
@@ -168,11 +176,16 @@ def make_plan(
         if parameter in chosen:
             steps.append(_quantized(model, names, chosen.pop(parameter), scheme, dtype, file, entry))
         elif parameter not in copies:
-            name = names.in_file(parameter)
-            steps.append(Step(file, entry, name, parameter, dtype, None, False, False, ((name, dtype, entry.shape),)))
+            steps.append(_copied(names, parameter, dtype, file, entry))
     for parameter, name in chosen.items():  # tied: the files have it under the other name only
         file, entry = found[f"{selection.untied[name]}.weight"]
         steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
+        bias = f"{name}.bias"
+        shared = _aliases(model).get(bias, [])
+        if shared and bias not in found:  # BERT's head has that of another module
+            file, entry = found[next(alias for alias in shared if alias in found)]
+            dtype = dtypes.get(bias, entry.dtype)
+            steps.append(_copied(names, bias, dtype, file, entry))
     layers = {step.place: convert.empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
     heads = convert.heads(model)
     convert.swap(model, layers)
@@ -183,12 +196,13 @@ def make_plan(
         renamed=renamed_stacks(model),
         shapes=shapes_of(model),
     )
-    config = {k: v for k, v in read_json(source / CONFIG).items() if k != "compression_config"}
-    config["quantization_config"] = to_json(describe(model))
-    if selection.untied:
-        config["tie_word_embeddings"] = False
+    convert.untie(model, selection)
+    dtype = next((step.dtype for step in steps if step.dtype.is_floating_point), model.dtype)
+    config = config_of(model, dtype) | {"quantization_config": to_json(describe(model))}
     shards = _cut(steps, shard_bytes)
-    return Plan(source, scheme, shards, config, coverage(model, selection.reasons), selection.untied, found_by_vllm)
+    told = coverage(model, selection.reasons)
+    kind = type(model).__name__
+    return Plan(source, scheme, shards, config, told, selection.untied, found_by_vllm, kind, unwanted)
 
 
 def _most_experts(source: Path) -> int:
@@ -206,25 +220,27 @@ def _choose(model: nn.Module, include: Sequence[str], exclude: Sequence[str], *,
     return replace(selection, reasons=reasons | selection.reasons)
 
 
-def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:
-    """Where each parameter and buffer of the model lies in the files, in the order of the files."""
-    names, in_files = set(model.state_dict()), FileNames(model)
+def _sources(source: Path, model: Any) -> tuple[dict[str, tuple[Path, Entry]], tuple[str, ...]]:
+    """Where each parameter and buffer of the model lies in the files, in their order; and what the class leaves out."""
+    tensors, names = set(model.state_dict()), FileNames(model)
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     found: dict[str, tuple[Path, Entry]] = {}
-    lost = []
+    lost, unwanted = [], []
     for path, promised in sorted(tensor_files(source).items()):
         header = read_header(path)
         missing = (promised or set()) - set(header)
         if missing:
             raise CheckpointError(f"{path}: {min(missing)} is missing, though the index says it is here")
         for name, whole in header.items():
-            here = in_files.in_model(name)
-            places = (here, prefix + here, here.removeprefix(prefix))
-            parts = next(({n: whole} for n in places if n in names), None) or _taken_apart(experts, places, path, whole)
-            ignore = any(re.search(pattern, name) for pattern in ignored) or name.endswith("inv_freq")
-            if not parts and not ignore:
+            here = names.in_model(name)
+            if here in tensors and not names.converted(name):
+                parts = {here: whole}
+            else:
+                parts = _taken_apart(experts, (here, prefix + here, here.removeprefix(prefix)), path, whole)
+            if not parts and names.unwanted(here):
+                unwanted.append(name)
+            elif not parts and not names.ignored(here):
                 lost.append(f"{path.name}: {name}")
             for place, entry in parts.items():
                 if place in found:
@@ -236,7 +252,7 @@ def _sources(source: Path, model: Any) -> dict[str, tuple[Path, Entry]]:
             "transformers converts them while loading, so this model can only be quantised in memory (--no-stream)"
         )
     _check_complete(source, model, found)
-    return found
+    return found, tuple(unwanted)
 
 
 def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Path, whole: Entry) -> dict[str, Entry]:
@@ -276,7 +292,10 @@ def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path,
         CheckpointError: another shape.
     """
     shared: dict[int, list[str]] = {}
+    left_out = not_saved(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in left_out:
+            continue
         shared.setdefault(id(tensor), []).append(name)
         if name in found and tuple(tensor.shape) != found[name][1].shape:
             raise CheckpointError(
@@ -337,6 +356,19 @@ def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
         file_b.seek(b.begin)
         sizes = [min(PIECE, a.bytes - start) for start in range(0, a.bytes, PIECE)]
         return all(file.read(size) == file_b.read(size) for size in sizes)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """The names of each tensor that has several, by each of them."""
+    shared: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        shared.setdefault(id(tensor), []).append(name)
+    return {name: names for names in shared.values() if len(names) > 1 for name in names}
+
+
+def _copied(names: FileNames, place: str, dtype: torch.dtype, file: Path, entry: Entry) -> Step:
+    name = names.in_file(place)
+    return Step(file, entry, name, place, dtype, None, False, False, ((name, dtype, entry.shape),))
 
 
 def _quantized(

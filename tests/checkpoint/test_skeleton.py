@@ -1,0 +1,113 @@
+"""What no file holds, and buffers of every kind: a loaded model has them as one that transformers loads."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+import w8a8
+from tests.conftest import contents, llama, logits
+from w8a8.errors import CheckpointError
+from w8a8.streaming import quantize_directory
+
+
+def resnet():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(**sizes)).eval()
+
+
+def marian():
+    sizes = {"layers": 1, "attention_heads": 4, "ffn_dim": 40}
+    small = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in sizes.items()}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2, "decoder_start_token_id": 0}
+    return MarianMTModel(MarianConfig(vocab_size=96, d_model=32, max_position_embeddings=64, **small, **ids)).eval()
+
+
+def codegen():
+    config = CodeGenConfig(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=512, rotary_dim=4)
+    return CodeGenForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def buffers(model):
+    return dict(model.named_buffers())
+
+
+def test_batch_norm_counts_its_batches_in_int64_and_is_loaded(tmp_path):
+    model, x = resnet(), torch.randn(2, 3, 32, 32)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked.fill_(2**40)
+            module.running_mean.uniform_(-1, 1)
+    w8a8.save(w8a8.quantize(model).model, tmp_path / "model")
+    loaded = w8a8.load(tmp_path / "model")
+    assert all(torch.equal(buffer, buffers(model)[name]) for name, buffer in buffers(loaded).items())
+    with torch.inference_mode():
+        assert torch.equal(loaded(x).logits, model(x).logits)
+
+
+class WithBuffers(LlamaForCausalLM):
+    """Buffers of the dtypes that files have."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for dtype in DTYPES:
+            self.register_buffer(f"of_{dtype}".replace("torch.", ""), torch.zeros(3, 2).to(dtype))
+
+
+DTYPES = [torch.int64, torch.int16, torch.uint8, torch.uint16, torch.bool, torch.complex64, torch.float64]
+DTYPES += [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu]
+
+
+@pytest.fixture
+def with_buffers(monkeypatch):
+    monkeypatch.setattr("transformers.WithBuffers", WithBuffers, raising=False)
+    model = WithBuffers(llama().config).eval()
+    for dtype in DTYPES:
+        getattr(model, f"of_{dtype}".replace("torch.", ""))[1] = 1
+    return model
+
+
+class TestBuffersOfEveryDtype:
+    def test_what_save_writes_load_reads(self, tmp_path, with_buffers):
+        w8a8.save(w8a8.quantize(with_buffers).model, tmp_path / "model")
+        loaded = buffers(w8a8.load(tmp_path / "model"))
+        for dtype in DTYPES:
+            name = f"of_{dtype}".replace("torch.", "")
+            assert loaded[name].dtype is dtype
+            assert torch.equal(loaded[name].view(torch.uint8), buffers(with_buffers)[name].view(torch.uint8))
+
+    @pytest.mark.parametrize("other", [torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int64)])
+    def test_another_dtype_or_shape_is_refused(self, tmp_path, with_buffers, other):
+        w8a8.quantize(with_buffers)
+        with_buffers.of_int64 = other
+        w8a8.save(with_buffers, tmp_path / "model", verify=False)
+        with pytest.raises(CheckpointError, match=r"of_int64 is int\d\d of shape .*, expected int64 of shape \(3, 2\)"):
+            w8a8.load(tmp_path / "model")
+
+
+def test_what_the_class_does_not_save_is_made_anew(tmp_path):
+    model = marian()
+    model.save_pretrained(tmp_path / "float")
+    w8a8.save(w8a8.quantize(model).model, tmp_path / "model")
+    loaded = w8a8.load(tmp_path / "model")
+    found, wanted = (m.model.encoder.embed_positions.weight for m in (loaded, model))
+    assert torch.equal(found, wanted)
+    quantize_directory(tmp_path / "float", tmp_path / "streamed")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "model")
+
+
+def test_tables_are_computed_as_transformers_computes_them(tmp_path):
+    codegen().save_pretrained(tmp_path / "float")
+    model = CodeGenForCausalLM.from_pretrained(tmp_path / "float", dtype="auto")
+    w8a8.save(w8a8.quantize(model).model, tmp_path / "model")
+    loaded, ids = w8a8.load(tmp_path / "model"), torch.arange(400)[None] % 96
+    assert all(torch.equal(buffer, buffers(model)[name]) for name, buffer in buffers(loaded).items())
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
