@@ -28,6 +28,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from w8a8.kernels import available
 from w8a8.scheme import PerToken, QuantSpec
 
 TOKEN = QuantSpec(granularity=PerToken())
@@ -35,6 +36,12 @@ TOKEN = QuantSpec(granularity=PerToken())
 
 THEIRS = Path(__file__).parent / "data" / "llmcompressor"
 """Directories that llm-compressor wrote."""
+
+
+def needs(kernel: str) -> pytest.MarkDecorator:
+    """A mark: the test is about this kernel, and skips where it cannot run."""
+    reason = available()[kernel]
+    return pytest.mark.skipif(reason is not None, reason=f"the kernel {kernel} cannot run here: {reason}")
 
 
 @pytest.fixture(autouse=True)

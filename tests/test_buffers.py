@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.conftest import TOKEN, relative_error
+from tests.conftest import TOKEN, needs, relative_error
 from w8a8.affine import QParams
 from w8a8.errors import SchemeError
-from w8a8.kernels import native
 from w8a8.linear import Mode, QuantLinear
 from w8a8.packed import unpack_rows
 from w8a8.scheme import (
@@ -154,7 +153,7 @@ def test_static_activations_need_their_grid():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read as Linux tells it")
-@pytest.mark.skipif(native.unavailable_because() is not None, reason="the native kernel is not here")
+@needs("native")
 def test_codes_of_many_layers_are_in_memory_once():
     """The codes before packing go back to the system: malloc would leave a hole as large beside each layer."""
 
@@ -164,6 +163,6 @@ def test_codes_of_many_layers_are_in_memory_once():
 
     linears = [nn.Linear(2048, 5632, bias=False, dtype=torch.bfloat16) for _ in range(10)]
     before = resident()
-    layers = [QuantLinear.from_float(linear) for linear in linears]
+    layers = [QuantLinear.from_float(linear, kernel="native") for linear in linears]
     held = sum(layer.packed_weight.numel() for layer in layers)
     assert resident() - before < 1.4 * held

@@ -1,17 +1,25 @@
 import torch
 
+from tests.conftest import needs
 from w8a8 import diagnosis, kernels
 from w8a8.diagnosis import diagnose
+from w8a8.kernels import native
 
 
 def test_versions_machine_and_kernels_are_told():
     found = diagnose()
     assert torch.__version__.startswith(found.versions["torch"])  # which may lack the build, as in 2.8.0+cu128
     assert found.machine["processor"]
-    assert [k.name for k in found.kernels] == list(kernels.KERNELS)
-    assert found.kernels[-1].available
-    assert found.machine["native kernel runs"]
-    assert found.machine["native kernel's threads"].startswith("openmp")
+    assert [k.name for k in found.kernels] == list(kernels.available())
+    assert {k.name: k.available for k in found.kernels}["reference"]
+    assert ("native kernel runs" in found.machine) == (native.unavailable_because() is None)
+
+
+@needs("native")
+def test_what_the_native_kernel_runs_on_is_told():
+    machine = diagnose().machine
+    assert machine["native kernel runs"] == native.instruction_set()
+    assert machine["native kernel's threads"].startswith("openmp")
 
 
 def test_what_is_missing_is_told_with_its_reason(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 import w8a8
 
 LAYERS = [
-    {"errors"},
+    {"errors", "forking"},
     {"scheme", "report"},
     {"affine", "packed"},
     {"functional", "tokens", "row_sample"},

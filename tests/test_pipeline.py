@@ -39,7 +39,7 @@ def test_simulated_and_integer_logits_are_the_same_bits(scheme, tokens):
 def test_all_kernels_give_the_same_logits(tokens):
     model = llama()
     logits = []
-    for kernel in w8a8.kernels.KERNELS:
+    for kernel in (name for name, reason in w8a8.kernels.available().items() if reason is None):
         result = w8a8.quantize(copy.deepcopy(model), kernel=kernel, strict=True)
         with torch.inference_mode():
             logits.append(result.model(tokens).logits)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import w8a8.forking  # noqa: F401  all that computes is imported above this module
 from w8a8.errors import NonFiniteError, SchemeError
 from w8a8.scheme import (
     MAX_CODE_BITS,

@@ -13,7 +13,8 @@ The buffers carry the names and shapes of a compressed-tensors file, so that `st
 `weight_sum` (N, G) int32 is derived from the weight and stays out of the state dict.
 
 Where the native kernel runs the layer, the codes lie packed for it (`packed_weight`) instead of row-major: in memory
-they exist once.  `layer.weight` and the state dict are then row-major copies, made when asked for.
+they exist once.  `layer.weight` and the state dict are then row-major copies, made when asked for.  For another kernel
+that is asked for later, or in another process that reads a pickle, they are laid out anew once, not at each call.
 """
 
 from collections.abc import Callable, Mapping
@@ -80,7 +81,7 @@ class LinearBuffers(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
-        self.kernel = kernel
+        self._kernel = kernel
         self.in_words = in_words(scheme)  # what the state dict has of the codes
         self._integer = integer
         spec, activations = scheme.weights, scheme.activations
@@ -107,6 +108,31 @@ class LinearBuffers(nn.Module):
         self.register_buffer("weight_sum", empty(torch.int32, out_features, groups), persistent=False)
         self.register_buffer("packed_weight", None, persistent=False)
 
+    @property
+    def kernel(self) -> str:
+        """The kernel to run, or "auto".  Setting it lays the codes out for it."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, name: str) -> None:
+        kernels.check_name(name)
+        self._kernel = name
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Pack the codes, or unpack them, where they do not lie as the kernel that is to run wants them."""
+        packed, device = self.packed_weight, self.weight_sum.device
+        if not self._integer or device.type == "meta":
+            return
+        as_panels = packed is not None and native.lies_as_here(packed, self.out_features, self.in_features)
+        if not (as_panels if self._packs(device) else packed is None):
+            self.set_codes(self.weight)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a copy or a pickle holds; what was laid out for another machine or process is laid out anew."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lay_out()
+
     def set_codes(self, codes: Tensor) -> None:
         """Take a weight: derive its sums, and pack it where the native kernel is to run the layer.
 
@@ -124,7 +150,7 @@ class LinearBuffers(nn.Module):
         groups = self.weight_sum.shape[1]
         if codes.is_meta or not self._integer:
             self.weight_sum = codes.new_zeros((self.out_features, groups), dtype=torch.int32)
-        elif self._packs(codes):
+        elif self._packs(codes.device):
             self._buffers["packed_weight"], self.weight_sum = native.pack(codes)
             del self._buffers["weight"]
         else:
@@ -150,28 +176,22 @@ class LinearBuffers(nn.Module):
                 f"codes from {lowest} to {highest}; use simulated=True"
             )
 
-    def _packs(self, codes: Tensor) -> bool:
+    def _packs(self, device: torch.device) -> bool:
+        """Whether codes on the device are packed."""
         activations = self.scheme.activations
         assert activations is not None, "an integer layer has integer activations"
         groups = self.weight_sum.shape[1]
         return (
-            codes.device.type == "cpu"
+            device.type == "cpu"
             and self.scheme.weights.symmetric
             and native.can_pack(self.out_features, self.in_features, groups, activations)
-            and kernels.first_choice(self.kernel) == native.NATIVE.name
+            and kernels.first_choice(self._kernel) == native.NATIVE.name
         )
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and (packed := self._buffers.get("packed_weight")) is not None:
             return kernels.unpack(packed, self.out_features, self.in_features)
         return super().__getattr__(name)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what a copy or a pickle holds; codes that were packed for another machine are packed for this one."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        packed, shape = self.packed_weight, (self.out_features, self.in_features)
-        if packed is not None and not native.lies_as_here(packed, *shape):
-            self.set_codes(kernels.unpack(packed, *shape))
 
     def set_input_params(self, params: QParams | None) -> None:
         """Take the static grid of the input.

@@ -169,12 +169,12 @@ class QuantLinear(LinearBuffers):
         """
         if self.mode is Mode.INTEGER:
             packed = self._buffers["packed_weight"]
-            if packed is not None and native.takes(packed, self.kernel) and not torch.compiler.is_compiling():
+            if packed is not None and native.takes(packed, self._kernel) and not torch.compiler.is_compiling():
                 y = native.direct(x, self._buffers, self._call)
                 if y is not None:
                     kernels.count(self._number, native.NATIVE.name)
                     return y
-            return kernels.int8_linear(*self._operands(x), self.kernel, self.strict, self._number)
+            return kernels.int8_linear(*self._operands(x), self._kernel, self.strict, self._number)
         kernels.check_input(x, self.out_features, self.in_features)
         if self.mode is Mode.WEIGHT_ONLY:
             return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import w8a8
-from tests.conftest import THEIRS, gpt2, llama, logits, mixtral, opt, qwen2_moe, qwen3_moe, relative_error
+from tests.conftest import THEIRS, gpt2, llama, logits, mixtral, needs, opt, qwen2_moe, qwen3_moe, relative_error
 from w8a8.checkpoint import reader
 from w8a8.checkpoint.files import read_quantization, tensor_files
 from w8a8.checkpoint.names import FileNames
@@ -113,7 +113,7 @@ def test_groups_survive_the_round_trip_and_load_in_transformers(tmp_path):
 
 def test_the_weights_are_mapped_and_never_float(tmp_path):
     w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")
-    model = w8a8.load(tmp_path / "out", kernel="torch_cpu")
+    model = w8a8.load(tmp_path / "out", kernel="reference")
     weights = [layer.weight for _, layer in quant_linears(model)]
     assert all(w.dtype is torch.int8 for w in weights)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
@@ -308,11 +308,12 @@ def test_a_float_directory_has_no_int8_head(tmp_path):
         w8a8.load(tmp_path, head="int8")
 
 
+@needs("native")
 def test_no_second_copy_of_a_weight_is_made(tmp_path):
     """Loading allocates what the packed weights take, and less than one weight more; the files' pages are let go."""
     model = llama(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
     w8a8.save(w8a8.quantize(model).model, tmp_path / "out")
-    empty, packed = empty_layers(tmp_path / "out", read_quantization(tmp_path / "out"))
+    empty, packed = empty_layers(tmp_path / "out", read_quantization(tmp_path / "out"), kernel="native")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         reader._fill(empty, tensor_files(tmp_path / "out"), packed)
     allocated = sum(e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0)

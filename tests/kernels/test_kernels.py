@@ -1,12 +1,15 @@
 """Every kernel against an oracle in Python's integers and numpy's float32, bit for bit."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from tests.conftest import needs
+from tests.kernels.conftest import HERE
 from w8a8 import kernels
 from w8a8.affine import QParams
 from w8a8.errors import KernelError, SchemeError
@@ -68,7 +71,12 @@ def oracle(q: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kernel", "scheme"),
-    [(kernel, scheme) for kernel in kernels.KERNELS for scheme in SCHEMES if runs(kernel, scheme)],
+    [
+        pytest.param(*kernel.values, scheme, marks=kernel.marks)
+        for kernel in HERE
+        for scheme in SCHEMES
+        if runs(*kernel.values, scheme)
+    ],
     ids=str,
 )
 def test_every_kernel_is_the_contract_bit_for_bit(kernel, scheme):
@@ -85,7 +93,7 @@ def test_kernels_agree_on_odd_shapes_and_dtypes(m, k, n, symmetric, dtype):
     scheme = Scheme(QuantSpec(8, PerChannel()), QuantSpec(8, PerToken(), symmetric))
     linear = nn.Linear(k, n).to(dtype)
     x = (torch.randn(m, k) * 3).to(dtype)
-    able = [name for name in kernels.KERNELS if name != "native" or dtype is not torch.float64]
+    able = [name for name, reason in kernels.available().items() if reason is None]
     outputs = {name: QuantLinear.from_float(linear, scheme, kernel=name, strict=True)(x) for name in able}
     for y in outputs.values():
         assert y.dtype is dtype
@@ -93,19 +101,27 @@ def test_kernels_agree_on_odd_shapes_and_dtypes(m, k, n, symmetric, dtype):
     assert torch.equal(outputs["reference"], oracle(QuantLinear.from_float(linear, scheme), x))
 
 
-PATHS = ["torch_cpu", *(f"native {name}" for name, reason in native.instruction_sets().items() if reason is None)]
+def paths() -> list[str]:
+    """Every kernel that is here but the reference, the native one in each instruction set that is here."""
+    found = [name for name, reason in kernels.available().items() if reason is None and name != "reference"]
+    if "native" in found:
+        sets = [f"native {name}" for name, reason in native.instruction_sets().items() if reason is None]
+        found = [*(name for name in found if name != "native"), *sets]
+    return found
 
 
 @pytest.fixture
 def path(request):
     """A kernel's name, with its instruction set forced where it has several."""
     kernel, _, isa = request.param.partition(" ")
-    native.use_instruction_set(isa or None)
+    if isa:
+        native.use_instruction_set(isa)
     yield kernel
-    native.use_instruction_set(None)
+    if isa:
+        native.use_instruction_set(os.environ.get("W8A8_ISA") or None)
 
 
-@pytest.mark.parametrize("path", PATHS, indirect=True)
+@pytest.mark.parametrize("path", paths(), indirect=True)
 def test_many_random_cases_agree_with_the_reference(path):
     """Shapes, strides, dtypes, schemes and extreme values: 500 for each path, over 2,000 in all on AVX-512."""
     generator = np.random.default_rng(7)
@@ -129,7 +145,7 @@ def test_many_random_cases_agree_with_the_reference(path):
         assert torch.equal(y.nan_to_num(0.0), expected.nan_to_num(0.0)), (case, m, k, n, scheme)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_largest_sums_do_not_overflow_or_saturate(kernel, symmetric):
     k = 65_000  # close to the limit with a zero point: (2**31 - 1) // (255 * 127)
@@ -141,7 +157,7 @@ def test_the_largest_sums_do_not_overflow_or_saturate(kernel, symmetric):
     torch.testing.assert_close(y, torch.tensor([[k, -k]] * 3, dtype=torch.float32), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+@pytest.mark.parametrize("kernel", [kernel for kernel in HERE if kernel.values != ("native",)])
 @pytest.mark.parametrize(
     ("activations", "lowest", "limit"),
     [
@@ -176,7 +192,7 @@ def test_the_longest_sum_is_exact_and_a_longer_one_is_refused(kernel, activation
 
 
 @pytest.mark.parametrize("threads", [2, 5])
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 def test_the_number_of_threads_changes_nothing(kernel, threads):
     q = layer("w8a8-asym", k=512, n=300, kernel=kernel, strict=True)
     x = torch.randn(3, 512)
@@ -185,7 +201,7 @@ def test_the_number_of_threads_changes_nothing(kernel, threads):
     assert torch.equal(q(x), expected)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 def test_codes_of_minus_128_from_other_peoples_files_are_taken(kernel):
     q = layer("w8a8", kernel=kernel, strict=True)
     q.set_codes(torch.full((33, 100), -128, dtype=torch.int8))
@@ -193,7 +209,7 @@ def test_codes_of_minus_128_from_other_peoples_files_are_taken(kernel):
     assert torch.equal(q(x), oracle(q, x))
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-tensor"])
 def test_a_bad_token_makes_its_own_output_nan_and_no_other(name, bad, kernel):
@@ -206,7 +222,7 @@ def test_a_bad_token_makes_its_own_output_nan_and_no_other(name, bad, kernel):
     assert torch.equal(y[[0, 1, 2, 3, 5]], q(good))
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 def test_zero_and_subnormal_rows_are_exact(kernel):
     q = layer("w8a8", kernel=kernel, strict=True)
     x = torch.zeros(3, 100)
@@ -214,7 +230,7 @@ def test_zero_and_subnormal_rows_are_exact(kernel):
     assert torch.equal(q(x), q.bias.expand(3, 33))
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_static_grid_is_used_as_it_is(kernel, symmetric):
     scheme = Scheme(QuantSpec(8, PerChannel()), QuantSpec(8, PerTensor(), symmetric, dynamic=False))
@@ -289,56 +305,6 @@ def test_a_gradient_is_refused_in_words():
         y.sum().backward()
 
 
-def test_available_lists_every_kernel_in_order_with_its_reason():
-    assert list(kernels.available()) == list(kernels.KERNELS)
-    assert kernels.available()["reference"] is None
-
-
-@pytest.fixture
-def no_torch_cpu(monkeypatch):
-    reasons = {"torch_cpu": "no VNNI", "native": "not built"}
-    monkeypatch.setattr(select, "unavailable_because", reasons.get)
-    caches = (select._warn_once, select._usable)
-    for cached in caches:
-        cached.cache_clear()
-    yield
-    for cached in caches:
-        cached.cache_clear()
-
-
-@pytest.mark.usefixtures("no_torch_cpu")
-def test_strict_raises_where_the_kernel_cannot_run():
-    q = layer("w8a8", kernel="torch_cpu", strict=True)
-    with pytest.raises(KernelError, match="'torch_cpu' was asked for with strict=True and cannot run: no VNNI"):
-        q(torch.randn(2, 100))
-    assert q.kernel_calls() == {}
-
-
-@pytest.mark.usefixtures("no_torch_cpu")
-def test_without_strict_another_runs_with_one_warning_and_the_ledger_says_which():
-    q = layer("w8a8", kernel="torch_cpu")
-    with pytest.warns(UserWarning, match=r"'torch_cpu' cannot run \(no VNNI\)"):
-        q(torch.randn(2, 100))
-    q(torch.randn(2, 100))  # a second warning would be an error here
-    assert q.kernel_calls() == {"reference": 2}
-
-
-@pytest.mark.usefixtures("no_torch_cpu")
-def test_auto_takes_the_next_kernel_and_warns_once_that_the_native_one_is_missing():
-    with pytest.warns(UserWarning, match=r"'native' cannot run \(not built\)"):
-        q = layer("w8a8")
-    layer("w8a8")(torch.randn(2, 100))  # a second warning would be an error here
-    q(torch.randn(2, 100))
-    assert q.kernel_calls() == {"reference": 1}
-    assert q.packed_weight is None
-    assert "kernel=reference (auto)" in repr(q)
-
-
-def test_an_unknown_kernel_lists_the_known():
-    with pytest.raises(KernelError, match=r"unknown kernel 'torch_gpu' \(closest: torch_cpu\)"):
-        layer("w8a8", kernel="torch_gpu")
-
-
 def test_a_product_that_saturates_makes_torch_cpu_unavailable(monkeypatch):
     """What oneDNN does without VNNI: signed codes are shifted, and pairs of products are added in 16 bits."""
 
@@ -356,6 +322,7 @@ def test_a_product_that_saturates_makes_torch_cpu_unavailable(monkeypatch):
         torch_cpu._left_dtype.cache_clear()
 
 
+@needs("torch_cpu")
 def test_the_signed_product_is_used_where_only_that_is_exact(monkeypatch):
     real = torch._int_mm
 
@@ -385,7 +352,7 @@ def test_torch_cpu_refuses_what_is_not_on_the_cpu():
     assert "on meta" in torch_cpu.TORCH_CPU.refuses(request)
 
 
-@pytest.mark.parametrize("kernel", ["torch_cpu", "reference"])
+@pytest.mark.parametrize("kernel", [kernel for kernel in HERE if kernel.values != ("native",)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_weight_zero_point_is_exact_to_the_last_k(kernel, symmetric):
     """All codes at one end and all zero points at the other: the largest sum that a K can have."""
@@ -409,6 +376,7 @@ def test_a_weight_zero_point_that_could_overflow_is_refused():
     assert QuantLinear(33_025, 2, scheme, bias=None, device="meta").in_features == 33_025
 
 
+@needs("native")
 def test_the_native_kernel_says_that_it_has_no_weight_zero_points():
     scheme = Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken()))
     with pytest.raises(KernelError, match="it has no weight zero points"):

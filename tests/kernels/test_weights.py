@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.conftest import needs
 from w8a8 import PerChannel, PerGroup, PerTensor, QuantSpec
 from w8a8.affine import quantize
 from w8a8.errors import NonFiniteError
@@ -39,6 +40,7 @@ def test_codes_and_scales_are_those_of_the_equation(spec, dtype):
         same(torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, : shape[1]], spec)
 
 
+@needs("native")
 def test_the_kernel_and_not_the_equation_ran(monkeypatch):
     monkeypatch.setattr("w8a8.kernels.weights.quantize", None)
     for granularity, scales in ((PerChannel(), (5, 1)), (PerTensor(), (1, 1))):

@@ -3,7 +3,7 @@
 The sources are in csrc/; `csrc/w8a8.h` is the interface and csrc/linear.cpp the design.  One call quantises the
 rows, multiplies and rescales, in one of the instruction sets that this CPU has: AMX, AVX-512 VNNI, AVX-VNNI, AVX2, NEON
 i8mm or dot product, or plain C++.  Which, by rows and K, says one table (`choices`); the environment variable W8A8_ISA
-forces one by name.  All give the same bits.
+forces one by name.  All give the same bits.  W8A8_NATIVE=0 is a machine where nothing was compiled.
 
 The weight is packed: panels of 32 output columns, in which the bytes that one instruction adds up lie side by side.  A
 packed weight is a tensor (P, S, 32, g), P = ceil(N / 32), S g >= K, padded with zeros; g and S are the library's, by
@@ -104,6 +104,8 @@ class _Library:
 @cache
 def _library() -> _Library | str:
     """The compiled kernel, or why it is not there."""
+    if os.environ.get("W8A8_NATIVE") == "0":
+        return "the environment variable W8A8_NATIVE is 0"
     built = sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
         return (
@@ -289,8 +291,6 @@ def _refuses(request: LinearRequest) -> str | None:
         return "it has no weight zero points"
     if not request.is_packed:
         return "the layer is too large for its sums, or empty"
-    if request.x.dtype not in _DTYPES:
-        return f"it takes float32, bfloat16 and float16, not {request.x.dtype}"
     return None
 
 
@@ -365,8 +365,9 @@ def below(
 
 
 def _linear(request: LinearRequest) -> Tensor:
+    x = request.x if request.x.dtype in _DTYPES else request.x.to(torch.float32)  # where the contract begins
     y = below(
-        request.x if request.x.stride(1) == 1 else request.x.contiguous(),
+        x if x.stride(1) == 1 else x.contiguous(),
         request.weight,
         request.weight_scale,
         request.weight_sum,
@@ -378,7 +379,7 @@ def _linear(request: LinearRequest) -> Tensor:
         request.symmetric,
     )
     assert y is not None, "what the kernel refuses it refuses before"
-    return y
+    return y.to(request.x.dtype)
 
 
 NATIVE = Kernel(

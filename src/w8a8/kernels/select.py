@@ -1,9 +1,12 @@
-"""Which kernel runs: the registry, in order of preference, and the one place where a fallback happens."""
+"""Which kernel runs: the registry, in order of preference, and the one place where a fallback happens.
 
+The order is that of `KERNELS` on every processor.  The environment variable W8A8_KERNEL puts the kernel of that name
+first: it is what "auto" then means in this process.  Read once, like W8A8_ISA.
+"""
+
+import os
 import warnings
 from functools import cache
-
-import torch
 
 from w8a8.errors import KernelError, closest
 from w8a8.kernels.native import NATIVE
@@ -13,14 +16,23 @@ from w8a8.kernels.torch_cpu import TORCH_CPU
 
 AUTO = "auto"
 
-
-def _has_amx() -> bool:
-    """Whether this CPU has matrix tiles, which oneDNN's product uses and the native kernel does not."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (NATIVE, TORCH_CPU, REFERENCE)}
 
 
-_ORDER = (TORCH_CPU, NATIVE, REFERENCE) if _has_amx() else (NATIVE, TORCH_CPU, REFERENCE)
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ORDER}
+@cache
+def preference() -> tuple[str, ...]:
+    """The kernels' names, the one that "auto" tries first in front.
+
+    Raises:
+        KernelError: W8A8_KERNEL names no kernel.
+    """
+    first = os.environ.get("W8A8_KERNEL") or AUTO
+    if first != AUTO and first not in KERNELS:
+        raise KernelError(
+            f"the environment variable W8A8_KERNEL is {first!r}, which is no kernel ({closest(first, KERNELS)}); "
+            f"set it to {AUTO!r}, {', '.join(KERNELS)}, or not at all"
+        )
+    return tuple(sorted(KERNELS, key=lambda name: name != first))
 
 
 @cache
@@ -31,20 +43,22 @@ def unavailable_because(name: str) -> str | None:
 
 def available() -> dict[str, str | None]:
     """Every kernel in order of preference: None where it can run here, else the reason why not."""
-    return {name: unavailable_because(name) for name in KERNELS}
+    return {name: unavailable_because(name) for name in preference()}
 
 
 def first_choice(name: str) -> str:
     """The kernel that will run as long as it takes the input: the one asked for, or the first one here.
 
-    The first time that the native kernel is missing where it would be the choice, a warning says how to get it.
+    Where the first that "auto" would take is not here, a warning says why, once; of one that was asked for, `select`
+    tells when it is to run.
     """
-    if name != AUTO and unavailable_because(name) is None:
-        return name
-    reason = unavailable_because(NATIVE.name)
-    if reason is not None and name in (AUTO, NATIVE.name):
-        _warn_once(NATIVE.name, reason)
-    return next(kernel for kernel in KERNELS if unavailable_because(kernel) is None)
+    wanted = preference()[0] if name == AUTO else name
+    reason = unavailable_because(wanted)
+    if reason is None:
+        return wanted
+    if name == AUTO:
+        _warn_once(wanted, reason)
+    return _usable()[0].name
 
 
 def check_name(name: str) -> None:
@@ -71,7 +85,7 @@ def select(name: str, request: LinearRequest, *, strict: bool) -> Kernel:
 
 @cache
 def _usable() -> tuple[Kernel, ...]:
-    return tuple(kernel for name, kernel in KERNELS.items() if unavailable_because(name) is None)
+    return tuple(KERNELS[name] for name in preference() if unavailable_because(name) is None)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""oneDNN's integer product through `torch._int_mm`: the fast path without native code, and with AMX.
+"""oneDNN's integer product through `torch._int_mm`: for what the native kernel has not, and without it.
 
 The weight is passed as `weight.t()`, a view: the row-major (N, K) of the file is what oneDNN likes best
 for one row and costs a few per cent in the middle (docs/log.md has the numbers).
