@@ -9,21 +9,18 @@ turns.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import w8a8
-from machine import describe_machine
+from machine import describe_machine, keep
 from model import PREFILL, tinyllama
 
-RESULT = Path(__file__).parent / "results" / "allocator.json"
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
@@ -70,7 +67,7 @@ def main() -> None:
     rates = [(measured({}), measured(KEEP)) for _ in range(arguments.rounds)]
     plain, kept = (statistics.median(rate) for rate in zip(*rates, strict=True))
     result = {"machine": describe_machine(), "tok_per_s": plain, "kept_tok_per_s": kept, "rates": rates}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    keep("allocator", result)
     print(text(result))
 
 

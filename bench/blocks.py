@@ -1,6 +1,6 @@
 """Going block by block with calibration data, smoothing or not, beside the same in memory.
 
-    python bench/blocks.py                    measure, and write bench/results/blocks.json
+    python bench/blocks.py                    measure, and write bench/results/MACHINE/blocks.json
     python bench/blocks.py --before PATH      with the sources of another version too (the src of a checkout)
     python bench/blocks.py --show             print the table of the results that are there
 
@@ -25,8 +25,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine, keep, results_of
+
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "bench" / "results" / "blocks.json"
 MEMORY_DISK = Path("/dev/shm")
 WINDOW, BATCH, VOCABULARY = 256, 4, 2048
 WAYS = ("none", "0.5", "searched")
@@ -99,8 +100,6 @@ def _peak() -> int:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All jobs, in turn, several rounds."""
-    from machine import describe_machine
-
     memory_disk = MEMORY_DISK if os.access(MEMORY_DISK, os.W_OK) else None
     jobs = [(f"{kind} {way}", kind, way, ROOT / "src", None) for way in WAYS for kind in ("blocks", "memory")]
     if arguments.before is not None:
@@ -194,10 +193,10 @@ def main() -> None:
         print(json.dumps(job(kind, way, Path(source), Path(target), int(windows))))
         return
     if arguments.show:
-        result = json.loads(RESULT.read_text())
+        result = results_of("blocks")[0]
     else:
         result = measure(arguments)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        keep("blocks", result)
     print(table(result))
 
 

@@ -1,6 +1,6 @@
 """What calibrating costs beside the forward passes alone, in time and in memory.
 
-    python bench/calibration.py                     measure, and write bench/results/calibration.json
+    python bench/calibration.py                     measure, and write bench/results/MACHINE/calibration.json
     python bench/calibration.py --part time         one part anew, and keep the other
     python bench/calibration.py --show              print the table of the results that are there
 
@@ -13,7 +13,6 @@ by clear_refs) rises over what the process holds before the first pass.  Two lay
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -26,14 +25,13 @@ import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from machine import describe_machine
+from machine import describe_machine, keep, kept, results_of
 from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import MSE, AbsMax, MinMax, Percentile
 from w8a8.calibration.reservoir import Reservoir
 from w8a8.scheme import PerChannel
 
-RESULT = Path(__file__).parent / "results" / "calibration.json"
 LENGTH, MEMORY_LENGTH = 512, 64
 BATCHES = (8, 64, 512)
 
@@ -142,16 +140,15 @@ def main() -> None:
         print(measure_memory(arguments.memory_of, arguments.batches))
         return
     if arguments.show:
-        print(table(json.loads(RESULT.read_text())))
+        print(table(results_of("calibration")[0]))
         return
-    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    result = kept("calibration")
     result |= {"machine": describe_machine(), "batches": list(BATCHES)}
     if arguments.part != "memory":
         result["milliseconds"] = measure_time(arguments.rounds)
     if arguments.part != "time":
         result["peak_mib"] = {name: {str(count): in_process(name, count) for count in BATCHES} for name in MEASURED}
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    keep("calibration", result)
     print(table(result))
 
 

@@ -1,15 +1,13 @@
 """The README's table: `w8a8 demo`, written down with the machine and the date.
 
-python bench/demo.py            measure, and write bench/results/demo.json
+python bench/demo.py            measure, and write bench/results/MACHINE/demo.json
 python bench/demo.py --show     print the table of the results that are there
 """
 
 import argparse
-import json
-from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "demo.json"
+from machine import describe_machine, keep, results_of
 
 
 def table(result: dict[str, Any]) -> str:
@@ -30,7 +28,6 @@ def table(result: dict[str, Any]) -> str:
 
 def measure() -> dict[str, Any]:
     """Run the demo."""
-    from machine import describe_machine
     from w8a8.cli.output import plain
     from w8a8.demo import run_demo
 
@@ -41,11 +38,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true")
     if parser.parse_args().show:
-        result = json.loads(RESULT.read_text())
+        result = results_of("demo")[0]
     else:
         result = measure()
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        keep("demo", result)
     print(table(result))
 
 

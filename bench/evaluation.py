@@ -8,7 +8,6 @@ multiply-adds are in the head.  The ratio is the median over rounds.
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -17,12 +16,11 @@ from typing import Any
 import torch
 
 import w8a8
-from machine import describe_machine
+from machine import describe_machine, keep
 from w8a8 import corpus
 from w8a8.demo import demo_model
 from w8a8.evaluation import compare, encode
 
-RESULT = Path(__file__).parent / "results" / "evaluation.json"
 WINDOW = 256
 
 
@@ -70,10 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     arguments = parser.parse_args()
     result = measure(arguments.tokens, arguments.rounds)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep("evaluation", result, arguments.output)
     print(text(result))
 
 

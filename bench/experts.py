@@ -14,7 +14,6 @@ chosen for each token, as there.
 import argparse
 import copy
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,9 +25,8 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import w8a8
-from machine import describe_machine
+from machine import describe_machine, keep
 
-RESULT = Path(__file__).parent / "results" / "experts.json"
 INPUTS = 32  # of each job, taken in turn
 
 _ONE_LAYER = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -100,7 +98,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default="1,8,64,512")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each job, at least")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     arguments = parser.parse_args()
     rows = []
     for shape in arguments.shapes.split(","):
@@ -116,8 +114,7 @@ def main() -> None:
         del layers, model
         gc.collect()
     result = {"machine": describe_machine(), "rows": rows}
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep("experts", result, arguments.output)
     print("\n" + table(result))
 
 

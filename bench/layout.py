@@ -33,11 +33,10 @@ import torch
 from torch import Tensor
 
 from linear import ROTATED, SHAPES
-from machine import describe_machine
+from machine import describe_machine, keep
 from w8a8.kernels import native
 from w8a8.kernels.torch_cpu import TORCH_CPU
 
-RESULT = Path(__file__).parent / "results" / "layout.json"
 ROWS = (1, 4, 16, 64, 256, 1024)
 FEWEST = 7  # rounds of a cell
 # What oneDNN may use beside each of our instruction sets; those that are missing here are the best of their machines.
@@ -258,7 +257,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
     parser.add_argument("--seconds", type=float, default=0.4, help="of each cell, at least")
     parser.add_argument("--only", metavar="ISA", help="measure in this very process, which runs this instruction set")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     arguments = parser.parse_args()
     if arguments.only:
         reason = TORCH_CPU.unavailable_because()
@@ -274,8 +273,7 @@ def main() -> None:
     options = ["--rows", arguments.rows, "--shapes", arguments.shapes, "--seconds", str(arguments.seconds)]
     usable = [isa for isa, has in native.instruction_sets().items() if has]
     result = {"machine": describe_machine(), "sets": {isa: _one_set(isa, options) for isa in usable}}
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep("layout", result, arguments.output)
     print("\n" + summary(result), not_compared(result), sep="\n\n")
 
 

@@ -3,13 +3,14 @@
     python bench/linear.py [--rows 1,4,16] [--shapes 768x768,4096x4096] [--seconds 1] [--peers float32,bf16,...]
 
 All in one process, interleaved call by call, the weights rotating over enough copies to leave the caches at few rows.
-Medians and interquartile ranges per cell go to bench/results/linear.json; the two ceilings (int8 products in registers,
-a plain read of memory) are measured in every round beside them.
+Medians and interquartile ranges per cell go to bench/results/MACHINE/linear.json; the two ceilings (int8 products in
+registers, a plain read of memory) are measured in every round beside them.
 
 Peers: float32 and bfloat16 `F.linear`; torch.ao dynamic with the engines x86 and onednn (activations per tensor, so its
 work is less than ours); torchao's Int8DynamicActivationInt8Weight (per token), eager, and compiled with freezing and
-max-autotune; optimum-quanto with calibrated int8 activations.  `torch_cpu` is our own fallback, which returns the same
-bits.
+max-autotune; optimum-quanto with calibrated int8 activations.  `ours` is what a user gets, kernel "auto"; beside it stand
+every instruction set of our kernel that this CPU has, and `torch_cpu`, our fallback: all return the same bits, and `auto`
+should be no slower than any of them beyond noise.
 
 A frozen graph belongs to one weight and one number of rows, and takes three to seven seconds to make.  So torchao is
 compiled once a cell, for exactly its shapes, and the weight rotates below it: a frozen weight is a global of the module
@@ -19,7 +20,6 @@ minutes more; and where many graphs share a code object, Dynamo's guards search 
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -27,17 +27,17 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from machine import describe_machine, versions
+from machine import describe_machine, keep, versions
 from w8a8.kernels import native
 from w8a8.linear import QuantLinear
 
-RESULT = Path(__file__).parent / "results" / "linear.json"
 SHAPES = (
     (768, 768),
     (3072, 768),
@@ -129,8 +129,22 @@ def _bf16(linear: nn.Linear) -> Layer:
     return lambda x: nn.functional.linear(x.to(torch.bfloat16), weight).to(torch.float32)
 
 
+def _forced(isa: str, linear: nn.Linear) -> Layer:
+    """Our kernel in one instruction set."""
+    layer = QuantLinear.from_float(linear, kernel="native", strict=True)
+
+    def run(x: Tensor) -> Tensor:
+        native.use_instruction_set(isa)
+        y = layer(x)
+        native.use_instruction_set(None)
+        return y
+
+    return run
+
+
 PEERS: dict[str, Callable[[nn.Linear], Layer]] = {
-    "ours": lambda linear: QuantLinear.from_float(linear, kernel="native", strict=True),
+    "ours": QuantLinear.from_float,
+    **{f"native {isa}": partial(_forced, isa) for isa, reason in native.instruction_sets().items() if reason is None},
     "torch_cpu": lambda linear: QuantLinear.from_float(linear, kernel="torch_cpu", strict=True),
     "float32": lambda linear: linear,
     "bf16": _bf16,
@@ -140,9 +154,14 @@ PEERS: dict[str, Callable[[nn.Linear], Layer]] = {
     "quanto": _quanto,
 }
 COMPILED = "torchao compiled"
-FLOAT, OUR_OTHER, PER_TENSOR = {"float32", "bf16"}, {"torch_cpu"}, {"torch.ao x86", "torch.ao onednn", "quanto"}
+FLOAT, PER_TENSOR = {"float32", "bf16"}, {"torch.ao x86", "torch.ao onednn", "quanto"}
 BYTES = {"float32": 4, "bf16": 2}
 SLOW = 12.0  # a peer that takes so many times as long as ours is called a third as often
+
+
+def is_ours(peer: str) -> bool:
+    """Whether this is a path of our own."""
+    return peer == "torch_cpu" or peer.startswith("native ")
 
 
 def copy_of(weight: Tensor) -> nn.Linear:
@@ -225,9 +244,13 @@ def summary(result: dict[str, Any]) -> str:
     The last column is what the best int8 peer / ours would be for a kernel at 100 % of the ceiling of every cell.
     """
     peers = [name for name in result["peers"] if name != "ours"]
-    int8 = [name for name in peers if name not in FLOAT | OUR_OTHER]
+    int8 = [name for name in peers if name not in FLOAT and not is_ours(name)]
     columns = {p: [p] for p in peers}
-    columns |= {"best int8 peer": int8, "best per token": [name for name in int8 if name not in PER_TENSOR]}
+    columns |= {
+        "best of ours": [name for name in peers if is_ours(name)],
+        "best int8 peer": int8,
+        "best per token": [name for name in int8 if name not in PER_TENSOR],
+    }
     columns = {name: group for name, group in columns.items() if group}
     rows = sorted({r["m"] for r in result["cells"]})
     lines = ["| rows | " + " | ".join([*columns, "at the ceiling"]) + " |", "|---|" + "---:|" * (len(columns) + 1)]
@@ -252,7 +275,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES))
     parser.add_argument("--seconds", type=float, default=1.0, help="of each cell, at least")
     parser.add_argument("--peers", default=",".join([*PEERS, COMPILED]))
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # deprecations of the peers
     peers = list(dict.fromkeys(["ours", *arguments.peers.split(",")]))
@@ -286,8 +309,7 @@ def main() -> None:
         "peers": peers,
         "cells": cells,
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep("linear", result, arguments.output)
     print("\n" + summary(result))
 
 

@@ -28,10 +28,9 @@ import torch
 import transformers
 
 import w8a8
-from machine import describe_machine
+from machine import describe_machine, keep
 from w8a8.kernels import native
 
-RESULT = Path(__file__).parent / "results" / "loading.json"
 WAYS = {
     "a plain read": "plain",
     "new memory, filled": "fresh",
@@ -184,7 +183,7 @@ def main() -> None:
             "float_ways": in_turn(FLOAT_WAYS, directory / "float", arguments.rounds),
         }
     if arguments.layers == SHAPE["num_hidden_layers"]:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        keep("loading", result)
     print(table(result), quantising_table(result), sep="\n\n")
 
 

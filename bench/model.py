@@ -22,7 +22,6 @@ llama.cpp's Q8_0, the head too, runs in a process of its own (gguf_peer.py); whe
 import argparse
 import copy
 import gc
-import json
 import statistics
 import time
 import warnings
@@ -37,9 +36,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig,
 
 import gguf_peer
 import w8a8
-from machine import describe_machine, versions
+from machine import describe_machine, keep, versions
 
-RESULT = Path(__file__).parent / "results" / "model.json"
 PROMPT, WINDOW, PREFILL = 256, 64, 512
 TURN = 8  # tokens that a variant writes before the next one: the others' weights and code have left the caches by then
 
@@ -294,7 +292,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8")
     parser.add_argument("--variants", default="", help="names with semicolons between them; all, where empty")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each job, at least")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")  # deprecations of the peers
     chosen = chosen_variants(arguments.variants)
@@ -321,8 +319,7 @@ def main() -> None:
         "variants": chosen,
         "rows": rows,
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep("model", result, arguments.output)
     print("\n" + table(result))
 
 

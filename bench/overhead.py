@@ -15,11 +15,10 @@ tokens, since a watch changes what it measures:
 What the rest consists of comes from torch.profiler's self times in a run with stubs, by groups of operators, as medians
 over tokens: a single stall would otherwise be spread over all.  Whatever of the same run without the profiler no
 operator accounts for is Python; it is understated, since an operator's time holds what the profiler adds to it.
-Milliseconds go to bench/results/overhead.json, and from there to docs/performance.md.
+Milliseconds go to bench/results/MACHINE/overhead.json, and from there to docs/performance.md.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,12 +31,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import w8a8
-from machine import describe_machine
+from machine import describe_machine, keep
 from model import MODELS, PROMPT, Eager
 from w8a8.kernels import ops
 from w8a8.linear import QuantLinear, quant_linears
 
-RESULT = Path(__file__).parent / "results" / "overhead.json"
 # Operators by what they are for in these two models; the first group with a matching prefix has it.
 GROUPS = {
     "attention": ("aten::scaled_dot_product", "aten::_scaled_dot_product", "aten::_flash_attention", "aten::bmm"),
@@ -210,14 +208,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--tokens", type=int, default=60)
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     arguments = parser.parse_args()
     result = {"machine": describe_machine(), "calls_us": calls()}
     for name, us in result["calls_us"].items():
         print(f"{name:30} {us:6.1f} us a call")
     result["models"] = [token(name, arguments.tokens) for name in arguments.models.split(",")]
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    keep("overhead", result, arguments.output)
     print("\n" + table(result))
 
 

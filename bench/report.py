@@ -1,10 +1,11 @@
-"""Make docs/performance.md, and the tables of the README and of docs/checkpoints.md, from bench/results/*.json.
+"""Make docs/performance.md, and the tables of the README and of docs/checkpoints.md, from bench/results/.
 
 python bench/report.py
 """
 
-import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import allocator
@@ -23,6 +24,7 @@ import smoothing
 import smoothing_peer
 import streaming
 import vllm_peer
+from machine import results_of
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -32,37 +34,26 @@ TABLES = (
     (ROOT / "docs" / "checkpoints.md", vllm_peer),
 )
 """Pages written by hand, and whose table is in each."""
-RESULTS = tuple(
-    script.RESULT
-    for script in (
-        *(linear, model, overhead, allocator, layout, calibration, smoothing, smoothing_peer),
-        *(loading, evaluation, sensitivity, streaming, blocks, experts),
-    )
-)
-
 _HEAD = """# Performance
 
-Made by `bench/report.py` from bench/results/, where the scripts of bench/ put what they measured; nothing here is
-written by hand. A ratio is the peer's time divided by ours: above 1x, ours is faster. Medians of interleaved calls
+Made by `bench/report.py` from bench/results/, where the scripts of bench/ put what they measured, each machine in a folder
+of its own; nothing here is written by hand. Each table says which machine it is from. A ratio is the peer's time divided by ours: above 1x, ours is faster. Medians of interleaved calls
 in one process, llama.cpp's excepted, which has its own.
 
 """
 
 
-def page(*results: dict[str, Any]) -> str:
-    """The whole page; the results are those of `RESULTS`."""
-    sections = (
-        *(_layers, _models, _tokens, _memory, _layouts, _calibrating, _smoothing, _smoothing_peer),
-        *(_loading, _evaluation, _sensitivity, _streaming, _blocks, _experts),
+def page() -> str:
+    """The whole page: section by section what was measured, machine by machine, the newest first."""
+    return _HEAD + "\n".join(
+        "\n".join([f"## {title}\n", *(_where(result) + section(result) for result in results_of(script))])
+        for script, title, section in SECTIONS
     )
-    return _HEAD + "\n".join(section(result) for section, result in zip(sections, results, strict=True))
 
 
 def _layers(result: dict[str, Any]) -> str:
     return (
-        "## One linear layer, float32 in and out, through `QuantLinear.forward`\n\n"
-        + _where(result)
-        + "Geometric means of the ratios over the nine shapes, by rows. torch.ao's layers quantise activations per "
+        "Geometric means of the ratios over the nine shapes, by rows. torch.ao's layers quantise activations per "
         "tensor, which is less work; torchao's per token; quanto's are calibrated; `torch_cpu` is our own fallback. "
         "torchao compiled is torch.compile with freezing and max-autotune, a graph for each cell. At the ceiling: how "
         "many times as fast as the best int8 peer a kernel would be that took no longer than the product alone, or the "
@@ -83,9 +74,7 @@ def _models(result: dict[str, Any]) -> str:
     notes = {name: note for name, note in notes.items() if name in result["variants"]}
     ours = "ours, int8 head"
     return (
-        "## A whole model in transformers, random weights, tokens per second\n\n"
-        + _where(result)
-        + "Eager where nothing else is said; all after a prompt of 256 tokens, all with as many tokens in the cache. "
+        "Eager where nothing else is said; all after a prompt of 256 tokens, all with as many tokens in the cache. "
         + " ".join(notes.values()).strip()
         + "\n\n"
         + model.table(result)
@@ -101,9 +90,7 @@ def _tokens(result: dict[str, Any]) -> str:
         f"{r['model']} {r['linear_layers']} layers, {r['code_mb']:.0f} MB of codes" for r in result["models"]
     )
     return (
-        "## Where a token's time goes\n\n"
-        + _where(result)
-        + f"Decoding, batch 1, eager, head in int8 ({sizes}). The parts come from torch.profiler, in a run whose "
+        f"Decoding, batch 1, eager, head in int8 ({sizes}). The parts come from torch.profiler, in a run whose "
         "linear layers are stubs.\n\n"
         + overhead.table(result)
         + f"\n\nA call whose product is next to nothing (32 x 64, one row): {calls}.\n"
@@ -111,14 +98,12 @@ def _tokens(result: dict[str, Any]) -> str:
 
 
 def _memory(result: dict[str, Any]) -> str:
-    return "### New memory\n\n" + _where(result) + allocator.text(result) + "\n"
+    return allocator.text(result) + "\n"
 
 
 def _layouts(result: dict[str, Any]) -> str:
     return (
-        "## Packed or row-major, our tile or oneDNN's product\n\n"
-        + _where(result)
-        + "Our kernel on packed panels against oneDNN's product on row-major weights between our own quantiser and "
+        "Our kernel on packed panels against oneDNN's product on row-major weights between our own quantiser and "
         "epilogue, in C on both sides, with the same bits; geometric means over the shapes, its time divided by ours. "
         "Row-major weights could stay the file's mapping, and oneDNN's product could be preferred for some rows, "
         "if either were faster. Quantising is shown as a share of our layer's time: q, k and v read the same tensor, "
@@ -133,9 +118,7 @@ def _layouts(result: dict[str, Any]) -> str:
 
 def _calibrating(result: dict[str, Any]) -> str:
     return (
-        "## Calibrating\n\n"
-        + _where(result)
-        + f"One batch of {calibration.LENGTH} tokens through four layers of OPT-125m's widths, with statistics on the "
+        f"One batch of {calibration.LENGTH} tokens through four layers of OPT-125m's widths, with statistics on the "
         "input of every linear layer; the ratio is the median over batches. The peak is what the process holds at most "
         "over what it held before, in a process of its own for each cell, two layers, batches of "
         f"{calibration.MEMORY_LENGTH} tokens.\n\n" + calibration.table(result) + "\n"
@@ -144,9 +127,7 @@ def _calibrating(result: dict[str, Any]) -> str:
 
 def _smoothing(result: dict[str, Any]) -> str:
     return (
-        "## Smoothing\n\n"
-        + _where(result)
-        + "Perplexities; 8 bits run in integers, 6 and 4 bits are simulated; calibration and evaluation text are "
+        "Perplexities; 8 bits run in integers, 6 and 4 bits are simulated; calibration and evaluation text are "
         "disjoint. `auto` searches alpha for each group.\n\n" + smoothing.tables(result) + "\n"
     )
 
@@ -154,9 +135,7 @@ def _smoothing(result: dict[str, Any]) -> str:
 def _smoothing_peer(result: dict[str, Any]) -> str:
     versions = result["machine"]
     return (
-        "## Smoothing beside llm-compressor\n\n"
-        + _where(result)
-        + f"llm-compressor {versions['llmcompressor']}, compressed-tensors {versions['compressed-tensors']}; the same "
+        f"llm-compressor {versions['llmcompressor']}, compressed-tensors {versions['compressed-tensors']}; the same "
         "model and batches, a process for each line, one thread. How far smoothing alone changed the float logits "
         "(relative norm) says whether it kept the function. The random Gemma-3 stores its norm weights less one.\n\n"
         + smoothing_peer.table(result)
@@ -165,14 +144,12 @@ def _smoothing_peer(result: dict[str, Any]) -> str:
 
 
 def _evaluation(result: dict[str, Any]) -> str:
-    return "## Evaluating\n\n" + _where(result) + evaluation.text(result) + "\n"
+    return evaluation.text(result) + "\n"
 
 
 def _loading(result: dict[str, Any]) -> str:
     text = (
-        "## Opening a W8A8 directory\n\n"
-        + _where(result)
-        + f"TinyLlama's shape, {result['bytes'] / 1e9:.2f} GB in int8 with float embeddings, in the page cache; a "
+        f"TinyLlama's shape, {result['bytes'] / 1e9:.2f} GB in int8 with float embeddings, in the page cache; a "
         "process for each opening, in turn; medians, and the range. Memory is the peak resident size over that after "
         "the imports; pages of mapped files are in it, which processes share. transformers decompresses at the first "
         "forward, of one token, which is in its time. New memory has to be cleared, here behind a hypervisor: whatever "
@@ -190,16 +167,12 @@ def _loading(result: dict[str, Any]) -> str:
 
 
 def _streaming(result: dict[str, Any]) -> str:
-    return (
-        "## Bigger than memory\n\n" + _where(result) + streaming.text(result) + "\n\n" + streaming.table(result) + "\n"
-    )
+    return streaming.text(result) + "\n\n" + streaming.table(result) + "\n"
 
 
 def _blocks(result: dict[str, Any]) -> str:
     return (
-        "## Block by block\n\n"
-        + _where(result)
-        + "`quantize --stream --calib` beside `w8a8.quantize` and `save` in memory, each a process of its own. "
+        "`quantize --stream --calib` beside `w8a8.quantize` and `save` in memory, each a process of its own. "
         "`before` is w8a8 as it compared each fold of a block alone and searched in float. Files in memory: the result "
         "and the activations that pass from block to block, on a file system without a disk. Other work ran "
         "meanwhile, so that the processor's time is the one to compare.\n\n" + blocks.table(result) + "\n"
@@ -212,7 +185,7 @@ def _experts(result: dict[str, Any]) -> str:
         "over the experts that are hit (eager), its grouped product, which is its default, and ours. Every call has "
         "other random tokens. Variants in turn, medians.\n\n"
     )
-    return "## Experts\n\n" + _where(result) + told + experts.table(result) + "\n"
+    return told + experts.table(result) + "\n"
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -226,13 +199,26 @@ def _where(result: dict[str, Any]) -> str:
 
 
 def _sensitivity(result: dict[str, Any]) -> str:
-    return (
-        "## Which layers matter\n\n"
-        + _where(result)
-        + "`w8a8.sensitivity` on the shipped model and held-out text. "
-        + sensitivity.summary(result)
-        + "\n"
-    )
+    return "`w8a8.sensitivity` on the shipped model and held-out text. " + sensitivity.summary(result) + "\n"
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
+    ("linear", "One linear layer, float32 in and out, through `QuantLinear.forward`", _layers),
+    ("model", "A whole model in transformers, random weights, tokens per second", _models),
+    ("overhead", "Where a token's time goes", _tokens),
+    ("allocator", "New memory", _memory),
+    ("layout", "Packed or row-major, our tile or oneDNN's product", _layouts),
+    ("calibration", "Calibrating", _calibrating),
+    ("smoothing", "Smoothing", _smoothing),
+    ("smoothing_peer", "Smoothing beside llm-compressor", _smoothing_peer),
+    ("loading", "Opening a W8A8 directory", _loading),
+    ("evaluation", "Evaluating", _evaluation),
+    ("sensitivity", "Which layers matter", _sensitivity),
+    ("streaming", "Bigger than memory", _streaming),
+    ("blocks", "Block by block", _blocks),
+    ("experts", "Experts", _experts),
+)
+"""Of the page: whose results, under which heading, and what is said of one machine's."""
 
 
 def with_table(text: str, table: str) -> str:
@@ -244,11 +230,15 @@ def with_table(text: str, table: str) -> str:
     return "\n".join([*lines[:first], *table.split("\n"), *lines[last:]])
 
 
+def table_of(script: ModuleType) -> str:
+    """The table of a script's newest results."""
+    return str(script.table(results_of(script.__name__)[0]))
+
+
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in RESULTS]
-    PAGE.write_text(page(*results))
+    PAGE.write_text(page())
     for path, script in TABLES:
-        table, text = script.table(json.loads(script.RESULT.read_text())), path.read_text()
+        table, text = table_of(script), path.read_text()
         if table not in text:
             path.write_text(with_table(text, table))
     print(f"wrote {PAGE} and the tables of {', '.join(sorted({path.name for path, _ in TABLES}))}")

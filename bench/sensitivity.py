@@ -1,16 +1,14 @@
 """What a sensitivity analysis of all layers costs, on the shipped model.
 
-python bench/sensitivity.py            measure, and write bench/results/sensitivity.json
+python bench/sensitivity.py            measure, and write bench/results/MACHINE/sensitivity.json
 python bench/sensitivity.py --show     print the summary of the results that are there
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "sensitivity.json"
+from machine import describe_machine, keep, results_of
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -27,7 +25,6 @@ def measure() -> dict[str, Any]:
     """Analyse the shipped model on held-out text."""
     import torch
 
-    from machine import describe_machine
     from w8a8.analysis.layers import sensitivity
     from w8a8.corpus import held_out_text
     from w8a8.demo import demo_model
@@ -56,10 +53,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--show", action="store_true")
     if parser.parse_args().show:
-        result = json.loads(RESULT.read_text())
+        result = results_of("sensitivity")[0]
     else:
         result = measure()
-        RESULT.write_text(json.dumps(result, indent=2) + "\n")
+        keep("sensitivity", result)
     print(summary(result))
 
 

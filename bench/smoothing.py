@@ -1,6 +1,6 @@
 """What smoothing saves: perplexity float, naive, and smoothed with fixed alphas and with the searched one.
 
-python bench/smoothing.py            measure, and write bench/results/smoothing.json
+python bench/smoothing.py            measure, and write bench/results/MACHINE/smoothing.json
 python bench/smoothing.py --show     print the tables of the results that are there
 
 Two models.  The first is a small Llama that gets the activation outliers of OPT-1.3b (`w8a8.outliers`, power 1.5), so
@@ -10,7 +10,6 @@ do it no harm.  Calibration and evaluation text are disjoint.  8 bits run in int
 
 import argparse
 import copy
-import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 import w8a8
+from machine import describe_machine, keep, results_of
 from w8a8 import PerChannel, PerTensor, PerToken, QuantSpec, Scheme, corpus, outliers
 from w8a8.calibration.data import Calibration
 from w8a8.cli.output import plain
@@ -32,7 +32,6 @@ from w8a8.pipeline import open_model
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-RESULT = ROOT / "bench" / "results" / "smoothing.json"
 
 FIXED = (0.3, 0.5, 0.7, 0.85)
 BITS = (8, 6, 4)
@@ -124,8 +123,6 @@ def measure_case(case: Case) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both models, a process with one thread for each."""
-    from machine import describe_machine
-
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         cases = list(pool.map(_measured, (injected_case, demo_case), (arguments, arguments)))
     return {"machine": describe_machine(), "power": POWER, "cases": cases}
@@ -197,10 +194,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=61440, help="tokens to score")
     arguments = parser.parse_args()
     if arguments.show:
-        result = json.loads(RESULT.read_text())
+        result = results_of("smoothing")[0]
     else:
         result = measure(arguments)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        keep("smoothing", result)
     print(tables(result))
 
 

@@ -1,6 +1,6 @@
 """Smoothing beside llm-compressor's SmoothQuantModifier: the same model, the same batches, one process each.
 
-    python bench/smoothing_peer.py            measure, and write bench/results/smoothing_peer.json
+    python bench/smoothing_peer.py            measure, and write bench/results/MACHINE/smoothing_peer.json
     python bench/smoothing_peer.py --show     print the table of the results that are there
 
 It needs llm-compressor, which pins older versions of transformers and compressed-tensors than w8a8's tests use, and so
@@ -33,11 +33,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 import w8a8
+from machine import describe_machine, keep, results_of
 from w8a8.calibration.data import Calibration
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-RESULT = ROOT / "bench" / "results" / "smoothing_peer.json"
 ALPHA, POWER, LENGTH = 0.5, 1.5, 256
 
 
@@ -174,8 +174,6 @@ def save_windows(directory: Path, calibration: Tensor, held_out: Tensor) -> None
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    from machine import describe_machine
-
     records = []
     for make in (make_llama, make_gemma):
         with tempfile.TemporaryDirectory() as name:
@@ -233,10 +231,10 @@ def main() -> None:
         child(tool, Path(directory), Path(output))
         return
     if arguments.show:
-        result = json.loads(RESULT.read_text())
+        result = results_of("smoothing_peer")[0]
     else:
         result = measure(arguments)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        keep("smoothing_peer", result)
     print("\n" + table(result))
 
 

@@ -1,6 +1,6 @@
 """A 7B-shaped checkpoint quantised from files to files, beside a plain copy and llm-compressor's model-free path.
 
-    python bench/streaming.py                       measure, and write bench/results/streaming.json
+    python bench/streaming.py                       measure, and write bench/results/MACHINE/streaming.json
     python bench/streaming.py --layers 2            a smaller model, to try
     python bench/streaming.py --peer-python PATH    with llm-compressor, in the environment of that interpreter
     python bench/streaming.py --show                print the table of the results that are there
@@ -33,8 +33,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine, keep, results_of
+
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "bench" / "results" / "streaming.json"
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
 _SHARD = 5_000_000_000
 _CHUNK = 8 << 20
@@ -226,8 +227,6 @@ def median(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All runs, one after the other."""
-    from machine import describe_machine
-
     python, script = sys.executable, str(Path(__file__))
     with tempfile.TemporaryDirectory(dir=arguments.directory) as place:
         source, target = Path(place, "source"), Path(place, "target")
@@ -316,7 +315,7 @@ def main() -> None:
     parser.add_argument("--directory", help="where the checkpoint is made; needs 35 GB for the whole")
     parser.add_argument("--peer-python", help="an interpreter that has llm-compressor")
     parser.add_argument("--child", nargs=4, metavar=("RUN", "SOURCE", "TARGET", "BYTES"), help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, default=RESULT, help="the result file")
+    parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     arguments = parser.parse_args()
     if arguments.child:
         name, source, target, most = arguments.child
@@ -326,9 +325,12 @@ def main() -> None:
         }
         children[name]()
         return
-    if not arguments.show:
-        arguments.output.write_text(json.dumps(measure(arguments), indent=1) + "\n")
-    print("\n" + table(json.loads(arguments.output.read_text())))
+    if arguments.show:
+        result = results_of("streaming")[0]
+    else:
+        result = measure(arguments)
+        keep("streaming", result, arguments.output)
+    print("\n" + table(result))
 
 
 if __name__ == "__main__":

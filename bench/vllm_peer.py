@@ -1,6 +1,6 @@
 """Our directories in vLLM: what the preflight says of each, whether vLLM runs it, and whether it computes the same.
 
-    python bench/vllm_peer.py --peer-python PATH    measure, and write bench/results/vllm_peer.json
+    python bench/vllm_peer.py --peer-python PATH    measure, and write bench/results/MACHINE/vllm_peer.json
     python bench/vllm_peer.py --only opt            those whose names begin so, to try; nothing is written
     python bench/vllm_peer.py --show                print the table of the results that are there
 
@@ -28,8 +28,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import describe_machine, keep, results_of
+
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "bench" / "results" / "vllm_peer.json"
 VOCABULARY, LENGTH, WINDOWS = 512, 64, 4
 NO_KERNEL = ("Failed to find a kernel", "No Int8 MoE backend supports")
 """What vLLM says where the format is understood and this build cannot run it."""
@@ -126,7 +127,6 @@ def measure(peer: str, only: str) -> dict[str, Any]:
     """Make every directory, score it here, and have vLLM score it."""
     import torch
 
-    from machine import describe_machine
     from w8a8.corpus import held_out_text
     from w8a8.demo import demo_model
     from w8a8.evaluation import encode
@@ -270,11 +270,11 @@ def main() -> None:
         child(arguments.child)
         return
     if arguments.show:
-        result = json.loads(RESULT.read_text())
+        result = results_of("vllm_peer")[0]
     else:
         result = measure(str(arguments.peer_python), arguments.only)
         if not arguments.only:
-            RESULT.write_text(json.dumps(result, indent=1) + "\n")
+            keep("vllm_peer", result)
     print("\n" + table(result))
     if sys.stdout.isatty():
         for record in result["records"]:

@@ -1,7 +1,6 @@
 """The README and docs are true: their Python blocks run, their tables are those of bench/results."""
 
 import importlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -35,15 +34,15 @@ def test_the_readme_shows_the_ten_line_example():
 
 
 def test_tables_are_the_benchs_results():
-    tables = importlib.import_module("report").TABLES
-    assert len(tables) == 3
-    for path, script in tables:
-        assert script.table(json.loads(script.RESULT.read_text())) in path.read_text(), script.__name__
+    report = importlib.import_module("report")
+    assert len(report.TABLES) == 3
+    for path, script in report.TABLES:
+        assert report.table_of(script) in path.read_text(), script.__name__
 
 
 def test_nothing_that_the_preflight_lets_pass_was_refused_by_vllm():
     peer = importlib.import_module("vllm_peer")
-    records = json.loads(peer.RESULT.read_text())["records"]
+    records = importlib.import_module("machine").results_of("vllm_peer")[0]["records"]
     passed = [record for record in records if not record["refused"]]
     assert len(passed) > 40
     assert {peer.verdict(record) for record in passed} == {"runs", "no kernel in this build"}
@@ -51,7 +50,7 @@ def test_nothing_that_the_preflight_lets_pass_was_refused_by_vllm():
 
 def test_the_performance_page_is_made_from_the_results():
     report = importlib.import_module("report")
-    assert report.page(*(json.loads(path.read_text()) for path in report.RESULTS)) == report.PAGE.read_text()
+    assert report.page() == report.PAGE.read_text()
 
 
 def test_a_table_of_the_readme_is_found_by_its_first_headings():

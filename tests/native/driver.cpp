@@ -1,7 +1,7 @@
 // Every kernel of every instruction set this machine can run, against naive loops.  Built plain, with the sanitizers
 // (ASan + UBSan, TSan) and for AArch64 under qemu: no Python and no torch in the process, so what they report is ours.
 //
-//     driver [cases] [seed]        exit status 0: all equal
+//     driver [cases] [seed] [isa]        exit status 0: all equal
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -236,8 +236,9 @@ int main(int argc, char **argv) {
   for (int i = 0; i < w8a8_isa_count(); ++i) {
     int usable = 0;
     const char *name = w8a8_isa_at(i, &usable);
+    if (argc > 3 && std::strcmp(argv[3], name) != 0) continue;
     if (!usable) {
-      std::printf("%-14s not on this CPU\n", name);
+      std::printf("%-14s cannot be used: %s\n", name, w8a8_isa_why_not(i));
       continue;
     }
     if (w8a8_isa_use(name) != W8A8_OK) return 1;
@@ -258,6 +259,11 @@ int main(int argc, char **argv) {
     std::fflush(stdout);
   }
   w8a8_isa_use(nullptr);
+  std::printf("the table:");
+  int64_t rows, least;
+  for (int i = 0; const char *name = w8a8_choice_at(i, &rows, &least); ++i)
+    std::printf(" %s from %d rows and K = %d;", name, static_cast<int>(rows), static_cast<int>(least));
+  std::printf("\n");
   // A forked child has none of the parent's threads and must still finish.
   const pid_t child = fork();
   if (child == 0) {
