@@ -8,9 +8,9 @@ registers, a plain read of memory) are measured in every round beside them.
 
 Peers: float32 and bfloat16 `F.linear`; torch.ao dynamic with the engines x86 and onednn (activations per tensor, so its
 work is less than ours); torchao's Int8DynamicActivationInt8Weight (per token), eager, and compiled with freezing and
-max-autotune; optimum-quanto with calibrated int8 activations.  `ours` is what a user gets, kernel "auto"; beside it stand
-every instruction set of our kernel that this CPU has, and `torch_cpu`, our fallback: all return the same bits, and `auto`
-should be no slower than any of them beyond noise.
+max-autotune; optimum-quanto with calibrated int8 activations.  `ours` is what a user gets, kernel "auto"; beside it
+stand every instruction set of our kernel that this CPU has, and `torch_cpu`, our fallback: all return the same bits,
+and `auto` should be no slower than any of them beyond noise.
 
 A frozen graph belongs to one weight and one number of rows, and takes three to seven seconds to make.  So torchao is
 compiled once a cell, for exactly its shapes, and the weight rotates below it: a frozen weight is a global of the module

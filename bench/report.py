@@ -36,9 +36,10 @@ TABLES = (
 """Pages written by hand, and whose table is in each."""
 _HEAD = """# Performance
 
-Made by `bench/report.py` from bench/results/, where the scripts of bench/ put what they measured, each machine in a folder
-of its own; nothing here is written by hand. Each table says which machine it is from. A ratio is the peer's time divided by ours: above 1x, ours is faster. Medians of interleaved calls
-in one process, llama.cpp's excepted, which has its own.
+Made by `bench/report.py` from bench/results/, where the scripts of bench/ put what they measured, each machine in a
+folder of its own; nothing here is written by hand. A table is of the machine that stands above it. A ratio is the
+peer's time divided by ours: above 1x, ours is faster. Medians of interleaved calls in one process, llama.cpp's
+excepted, which has its own.
 
 """
 
