@@ -105,10 +105,11 @@ bool one_case(uint64_t seed) {
   Random rnd{std::mt19937_64(seed)};
   // Some are large enough for what only large products do: several blocks of rows, K in chunks and split, tasks that
   // quantise their own rows.
-  const bool large = seed % 40 == 7, deep = seed % 80 == 7;
-  const int m = large ? rnd.pick({33, 48, 65, 129, 200, 257, 300}) : rnd.pick({0, 1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 16, 17, 29, 40});
-  const int n = large ? rnd.pick({1, 33, 70, 100}) : rnd.pick({0, 1, 7, 16, 31, 32, 33, 64, 100});
-  const int k = deep    ? rnd.pick({5001, 5632, 5700})
+  const bool large = seed % 40 == 7, deep = seed % 80 == 7, many = seed % 97 == 13;
+  const int m = many ? 20000 : large ? rnd.pick({33, 48, 65, 129, 200, 257, 300}) : rnd.pick({0, 1, 2, 3, 4, 5, 6, 7, 13, 14, 15, 16, 17, 29, 40});
+  const int n = many ? 3 : large ? rnd.pick({1, 33, 70, 100}) : rnd.pick({0, 1, 7, 16, 31, 32, 33, 64, 100});
+  const int k = many    ? rnd.pick({0, 3})
+                : deep  ? rnd.pick({5001, 5632, 5700})
                 : large ? rnd.pick({64, 700, 705, 1500})
                         : rnd.pick({0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 100, 128, 200, 513});
   const int dtype = rnd.below(3), mode = rnd.below(6), bits = rnd.pick({8, 8, 8, 2, 3, 4, 7});

@@ -38,7 +38,7 @@ void plan_product(Job &job, int threads) {
   if (job.blocks > 1) {
     // As wide as L3 likes, but several tasks for every thread.
     const int64_t enough = std::max<int64_t>(1, job.panels * job.blocks / (8 * threads));
-    job.group = std::clamp<int64_t>(kGroupBytes / job.panel_bytes, 1, std::min<int64_t>(16, enough));
+    job.group = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(1, job.panel_bytes), 1, std::min<int64_t>(16, enough));
   }
   job.groups = div_up(job.panels, job.group);
   // Where the output is too large to wait in L2, its lines are asked for before the product of a tile, which takes longer
