@@ -32,7 +32,7 @@ from w8a8.tokens import fake_quantize_tokens
 def test_the_state_dict_has_the_names_and_shapes_of_the_file(scheme, shapes):
     q = QuantLinear.from_float(nn.Linear(64, 32), scheme)
     assert {name: tuple(t.shape) for name, t in q.state_dict().items()} == shapes
-    assert q.weight.dtype is torch.int8
+    assert q.codes.dtype is torch.int8
     assert q.weight_scale.dtype is torch.float32
 
 
@@ -61,14 +61,14 @@ def test_the_state_dict_of_a_weight_only_layer_has_words(granularity, simulated)
     q = QuantLinear.from_float(nn.Linear(9, 4), Scheme(QuantSpec(8, granularity)), simulated=simulated)
     held = q.state_dict()
     assert set(held) == {"weight_packed", "weight_shape", "weight_scale", "bias"}
-    assert torch.equal(unpack_rows(held["weight_packed"], 8, 9), q.weight)
+    assert torch.equal(unpack_rows(held["weight_packed"], 8, 9), q.codes)
     fresh = QuantLinear(9, 4, q.scheme, bias=torch.float32, simulated=simulated)
     fresh.load_state_dict(held)
-    assert torch.equal(fresh.weight, q.weight)
+    assert torch.equal(fresh.codes, q.codes)
     del held["weight_packed"], held["weight_shape"]
     fresh = QuantLinear(9, 4, q.scheme, bias=torch.float32, simulated=simulated)
-    fresh.load_state_dict({**held, "weight": q.weight})  # as it was before words were written
-    assert torch.equal(fresh.weight, q.weight)
+    fresh.load_state_dict({**held, "weight": q.codes})  # as it was before words were written
+    assert torch.equal(fresh.codes, q.codes)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"weight\""):
         fresh.load_state_dict(held)
 
@@ -83,19 +83,19 @@ def test_the_state_dict_of_a_weight_only_layer_has_words(granularity, simulated)
 )
 def test_words_that_do_not_fit_change_nothing(change, message):
     q = QuantLinear.from_float(nn.Linear(9, 4), "w8a16")
-    before = q.weight.clone()
+    before = q.codes.clone()
     with pytest.raises(RuntimeError, match=message):
         q.load_state_dict(q.state_dict() | change)
-    assert torch.equal(q.weight, before)
+    assert torch.equal(q.codes, before)
 
 
 def test_a_float_state_dict_is_refused_instead_of_truncated():
     linear = nn.Linear(100, 33)
     q = QuantLinear.from_float(linear, "w8a8")
-    before = q.weight.clone()
+    before = q.codes.clone()
     with pytest.raises(RuntimeError, match=r"weight is torch.float32, this QuantLinear holds torch.int8"):
         q.load_state_dict(linear.state_dict(), strict=False)
-    assert torch.equal(q.weight, before)
+    assert torch.equal(q.codes, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -106,7 +106,7 @@ def test_a_cast_of_the_model_leaves_the_grid_alone(dtype):
     assert model[0].bias.dtype is dtype
     assert model[0].weight_scale.dtype is torch.float32
     assert torch.equal(model[0].weight_scale, before["0.weight_scale"])
-    assert torch.equal(model[0].weight, before["0.weight"])
+    assert torch.equal(model[0].codes, before["0.weight"])
     model.half().float()
     assert torch.equal(model[0].weight_scale, before["0.weight_scale"])
 
@@ -114,8 +114,8 @@ def test_a_cast_of_the_model_leaves_the_grid_alone(dtype):
 def test_a_wide_simulated_weight_survives_a_cast():
     wide = Scheme(QuantSpec(12, PerChannel(), symmetric=False), QuantSpec(16, PerToken()))
     q = QuantLinear.from_float(nn.Linear(16, 8), wide, simulated=True)
-    before = q.weight.clone()
-    assert torch.equal(q.half().weight, before)
+    before = q.codes.clone()
+    assert torch.equal(q.half().codes, before)
 
 
 def test_moving_to_another_device_moves_everything():

@@ -71,7 +71,7 @@ def test_every_module_left_has_a_reason_and_every_quantised_one_a_scheme():
 
 def test_other_modules_say_what_they_are():
     model = nn.Sequential(nn.Conv1d(2, 2, 3), nn.Linear(4, 4))
-    assert coverage(model, {}).left[0].reason == "not a linear layer"
+    assert coverage(model, {}).left[0].reason == "a convolution"
     assert coverage(model, {}).left[1].reason == "not selected"
     assert "0 %" in str(coverage(nn.Sequential(nn.LayerNorm(3)), {}))
 

@@ -139,8 +139,8 @@ def test_a_conv1d_is_transposed_once():
     linear.weight.data, linear.bias.data = conv.weight.data.t().contiguous(), conv.bias.data
     x = torch.randn(4, 100)
     q = QuantLinear.from_float(conv, "w8a8")
-    assert q.weight.is_contiguous()
-    assert q.weight.shape == (33, 100)
+    assert q.codes.is_contiguous()
+    assert q.codes.shape == (33, 100)
     same = QuantLinear.from_float(linear, "w8a8")
     assert torch.equal(q(x), same(x))
     assert q.weight_sqnr_db == pytest.approx(same.weight_sqnr_db, rel=1e-9)

@@ -60,7 +60,7 @@ def packed_directory(path, scheme):
     w8a8.save(model, path)
     tensors, bits = load_file(path / "model.safetensors"), scheme.weights.bits
     for name, layer in quant_linears(model):
-        codes = layer.weight
+        codes = layer.codes
         tensors.pop(f"{name}.weight", None)
         tensors[f"{name}.weight_packed"] = pack_to_int32(codes, bits).contiguous()
         tensors[f"{name}.weight_shape"] = torch.tensor(codes.shape)
@@ -85,7 +85,7 @@ def test_packed_directories_run_with_the_same_bits(tmp_path, scheme):
     modes = {layer.mode for _, layer in quant_linears(loaded)}
     assert modes == {Mode.WEIGHT_ONLY if scheme.weight_only else Mode.INTEGER}
     for (_, a), (_, b) in zip(quant_linears(loaded), quant_linears(model), strict=True):
-        assert torch.equal(a.weight, b.weight)
+        assert torch.equal(a.codes, b.codes)
     with torch.inference_mode():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 

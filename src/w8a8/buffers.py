@@ -13,8 +13,10 @@ The buffers carry the names and shapes of a compressed-tensors file, so that `st
 `weight_sum` (N, G) int32 is derived from the weight and stays out of the state dict.
 
 Where the native kernel runs the layer, the codes lie packed for it (`packed_weight`) instead of row-major: in memory
-they exist once.  `layer.weight` and the state dict are then row-major copies, made when asked for.  For another kernel
+they exist once.  `layer.codes` and the state dict are then row-major copies, made when asked for.  For another kernel
 that is asked for later, or in another process that reads a pickle, they are laid out anew once, not at each call.
+
+`layer.weight` is not the codes but a `Weight`, which tells dtype and shape of the float weight and refuses the rest.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,6 +43,7 @@ from w8a8.scheme import (
     Scheme,
     largest_k,
 )
+from w8a8.weight import Weight
 
 
 class LinearBuffers(nn.Module):
@@ -54,9 +57,13 @@ class LinearBuffers(nn.Module):
         integer: Whether the layer multiplies integers: it then has sums, and packs its codes for the native kernel.
         kernel: The kernel to run, or "auto".
         device: Where the empty buffers are made; "meta" makes none.
+        dtype: Of the float weight, which `weight` tells and `.to(dtype)` changes.
+
+    `arriving` is set while transformers fills the layer from files: `weight` is then the buffer of that name.
     """
 
-    weight: Tensor
+    weight: Weight
+    arriving = False
     weight_scale: Tensor
     weight_sum: Tensor
     packed_weight: Tensor | None
@@ -76,8 +83,10 @@ class LinearBuffers(nn.Module):
         integer: bool,
         kernel: str,
         device: torch.device | str | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.in_features = in_features
         self.out_features = out_features
         self.scheme = scheme
@@ -188,10 +197,28 @@ class LinearBuffers(nn.Module):
             and kernels.first_choice(self._kernel) == native.NATIVE.name
         )
 
+    @property
+    def codes(self) -> Tensor:
+        """(N, K) int8, row-major: a copy where they are packed; float32 where a simulated grid is wider than 8 bits."""
+        packed = self._buffers.get("packed_weight")
+        codes = self._buffers.get("weight") if packed is None else self._unpacked(packed)
+        assert codes is not None, "a layer has codes, or room for them"
+        return codes
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        return kernels.unpack(packed, self.out_features, self.in_features)
+
     def __getattr__(self, name: str) -> Any:
-        if name == "weight" and (packed := self._buffers.get("packed_weight")) is not None:
-            return kernels.unpack(packed, self.out_features, self.in_features)
+        if name == "weight" and not self.arriving and (device := self._device) is not None:
+            return Weight((self.out_features, self.in_features), self.dtype, device)
         return super().__getattr__(name)
+
+    @property
+    def _device(self) -> torch.device | None:
+        """Of the codes; None before there are any, or room for them."""
+        buffers = self.__dict__.get("_buffers", {})
+        found = (buffers.get(name) for name in ("packed_weight", "weight"))
+        return next((buffer.device for buffer in found if buffer is not None), None)
 
     def set_input_params(self, params: QParams | None) -> None:
         """Take the static grid of the input.
@@ -227,15 +254,16 @@ class LinearBuffers(nn.Module):
                 f"{'no' if params.zero_point is None else 'a'} zero point; {self.scheme} takes one scale and "
                 f"{'no' if activations.symmetric else 'a'} zero point"
             )
-        self.input_scale = params.scale.detach().to(self.weight.device, torch.float32, copy=True).reshape(1)
+        self.input_scale = params.scale.detach().to(self._device, torch.float32, copy=True).reshape(1)
         if params.zero_point is not None:
-            self.input_zero_point = params.zero_point.detach().to(self.weight.device, torch.int32, copy=True).reshape(1)
+            self.input_zero_point = params.zero_point.detach().to(self._device, torch.int32, copy=True).reshape(1)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LinearBuffers":
         """Move with the model, but keep the grid float32 through `.half()` and `.to(dtype)`."""
         probe = fn(torch.empty(0, dtype=torch.int8, device=self.weight_sum.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_sum.device)).dtype
         if self.packed_weight is not None and probe.device.type != "cpu":
-            self._buffers["weight"], self._buffers["packed_weight"] = self.weight, None
+            self._buffers["weight"], self._buffers["packed_weight"] = self.codes, None
         before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in before.items():
@@ -244,12 +272,12 @@ class LinearBuffers(nn.Module):
             if after.dtype is not buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
         if self.packed_weight is None and self.weight_sum.device.type == "cpu":  # moved here, perhaps
-            self.set_codes(self.weight)
+            self.set_codes(self.codes)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.packed_weight is not None:
-            destination[prefix + "weight"] = self.weight
+            destination[prefix + "weight"] = self.codes
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.in_words:
             stored = as_words(destination.pop(prefix + "weight"))
@@ -290,11 +318,11 @@ class LinearBuffers(nn.Module):
             )
             return
         if self.packed_weight is not None:
-            self._buffers["weight"], self._buffers["packed_weight"] = self.weight, None
+            self._buffers["weight"], self._buffers["packed_weight"] = self.codes, None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self.set_codes(self.weight)
+        self.set_codes(self.codes)
         self.weight_sqnr_db = None
 
 

@@ -1,47 +1,45 @@
 """The walk: find the linear layers of a model, choose among them, and swap them in place.
 
 Choosing.  A pattern is the exact name of a layer, or else a glob over the dotted module names; a `*` crosses dots.  A
-pattern that matches no linear layer is an error.  Four kinds of layer are not taken by a glob, only by their exact
+pattern that matches no linear layer is an error.  Five kinds of layer are not taken by a glob, only by their exact
 name in `include`:
 
 - the output head (`lm_head`, or what the model calls its output embedding): files with a float head are
   what vLLM and transformers load;
 - a layer whose weight is shared with another module (OPT's head is its embedding): quantising it makes a
   copy, and the two are no longer one;
-- a router: a linear layer called `gate`, `router` or `shared_expert_gate` beside experts, or in a module of that
-  name.  vLLM's are float.
+- a router, which says what experts run, and how much they count (`w8a8.roles`): vLLM's are float;
+- an adapter, of peft's or made in its way.
 
-And some are never taken: subclasses of `nn.Linear` that inherit `forward`, as their parent may read them without it
-(torch's attention does), or whose `forward` does not compute x W^T + b, which is tried on a small copy (Falcon's does);
-layers with hooks, which a swap would drop.  All these are reported with the reason.
+Layers that are tied to one another, and to nothing else, are taken together, each with codes of its own.
+
+And some are never taken, however they are named: `w8a8.obstacles`.  All these are reported with the reason.
 
 Swapping.  Every new layer is made before the first old one is replaced, so that a failure half-way leaves
 the model as it was; `swapped` puts the old layers back at its end.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
 from w8a8 import kernels, ties
 from w8a8.affine import QParams
 from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
-from w8a8.experts import OTHER_KIND, Experts, unstacked
-from w8a8.linear import QuantLinear, check_materialised, is_conv1d, is_linear, quant_linears
+from w8a8.experts import unstacked
+from w8a8.linear import QuantLinear, check_materialised, is_linear, quant_linears
+from w8a8.obstacles import obstacles
+from w8a8.places import places
+from w8a8.roles import adapters_of, heads, routers_of
 from w8a8.scheme import Scheme
+from w8a8.usage import look
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, name) after each step of a long walk."""
-
-ROUTERS = ("gate", "router", "shared_expert_gate")
-"""What models call the layers that weigh experts."""
 
 Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
 """One scheme for all layers; or by pattern, where the first that matches a layer decides, and None is float."""
@@ -84,28 +82,34 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     _check_patterns(model, linears, include, exclude)
     included = set().union(*(matching(pattern, linears) for pattern in include))
     excluded = {name: pattern for pattern in reversed(exclude) for name in matching(pattern, linears)}
+    usage = look(model)
+    never = obstacles(model, linears, usage)
+    output, routers, adapters = set(heads(model)), routers_of(model, linears, usage.choosing), adapters_of(model)
     shared = _shared_weights(model, linears)
-    output, routers = heads(model), _routers(model)
-    chosen, untied, reasons = [], {}, {}
-    for name, linear in linears.items():
-        named = name in include
-        reason = _never(linear)
+    reasons: dict[str, str] = {}
+    for name in linears:
+        reason = never.get(name)
         if reason is None and name not in included:
             reason = "not matched by include"
         if reason is None and name in excluded:
             reason = f"excluded by {excluded[name]!r}"
-        if reason is None and name in shared and not named:
-            reason = f"its weight is tied to {shared[name]}; {name!r} in include, by its name, quantises a copy of it"
-        if reason is None and name in output and not named:
-            reason = f"the output head stays float by default; {name!r} in include, by its name, quantises it"
-        if reason is None and name in routers and not named:
-            reason = f"a router stays float by default; {name!r} in include, by its name, quantises it"
+        if reason is None and name not in include:
+            does = "quantises it"
+            other = next((other for other in shared.get(name, ()) if other not in linears), None)
+            if other is not None:
+                reason, does = f"its weight is tied to {other}", "quantises a copy of it"
+            elif name in output:
+                reason = "the output head stays float by default"
+            elif name in routers:
+                reason = f"a router stays float by default ({routers[name]})"
+            elif name in adapters:
+                reason = "an adapter stays float by default"
+            if reason is not None:
+                reason += f"; {name!r} in include, by its name, {does}"
         if reason is not None:
             reasons[name] = reason
-            continue
-        chosen.append(name)
-        if name in shared:
-            untied[name] = shared[name]
+    untied = _untie_from_float(shared, reasons, include)
+    chosen = [name for name in linears if name not in reasons]
     if not chosen:
         raise SchemeError(_nothing_left(model, reasons))
     return Selection(tuple(chosen), reasons, untied)
@@ -237,21 +241,16 @@ def untie(model: nn.Module, selection: Selection) -> None:
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Put the layers in the places of those of the same names; the model is changed.
 
-    A module that is reached by several names is replaced under all of them.
+    A module that is reached by several names, or held in a list or an attribute too, is replaced in all these places.
 
     Returns:
         The old modules under the same names: `swap` them to undo.
     """
     old = {name: model.get_submodule(name) for name in layers}
     replacement = {id(old[name]): layers[name] for name in layers}
-    places = [
-        (parent, key, replacement[id(child)])
-        for parent in list(model.modules())
-        for key, child in parent._modules.items()
-        if id(child) in replacement
-    ]
-    for parent, key, layer in places:
-        parent._modules[key] = layer
+    for place in list(places(model)):
+        if id(place.module) in replacement and place.container is not None:
+            place.container[place.key] = replacement[id(place.module)]
     return old
 
 
@@ -323,71 +322,37 @@ def _nothing_left(model: nn.Module, reasons: dict[str, str]) -> str:
     return f"there is nothing to quantise: all {len(reasons)} linear layers are left out, {name}: {reason}"
 
 
-def _never(linear: nn.Module) -> str | None:
-    """Why this layer cannot be replaced, however it is named."""
-    if type(linear) is not nn.Linear and not is_conv1d(linear):
-        with torch.device("cpu"):  # a caller may be making models on the meta device
-            why = _differs(linear)
-        if why is not None:
-            return f"{type(linear).__name__} is a subclass of nn.Linear {why}"
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if any(hooks) or hasattr(linear, "_hf_hook"):
-        return "it has hooks, which a swap would drop; remove them first"
-    return None
-
-
-@torch.no_grad()
-def _differs(linear: Any) -> str | None:
-    """Why a subclass may do something else than nn.Linear: nothing where its `forward` does the same in small."""
-    if type(linear).forward is nn.Linear.forward:
-        return "that its parent may read without calling it"
-    own = {*linear._parameters, *linear._buffers, *linear._modules}
-    if own != {"weight", "bias"}:
-        return f"that also has {', '.join(sorted(own - {'weight', 'bias'}))}"
-    small, draw = copy.copy(linear), torch.Generator().manual_seed(0)
-    small.in_features, small.out_features = 8, 12
-    weight, bias = torch.randn(12, 8, generator=draw), torch.randn(12, generator=draw)
-    small._parameters = {"weight": nn.Parameter(weight), "bias": None if linear.bias is None else nn.Parameter(bias)}
-    x = torch.randn(2, 3, 8, generator=draw)
-    want = F.linear(x, weight, small.bias)
-    try:
-        found = small(x)
-        same = bool((found - want).norm() <= 1e-5 * want.norm())  # float32, sums of 8
-    except OTHER_KIND as error:
-        return f"that is called in another way ({type(error).__name__})"
-    return None if same else "that computes something else"
-
-
-def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
-    """For each linear layer whose weight another module holds too: that module's name."""
+def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """For each linear layer whose weight other modules hold too: these modules' names."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     shared = {}
     for name, linear in linears.items():
-        others = [owner for owner in owners.get(id(linear.weight), ()) if owner != name]
+        others = [owner for owner in owners.get(id(linear._parameters.get("weight")), ()) if owner != name]
         if others:
-            shared[name] = others[0]
+            shared[name] = others
     return shared
 
 
-def _routers(model: nn.Module) -> set[str]:
-    """What weighs experts: modules beside them with all that is in them."""
-    found = set()
-    for module in model.modules():
-        if any(isinstance(child, Experts) for child in module.children()):
-            for router in (child for name, child in module.named_children() if name in ROUTERS):
-                found |= {id(inner) for inner in router.modules()}
-    return {name for name, module in model.named_modules() if id(module) in found}
+def _untie_from_float(shared: dict[str, list[str]], reasons: dict[str, str], include: list[str]) -> dict[str, str]:
+    """Of tied layers: those that are taken though another stays float, each with that one.
 
-
-def heads(model: nn.Module) -> list[str]:
-    """The names of the float output heads: `lm_head`, or what the model calls its output embedding."""
-    output = getattr(model, "get_output_embeddings", None)
-    head = output() if callable(output) else None
-    return [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module) and (module is head or name.rpartition(".")[2] == "lm_head")
-    ]
+    Args:
+        shared: What each layer's weight is tied to.
+        reasons: Why layers stay float; gains those that are tied to one and not named in `include`.
+        include: Names and patterns.
+    """
+    while True:
+        untied = {}
+        for name in shared.keys() - reasons.keys():
+            apart = [other for other in shared[name] if other in reasons or other not in shared]
+            if apart:
+                untied[name] = apart[0]
+        left = untied.keys() - set(include)
+        if not left:
+            return {name: untied[name] for name in shared if name in untied}
+        for name in left:
+            how = f"{name!r} in include, by its name, quantises a copy of it"
+            reasons[name] = f"its weight is tied to {untied[name]}, which stays float; {how}"

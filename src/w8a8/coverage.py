@@ -5,9 +5,9 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
 - parameters: elements of weights and biases, as the float model would count them;
 - bytes: what they take in memory as they are now (codes, packed or not, scales, sums and biases);
 - multiply-adds per token: N * K of a linear layer; of a tied output head too, though the embedding owns the
-  parameter; of experts, stacked or not, the share that one token passes through
-  (num_experts_per_tok / num_experts, from the model's config).  Attention's own products between tokens
-  and elementwise work are not counted, nor are convolutions.
+  parameter; of what another class multiplies by itself, as its code says (`w8a8.usage`), the elements; of experts,
+  stacked or not, the share that one token passes through (num_experts_per_tok / num_experts, from the model's config).
+  Attention's own products between tokens and elementwise work are not counted, nor are convolutions.
 """
 
 import math
@@ -18,9 +18,10 @@ from typing import Any
 from torch import nn
 
 from w8a8.errors import few
-from w8a8.experts import Experts
+from w8a8.experts import CONVOLUTIONS, Experts, stack_names
 from w8a8.linear import Mode, QuantLinear, check_materialised, is_linear
 from w8a8.report.records import ModuleCoverage, Totals
+from w8a8.usage import look
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,30 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
         if isinstance(experts, Experts)
         for layer in experts.modules()
     }
+    multiplied = look(model).multiplied
+    stacked = stack_names(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             found.append(_quantized(name, module, shares.get(id(module), 1.0)))
             continue
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         tied = len(own) < sum(1 for _ in module.parameters(recurse=False))
-        if not own and not tied:
+        if not own and not tied and not is_linear(module):
             continue
         seen.update(map(id, own))
-        found.append(_float(name, module, own, reasons.get(name), model, shares.get(id(module), 1.0)))
+        products = multiplied.get(name, frozenset()) if not isinstance(module, nn.Embedding) else frozenset()
+        found.append(
+            _float(
+                name,
+                module,
+                own,
+                model,
+                products,
+                stacked=name in stacked,
+                reason=reasons.get(name),
+                share=shares.get(id(module), 1.0),
+            )
+        )
     return Coverage(tuple(found))
 
 
@@ -137,40 +152,56 @@ def _quantized(name: str, layer: QuantLinear, share: float) -> ModuleCoverage:
 
 
 def _float(
-    name: str, module: nn.Module, own: list[nn.Parameter], reason: str | None, model: nn.Module, share: float
+    name: str,
+    module: nn.Module,
+    own: list[nn.Parameter],
+    model: nn.Module,
+    multiplied: frozenset[str],
+    *,
+    stacked: bool,
+    reason: str | None,
+    share: float,
 ) -> ModuleCoverage:
     weight = getattr(module, "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else tuple(next(module.parameters(False)).shape)
-    convolution = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)  # 3-D too
-    experts = [] if convolution else [p for p in module.parameters(recurse=False) if p.ndim == 3]
-    macs = 0
+    parameters = dict(module.named_parameters(recurse=False))
+    matrices = [parameters[key] for key in sorted(multiplied) if key in parameters]
+    if isinstance(module, nn.Linear):  # whose weight may be made of others
+        shape: tuple[int, ...] = module.out_features, module.in_features
+        matrices = []
+    else:
+        shown = [weight] if isinstance(weight, nn.Parameter) else [*matrices, *parameters.values()]
+        shape = tuple(shown[0].shape)
+    macs = sum(matrix.numel() for matrix in matrices)
+    if stacked:
+        share = _active_share(model, shape[0])
     if is_linear(module):
-        macs = round(shape[0] * shape[1] * share)
-    elif experts:
-        shape = tuple(experts[0].shape)
-        macs = round(sum(p.numel() for p in experts) * _active_share(model, shape[0]))
+        macs = shape[0] * shape[1]
     return ModuleCoverage(
         name=name or "(root)",
         kind=type(module).__name__,
         shape=shape,
         parameters=sum(p.numel() for p in own),
         bytes=sum(p.numel() * p.element_size() for p in own),
-        macs=macs,
+        macs=round(macs * share),
         scheme=None,
-        reason=reason or _why_float(module, bool(experts)),
+        reason=reason or _why_float(module, multiplied, stacked=stacked),
     )
 
 
-def _why_float(module: nn.Module, has_experts: bool) -> str:
+def _why_float(module: nn.Module, multiplied: frozenset[str], *, stacked: bool) -> str:
     """What kind of module this is, where no linear layer was to be chosen."""
-    if has_experts:
-        return "stacked 3-D expert parameters, of which no layer was chosen"
+    if stacked:
+        return "stacked experts, of which no layer was chosen"
     if isinstance(module, nn.Embedding):
         return "a lookup table, no product"
-    if "norm" in type(module).__name__.lower():
-        return "a normalisation, elementwise"
     if is_linear(module):
         return "not selected"
+    if multiplied:
+        return f"{type(module).__name__} multiplies by {', '.join(sorted(multiplied))} itself, without an nn.Linear"
+    if "norm" in type(module).__name__.lower():
+        return "a normalisation, elementwise"
+    if isinstance(module, CONVOLUTIONS):
+        return "a convolution"
     return "not a linear layer"
 
 

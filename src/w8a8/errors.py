@@ -32,6 +32,10 @@ class NonFiniteError(W8A8Error, ValueError):
     """A NaN or an infinity where a scale has to be computed."""
 
 
+class WeightError(W8A8Error, TypeError, AttributeError):
+    """The weight of a quantised layer was used as if it were a float tensor."""
+
+
 class PatternError(W8A8Error, ValueError):
     """A name or glob that matches no linear layer of the model."""
 

@@ -33,6 +33,7 @@ from w8a8.linear import quant_linears
 NAMES = ("gate_proj", "up_proj", "down_proj")
 """Of an expert's layers, where transformers has no conversion that says how the files call them."""
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 M = TypeVar("M", bound=nn.Module)
 _STACKED = {"gate_up_proj", "down_proj"}
 _BOUND = 1e-5
@@ -100,6 +101,45 @@ class Experts(nn.Module):
         return f"num_experts={self.num_experts}"
 
 
+def expert_counts(model: nn.Module) -> set[int]:
+    """How many experts a model's config says that it has: the numbers whose keys end in "experts"."""
+    config: Any = getattr(model, "config", None)
+    found: set[int] = set()
+    pending = [config.to_dict()] if hasattr(config, "to_dict") else []
+    while pending:
+        for key, value in pending.pop().items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif type(value) is int and value > 1 and str(key).endswith("experts") and "shared" not in str(key):
+                found.add(value)
+    return found
+
+
+def stack_names(model: nn.Module) -> list[str]:
+    """The modules that have a matrix for each expert in one parameter.
+
+    Not every parameter of three dimensions is such a stack: positions, class tokens and the heads of an attention are
+    not.  Of a stack the first dimension is a number of experts that the model's config tells, or its forward is told
+    which experts to use.
+    """
+    counts = expert_counts(model)
+    found = []
+    for name, module in model.named_modules():
+        shapes = [p.shape for p in module.parameters(recurse=False) if p.ndim == 3]
+        if not name or not shapes or isinstance(module, CONVOLUTIONS):
+            continue
+        alike = len({shape[0] for shape in shapes}) == 1 and all(min(shape) > 1 for shape in shapes)
+        if alike and (shapes[0][0] in counts or _is_told(module)):
+            found.append(name)
+    return found
+
+
+def _is_told(module: nn.Module) -> bool:
+    """Whether a forward has arguments for the experts of each token and their weights."""
+    arguments = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)
+    return sum("top_k" in name or "expert" in name for name in arguments) > 1
+
+
 def stacks(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The stacked experts of a model that `unstacked` takes apart, and why others are left, by name.
 
@@ -109,11 +149,9 @@ def stacks(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         model: With or without values.  Not modified.
     """
     found, reasons = {}, {}
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d) or not any(p.ndim == 3 for p in own.values()) or not name:
-            continue
-        reason = _why_not(module, own)
+    for name in stack_names(model):
+        module = model.get_submodule(name)
+        reason = _why_not(module, dict(module.named_parameters(recurse=False)))
         if reason is None:
             found[name] = module
         else:

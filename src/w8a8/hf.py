@@ -181,7 +181,8 @@ class W8A8Quantizer(HfQuantizer):
         for layer in layers.values():
             layer.in_words = False  # the files have float weights under that name
             # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
-            layer._buffers["weight"] = layer.weight.to(dtype or torch.get_default_dtype())
+            layer._buffers["weight"] = layer.codes.to(dtype or torch.get_default_dtype())
+            layer.arriving = True
         convert.swap(model, layers)
         self._quantized = set(layers)
 
@@ -192,12 +193,13 @@ class W8A8Quantizer(HfQuantizer):
         self._arriving.clear()
         if not self.pre_quantized:
             for name, layer in quant_linears(model):
-                if layer.weight.is_floating_point():  # nothing came
+                if layer.codes.is_floating_point():  # nothing came
                     raise CheckpointError(
                         f"{name} is to be quantised while the model is loaded, and its weight is not in the files; "
                         f"give the whole model, or exclude=['{name}'] to have transformers initialise the layer"
                     )
-                layer.set_codes(layer.weight)
+                layer.arriving = False
+                layer.set_codes(layer.codes)
                 layer.in_words = in_words(layer.scheme)
         if self.quantization_config.head == "int8":
             selection = convert.select(model, convert.with_head(model, [], "int8"))
@@ -226,6 +228,7 @@ class _Arriving:
         self.layer, self.packed = layer, packed
         self._where = {key: f"{path}: {entry.name}" for key, (path, entry) in sorted(found.items())}
         self._empty = dict(layer._buffers)
+        layer.arriving = True
         del layer._buffers["weight"]
         layer.in_words = False  # until then its buffers are the file's
         if packed:  # GPT-2 initialises anew what it finds under that name, where a tied head is missing in the files
@@ -242,6 +245,7 @@ class _Arriving:
             CheckpointError: it is not what the layer holds, or makes no sense; file and tensor are named.
         """
         self.layer.__dict__.pop("weight", None)
+        self.layer.arriving = False
         buffers = self.layer._buffers
         came = {key: buffers[key] for key in self._where}
         bias = buffers["bias"]

@@ -57,6 +57,7 @@ class QuantLinear(LinearBuffers):
         strict: Raise where the kernel that was asked for cannot run, instead of running another.
         device: Where the empty buffers are made; "meta" makes none.
         was_conv1d: The float layer was transformers' `Conv1D`, which other loaders do not take for linear.
+        dtype: Of the float weight; `weight.dtype` tells it.
 
     Raises:
         SchemeError: the scheme cannot be executed and is not to be simulated; K is too large for int32
@@ -76,11 +77,19 @@ class QuantLinear(LinearBuffers):
         strict: bool = False,
         device: torch.device | str | None = None,
         was_conv1d: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         kernels.check_name(kernel)
         mode = _mode(scheme, in_features, simulated=simulated)
         super().__init__(
-            in_features, out_features, scheme, bias=bias, integer=mode is Mode.INTEGER, kernel=kernel, device=device
+            in_features,
+            out_features,
+            scheme,
+            bias=bias,
+            integer=mode is Mode.INTEGER,
+            kernel=kernel,
+            device=device,
+            dtype=dtype,
         )
         self.mode = mode
         self.strict = strict
@@ -105,8 +114,8 @@ class QuantLinear(LinearBuffers):
         weight, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
         conv1d = is_conv1d(linear)
         k, n = weight.shape if conv1d else reversed(weight.shape)
-        dtype = None if bias is None else bias.dtype
-        return cls(k, n, scheme, bias=dtype, device="meta", was_conv1d=conv1d, **options)
+        biased = None if bias is None else bias.dtype
+        return cls(k, n, scheme, bias=biased, device="meta", was_conv1d=conv1d, dtype=weight.dtype, **options)
 
     @classmethod
     @torch.no_grad()
@@ -182,9 +191,10 @@ class QuantLinear(LinearBuffers):
 
     def dequantized_weight(self) -> Tensor:
         """The weight that the codes stand for, a new (N, K) float32 tensor."""
-        if self.weight.dtype is torch.float32:
-            return self.weight.clone()
-        return dequantize(QTensor(self.weight, self.weight_scale, self.weight_zero_point))
+        codes = self.codes
+        if codes.dtype is torch.float32:
+            return codes.clone()
+        return dequantize(QTensor(codes, self.weight_scale, self.weight_zero_point))
 
     def kernel_calls(self) -> dict[str, int]:
         """The layer's page of the ledger: how often each kernel ran."""

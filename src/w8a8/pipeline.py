@@ -26,6 +26,7 @@ from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
 from w8a8.experts import Experts, own_weights, taken, unstacked
 from w8a8.linear import ledger
+from w8a8.roles import heads as heads_of
 from w8a8.scheme import Scheme
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
 
@@ -142,7 +143,7 @@ def foresee(
     with convert.swapped(model, experts):
         _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
         schemes = {name: chosen.get(name) for name in schemes_of(model)}
-        heads, transposed, shapes = convert.heads(model), transposed_of(model), shapes_of(model)
+        heads, transposed, shapes = heads_of(model), transposed_of(model), shapes_of(model)
     with convert.swapped(model, taken(experts, chosen)):
         renamed = renamed_stacks(model)
     return findings(schemes, heads=heads, transposed=transposed, renamed=renamed, shapes=shapes)

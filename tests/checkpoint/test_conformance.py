@@ -96,10 +96,10 @@ def test_words_hold_our_codes_and_scales(tmp_path, scheme, width):
     for name, layer in quant_linears(model):
         assert torch.equal(tensors[f"{name}.weight_scale"], layer.weight_scale)
         if layer.scheme.activations is not None:
-            assert torch.equal(tensors[f"{name}.weight"], layer.weight)
+            assert torch.equal(tensors[f"{name}.weight"], layer.codes)
             continue
         shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
-        assert torch.equal(unpack_from_int32(tensors[f"{name}.weight_packed"], 8, shape), layer.weight)
+        assert torch.equal(unpack_from_int32(tensors[f"{name}.weight_packed"], 8, shape), layer.codes)
         assert f"{name}.weight" not in tensors
         packed += 1
     assert packed
@@ -138,7 +138,7 @@ def test_int8_directories_of_weight_only_models_still_load(tmp_path):
     w8a8.save(model, tmp_path / "out")
     path = tmp_path / "out" / "model.safetensors"
     tensors = {name: t for name, t in load_file(path).items() if not name.endswith(("_packed", "_shape"))}
-    tensors |= {f"{name}.weight": layer.weight for name, layer in quant_linears(model)}
+    tensors |= {f"{name}.weight": layer.codes for name, layer in quant_linears(model)}
     save_file(tensors, path, metadata={"format": "pt"})
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     quantization = config["quantization_config"]

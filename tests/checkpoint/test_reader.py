@@ -36,7 +36,7 @@ def test_llm_compressors_directories_run_in_int8(name):
     assert set(layers) == {key.removesuffix(".weight_scale") for key in files if key.endswith(".weight_scale")}
     for path, layer in layers.items():
         assert layer.mode is Mode.INTEGER
-        assert torch.equal(layer.weight, files[f"{path}.weight"])
+        assert torch.equal(layer.codes, files[f"{path}.weight"])
         assert layer.weight_scale.dtype is torch.float32
         assert torch.equal(layer.weight_scale, files[f"{path}.weight_scale"].to(torch.float32))
     reference = load_file(THEIRS / name / "reference.safetensors")
@@ -114,7 +114,7 @@ def test_groups_survive_the_round_trip_and_load_in_transformers(tmp_path):
 def test_the_weights_are_mapped_and_never_float(tmp_path):
     w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")
     model = w8a8.load(tmp_path / "out", kernel="reference")
-    weights = [layer.weight for _, layer in quant_linears(model)]
+    weights = [layer.codes for _, layer in quant_linears(model)]
     assert all(w.dtype is torch.int8 for w in weights)
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     ranges = [tuple(int(end, 16) for end in fields[0].split("-")) for fields in maps]
@@ -524,4 +524,4 @@ def test_no_quantlinear_is_left_empty(sharded):
     for module in model.modules():
         if isinstance(module, QuantLinear):
             assert not any(b.is_meta for b in module.buffers())
-            assert torch.equal(module.weight_sum, module.weight.sum(1, keepdim=True, dtype=torch.int32))
+            assert torch.equal(module.weight_sum, module.codes.sum(1, keepdim=True, dtype=torch.int32))

@@ -89,7 +89,7 @@ def test_quantize_tells_json_what_it_did(call, tmp_path, demo_dir):
     assert result["untied"] == {"lm_head": "model.decoder.embed_tokens"}
     left = {m["name"]: m["reason"] for m in result["coverage"]["modules"] if m["reason"]}
     assert left["model.decoder.layers.0.fc2"] == "excluded by '*.fc2'"
-    assert w8a8.load(tmp_path / "out").lm_head.weight.dtype is torch.int8
+    assert w8a8.load(tmp_path / "out").lm_head.codes.dtype is torch.int8
 
 
 def worst_of(printed):

@@ -46,7 +46,7 @@ def oracle(q: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     zx = (
         np.zeros(len(qx), dtype=object) if tokens.zero_point is None else tokens.zero_point.numpy()[:, 0].astype(object)
     )
-    qw = q.weight.numpy().astype(object)
+    qw = q.codes.numpy().astype(object)
     n, k = qw.shape
     sw = np.broadcast_to(
         q.weight_scale.numpy().reshape(-1, q.weight_sum.shape[1] if q.weight_scale.ndim == 2 else 1),
@@ -269,7 +269,7 @@ def test_no_inputs_at_all_gives_the_bias():
     q = QuantLinear(0, 3, Scheme.of("w8a8"), bias=torch.float32)
     q.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
     q.weight_scale.fill_(1.0)
-    q.set_codes(q.weight)
+    q.set_codes(q.codes)
     assert q(torch.empty(2, 0)).tolist() == [[1, 2, 3]] * 2
 
 
@@ -384,7 +384,7 @@ def test_the_native_kernel_says_that_it_has_no_weight_zero_points():
     q = layer(scheme)
     q(torch.randn(2, 100))
     assert "native" not in q.kernel_calls()
-    assert torch.equal(q.weight, q._buffers["weight"])
+    assert torch.equal(q.codes, q._buffers["weight"])
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 17, 100), (40, 48, 515)])

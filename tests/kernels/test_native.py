@@ -75,13 +75,13 @@ def test_a_packed_layer_loads_copies_moves_and_casts():
     assert second.packed_weight is not None
     assert torch.equal(second(x), expected)
     assert torch.equal(copy.deepcopy(first)(x), expected)
-    weight = first.weight
+    weight = first.codes
     meta = copy.deepcopy(first).to("meta")
     assert meta.packed_weight is None
     assert meta.weight.shape == (33, 100)
     assert first.double().packed_weight is not None
     assert torch.equal(first.float()(x), expected)
-    assert torch.equal(first.weight, weight)
+    assert torch.equal(first.codes, weight)
 
 
 @pytest.mark.parametrize("steps_group", [(26, 4), (13, 8)], ids=str)
@@ -122,7 +122,7 @@ def test_what_is_replaced_in_a_layer_is_seen_at_the_next_call():
     assert torch.equal(direct(q, x), before)
     q.bias, q.weight_scale = None, q.weight_scale.bfloat16()
     bare = QuantLinear.from_float(nn.Linear(100, 33, bias=False), kernel="reference")
-    bare.load_state_dict({"weight": q.weight, "weight_scale": q.weight_scale.float()})
+    bare.load_state_dict({"weight": q.codes, "weight_scale": q.weight_scale.float()})
     assert torch.equal(direct(q, x), bare(x))
 
 

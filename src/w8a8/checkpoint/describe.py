@@ -16,7 +16,7 @@ from torch import nn
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.errors import ModelError
-from w8a8.experts import Experts, stacks
+from w8a8.experts import Experts, stack_names
 from w8a8.linear import Mode, is_linear, quant_linears
 from w8a8.packed import in_words
 from w8a8.scheme import Scheme
@@ -46,7 +46,7 @@ def describe(model: nn.Module) -> QuantizationConfig:
         was_conv1d |= layer.was_conv1d
     if not by_scheme:
         raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
-    stacked = [name for kind in stacks(model) for name in kind]
+    stacked = [name for name in stack_names(model) if not any(quant_linears(model.get_submodule(name)))]
     routers = _routers(model, stacked)
     left = tuple(names.of_layer(name) for name, m in model.named_modules() if is_linear(m) or name in routers)
     left += tuple(f"re:{re.escape(name)}\\..*" for name in stacked)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
-from w8a8.experts import holds_experts, stacks, stacks_experts
+from w8a8.experts import holds_experts, stack_names, stacks_experts
 from w8a8.linear import QuantLinear, is_linear
 
 _REMADE = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
@@ -119,7 +119,7 @@ class FileNames:
 def renamed_stacks(model: nn.Module) -> list[str]:
     """The experts that lie stacked in a model, and that files on the hub call otherwise; ours do not."""
     back = _reversed(_renamings(model))
-    return [name for kind in stacks(model) for name in kind if _renamed(f"{name}.", back) != f"{name}."]
+    return [name for name in stack_names(model) if _renamed(f"{name}.", back) != f"{name}."]
 
 
 def _conversions(model: nn.Module, *, legacy: bool = True) -> list[Any]:

@@ -37,6 +37,7 @@ from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, em
 from w8a8.errors import CheckpointError, ModelError, few
 from w8a8.linear import QuantLinear, quant_linears
 from w8a8.packed import SHAPE, WORDS, unpack_rows, words
+from w8a8.roles import heads as heads_of
 from w8a8.scheme import PerGroup, PerTensor, Scheme
 
 _LOG = logging.getLogger(__name__)
@@ -93,8 +94,8 @@ def load(
     options = {"simulated": simulated, "kernel": kernel, "strict": strict}
     model, packed = empty_layers(directory, quantization, trust_remote_code=trust_remote_code, **options)
     _fill(model, files, packed)
-    if head == "int8" and convert.heads(model):  # none where the file's own head is int8
-        selection = convert.select(model, convert.heads(model))
+    if head == "int8" and heads_of(model):  # none where the file's own head is int8
+        selection = convert.select(model, heads_of(model))
         scheme = _measured_as_it_comes(quantization.groups[0].scheme)
         convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
         convert.untie(model, selection)

@@ -33,6 +33,7 @@ from w8a8.coverage import Coverage, coverage
 from w8a8.errors import CheckpointError, SchemeError, few
 from w8a8.experts import Experts, taken, unstacked
 from w8a8.linear import is_conv1d
+from w8a8.roles import heads as heads_of
 from w8a8.scheme import PerTensor, QuantSpec, Scheme
 
 PIECE = 8 << 20
@@ -187,7 +188,7 @@ def make_plan(
             dtype = dtypes.get(bias, entry.dtype)
             steps.append(_copied(names, bias, dtype, file, entry))
     layers = {step.place: convert.empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
-    heads = convert.heads(model)
+    heads = heads_of(model)
     convert.swap(model, layers)
     found_by_vllm = findings(
         schemes_of(model),

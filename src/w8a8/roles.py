@@ -1,0 +1,63 @@
+"""What some linear layers are for: output heads, routers of mixtures, adapters.  By default they stay float."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from w8a8.experts import Experts, expert_counts
+from w8a8.linear import is_conv1d, is_linear
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""What models call the layers that weigh experts."""
+
+
+def heads(model: nn.Module) -> list[str]:
+    """The names of the float output heads: `lm_head`, or what the model calls its output embedding."""
+    output = getattr(model, "get_output_embeddings", None)
+    head = output() if callable(output) else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and (module is head or name.rpartition(".")[2] == "lm_head")
+    ]
+
+
+def routers_of(model: nn.Module, linears: dict[str, nn.Module], choosing: Mapping[str, str]) -> dict[str, str]:
+    """The layers that say which experts run, or how much they count, and how that is known.
+
+    These have as many outputs as there are experts, by the config or by a list of modules of one class, and the model's
+    code chooses by what they return; or are called as in `ROUTERS` beside experts, or lie in a module of that name.
+
+    Args:
+        model: With experts in their places, stacked or not.  Not modified.
+        linears: Its linear layers by name.
+        choosing: Those by whose output the model's code chooses, and how.
+    """
+    beside = set()
+    counts = expert_counts(model)
+    for module in model.modules():
+        if any(isinstance(child, Experts) for child in module.children()):
+            for router in (child for name, child in module.named_children() if name in ROUTERS):
+                beside |= {id(inner) for inner in router.modules()}
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
+            counts |= {len(module)} if len({type(child) for child in module.children()}) == 1 else set()
+    found = {name: "it lies beside experts" for name, linear in linears.items() if id(linear) in beside}
+    chooses = {name: how for name, how in choosing.items() if name in linears and _outputs(linears[name]) in counts}
+    return found | chooses
+
+
+def _outputs(linear: nn.Module) -> int:
+    """N."""
+    return linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
+
+
+def adapters_of(model: nn.Module) -> set[str]:
+    """The layers that peft, or a wrapper made in its way, says belong to adapters (LoRA's A and B)."""
+    found = set()
+    for module in model.modules():
+        parts = getattr(module, "adapter_layer_names", None)
+        if isinstance(parts, tuple | list):
+            inside = [getattr(module, part, None) for part in parts if isinstance(part, str)]
+            modules = (inner for each in inside if isinstance(each, nn.Module) for inner in each.modules())
+            found |= {id(module) for module in modules}
+    return {name for name, module in model.named_modules() if id(module) in found}
