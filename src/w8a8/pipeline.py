@@ -16,7 +16,7 @@ from w8a8.calibration.calibrate import checked_observer, grids_of_schemes
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint import load
-from w8a8.checkpoint.describe import inscribe
+from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.names import renamed_stacks
 from w8a8.checkpoint.reader import load_float
@@ -224,17 +224,19 @@ def _convert(
             input_params=grids_of_schemes(model, schemes, calibration, observer, progress=progress),
             progress=progress,
         )
-        convert.swap(model, layers)
+        with convert.swapped(model, layers):  # what can fail of telling what was done fails here
+            told, inscribed = coverage(model, selection.reasons), inscription(model)
     except BaseException:
         convert.swap(model, stacked)
         undo()
         raise
+    convert.swap(model, layers)
     for module in model.modules():
         if isinstance(module, Experts):
             own_weights(module)
     convert.untie(model, selection)
-    inscribe(model)
-    return Result(model, scheme, coverage(model, selection.reasons), selection.untied, report, schemes)
+    inscribe(model, inscribed)
+    return Result(model, scheme, told, selection.untied, report, schemes)
 
 
 def _chosen(

@@ -1,6 +1,7 @@
 """What some linear layers are for: output heads, routers of mixtures, adapters.  By default they stay float."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Set
 
 from torch import nn
 
@@ -22,11 +23,11 @@ def heads(model: nn.Module) -> list[str]:
     ]
 
 
-def routers_of(model: nn.Module, linears: dict[str, nn.Module], choosing: Mapping[str, str]) -> dict[str, str]:
+def routers_of(model: nn.Module, linears: Mapping[str, nn.Module], choosing: Mapping[str, str]) -> dict[str, str]:
     """The layers that say which experts run, or how much they count, and how that is known.
 
-    These have as many outputs as there are experts, by the config or by a list of modules of one class, and the model's
-    code chooses by what they return; or are called as in `ROUTERS` beside experts, or lie in a module of that name.
+    The model's code chooses by what they return, and they have as many outputs as there are experts beside them;
+    or they are called as in `ROUTERS` beside experts, or lie in a module of that name.
 
     Args:
         model: With experts in their places, stacked or not.  Not modified.
@@ -34,16 +35,34 @@ def routers_of(model: nn.Module, linears: dict[str, nn.Module], choosing: Mappin
         choosing: Those by whose output the model's code chooses, and how.
     """
     beside = set()
-    counts = expert_counts(model)
     for module in model.modules():
         if any(isinstance(child, Experts) for child in module.children()):
             for router in (child for name, child in module.named_children() if name in ROUTERS):
                 beside |= {id(inner) for inner in router.modules()}
-        if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1:
-            counts |= {len(module)} if len({type(child) for child in module.children()}) == 1 else set()
     found = {name: "it lies beside experts" for name, linear in linears.items() if id(linear) in beside}
-    chooses = {name: how for name, how in choosing.items() if name in linears and _outputs(linears[name]) in counts}
-    return found | chooses
+    counts = expert_counts(model)
+    for name, how in choosing.items():
+        parents = name.split(".")[:-1]
+        near = [".".join(parents[:depth]) for depth in (len(parents), len(parents) - 1) if depth >= 0]
+        outputs = _outputs(linears[name]) if name in linears else 0
+        if any(_has_experts(model.get_submodule(parent), outputs, counts) for parent in near):
+            found[name] = how
+    return found
+
+
+def _has_experts(module: nn.Module, number: int, counts: Set[int]) -> bool:
+    """Whether a module holds that many experts: as modules of one class, stacked, or one under the other."""
+    for inner in module.modules():
+        if isinstance(inner, nn.ModuleList | nn.ModuleDict | Experts):
+            alike = Counter(type(child) for child in inner.children())
+            if number > 1 and max(alike.values(), default=0) == number:
+                return True
+        for parameter in inner.parameters(recurse=False) if not is_linear(inner) else ():
+            stacked = parameter.ndim == 3 and parameter.shape[0] == number > 1
+            below = parameter.ndim == 2 and number in counts and parameter.shape[0] % number == 0
+            if stacked or (below and parameter.shape[0] > number):
+                return True
+    return False
 
 
 def _outputs(linear: nn.Module) -> int:

@@ -86,12 +86,22 @@ def _routers(model: nn.Module, stacked: Collection[str]) -> set[str]:
     return found
 
 
-def inscribe(model: Any) -> None:
-    """Put the description into the model's config, where it has one; the config is changed.
+def inscription(model: Any) -> dict[str, Any] | None:
+    """What a model's config is to say; None where it has none, or nothing to say.
 
     A model with a simulated layer is not described: what it computes is not what its files would.
+
+    Raises:
+        SchemeError: the file format has no word for a scheme.
     """
     layers = [layer for _, layer in quant_linears(model)]
     if hasattr(model, "save_pretrained") and layers and all(layer.mode is not Mode.SIMULATED for layer in layers):
-        model.config.quantization_config = to_json(describe(model))
+        return to_json(describe(model))
+    return None
+
+
+def inscribe(model: Any, inscribed: dict[str, Any] | None) -> None:
+    """Put the description into the model's config, where there is one; the config is changed."""
+    if inscribed is not None:
+        model.config.quantization_config = inscribed
         remember(model)

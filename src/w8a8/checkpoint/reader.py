@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from w8a8 import convert, kernels
-from w8a8.checkpoint.describe import inscribe
+from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.checkpoint.files import (
     CONFIG,
     GENERATION_CONFIG,
@@ -100,7 +100,7 @@ def load(
         convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
         convert.untie(model, selection)
     model.config.__dict__.pop("quantization_config", None)
-    inscribe(model)
+    inscribe(model, inscription(model))
     if (directory / GENERATION_CONFIG).exists():
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
