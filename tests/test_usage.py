@@ -203,6 +203,27 @@ def test_a_layer_whose_dtype_or_bias_is_asked_for_is_taken_and_the_answer_is_the
     assert relative_error(found.float(), exact) < 0.05
 
 
+class TakesAParameter(Base):
+    def __init__(self):
+        super().__init__()
+        self.bias_net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.table()
+
+    def table(self):
+        return torch.zeros(1).to(next(self.bias_net.parameters()).dtype)
+
+    def forward(self, x):
+        return self.bias_net(self.b(x))
+
+
+def test_a_module_of_which_a_parameter_is_asked_keeps_one():
+    model = TakesAParameter()
+    found = w8a8.quantize(model).coverage
+    assert {m.name for m in found.left} == {"bias_net.0"}
+    assert found.left[0].reason == "it is not only called: TakesAParameter.table takes a parameter of it"
+    assert model.table().dtype is torch.float32
+
+
 def test_a_branch_is_decided_by_each_modules_own_numbers():
     model = nn.Sequential(Decided(), Decided())
     model[1].slow, model[1].flag = 2, True

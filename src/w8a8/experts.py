@@ -128,8 +128,8 @@ def stack_names(model: nn.Module) -> list[str]:
         shapes = [p.shape for p in module.parameters(recurse=False) if p.ndim == 3]
         if not name or not shapes or isinstance(module, CONVOLUTIONS):
             continue
-        alike = len({shape[0] for shape in shapes}) == 1 and all(min(shape) > 1 for shape in shapes)
-        if alike and (shapes[0][0] in counts or _is_told(module)):
+        alike = len({shape[0] for shape in shapes}) == 1
+        if all(min(shape) > 1 for shape in shapes) and ((alike and shapes[0][0] in counts) or _is_told(module)):
             found.append(name)
     return found
 

@@ -113,6 +113,7 @@ class Reading:
 
     def __init__(self, module: nn.Module, inside: Callable[[nn.Module], Uses], making: Set[str]) -> None:
         self.module, self.inside, self.making, self.found = module, inside, making, Uses()
+        self.asked: dict[Path, str] = {}
         self._stack: list[_Frame] = []
         self._done: dict[Any, Values] = {}
 
@@ -125,6 +126,16 @@ class Reading:
             returned = self._run(found[0], found[1], [frozenset({Value("module", ())})], {})
             if name == "forward":
                 self.found.returned |= {v.path for v in returned if v.kind == "output"}
+        kept, self.found = (
+            self.found,
+            Uses(),
+        )  # of what makes a module only this counts: it runs again when one is loaded
+        for name in sorted(self.making - sources.MAKING):
+            found = sources.method(self.module, name)
+            if found is not None and not found[2]:
+                self._run(found[0], found[1], [frozenset({Value("module", ())})], {})
+        self.found = kept
+        self.found.read = self.asked | self.found.read
         return self.found
 
     # -- functions
@@ -290,6 +301,8 @@ class Reading:
                 return self._comprehension(generators, [node.key, node.value], frame)
             case ast.Lambda(body=body):
                 return self._eval(body, frame)
+            case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
+                return _mixed([(self._eval(part, frame), part) for part in parts])
             case _:
                 parts = [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr)]
                 return _NONE.union(*(self._eval(part, frame) for part in parts))
@@ -329,10 +342,18 @@ class Reading:
             return {Value("parameter", here)}
         if isinstance(inside, list | tuple | set | dict):
             return {Value("module", p) for p in self._held(inside, module, path)}
+        if attr in ("parameters", "named_parameters"):
+            self._asks_for_parameters(module, path, frame)
         found = sources.method(module, attr)
         if found is not None and found[2]:
             return set(self._run(found[0], found[1], [frozenset({Value("module", path)})], {}))
         return {Value("method", path, attr)}
+
+    def _asks_for_parameters(self, module: nn.Module, path: Path, frame: _Frame) -> None:
+        """Of a module with linear layers only: one of them must keep parameters."""
+        owners = [(name, m) for name, m in module.named_modules() if any(p is not None for p in m._parameters.values())]
+        if owners and all(is_linear(owner) for _, owner in owners):
+            self.asked[(*path, *owners[0][0].split("."))] = f"{frame.function.__qualname__} takes a parameter of it"
 
     def _held(self, inside: Any, module: nn.Module, path: Path) -> Iterator[Path]:
         """The modules in a container that is no module, by their names below the module that has it."""
