@@ -331,3 +331,14 @@ def test_a_deep_nest_of_tied_layers_is_smoothed_quantised_and_copied():
     twin = copy.deepcopy(model)
     assert torch.equal(twin(x), model(x))
     assert isinstance(twin.inner.inner.b, QuantLinear)
+
+
+def test_layers_that_are_tied_and_get_different_schemes_are_told_apart():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    chosen = select(model)
+    assert chosen.together == {"0": ("1",), "1": ("0",)}
+    assert assign(chosen, "w8a8")[0].untied == {}
+    assert assign(chosen, {"0": "w8a8", "1": "w8a8-asym"})[0].untied == {"0": "1", "1": "0"}
+    apart = assign(chosen, {"0": "w8a8"})[0]
+    assert (apart.untied, apart.together) == ({"0": "1"}, {})

@@ -135,7 +135,7 @@ class LinearBuffers(nn.Module):
             return
         as_panels = packed is not None and native.lies_as_here(packed, self.out_features, self.in_features)
         if not (as_panels if self._packs(device) else packed is None):
-            self.set_codes(self.weight)
+            self.set_codes(self.codes)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what a copy or a pickle holds; what was laid out for another machine or process is laid out anew."""

@@ -21,7 +21,7 @@ the model as it was; `swapped` puts the old layers back at its end.
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -49,12 +49,14 @@ Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
 class Selection:
     """The outcome of choosing: names to quantise, and why each other linear layer stays float.
 
-    `untied` maps a chosen layer whose weight is shared to the module it shares with.
+    `untied` maps a chosen layer whose weight is shared to the module it shares with, which stays float; `together` one
+    to those that are quantised as it is.
     """
 
     chosen: tuple[str, ...]
     reasons: dict[str, str]
     untied: dict[str, str]
+    together: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Selection:
@@ -112,7 +114,8 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     chosen = [name for name in linears if name not in reasons]
     if not chosen:
         raise SchemeError(_nothing_left(model, reasons))
-    return Selection(tuple(chosen), reasons, untied)
+    together = {name: tuple(others) for name, others in shared.items() if name not in reasons and name not in untied}
+    return Selection(tuple(chosen), reasons, untied, together)
 
 
 def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str, Scheme]]:
@@ -158,7 +161,16 @@ def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str,
             "give one pattern a scheme"
         )
     untied = {name: other for name, other in selection.untied.items() if name in found}
-    return replace(selection, chosen=tuple(found), reasons=reasons, untied=untied), found
+    together = {}
+    for name, others in selection.together.items():
+        if name not in found:
+            continue
+        float_ones = [other for other in others if other not in found]
+        if float_ones or any(found[other] != found[name] for other in others):
+            untied[name] = (float_ones or list(others))[0]
+        else:
+            together[name] = others
+    return replace(selection, chosen=tuple(found), reasons=reasons, untied=untied, together=together), found
 
 
 def build(
@@ -236,6 +248,7 @@ def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
 def untie(model: nn.Module, selection: Selection) -> None:
     """After a tied layer was quantised: have the model say so, or it would be tied again."""
     ties.untie(model, selection.untied)
+    ties.forget(model, selection.together)
 
 
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

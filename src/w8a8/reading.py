@@ -353,7 +353,8 @@ class Reading:
         """Of a module with linear layers only: one of them must keep parameters."""
         owners = [(name, m) for name, m in module.named_modules() if any(p is not None for p in m._parameters.values())]
         if owners and all(is_linear(owner) for _, owner in owners):
-            self.asked[(*path, *owners[0][0].split("."))] = f"{frame.function.__qualname__} takes a parameter of it"
+            layer = (*path, *owners[0][0].split("."))
+            self.asked[layer] = f"{frame.function.__qualname__} takes a parameter of it"
 
     def _held(self, inside: Any, module: nn.Module, path: Path) -> Iterator[Path]:
         """The modules in a container that is no module, by their names below the module that has it."""

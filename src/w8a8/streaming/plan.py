@@ -179,7 +179,8 @@ def make_plan(
         elif parameter not in copies:
             steps.append(_copied(names, parameter, dtype, file, entry))
     for parameter, name in chosen.items():  # tied: the files have it under the other name only
-        file, entry = found[f"{selection.untied[name]}.weight"]
+        others = selection.together.get(name) or (selection.untied[name],)
+        file, entry = next(found[f"{other}.weight"] for other in others if f"{other}.weight" in found)
         steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
         bias = f"{name}.bias"
         shared = _aliases(model).get(bias, [])
