@@ -20,7 +20,7 @@ linear, x, big = nn.Linear(512, 512), torch.randn(64, 512), torch.randn(600, 600
 def compute(kernel, *schemes):
     "What is quantised, what is run in integers, and what is float."
     layers = [QuantLinear.from_float(linear, scheme, kernel=kernel) for scheme in schemes]
-    return [t for layer in layers for t in (layer.weight, layer.weight_scale, layer(x))] + [big @ big, big.sum(0)]
+    return [t for layer in layers for t in (layer.codes, layer.weight_scale, layer(x))] + [big @ big, big.sum(0)]
 
 def same(found, expected):
     return len(found) == len(expected) and all(torch.equal(f, e) for f, e in zip(found, expected))
