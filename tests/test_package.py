@@ -7,7 +7,8 @@ import w8a8
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -44,5 +45,6 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_module_runs_as_a_command():
-    done = subprocess.run([sys.executable, "-m", "w8a8", "--version"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "w8a8", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == f"w8a8 {w8a8.__version__}\n"

@@ -139,7 +139,7 @@ def test_a_pickle_is_refused_with_a_line_that_converts_it(tmp_path, suffix):
     with pytest.raises(CheckpointError, match=f"pytorch_model.{suffix} is a pickle, which may hold code") as caught:
         w8a8.load(tmp_path / "d")
     code = str(caught.value).split('python -c "')[1].split('"')[0]
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "d", check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "d", check=True, timeout=120)
     loaded = w8a8.load(tmp_path / "d").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 

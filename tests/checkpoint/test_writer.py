@@ -138,7 +138,8 @@ from w8a8.checkpoint import writer
 writer._sync = lambda directory: os.kill(os.getpid(), signal.SIGKILL)  # everything is written, nothing renamed
 w8a8.save(w8a8.quantize(llama()).model, {str(tmp_path / "out")!r})
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, check=False)
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, check=False, timeout=120)
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert all(name.startswith(".out.partial-") for name in os.listdir(tmp_path))

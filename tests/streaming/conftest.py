@@ -28,8 +28,9 @@ def small_disk(tmp_path):
     """A file system of 3 MB."""
     place = tmp_path / "small"
     place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True, check=False)
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place]
+    made = subprocess.run(command, capture_output=True, check=False, timeout=30)
     if made.returncode:
         pytest.skip(f"a small file system cannot be mounted: {made.stderr.decode().strip()}")
     yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    subprocess.run(["umount", "-l", place], check=True, timeout=30)

@@ -339,6 +339,7 @@ while kills < 20:
         target.rename(target.with_name(f"whole-{kills}"))
     pid = os.fork()
     if not pid:
+        signal.alarm(240)  # no child outlives a killer that was killed
         resumed(source, target)
         os._exit(0)
     time.sleep(draw.uniform(0, lasts / 2))
@@ -356,7 +357,7 @@ def test_a_job_that_is_killed_at_twenty_moments_gives_the_same_bytes(tmp_path, f
     lasts = time.perf_counter() - start
     # one process imports, and forks before torch has threads: what is killed is the job, not the import of torch
     command = [sys.executable, "-c", _KILLER, str(source), str(tmp_path / "out"), str(lasts)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=250)
     for made in (tmp_path / "out", *tmp_path.glob("whole-*")):
         assert contents(made) == whole
 

@@ -394,7 +394,7 @@ def test_killed_twenty_times_at_random_the_result_is_the_same_to_the_byte(tmp_pa
             process.send_signal(signal.SIGKILL)
             kills += 1
             resumed += begun
-        process.wait()
+        process.wait(timeout=60)
         process.stdout.close()
         if target.exists():  # it was faster than the kill: begin again
             assert contents(target) == whole
@@ -439,7 +439,7 @@ def test_a_full_disk_is_told_and_gone_on_from_when_there_is_room(small_disk, lar
     assert not (small_disk / "out").exists()
     finished = list(partial_of(small_disk / "out").glob("*.safetensors"))
     assert finished
-    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True, timeout=30)
     done = quantize_directory(large, small_disk / "out", shard_bytes=500_000)
     assert done.resumed == len(finished)
     assert contents(small_disk / "out") == whole

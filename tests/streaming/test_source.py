@@ -80,7 +80,8 @@ def test_reads_that_return_less_are_gone_on_with(file, monkeypatch, allowed):
 
 
 def test_what_is_not_in_the_page_cache_is_read_past_it(file, monkeypatch):
-    kind = subprocess.run(["stat", "-f", "-c", "%T", file], capture_output=True, text=True, check=True).stdout.strip()
+    command = ["stat", "-f", "-c", "%T", file]
+    kind = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     if not source._DIRECT or kind in ("tmpfs", "overlayfs"):
         pytest.skip(f"this file system ({kind}) has no reads past the page cache")
     seen = []
