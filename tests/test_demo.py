@@ -2,17 +2,21 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from w8a8 import demo, kernels
 from w8a8.corpus import held_out_text
-from w8a8.demo import SCHEMES, demo_model, run_demo
+from w8a8.demo import SCHEMES, demo_model, run_demo, time_layer
 from w8a8.evaluation import encode, perplexity
+from w8a8.linear import QuantLinear
 
 
 @pytest.fixture(scope="module")
 def report():
-    steps = []
-    result = run_demo(max_tokens=2048, progress=lambda *s: steps.append(s))
-    assert [s[2] for s in steps] == list(SCHEMES)
+    steps, shown = [], []
+    result = run_demo(max_tokens=2048, progress=lambda *s: steps.append(s), show=shown.append)
+    assert [s[2] for s in steps] == ["float", *SCHEMES]
+    assert [first.rows for first in shown] == [result.rows[:2]]
     return result
 
 
@@ -49,7 +53,34 @@ def test_int8_loses_little_and_finer_scales_lose_less(report):
 def test_the_files_are_smaller_and_the_sample_is_text(report):
     rows = {row.scheme: row for row in report.rows}
     assert rows["w8a8"].bytes < 0.75 * rows["float"].bytes
-    assert all(row.decode_tok_per_s > 0 for row in report.rows)
     assert len(report.sample.split()) > 5
     assert report.tokens == 2048
     assert "modules quantised" in report.coverage
+
+
+def test_a_layer_is_timed_in_turn_and_the_kernel_that_ran_is_told():
+    found = time_layer(64, rows=(1, 5), rounds=3)
+    assert [each.rows for each in found.times] == [1, 5]
+    assert all(each.float_ms > 0 and each.int8_ms > 0 for each in found.times)
+    assert {each.kernel for each in found.times} == {kernels.first_choice("auto")}
+
+
+@pytest.mark.parametrize(
+    ("int8_ms", "kernel", "why"),
+    [
+        (1.0, "native", None),
+        (3.0, "native", "calls this short are disturbed"),
+        (3.0, "portable", "no instructions for this processor"),
+        (3.0, "torch_cpu", "the kernel is torch_cpu; native cannot run: not built"),
+        (3.0, "reference", "the kernel is reference; W8A8_KERNEL in the environment prefers it"),
+    ],
+)
+def test_int8_is_never_told_to_be_slower_without_a_reason(monkeypatch, int8_ms, kernel, why):
+    monkeypatch.setattr(demo, "_ms", lambda layer, x: 2.0 if type(layer) is nn.Linear else int8_ms)
+    ran = "native" if kernel == "portable" else kernel
+    calls = iter([{}, {ran: 8}])
+    monkeypatch.setattr(QuantLinear, "kernel_calls", lambda self: next(calls))
+    monkeypatch.setattr(demo.native, "instruction_set", lambda: kernel)
+    monkeypatch.setattr(demo.kernels, "available", lambda: {"native": "not built" if ran == "torch_cpu" else None})
+    note = time_layer(64, rows=(2,), rounds=2).note
+    assert note is None if why is None else why in note

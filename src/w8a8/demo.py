@@ -4,27 +4,35 @@ The model is an OPT of about 1.5 million parameters, trained by scripts/train_de
 the Python standard library.  It is scored on docstrings of modules that were held out, read from the
 interpreter at hand (`w8a8.corpus`), so no text is shipped.  For each scheme the model is quantised, saved,
 loaded again, and the loaded one is measured against the float model.
+
+A model so small says nothing about speed: its products take less time than what stands around them.  So what is timed
+is one layer of a usual size, and where int8 is no faster there, a note says what may be the reason.
 """
 
 import copy
 import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from w8a8 import kernels
 from w8a8.checkpoint import load, save
 from w8a8.convert import Progress
 from w8a8.corpus import held_out_text
 from w8a8.evaluation import compare, context_length, encode, perplexity
 from w8a8.generation import continue_text
+from w8a8.kernels import native
+from w8a8.linear import QuantLinear
 from w8a8.pipeline import OpenedModel, open_model, quantize, simulate
 
 SCHEMES = ("w8a8", "w8a8-asym", "w8a8-tensor", "w8a8-o1", "w8a8-o2", "w8a16")
 PROMPT = "Return a new"
 _NEW_TOKENS = 48
-_SPEED_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,6 @@ class DemoRow:
     perplexity: float
     top1_agreement: float
     bytes: int
-    decode_tok_per_s: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,30 @@ class DemoReport:
     sample: str
 
 
+@dataclass(frozen=True)
+class LayerTime:
+    """How long one call of one linear layer takes: float32, and w8a8 with float32 inputs; medians.
+
+    rows: Tokens at once.
+    kernel: What ran the integer layer.
+    """
+
+    rows: int
+    float_ms: float
+    int8_ms: float
+    kernel: str
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """One linear layer of `features` x `features`.  `note` says why int8 may be slower, where it is."""
+
+    features: int
+    threads: int
+    times: tuple[LayerTime, ...]
+    note: str | None
+
+
 def demo_directory() -> Path:
     """The transformers directory of the shipped model, float16."""
     return Path(__file__).parent / "demo_model"
@@ -69,16 +100,24 @@ def demo_model() -> OpenedModel:
     return open_model(demo_directory(), dtype="float32")
 
 
-def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None) -> DemoReport:
+def run_demo(
+    *,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+    show: Callable[[DemoReport], None] | None = None,
+) -> DemoReport:
     """Quantise, save, load and measure the shipped model in every scheme of `SCHEMES`.
 
     Args:
         max_tokens: Score only the first so many held-out tokens.
-        progress: Called after each scheme.
+        progress: Called before the float model is scored, and after each scheme.
+        show: Called once, with what is known when the first scheme is done.
 
     Raises:
         TextError: the standard library's sources, which hold the text, are not there.
     """
+    if progress is not None:
+        progress(0, len(SCHEMES), "float")
     opened = demo_model()
     text = encode(opened.tokenizer, held_out_text()).first(max_tokens)
     length = context_length(opened.model)
@@ -91,7 +130,6 @@ def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None)
             float_perplexity,
             1.0,
             (opened.directory / "model.safetensors").stat().st_size,
-            _decode_speed(opened),
         )
     ]
     coverage = sample = ""
@@ -113,7 +151,6 @@ def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None)
                     measured.model.perplexity.mean,
                     measured.top1_agreement.mean,
                     size,
-                    _decode_speed(loaded),
                 )
             )
             if not sample:
@@ -121,14 +158,61 @@ def run_demo(*, max_tokens: int | None = None, progress: Progress | None = None)
                 sample = continue_text(loaded, PROMPT, max_new_tokens=_NEW_TOKENS).text
         if progress is not None:
             progress(done, len(SCHEMES), scheme)
-    parameters = sum(p.numel() for p in opened.model.parameters())
-    return DemoReport(
-        parameters, text.ids.numel(), torch.get_num_threads(), float_perplexity, tuple(rows), coverage, PROMPT, sample
+        report = DemoReport(
+            sum(p.numel() for p in opened.model.parameters()),
+            text.ids.numel(),
+            torch.get_num_threads(),
+            float_perplexity,
+            tuple(rows),
+            coverage,
+            PROMPT,
+            sample,
+        )
+        if show is not None and done == 1:
+            show(report)
+    return report
+
+
+@torch.inference_mode()
+def time_layer(features: int = 4096, *, rows: tuple[int, ...] = (1, 128), rounds: int = 7) -> LayerSpeed:
+    """Time one linear layer with random weights in float32 and as w8a8, call by call in turn.
+
+    Args:
+        features: In and out.
+        rows: Tokens at once: one as in decoding, many as in reading a prompt.
+        rounds: Of which the medians are told; one more comes before them.
+    """
+    linear = nn.Linear(features, features)
+    layer = QuantLinear.from_float(linear)
+    times = []
+    for m in rows:
+        x, before = torch.randn(m, features), layer.kernel_calls()
+        took = [(_ms(linear, x), _ms(layer, x)) for _ in range(rounds + 1)][1:]
+        (kernel,) = (name for name, calls in layer.kernel_calls().items() if calls != before.get(name))
+        float_ms, int8_ms = (statistics.median(column) for column in zip(*took, strict=True))
+        times.append(LayerTime(m, float_ms, int8_ms, kernel))
+    slower = any(each.int8_ms >= each.float_ms for each in times)
+    note = _why_slow(times[-1].kernel) if slower else None
+    return LayerSpeed(features, torch.get_num_threads(), tuple(times), note)
+
+
+def _ms(layer: nn.Module, x: torch.Tensor) -> float:
+    """Of one call."""
+    began = time.perf_counter()
+    layer(x)
+    return 1e3 * (time.perf_counter() - began)
+
+
+def _why_slow(kernel: str) -> str:
+    """What may make int8 slower than float where this kernel runs."""
+    native_name = native.NATIVE.name
+    if kernel != native_name:
+        missing = kernels.available()[native_name]
+        why = f"{native_name} cannot run: {missing}" if missing else "W8A8_KERNEL in the environment prefers it"
+        return f"int8 is slower here since the kernel is {kernel}; {why}"
+    if native.instruction_set() == "portable":
+        return "int8 is slower here since the kernel has no instructions for this processor and runs in plain C++"
+    return (
+        f"int8 was slower here, in {native.instruction_set()}: calls this short are disturbed by whatever else runs; "
+        "`w8a8 bench MODEL` times whole models"
     )
-
-
-def _decode_speed(opened: OpenedModel) -> float:
-    """Tokens per second of greedy decoding, the median of a few runs."""
-    continue_text(opened, PROMPT, max_new_tokens=4)  # warm
-    runs = [continue_text(opened, PROMPT, max_new_tokens=_NEW_TOKENS) for _ in range(_SPEED_RUNS)]
-    return statistics.median(run.tok_per_s for run in runs)

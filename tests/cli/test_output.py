@@ -24,6 +24,12 @@ def test_progress_is_silent_where_nobody_watches(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_progress_is_a_line_for_each_step_where_that_is_asked_for(capsys):
+    with progress("work", lines=True) as step:
+        step(1, 2, "x")
+    assert capsys.readouterr().err == "work: x (1/2)\n"
+
+
 def test_progress_draws_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")

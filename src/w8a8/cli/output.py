@@ -68,10 +68,10 @@ def print_note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str) -> Iterator[Progress]:
-    """A bar on standard error where that is a terminal; else silence."""
+def progress(label: str, *, lines: bool = False) -> Iterator[Progress]:
+    """A bar on standard error where that is a terminal; elsewhere silence, or a line for each step."""
     if not sys.stderr.isatty():
-        yield lambda done, total, what: None
+        yield lambda done, total, what: print_note(f"{label}: {what} ({done}/{total})") if lines else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

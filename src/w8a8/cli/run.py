@@ -1,6 +1,6 @@
 """The commands that run a model: `generate` and `demo`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,14 +9,16 @@ from w8a8.cli.app import (
     Dtype,
     Head,
     Json,
-    MaxTokens,
     Model,
     TrustRemoteCode,
     app,
     open_named,
     quiet_transformers,
 )
-from w8a8.cli.output import megabytes, print_json, print_line, print_table, progress
+from w8a8.cli.output import megabytes, plain, print_json, print_line, print_table, progress
+
+if TYPE_CHECKING:
+    from w8a8.demo import DemoReport
 
 
 @app.command()
@@ -45,18 +47,35 @@ def generate(
 
 @app.command()
 def demo(
-    max_tokens: MaxTokens = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=2, help="Score only the first so many of 37 thousand tokens.")
+    ] = 8192,
     as_json: Json = False,
 ) -> None:
     """Quantise the small model that is shipped with the package, run it in integers, and show what it lost."""
-    from w8a8.demo import run_demo
+    from w8a8.demo import run_demo, time_layer
 
     quiet_transformers()
-    with progress("demo") as step:
-        report = run_demo(max_tokens=max_tokens, progress=step)
+    with progress("demo", lines=True) as step:
+        report = run_demo(max_tokens=max_tokens, progress=step, show=None if as_json else _print_schemes)
+    speed = time_layer()
     if as_json:
-        print_json(report)
+        print_json({**plain(report), "speed": speed})
         return
+    _print_schemes(report)
+    print_line(report.coverage)
+    print_line(f"\nw8a8 goes on from {report.prompt!r}:\n{report.sample}\n")
+    print_table(
+        f"One layer of {speed.features} x {speed.features}, {speed.threads} threads",
+        ("tokens at once", "float32, ms", "w8a8, ms", "kernel"),
+        [(str(t.rows), f"{t.float_ms:.2f}", f"{t.int8_ms:.2f}", t.kernel) for t in speed.times],
+    )
+    print_line("Random weights and float32 inputs; the model above is too small to time.")
+    if speed.note is not None:
+        print_line(speed.note)
+
+
+def _print_schemes(report: "DemoReport") -> None:
     rows = [
         (
             row.scheme,
@@ -65,22 +84,11 @@ def demo(
             f"{100 * (row.perplexity / report.float_perplexity - 1):+.3f} %",
             f"{100 * row.top1_agreement:.2f} %",
             megabytes(row.bytes),
-            f"{row.decode_tok_per_s:.0f}",
         )
         for row in report.rows
     ]
     print_table(
         f"{report.parameters:,} parameters, {report.tokens:,} tokens of held-out docstrings, {report.threads} threads",
-        (
-            "scheme",
-            "simulated perplexity",
-            "perplexity",
-            "change",
-            "same top token",
-            "weights on disk",
-            "decode tokens/s",
-        ),
+        ("scheme", "simulated perplexity", "perplexity", "change", "same top token", "weights on disk"),
         rows,
     )
-    print_line(report.coverage)
-    print_line(f"\nw8a8 goes on from {report.prompt!r}:\n{report.sample}")
