@@ -1,0 +1,36 @@
+"""The C++ kernels without Python: tests/native, with the product on matrix tiles over a model of the instructions."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from w8a8.kernels import native
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or shutil.which("make") is None, reason="the driver takes g++ and make"
+)
+
+
+@pytest.fixture(scope="module")
+def driver():
+    command = ["make", "-C", ROOT / "tests/native", "../../build/native/driver"]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert made.returncode == 0, made.stderr
+    return ROOT / "build/native/driver"
+
+
+def test_every_path_equals_naive_loops_tiles_too(driver):
+    environment = {name: value for name, value in os.environ.items() if name != "W8A8_ISA"}
+    done = subprocess.run([driver, "90"], env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    equal = [line.split()[0] for line in lines if "quotients equal" in line]
+    here = [name for name, reason in native.instruction_sets().items() if reason is None]
+    assert equal == here + ["amx_model"] * (platform.machine() == "x86_64")
+    assert lines[-1] == "forked child: equal"
