@@ -7,7 +7,7 @@ import w8a8
 
 LAYERS = [
     {"errors", "forking"},
-    {"scheme", "report", "sources"},
+    {"scheme", "report", "sources", "saving"},
     {"affine", "packed", "places"},
     {"functional", "tokens", "row_sample"},
     {"kernels"},
@@ -42,6 +42,7 @@ INSIDE = {
         "names",
         "describe",
         "files",
+        "beside",
         "skeleton",
         "reader",
         "verify",

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from w8a8 import kernels
+from w8a8 import kernels, saving
 from w8a8.affine import QParams
 from w8a8.errors import SchemeError
 from w8a8.kernels import native
@@ -276,6 +276,7 @@ class LinearBuffers(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        saving.tell(destination)
         if self.packed_weight is not None:
             destination[prefix + "weight"] = self.codes
         super()._save_to_state_dict(destination, prefix, keep_vars)

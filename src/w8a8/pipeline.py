@@ -235,7 +235,7 @@ def _convert(
         if isinstance(module, Experts):
             own_weights(module)
     convert.untie(model, selection)
-    inscribe(model, inscribed)
+    inscribe(inscribed)
     return Result(model, scheme, told, selection.untied, report, schemes)
 
 

@@ -6,8 +6,10 @@ writes it too: int8 weights without it would be read as float.
 
 import copy
 import json
+import os
 import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from w8a8.errors import ModelError
 from w8a8.experts import Experts, stack_names
 from w8a8.linear import Mode, is_linear, quant_linears
 from w8a8.packed import in_words
+from w8a8.saving import Saving
 from w8a8.scheme import Scheme
 
 
@@ -68,8 +71,7 @@ def config_of(model: Any, dtype: torch.dtype) -> dict[str, Any]:
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
-    written: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return written
+    return _without_descriptions(json.loads(config.to_json_string(use_diff=True)))
 
 
 def _routers(model: nn.Module, stacked: Collection[str]) -> set[str]:
@@ -86,22 +88,57 @@ def _routers(model: nn.Module, stacked: Collection[str]) -> set[str]:
     return found
 
 
-def inscription(model: Any) -> dict[str, Any] | None:
-    """What a model's config is to say; None where it has none, or nothing to say.
+def inscription(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+    """What the configs of the transformers models that this is, or holds, are to say: each model with its description.
 
     A model with a simulated layer is not described: what it computes is not what its files would.
 
     Raises:
         SchemeError: the file format has no word for a scheme.
     """
-    layers = [layer for _, layer in quant_linears(model)]
-    if hasattr(model, "save_pretrained") and layers and all(layer.mode is not Mode.SIMULATED for layer in layers):
-        return to_json(describe(model))
-    return None
+    found = []
+    for part in transformers_models(model):
+        layers = [layer for _, layer in quant_linears(part)]
+        if layers and all(layer.mode is not Mode.SIMULATED for layer in layers):
+            found.append((part, to_json(describe(part))))
+    return found
 
 
-def inscribe(model: Any, inscribed: dict[str, Any] | None) -> None:
-    """Put the description into the model's config, where there is one; the config is changed."""
-    if inscribed is not None:
-        model.config.quantization_config = inscribed
-        remember(model)
+def inscribe(inscribed: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Put the descriptions into the models' configs, which are changed."""
+    for part, told in inscribed:
+        part.config.quantization_config = told
+        remember(part)
+
+
+def transformers_models(model: nn.Module) -> list[Any]:
+    """The model itself, where it is one of transformers; else those that it holds and that are in no other of them."""
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        return [model]
+    return [found for child in model.children() for found in transformers_models(child)]
+
+
+def write_description(model: Any, directory: str | os.PathLike[str]) -> None:
+    """Have the config.json of a directory say what is quantised in the model that was, or is being, saved there.
+
+    Args:
+        model: A transformers model; its config is not modified, the names that its files get may be.
+        directory: With a config.json.
+
+    Raises:
+        ModelError, SchemeError: as `describe`.
+    """
+    told = to_json(describe(model))
+    remember(model)
+    path = Path(directory) / "config.json"
+    config = _without_descriptions(json.loads(path.read_text(encoding="utf-8"))) | {"quantization_config": told}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _without_descriptions(config: dict[str, Any]) -> dict[str, Any]:
+    """Neither its own nor that of a part, which was quantised before it had this place."""
+    inner = {key: _without_descriptions(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in inner.items() if key != "quantization_config"}
+
+
+Saving.describe = staticmethod(write_description)

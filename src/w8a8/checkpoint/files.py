@@ -27,8 +27,12 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")  # of tokenizers, chats and generation
-_DOWNLOADED = ["*.safetensors", *_COMPANIONS]
+_OTHER_WEIGHTS = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".npz", ".gguf", ".ggml"),
+    *(".onnx", ".onnx_data", ".onnx.data", ".tflite", ".mlmodel", ".index.json"),
+)
+WEIGHTS = (".safetensors", *_OTHER_WEIGHTS)
+"""What the names of files with weights, and of their indices, end with."""
 _MAX_NAME = 255  # bytes, on the file systems there are
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_JSON = 100 << 20
@@ -49,13 +53,14 @@ def resolve(source: str | os.PathLike[str], *, trust_remote_code: bool = False) 
     if path.is_dir():
         if not (path / CONFIG).is_file():
             raise CheckpointError(f"{path} has no {CONFIG}: it is not a model's directory")
-        _inside(path, path / CONFIG)
+        inside(path, path / CONFIG)
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file; a model is a directory or a hub id")
-    wanted = [*_DOWNLOADED, "*.py"] if trust_remote_code else _DOWNLOADED
+    others = [f"*{end}" for end in _OTHER_WEIGHTS if end != ".index.json"]
+    unwanted = others if trust_remote_code else [*others, "*.py"]
     try:
-        found = Path(snapshot_download(str(source), allow_patterns=wanted))
+        found = Path(snapshot_download(str(source), ignore_patterns=unwanted))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
             f"{source}: there is no such directory, and the hub did not give it ({type(error).__name__}: "
@@ -105,12 +110,12 @@ def tensor_files(directory: Path) -> dict[Path, set[str] | None]:
     """
     index = directory / INDEX
     if (directory / SINGLE).exists():  # before the index, as in transformers
-        return {_inside(directory, directory / SINGLE): None}
+        return {inside(directory, directory / SINGLE): None}
     if not index.exists():
         raise CheckpointError(
             f"{directory} has neither {SINGLE} nor {INDEX}: there are no weights to load" + _how_to_convert(directory)
         )
-    _inside(directory, index)
+    inside(directory, index)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map is missing or not a map from tensor to file")
@@ -124,7 +129,7 @@ def tensor_files(directory: Path) -> dict[Path, set[str] | None]:
             )
         promises.setdefault(directory / file, set()).add(tensor)
     for path in promises:
-        _inside(directory, path)
+        inside(directory, path)
     return dict(promises)
 
 
@@ -152,17 +157,7 @@ def _how_to_convert(directory: Path) -> str:
     )
 
 
-def companions(directory: Path) -> list[Path]:
-    """The files of a model beside config.json and weights: of its tokenizer, its chats and its generation.
-
-    Raises:
-        CheckpointError: one of them is a link that leads elsewhere.
-    """
-    paths = sorted({path for pattern in _COMPANIONS for path in directory.glob(pattern)})
-    return [_inside(directory, p) for p in paths if p.name not in (CONFIG, INDEX) and not p.name.startswith(".")]
-
-
-def _inside(directory: Path, path: Path) -> Path:
+def inside(directory: Path, path: Path) -> Path:
     """The path, which does not lead out of the directory; of a hub's snapshot not out of its repository's folder.
 
     Raises:

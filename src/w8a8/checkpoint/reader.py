@@ -100,7 +100,7 @@ def load(
         convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
         convert.untie(model, selection)
     model.config.__dict__.pop("quantization_config", None)
-    inscribe(model, inscription(model))
+    inscribe(inscription(model))
     if (directory / GENERATION_CONFIG).exists():
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto import modeling_auto
 
 from w8a8 import convert, ties
 from w8a8.checkpoint.files import CONFIG, header, read_json, tensor_files
@@ -80,6 +81,8 @@ def architecture(directory: Path, *, trust_remote_code: bool = False) -> tuple[A
         raise CheckpointError(f"{directory / CONFIG}: architectures is {names!r}, expected a list of names")
     found = (getattr(transformers, name, None) for name in names)
     kind: Any = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    if kind is None:
+        kind = next((c for c in _registered(config) if c.__name__ in names), None)
     if kind is None and trust_remote_code and isinstance(own, dict):
         reference = own.get("AutoModelForCausalLM") or own.get("AutoModel")
         if isinstance(reference, str):
@@ -91,8 +94,22 @@ def architecture(directory: Path, *, trust_remote_code: bool = False) -> tuple[A
     return kind, config
 
 
+def _registered(config: Any) -> Iterator[type]:
+    """The classes of models that a caller has registered with transformers' Auto classes for a config."""
+    for auto in vars(modeling_auto).values():
+        own = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {})
+        kinds = own.get(type(config), ())
+        yield from kinds if isinstance(kinds, tuple) else (kinds,)
+
+
 def empty_model(directory: Path, quantization: QuantizationConfig | None, **options: Any) -> Any:
     """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
+
+    Args:
+        directory: Of the model.
+        quantization: From its config.json; None leaves the model float.
+        options: trust_remote_code, as for `architecture`; `like`, a model whose class and whose config's class are
+            taken instead of those that config.json names; others as for `QuantLinear`.
 
     Raises:
         CheckpointError: config.json names no architecture that transformers has, or targets that match nothing.
@@ -102,12 +119,20 @@ def empty_model(directory: Path, quantization: QuantizationConfig | None, **opti
 
 
 def empty_layers(
-    directory: Path, quantization: QuantizationConfig | None, *, trust_remote_code: bool = False, **options: Any
+    directory: Path,
+    quantization: QuantizationConfig | None,
+    *,
+    like: Any = None,
+    trust_remote_code: bool = False,
+    **options: Any,
 ) -> tuple[Any, set[str]]:
     """`empty_model`, and the names of the layers whose weights the files have in words."""
     if quantization is not None:
         check_counts(directory)
-    kind, config = architecture(directory, trust_remote_code=trust_remote_code)
+    if like is None:
+        kind, config = architecture(directory, trust_remote_code=trust_remote_code)
+    else:  # it was written from this very config
+        kind, config = type(like), type(like.config).from_pretrained(directory)
     try:
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(config)  # in the dtype that the config states

@@ -6,6 +6,7 @@ saved.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,16 @@ from w8a8.checkpoint.skeleton import empty_model, not_saved
 from w8a8.errors import CheckpointError
 
 
-def verify_structure(directory: Path) -> None:
+def verify_structure(directory: Path, like: Any = None) -> None:
     """Raise `CheckpointError` where the files do not hold what config.json says.
 
     Reads no values, so it takes milliseconds for a model of any size.
+
+    Args:
+        directory: What was written.
+        like: The model that was; without it, the class is the one that config.json names.
     """
-    model = empty_model(directory, read_quantization(directory), simulated=True)
+    model = empty_model(directory, read_quantization(directory), like=like, simulated=True)
     names = FileNames(model)
     found: dict[str, tuple[Path, Entry]] = {}
     for path, promised in tensor_files(directory).items():
@@ -57,7 +62,7 @@ def verify_values(directory: Path, model: nn.Module) -> None:
         directory: What was written.
         model: Quantised.  Not modified.
     """
-    verify_structure(directory)
+    verify_structure(directory, model)
     held, names = model.state_dict(), FileNames(model)
     for path, promised in tensor_files(directory).items():
         with opened(path, promised) as file:

@@ -6,7 +6,6 @@ names that other software expects are transformers' `save_pretrained`.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -16,12 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from w8a8.checkpoint.describe import describe
-from w8a8.checkpoint.files import CONFIG
-from w8a8.checkpoint.layout import to_json
-from w8a8.checkpoint.names import remember
+from w8a8.checkpoint.beside import companions, copy_companions
+from w8a8.checkpoint.describe import describe, transformers_models, write_description
+from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG
 from w8a8.checkpoint.verify import verify_values
-from w8a8.errors import CheckpointError
+from w8a8.errors import CheckpointError, ModelError
 
 
 def save(
@@ -29,6 +27,7 @@ def save(
     directory: str | os.PathLike[str],
     tokenizer: Any = None,
     *,
+    beside: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     verify: bool = True,
@@ -36,32 +35,63 @@ def save(
     """Write a model that transformers, vLLM and `w8a8.load` read.
 
     Args:
-        model: A transformers model with `QuantLinear` layers.  Not modified.  Experts that have layers of their own
-            are written one by one, under the names that the files of such models have.
+        model: A transformers model with `QuantLinear` layers, or a module around one that saves itself, such as a
+            `SentenceTransformer`.  Not modified.  Experts that have layers of their own are written one by one, under
+            the names that the files of such models have.
         directory: Where to; made, parents too.
-        tokenizer: Saved beside the model where given.
+        tokenizer: Or a processor: saved beside the model where given.
+        beside: The directory that the float model came from: everything in it but weights and config.json is copied,
+            as the command does it (`checkpoint.beside` has the rule).
         overwrite: Replace a checkpoint that is there already.
-        max_shard_size: Files larger than this are split.
+        max_shard_size: Files larger than this are split; of a transformers model.
         verify: Read the files again before they get their name, and compare them with the model, bit for bit.
 
     Raises:
-        ModelError: not a transformers model, or nothing in it is quantised.
+        ModelError: not a transformers model, and none in it or several; nothing in it is quantised.
         SchemeError: the file format has no word for a layer's scheme.
-        CheckpointError: the directory exists and may not be overwritten; what was written is not what the model holds.
+        CheckpointError: the directory exists and may not be overwritten; what was written is not what the model holds;
+            a file of `beside` is a link that leads elsewhere.
     """
     target = Path(directory)
-    quantization = describe(model)
+    whole: Any = model
+    inner = _one_model(whole)
+    describe(inner)
+    if beside is not None:
+        companions(Path(beside))
     check_target(target, overwrite=overwrite)
     with _appearing(target) as partial:
-        remember(model)
-        model.save_pretrained(partial, max_shard_size=max_shard_size)  # type: ignore[operator]
+        whole.save_pretrained(str(partial), **({"max_shard_size": max_shard_size} if inner is whole else {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        config = json.loads((partial / CONFIG).read_text())
-        config["quantization_config"] = to_json(quantization)
-        (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if beside is not None:
+            (partial / GENERATION_CONFIG).unlink(missing_ok=True)  # made of config.json where the source has none
+            copy_companions(Path(beside), partial)
+        place = _place_of_the_model(partial)
+        write_description(inner, place)
         if verify:
-            verify_values(partial, model)
+            verify_values(place, inner)
+
+
+def _one_model(model: Any) -> Any:
+    """The transformers model that is saved: the model itself, or the one that it holds."""
+    found = transformers_models(model) if isinstance(model, nn.Module) else []
+    if len(found) != 1 or not hasattr(model, "save_pretrained"):
+        raise ModelError(
+            f"expected a transformers model with a config, or a module with a save_pretrained around one, found "
+            f"{type(model).__name__}, with {len(found)} of them in it; save each by itself"
+        )
+    return found[0]
+
+
+def _place_of_the_model(partial: Path) -> Path:
+    """The folder in which a module around a model saved that: the one with a config.json and weights in its root."""
+    if (partial / CONFIG).exists():
+        return partial
+    weighty = (path.parent for path in sorted(partial.rglob(CONFIG)) if any(path.parent.glob("*.safetensors")))
+    place = next(weighty, None)
+    if place is None:
+        raise CheckpointError(f"save_pretrained wrote no {CONFIG} with weights beside it, so there is no model to read")
+    return place
 
 
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:

@@ -106,7 +106,7 @@ def in_memory(job: Job) -> dict[str, Any]:
         print_note(f"saving was not rehearsed: {not_rehearsed}; what is written is looked at as always")
     with progress("quantising") as step:
         result = pipeline.quantize(opened.model, schemes, **job.selection, calibration=data, **treatment, progress=step)
-    save(opened.model, job.output, opened.tokenizer, overwrite=job.force)
+    save(opened.model, job.output, beside=opened.directory, overwrite=job.force)
     told = _told(job, result, foreseen, smooth or result.smooth, data)
     if not job.quiet:
         if chosen is not None:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from w8a8 import __version__
-from w8a8.checkpoint.files import CONFIG, INDEX, companions, resolve, tensor_files
+from w8a8.checkpoint.beside import companions, copy_companions
+from w8a8.checkpoint.files import CONFIG, INDEX, resolve, tensor_files
 from w8a8.checkpoint.headers import read_header
 from w8a8.checkpoint.verify import verify_structure
 from w8a8.checkpoint.writer import check_target, replace_directory
 from w8a8.convert import Progress
 from w8a8.coverage import Coverage
-from w8a8.errors import W8A8Error
+from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.scheme import Scheme
 from w8a8.streaming.journal import Journal, disk_error, locked, write_whole
 from w8a8.streaming.plan import Plan, Shard, make_plan
@@ -138,10 +139,11 @@ def _write(
 def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
     """Write what is beside the weights, look at the whole, and give it its name."""
     try:
-        for path in companions(plan.source):
-            shutil.copyfile(path, partial / path.name)
+        copy_companions(plan.source, partial)
     except OSError as error:
-        raise disk_error(error, partial / path.name) from error
+        if isinstance(error, CheckpointError):
+            raise
+        raise disk_error(error, partial) from error
     write_whole(partial / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
     if len(plan.shards) > 1:
         write_whole(partial / INDEX, json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n")
@@ -175,7 +177,7 @@ def fingerprint(plan: Plan, request: dict[str, Any]) -> dict[str, str]:
     for name, value in request.items():  # the command gives lists, Python's defaults are tuples
         found[f"option {name}"] = str(list(value) if isinstance(value, tuple) else value)
     for path in (plan.source / CONFIG, *companions(plan.source)):
-        found[f"source {path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[f"source {path.relative_to(plan.source)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in sorted(tensor_files(plan.source)):
         status, entries = path.stat(), read_header(path)
         header = str(sorted(entries.items())).encode(errors="surrogatepass")

@@ -1,0 +1,82 @@
+"""What lies beside the weights of a model, and is kept as it is: one rule for every way of quantising.
+
+Everything in the directory and below it but config.json, which is written anew, the weights themselves, in whatever
+format, and hidden files: tokenizers, processors, chat templates, Python files, licences.  A sub-folder that holds
+weights is another form of the same model (onnx/, original/) and stays behind, unless modules.json names it:
+sentence-transformers keeps the modules that follow the model so, pooling and dense layers.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from w8a8.checkpoint.files import CONFIG, WEIGHTS, inside
+from w8a8.errors import CheckpointError
+
+_MODULES = "modules.json"
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files that are kept, sorted.
+
+    Args:
+        directory: Of a model, with modules of sentence-transformers or without.
+
+    Raises:
+        CheckpointError: one of them is a link that leads elsewhere, or a folder that is one; modules.json is torn.
+    """
+    named = _modules(directory)
+    found = [path for path in _visible(directory) if path.is_file() and path.name != CONFIG and not _is_weight(path)]
+    for folder in (path for path in _visible(directory) if path.is_dir()):
+        below = list(_below(folder))
+        if folder.name in named or not any(map(_is_weight, below)):
+            found += below
+    return sorted(inside(directory, path) for path in found)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files that are kept into a directory, in which those of the same names are replaced.
+
+    Raises:
+        CheckpointError: as `companions`.
+        OSError: one cannot be read or written.
+    """
+    for path in companions(source):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+
+
+def _modules(directory: Path) -> set[str]:
+    """The sub-folders that modules.json names."""
+    path = directory / _MODULES
+    if not path.is_file():
+        return set()
+    try:
+        told = json.loads(inside(directory, path).read_text(encoding="utf-8"))
+        return {Path(module["path"]).parts[0] for module in told if Path(module["path"]).parts}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a list of modules that each have a path ({type(error).__name__}: {error}): its folders "
+            "could not be kept; copy it again"
+        ) from error
+
+
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files under a folder."""
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link to a folder: it is not followed; put the folder itself there")
+    for path in _visible(folder):
+        if path.is_dir():
+            yield from _below(path)
+        else:
+            yield path
+
+
+def _is_weight(path: Path) -> bool:
+    return path.name.endswith(WEIGHTS)
