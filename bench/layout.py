@@ -271,7 +271,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(found))
         return
     options = ["--rows", arguments.rows, "--shapes", arguments.shapes, "--seconds", str(arguments.seconds)]
-    usable = [isa for isa, has in native.instruction_sets().items() if has]
+    usable = [isa for isa, reason in native.instruction_sets().items() if reason is None]
     result = {"machine": describe_machine(), "sets": {isa: _one_set(isa, options) for isa in usable}}
     keep("layout", result, arguments.output)
     print("\n" + summary(result), not_compared(result), sep="\n\n")
