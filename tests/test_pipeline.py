@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import w8a8
-from tests.conftest import MODELS, gpt2, llama, opt, relative_error
+from tests.conftest import MODELS, gpt2, llama, mixtral, opt, relative_error
 from w8a8.errors import CheckpointError, KernelError, ModelError, NonFiniteError, PatternError, SchemeError
 from w8a8.evaluation import perplexity
 from w8a8.linear import Mode, quant_linears
@@ -250,3 +250,17 @@ def test_wrong_mappings_are_refused_and_change_nothing():
     with pytest.raises(SchemeError, match="unknown scheme"):
         w8a8.quantize(model, {"*": "w8a7"})
     assert not list(quant_linears(model))
+
+
+@pytest.mark.parametrize("failing", ["coverage", "inscription"])
+def test_what_cannot_be_told_is_found_out_before_the_model_is_changed(failing, monkeypatch):
+    def fails(*_):
+        raise IndexError(failing)
+
+    monkeypatch.setattr(f"w8a8.pipeline.{failing}", fails)
+    model = mixtral()
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(IndexError, match=failing):
+        w8a8.quantize(model)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert not hasattr(model.config, "quantization_config")

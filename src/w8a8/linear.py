@@ -311,6 +311,14 @@ def ledger(model: nn.Module) -> dict[str, dict[str, int]]:
     return {name: layer.kernel_calls() for name, layer in quant_linears(model) if layer.mode is Mode.INTEGER}
 
 
+def uncalled(model: nn.Module) -> list[str]:
+    """The integer layers that no forward has called so far, which is how to see that a model goes another way.
+
+    A layer whose model never calls it in any forward may be held, or computed with, where nobody looked.
+    """
+    return [name for name, calls in ledger(model).items() if not calls]
+
+
 def _mode(scheme: Scheme, k: int, *, simulated: bool) -> Mode:
     weights, activations = scheme.weights, scheme.activations
     if isinstance(weights.granularity, PerGroup) and k % weights.granularity.size:

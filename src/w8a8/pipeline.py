@@ -25,7 +25,7 @@ from w8a8.convert import Progress, Schemes
 from w8a8.coverage import Coverage, coverage
 from w8a8.errors import ModelError, SchemeError
 from w8a8.experts import Experts, own_weights, taken, unstacked
-from w8a8.linear import ledger
+from w8a8.linear import ledger, uncalled
 from w8a8.roles import heads as heads_of
 from w8a8.scheme import Scheme
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
@@ -53,6 +53,10 @@ class Result:
     def ledger(self) -> dict[str, dict[str, int]]:
         """How often each kernel has run so far, per layer."""
         return ledger(self.model)
+
+    def uncalled(self) -> list[str]:
+        """The integer layers that no forward has called so far."""
+        return uncalled(self.model)
 
 
 def quantize(
