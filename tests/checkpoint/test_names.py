@@ -141,6 +141,16 @@ def test_a_directory_whose_path_matches_lets_nothing_in(tmp_path, monkeypatch):
             w8a8.load(tmp_path / place)
 
 
+def test_a_tied_head_is_ignored_under_the_name_that_files_would_have_for_it(tmp_path, monkeypatch):
+    renamed = [WeightRenaming(r"^head\.", r"lm_head.")]
+    monkeypatch.setattr("w8a8.checkpoint.names.get_model_conversion_mapping", lambda *_, **__: renamed)
+    model = w8a8.quantize(mixtral(tie_word_embeddings=True)).model
+    assert "head" in model.config.quantization_config["ignore"]
+    w8a8.save(model, tmp_path / "model")
+    loaded = w8a8.load(tmp_path / "model")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
 def test_what_is_left_out_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", ["^mtp"])
     model = llama()

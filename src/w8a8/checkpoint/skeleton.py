@@ -306,10 +306,12 @@ def insert_quant_linears(
     classes = {
         name: [cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for name, m in linears.items()
     }
-    in_files = FileNames(model).layers_of(stored)
+    names = FileNames(model)
+    held = names.layers_of(stored)
+    in_files = {name: held.get(name, names.of_layer(name)) for name in linears}  # a tied head lies nowhere
     groups = quantization.groups_for(classes, where, in_files)
     if of_another:
-        groups = {name: group for name, group in groups.items() if name in in_files}
+        groups = {name: group for name, group in groups.items() if name in held}
     for name, group in groups.items():
         try:
             layer = QuantLinear.in_place_of(linears[name], group.scheme, **options)
