@@ -26,6 +26,7 @@ test: $(VENV)/.installed
 # directories, each an error of ours or the model that was saved: 10,000 from a seed, 10,000 guided by coverage
 test-all: test
 	$(MAKE) -C tests/native check sanitize arm
+	$(MAKE) -C tests/native door PYTHON=$(CURDIR)/$(BIN)/python
 	$(BIN)/python -m tests.checkpoint.fuzz --cases 10000
 	$(MAKE) fuzz
 

@@ -7,6 +7,7 @@ from torch import nn
 import w8a8
 from tests import families
 from tests.conftest import gpt2, llama, mixtral, opt, relative_error
+from w8a8 import kernels
 from w8a8.convert import assign, build, select, swap, swapped
 from w8a8.coverage import coverage
 from w8a8.dataflow.observing import observe
@@ -342,3 +343,46 @@ def test_layers_that_are_tied_and_get_different_schemes_are_told_apart():
     assert assign(chosen, {"0": "w8a8", "1": "w8a8-asym"})[0].untied == {"0": "1", "1": "0"}
     apart = assign(chosen, {"0": "w8a8"})[0]
     assert (apart.untied, apart.together) == ({"0": "1"}, {})
+
+
+class Elsewhere(torch.Tensor):
+    """A weight whose values are another tensor's, as those of torchao and of DTensor are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        bare = [a.inner if isinstance(a, Elsewhere) else a for a in args]
+        y = func(*bare, **(kwargs or {}))
+        return cls(y) if func is torch.ops.aten.detach.default else y
+
+
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_a_layer_whose_tensors_are_of_a_subclass_stays_float_and_says_of_which(parameter):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    held = getattr(model[0], parameter).detach()
+    setattr(model[0], parameter, nn.Parameter(Elsewhere(held), requires_grad=False))
+    x = torch.randn(3, 8)
+    reason = rf"its {parameter} is a tests\.test_convert\.Elsewhere, a subclass of torch\.Tensor"
+    with pytest.raises(SchemeError, match=reason):
+        QuantLinear.from_float(model[0])
+    with pytest.raises(SchemeError, match=rf"there is nothing to quantise: .* 0: {reason}"):
+        w8a8.quantize(model, "w8a8", include=["0"])
+    before = model[0](x)
+    result = w8a8.quantize(model, "w8a8")
+    assert isinstance(model[1], QuantLinear)
+    assert f"{parameter} is a tests.test_convert.Elsewhere" in str(result.coverage)
+    assert torch.equal(model[0](x), before)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_a_buffer_of_a_subclass_goes_through_the_op(kernel):
+    q, x = QuantLinear.from_float(nn.Linear(8, 8), kernel=kernel), torch.randn(3, 8)
+    expected = q(x)
+    q.weight_scale = Elsewhere(q.weight_scale)
+    assert torch.equal(q(x), expected)

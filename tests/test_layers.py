@@ -9,7 +9,7 @@ LAYERS = [
     {"errors", "forking"},
     {"scheme", "report", "sources", "saving"},
     {"affine", "packed", "places"},
-    {"functional", "tokens", "row_sample"},
+    {"functional", "tokens", "row_sample", "straight_through"},
     {"kernels"},
     {"weight"},
     {"buffers"},

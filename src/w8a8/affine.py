@@ -237,7 +237,7 @@ def decibels(signal: float, noise: float) -> float:
     """20 log10(signal / noise) of two Euclidean norms; +inf where there is no noise."""
     if noise == 0.0:
         return float("inf")
-    return float(20 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+    return float(20 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64, device="cpu")))
 
 
 def grid_of_range(lo: Tensor, hi: Tensor, spec: QuantSpec, smallest_range: float = 0.0) -> QParams:

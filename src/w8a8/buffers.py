@@ -213,6 +213,14 @@ class LinearBuffers(nn.Module):
             return Weight((self.out_features, self.in_features), self.dtype, device)
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a parameter in a buffer's place: it would be kept where no kernel looks."""
+        if isinstance(value, nn.Parameter) and (name == "weight" or name in self.__dict__.get("_buffers", ())):
+            raise SchemeError(
+                f"{name} of a quantised layer is a buffer and was given a parameter; give it the tensor, value.detach()"
+            )
+        super().__setattr__(name, value)
+
     @property
     def _device(self) -> torch.device | None:
         """Of the codes; None before there are any, or room for them."""

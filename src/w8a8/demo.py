@@ -186,7 +186,7 @@ def time_layer(features: int = 4096, *, rows: tuple[int, ...] = (1, 128), rounds
     layer = QuantLinear.from_float(linear)
     times = []
     for m in rows:
-        x, before = torch.randn(m, features), layer.kernel_calls()
+        x, before = torch.randn(m, features, dtype=torch.float32, device="cpu"), layer.kernel_calls()
         took = [(_ms(linear, x), _ms(layer, x)) for _ in range(rounds + 1)][1:]
         (kernel,) = (name for name, calls in layer.kernel_calls().items() if calls != before.get(name))
         float_ms, int8_ms = (statistics.median(column) for column in zip(*took, strict=True))

@@ -241,10 +241,16 @@ def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
         if type(value) is int and value in sizes:
             small.__dict__[key] = sizes[value]
     shapes = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, h, i)}
-    small._parameters = {name: nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in shapes.items()}
-    sizes_of_x = torch.logspace(-2, 2, 7)[:, None]  # a gate that clamps shows it
-    x, weights = torch.randn(7, h, generator=draw) * sizes_of_x, torch.rand(7, 2, generator=draw)
-    index = torch.stack([torch.randperm(e, generator=draw)[:2] for _ in range(7)])
+    small._parameters = {
+        name: nn.Parameter(torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu"))
+        for name, shape in shapes.items()
+    }
+    sizes_of_x = torch.logspace(-2, 2, 7, dtype=torch.float32, device="cpu")[:, None]  # a gate that clamps shows it
+    x, weights = (
+        torch.randn(7, h, generator=draw, dtype=torch.float32, device="cpu") * sizes_of_x,
+        torch.rand(7, 2, generator=draw, dtype=torch.float32, device="cpu"),
+    )
+    index = torch.stack([torch.randperm(e, generator=draw, dtype=torch.int64, device="cpu")[:2] for _ in range(7)])
     eager = inspect.unwrap(type(stack).forward)  # transformers wraps it to choose among implementations
     try:
         want = eager(small, x, index, weights)

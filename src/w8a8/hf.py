@@ -232,7 +232,7 @@ class _Arriving:
         del layer._buffers["weight"]
         layer.in_words = False  # until then its buffers are the file's
         if packed:  # GPT-2 initialises anew what it finds under that name, where a tied head is missing in the files
-            placeholder: Any = torch.empty(0)
+            placeholder: Any = torch.empty(0, dtype=torch.float32, device="cpu")
             placeholder._is_hf_initialized = True
             layer.__dict__["weight"] = placeholder
         for key, (_, entry) in found.items():

@@ -6,8 +6,9 @@ What it computes is one of three things, and `mode` says which:
 - SIMULATED: float arithmetic that shows what a scheme costs, for every scheme.  Where integers could run
   the scheme, the float arithmetic is done on the codes in pieces small enough to be exact, so that the
   simulation returns the integer layer's very bits.  Elsewhere operands are quantised and dequantised and
-  multiplied in float32.
-- WEIGHT_ONLY: the activation stays float; the int8 weight is dequantised and multiplied in its dtype.
+  multiplied in float32.  Its gradient goes straight through the rounding (`w8a8.straight_through`).
+- WEIGHT_ONLY: the activation stays float; the int8 weight is dequantised and multiplied in its dtype, with the
+  gradients of that product.
 
 What it holds, and how that goes to files and back, is `LinearBuffers`.  `weight_sqnr_db` says what quantising did to
 the weight (`w8a8.row_sample`); None where the codes came from a file.
@@ -31,6 +32,7 @@ from w8a8.kernels import native, reference
 from w8a8.kernels.weights import quantize_weight
 from w8a8.row_sample import weight_sqnr_db
 from w8a8.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme, largest_k
+from w8a8.straight_through import straight_through
 from w8a8.tokens import fake_quantize_tokens
 
 _LAYER_NUMBERS = itertools.count()
@@ -187,7 +189,7 @@ class QuantLinear(LinearBuffers):
         kernels.check_input(x, self.out_features, self.in_features)
         if self.mode is Mode.WEIGHT_ONLY:
             return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
-        return self._simulate(x)
+        return straight_through(x, self.bias, self)
 
     def dequantized_weight(self) -> Tensor:
         """The weight that the codes stand for, a new (N, K) float32 tensor."""
@@ -240,8 +242,8 @@ class QuantLinear(LinearBuffers):
             self.in_features,
         )
 
-    def _simulate(self, x: Tensor) -> Tensor:
-        """Float arithmetic: exact where integers could run the scheme, ordinary float32 elsewhere."""
+    def values(self, x: Tensor) -> Tensor:
+        """What the simulated layer computes: exact where integers could run the scheme, ordinary float32 elsewhere."""
         rows = x.reshape(x.shape[:-1].numel(), self.in_features)
         if self.scheme.integer_executable:
             request = kernels.LinearRequest(rows, *self._operands(x)[1:-1])
@@ -252,6 +254,17 @@ class QuantLinear(LinearBuffers):
             values = rows.to(torch.float32) if spec is None else fake_quantize_tokens(rows, spec, static)
             y = F.linear(values, self.dequantized_weight(), _cast(self.bias, torch.float32)).to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def clamps(self, x: Tensor) -> Tensor | None:
+        """Where the ends of a static grid clamp the input, in its shape; None where the grid is made from it."""
+        spec = self.scheme.activations
+        if spec is None or spec.dynamic:
+            return None
+        assert self.input_scale is not None, "a static grid has its scale"
+        codes = torch.round(x.to(torch.float32) / self.input_scale)
+        if self.input_zero_point is not None:
+            codes = codes + self.input_zero_point
+        return (codes < spec.qmin) | (codes > spec.qmax)
 
     def _take_number(self) -> None:
         self._number = next(_LAYER_NUMBERS)
@@ -268,16 +281,34 @@ def float_operands(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     Raises:
         SchemeError: the module is neither; its weight is not there (meta) or not float.
     """
-    if isinstance(linear, nn.Linear):
-        weight, bias = linear.weight.detach(), linear.bias
-    elif is_conv1d(linear):
-        conv: Any = linear
-        weight, bias = conv.weight.detach().t(), conv.bias
-    else:
+    if not is_linear(linear):
         raise SchemeError(f"expected nn.Linear or transformers' Conv1D, found {type(linear).__name__}")
+    why = not_plain(linear)
+    if why is not None:
+        raise SchemeError(f"{why}; give the layer a plain tensor, or leave it float")
+    layer: Any = linear
+    weight, bias = layer.weight.detach(), layer.bias
+    if is_conv1d(linear):
+        weight = weight.t()
     if weight.is_meta:
         raise SchemeError("the weight is on the meta device: it has no values yet; load the model first")
+    if weight.device.type == "cpu" and weight.layout is torch.strided and weight.numel() and weight.data_ptr() == 0:
+        raise SchemeError(
+            f"the memory of the weight {tuple(weight.shape)} was let go, as sharded training does; gather it first"
+        )
     return weight, bias
+
+
+def not_plain(linear: nn.Module) -> str | None:
+    """Which of a layer's tensors may have its values elsewhere than in its own memory; None where none has.
+
+    A DTensor has a part of them, torchao's tensors have codes: what a subclass of `torch.Tensor` holds is its own.
+    """
+    for name in ("weight", "bias"):
+        kind = type(getattr(linear, name, None))
+        if kind not in (Tensor, nn.Parameter, type(None)):
+            return f"its {name} is a {kind.__module__}.{kind.__qualname__}, a subclass of torch.Tensor"
+    return None
 
 
 def is_conv1d(module: nn.Module) -> bool:

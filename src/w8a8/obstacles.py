@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from w8a8.experts import OTHER_KIND
-from w8a8.linear import is_conv1d
+from w8a8.linear import is_conv1d, not_plain
 from w8a8.places import places
 from w8a8.usage import Usage
 
@@ -62,7 +62,10 @@ def _of_layer(linear: nn.Module) -> str | None:
 
 
 def _attached(linear: nn.Module) -> Iterator[str]:
-    """What a swap would drop."""
+    """What a swap would drop, or could not read."""
+    why = not_plain(linear)
+    if why is not None:
+        yield why
     if parametrize.is_parametrized(linear):
         kinds = {type(each).__name__ for made in linear.parametrizations.values() for each in made}  # type: ignore[operator]
         yield (
@@ -91,9 +94,9 @@ def _differs(linear: Any) -> str | None:
         return "is called in another way"
     small, draw = copy.copy(linear), torch.Generator().manual_seed(0)
     small.in_features, small.out_features = 8, 12
-    weight, bias = (torch.randn(shape, generator=draw, dtype=torch.float32) for shape in ((12, 8), (12,)))
+    weight, bias = (torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") for shape in ((12, 8), (12,)))
     small._parameters = {"weight": nn.Parameter(weight), "bias": None if linear.bias is None else nn.Parameter(bias)}
-    x = torch.randn(2, 3, 8, generator=draw, dtype=torch.float32)
+    x = torch.randn(2, 3, 8, generator=draw, dtype=torch.float32, device="cpu")
     want = F.linear(x, weight, small.bias)
     try:
         found = small(x)

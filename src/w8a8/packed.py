@@ -38,7 +38,7 @@ def as_words(codes: Tensor) -> dict[str, Tensor]:
     Args:
         codes: (N, K) int8, on any device.  Not modified.
     """
-    return {WORDS: pack_rows(codes), SHAPE: torch.tensor(codes.shape, device=codes.device)}
+    return {WORDS: pack_rows(codes), SHAPE: torch.tensor(codes.shape, device=codes.device, dtype=torch.int64)}
 
 
 def pack_rows(codes: Tensor) -> Tensor:

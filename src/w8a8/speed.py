@@ -106,7 +106,9 @@ def _length(models: Mapping[str, Any], prompt: int | None, new: int) -> int:
 def _once(name: str, model: Any, length: int, new: int, batch: int, seed: int) -> tuple[float, float]:
     """Seconds of reading and of writing."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)).to(model.device)
+    ids = torch.randint(
+        vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+    ).to(model.device)
     # what transformers calls it from 5.24 on, and before
     cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     began = _now(model)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from tests.conftest import needs
 from tests.kernels.conftest import HERE
@@ -298,11 +299,70 @@ def test_the_op_compiles_without_a_graph_break():
     assert torch.equal(compiled(x), model(x))
 
 
-def test_a_gradient_is_refused_in_words():
-    x = torch.randn(2, 100, requires_grad=True)
-    y = layer("w8a8")(x)
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("of", ["x", "bias"])
+def test_a_gradient_is_refused_in_words(kernel, of):
+    q, x = layer("w8a8", kernel=kernel), torch.randn(2, 100)
+    (x if of == "x" else q.bias).requires_grad_()
+    y = q(x)
     with pytest.raises(SchemeError, match="a gradient was asked of an integer layer"):
         y.sum().backward()
+
+
+def forward_mode(q, x):
+    with forward_ad.dual_level():
+        q(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+def forward_mode_of_the_bias(q, x):
+    with forward_ad.dual_level():
+        q.bias = forward_ad.make_dual(q.bias, torch.ones_like(q.bias))
+        q(x)
+
+
+def total(q):
+    return lambda x: q(x).sum()
+
+
+DERIVATIVES = {
+    "forward mode": forward_mode,
+    "forward mode of the bias": forward_mode_of_the_bias,
+    "jvp": lambda q, x: torch.func.jvp(q, (x,), (x,)),
+    "jvp of vmap": lambda q, x: torch.func.jvp(torch.func.vmap(q), (x,), (x,)),
+    "vmap of jvp": lambda q, x: torch.func.vmap(lambda one: torch.func.jvp(q, (one,), (one,))[1])(x),
+    "vjp": lambda q, x: torch.func.vjp(q, x)[1](torch.ones(2, 33)),
+    "grad": lambda q, x: torch.func.grad(total(q))(x),
+    "grad of vmap": lambda q, x: torch.func.grad(total(torch.func.vmap(q)))(x),
+    "vmap of grad": lambda q, x: torch.func.vmap(torch.func.grad(total(q)))(x),
+    "jacfwd": lambda q, x: torch.func.jacfwd(q)(x),
+    "jacrev": lambda q, x: torch.func.jacrev(q)(x),
+    "hessian": lambda q, x: torch.func.hessian(total(q))(x),
+    "linearize": lambda q, x: torch.func.linearize(q, x),
+    "of the bias": lambda q, x: torch.func.grad(lambda b: torch.func.functional_call(q, {"bias": b}, (x,)).sum())(
+        q.bias
+    ),
+    "autograd.functional": lambda q, x: torch.autograd.functional.jacobian(q, x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_every_way_to_a_derivative_is_refused_in_words(derivative, kernel):
+    q, x = layer("w8a8", kernel=kernel), torch.randn(2, 100)
+    with pytest.raises(SchemeError, match="a gradient was asked of an integer layer, which has none"):
+        DERIVATIVES[derivative](q, x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_a_level_of_derivatives_that_does_not_concern_the_layer_changes_nothing(kernel):
+    q, x = layer("w8a8", kernel=kernel), torch.randn(2, 100)
+    expected = q(x)
+    with forward_ad.dual_level():
+        assert torch.equal(q(x), expected)
+    _, tangent = torch.func.jvp(lambda v: v.sum() * q(x), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, 200 * expected)
 
 
 def test_a_product_that_saturates_makes_torch_cpu_unavailable(monkeypatch):
@@ -385,6 +445,55 @@ def test_the_native_kernel_says_that_it_has_no_weight_zero_points():
     q(torch.randn(2, 100))
     assert "native" not in q.kernel_calls()
     assert torch.equal(q.codes, q._buffers["weight"])
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("m", [1, 2, 17])
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, 2, 8, 33])
+def test_a_single_row_column_or_k_is_as_exact_as_many(kernel, m, k, n):
+    """Strides of (1, 1) do not say which axis is which: `nn.Linear(1, 8)` was misread."""
+    for scheme in ("w8a8", "w8a8-asym", Scheme(QuantSpec(8, PerGroup(1)), QuantSpec(8, PerToken()))):
+        if kernel == "native" and not runs(kernel, Scheme.of(scheme)):
+            continue
+        q = layer(scheme, k, n, kernel=kernel, strict=True)
+        for x in (torch.randn(m, k), torch.randn(k, m).t(), torch.randn(m, 3 * k)[:, ::3]):
+            assert torch.equal(q(x), oracle(q, x))
+
+
+@pytest.mark.parametrize("swapped", ["rows", "columns"])
+def test_a_product_that_misreads_strides_makes_torch_cpu_unavailable(monkeypatch, swapped):
+    """A probe of equal codes would not see it."""
+    real = torch._int_mm
+
+    def misreads(a, b):
+        if swapped == "rows" and a.shape[0] == 1:
+            return real(a.flip(1), b)
+        if swapped == "columns" and b.shape[1] > 1 and b.shape[0] == 1:
+            return real(a, b[:, :1].expand(b.shape).contiguous())
+        return real(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", misreads)
+    torch_cpu._left_dtype.cache_clear()
+    try:
+        assert torch_cpu._unavailable_because() is not None
+    finally:
+        torch_cpu._left_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("k", [1, 2, 64])
+@pytest.mark.parametrize("n", [1, 8])
+def test_a_product_of_codes_takes_views(m, k, n):
+    a, b = (torch.randint(-128, 128, (3 * k, rows), dtype=torch.int8) for rows in (m, n))
+    for left, right in (
+        (a[:k].t(), b[:k].t()),
+        (a.t()[:, ::3], b.t()[:, ::3]),
+        (a.t().contiguous()[:, k : 2 * k], b[:k].t()),
+    ):
+        product = torch_cpu.int8_product(left, right)
+        if product is not None:
+            assert torch.equal(product, (left.double() @ right.double().t()).to(torch.int32))
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 17, 100), (40, 48, 515)])

@@ -43,7 +43,7 @@ class LayerMeasure:
         self._range = float(lo.min()), float(hi.max())
         self._sums = dict.fromkeys(("x", "dx", "y", "dy", "yq", "yyq"), 0.0)
         self._codes, self._ends = 0, 0
-        self._counts = torch.zeros(BINS, dtype=torch.int64)
+        self._counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Take in what the float layer read, (..., K), and gave, (..., N)."""
@@ -82,13 +82,21 @@ class LayerMeasure:
         lo, hi = float(weight.min()), float(weight.max())
         scale, zero_point = getattr(layer, "weight_scale", None), layer.weight_zero_point
         if scale is None:  # a grid wider than codes keeps values only
-            grid = grid_of_range(torch.tensor(lo), torch.tensor(hi), spec)
+            grid = grid_of_range(
+                torch.tensor(lo, dtype=torch.float32, device="cpu"),
+                torch.tensor(hi, dtype=torch.float32, device="cpu"),
+                spec,
+            )
             scale, zero_point = grid.scale, grid.zero_point
         found = [_histogram(name, "weight", _edges(lo, hi), _counted(weight, lo, hi), spec, scale, zero_point)]
         inputs = layer.scheme.activations
         if inputs is not None and int(self._counts.sum()):
             lo, hi = self._range
-            params = self._static() or grid_of_range(torch.tensor(lo), torch.tensor(hi), inputs)
+            params = self._static() or grid_of_range(
+                torch.tensor(lo, dtype=torch.float32, device="cpu"),
+                torch.tensor(hi, dtype=torch.float32, device="cpu"),
+                inputs,
+            )
             found.append(
                 _histogram(name, "input", _edges(lo, hi), self._counts, inputs, params.scale, params.zero_point)
             )

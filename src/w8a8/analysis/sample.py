@@ -59,7 +59,9 @@ def draw(
     length = min(context_length(model) or SEQ_LEN, SEQ_LEN) if seq_len is None else seq_len
     cut = [(start, end) for start, _, end in windows_for(model, ids, length, None)]
     cut = [(start, end) for start, end in cut if end - start == length] or cut[:1]
-    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed))[:windows]
+    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")[
+        :windows
+    ]
     return Sample(tuple((cut[i][0], ids[slice(*cut[i])]) for i in sorted(order.tolist())), length)
 
 

@@ -101,7 +101,7 @@ def checked_observer(observer: str | Callable[[], Observer], spec: QuantSpec) ->
     """
     make = observer_of(observer)
     trial = make()
-    trial.update(torch.zeros(1, 1))
+    trial.update(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))
     trial.params(spec)
     return make
 

@@ -228,7 +228,8 @@ class MSE(Observer):
 
 def _ranked(counts: Tensor, rank: Tensor | int, upper: Tensor) -> Tensor:
     """The upper edge, float32 (C,), of the bin with the rank-th smallest; 0 where the rank is not positive."""
-    ranks = torch.as_tensor(rank, device=counts.device).expand(len(counts), 1)
+    ranks = rank if isinstance(rank, Tensor) else torch.tensor(rank, dtype=torch.int64, device=counts.device)
+    ranks = ranks.to(counts.device).expand(len(counts), 1)
     found = torch.searchsorted(counts.cumsum(-1), ranks.contiguous())
     edge = upper.gather(-1, found.clamp(max=counts.shape[-1] - 1))
     return edge.masked_fill(ranks <= 0, 0.0).squeeze(-1).to(torch.float32)

@@ -34,7 +34,7 @@ class Reservoir:
         self.size = size
         self.tokens = 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0, dtype=torch.float64)
+        self._keys = torch.empty(0, dtype=torch.float64, device="cpu")
         self._rows: Tensor | None = None
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ class Reservoir:
             )
         seen = x.reshape(-1, x.shape[-1])
         self.tokens += len(seen)
-        drawn = torch.rand(len(seen), dtype=torch.float64, generator=self._generator)
+        drawn = torch.rand(len(seen), dtype=torch.float64, generator=self._generator, device="cpu")
         free = self.size - len(self._keys)
         threshold = -1.0 if free else float(self._keys.min())
         candidates = (drawn > threshold).nonzero()[:, 0]
@@ -70,7 +70,7 @@ class Reservoir:
             self._keys = torch.cat([self._keys[stay], keys[enter + held]])
             self._rows = torch.cat([self._rows[stay.to(seen.device)], rows])
             return
-        out = torch.ones(held, dtype=torch.bool)
+        out = torch.ones(held, dtype=torch.bool, device="cpu")
         out[stay] = False
         places = out.nonzero()[:, 0]
         self._keys[places] = keys[enter + held]

@@ -90,11 +90,11 @@ class Sampler:
         if not self.calls:
             for part, extremes in zip((tokens[:half], tokens[half:]), self._first, strict=True):
                 extremes.update(part)
-        place = 2 * self.calls + (torch.arange(len(tokens)) >= half)
+        place = 2 * self.calls + (torch.arange(len(tokens), dtype=torch.int64, device="cpu") >= half)
         self._rows.update(tokens)
         self._places.update(place[:, None])  # the same seed: of the same tokens
         self._ranges.update(torch.cat([tokens.amin(0), tokens.amax(0)])[None])
-        self._numbers.update(torch.tensor([[self.calls]]))
+        self._numbers.update(torch.tensor([[self.calls]], dtype=torch.int64, device="cpu"))
         self.calls += 1
 
     def sample(self) -> Sample:
@@ -112,7 +112,7 @@ class Sampler:
             extremes, of_row = self._first, places % 2
             both = _one(rows, (self._extremes[0],), ranges)
             ranges = torch.cat([torch.cat([e.seen().lo, e.seen().hi])[None] for e in extremes if e.tokens])
-            numbers = torch.arange(len(ranges))
+            numbers = torch.arange(len(ranges), dtype=torch.int64, device="cpu")
         else:
             extremes, of_row = self._extremes, places // 2 % 2
             both = _one(rows, extremes, ranges)

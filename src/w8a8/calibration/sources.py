@@ -81,10 +81,12 @@ def windows_of_texts(texts: Sequence[str], tokenizer: Any, samples: int, length:
         )
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
-    for i in torch.randperm(len(texts), generator=generator).tolist():
+    for i in torch.randperm(len(texts), generator=generator, dtype=torch.int64, device="cpu").tolist():
         ids = encode(tokenizer, texts[i], "a text")
         spare = len(ids) - length
-        start = int(torch.randint(spare + 1, (), generator=generator)) if spare > 0 else 0
+        start = (
+            int(torch.randint(spare + 1, (), generator=generator, dtype=torch.int64, device="cpu")) if spare > 0 else 0
+        )
         if len(ids):
             found.append(ids[start : start + length])
         if len(found) == samples:
@@ -107,7 +109,7 @@ def windows_of_ids(ids: Tensor, samples: int, length: int, seed: int) -> list[Te
     if ids.ndim == 1:
         whole = len(ids) // length
         ids = ids[: whole * length].view(whole, length) if whole else ids[None]
-    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")
     return list(ids[order[:samples]])
 
 
@@ -153,7 +155,9 @@ def encode(tokenizer: Any, text: str, where: str) -> Tensor:
         raise CalibrationError(
             f"to calibrate on {where} takes a tokenizer: Calibration.of(source, tokenizer), with that of the model"
         )
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    return torch.tensor(
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64, device="cpu"
+    )
 
 
 def batched(windows: Iterable[Tensor], batch_size: int) -> list[Tensor]:

@@ -155,7 +155,9 @@ class Histogram:
         move = top - _top(self.range, self.mantissa_bits)
         if not bool(move.any()):
             return self.counts
-        source = torch.arange(self.bins + 1, device=move.device) + move[:, None, None]  # (C, 1, bins + 1)
+        source = (
+            torch.arange(self.bins + 1, device=move.device, dtype=torch.int64) + move[:, None, None]
+        )  # (C, 1, bins + 1)
         moved = self.counts.gather(-1, source.clamp(max=self.bins).expand_as(self.counts))
         moved.masked_fill_(source > self.bins, 0)
         gone = move.to(torch.int64).clamp(max=self.bins)[:, None, None].expand(-1, 2, 1)

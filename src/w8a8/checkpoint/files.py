@@ -198,7 +198,7 @@ def mapped(path: Path, entry: Entry) -> Tensor:
         the pages.
     """
     if not entry.bytes:
-        return torch.empty(entry.shape, dtype=entry.dtype)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     start = entry.begin - entry.begin % mmap.ALLOCATIONGRANULARITY
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), entry.end - start, access=mmap.ACCESS_COPY, offset=start)

@@ -98,7 +98,7 @@ def _stand_in(model: Any) -> Any:
         for name in depths:
             setattr(part, name, 1)
         part.vocab_size, part.pad_token_id = _VOCABULARY, None
-    with init_empty_weights(include_buffers=False):
+    with torch.device("cpu"), init_empty_weights(include_buffers=False):
         small = type(model)._from_config(config, dtype=model.dtype)
     small.to_empty(device="cpu")
     with torch.no_grad():
@@ -113,5 +113,5 @@ def _ones(model: Any, scheme: Scheme) -> Any:
 
     if not scheme.static or scheme.activations is None:
         return None
-    zero = None if scheme.activations.symmetric else torch.zeros(1, dtype=torch.int32)
-    return dict.fromkeys(convert.select(model).chosen, QParams(torch.ones(1), zero))
+    zero = None if scheme.activations.symmetric else torch.zeros(1, dtype=torch.int32, device="cpu")
+    return dict.fromkeys(convert.select(model).chosen, QParams(torch.ones(1, dtype=torch.float32, device="cpu"), zero))

@@ -134,9 +134,10 @@ def empty_layers(
     else:  # it was written from this very config
         kind, config = type(like), type(like.config).from_pretrained(directory)
     try:
-        with init_empty_weights(include_buffers=False):
-            model = kind._from_config(config)  # in the dtype that the config states
-        _fill_what_no_file_holds(model)
+        with torch.device("cpu"):  # buffers have values, whatever the device that models are made on
+            with init_empty_weights(include_buffers=False):
+                model = kind._from_config(config)  # in the dtype that the config states
+            _fill_what_no_file_holds(model)
         model.tie_weights()
     except OTHERS_ERRORS as error:
         raise CheckpointError(f"{directory / CONFIG}: {kind.__name__} cannot be made of it: {error}") from error

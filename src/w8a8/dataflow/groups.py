@@ -139,7 +139,7 @@ class Dataflow:
 
 def _read_by(readers: Sequence[Reader], channels: int) -> Tensor:
     """(C,) bool: the channels that some reader reads."""
-    seen = torch.zeros(channels, dtype=torch.bool)
+    seen = torch.zeros(channels, dtype=torch.bool, device="cpu")
     for reader in readers:
         seen[reader.channels[reader.channels >= 0]] = True
     return seen

@@ -81,7 +81,7 @@ def probe(model: nn.Module, *, tokens: int = 32, seed: int = 0) -> dict[str, Ten
         (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), tokens
     )
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocabulary, (2, min(tokens, longest)), generator=generator)
+    ids = torch.randint(0, vocabulary, (2, min(tokens, longest)), generator=generator, dtype=torch.int64, device="cpu")
     device = next(model.parameters()).device
     inputs = {"input_ids": ids.to(device)}
     if getattr(config, "is_encoder_decoder", False):

@@ -223,7 +223,7 @@ def _read(
         shift = call.view(bias)
         dim = None if shift is None or shift.channel_axis != -1 or lands != -1 else shift.axes[-1]
         if shift is None or dim is None or bias.shape[-1] != weight.shape[free]:
-            every = torch.arange(call.trace.sources[number].channels)
+            every = torch.arange(call.trace.sources[number].channels, dtype=torch.int64, device="cpu")
             call.block({number: every}, "what is added to it is no bias")
             return out
         call.use(bias)

@@ -42,7 +42,7 @@ def encode(tokenizer: Any, text: str) -> Text:
         raise ModelError("the model's directory has no tokenizer, so a text cannot be read; save one beside it")
     offsets = bool(getattr(tokenizer, "is_fast", False))
     found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=offsets)
-    ids = torch.tensor(found["input_ids"], dtype=torch.int64)
+    ids = torch.tensor(found["input_ids"], dtype=torch.int64, device="cpu")
     if ids.numel() < 2:
         raise TextError(f"the text has {ids.numel()} tokens; scoring needs two or more")
     return Text(ids, _byte_ends(text, found["offset_mapping"]) if offsets else None)
@@ -55,7 +55,7 @@ def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> Tensor:
         seen += len(text[at:end].encode()) if end > at else 0
         at = max(at, end)
         ends.append(seen)
-    return torch.tensor(ends, dtype=torch.int64)
+    return torch.tensor(ends, dtype=torch.int64, device="cpu")
 
 
 def context_length(model: Any) -> int | None:

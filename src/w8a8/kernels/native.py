@@ -24,17 +24,19 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from w8a8.errors import KernelError
-from w8a8.kernels.request import Kernel, LinearRequest
-from w8a8.scheme import CODE_REACH, QuantSpec, largest_k
+from w8a8.kernels.request import Kernel, LinearRequest, describe
+from w8a8.scheme import CODE_REACH, MAX_CODE_BITS, QuantSpec, largest_k
 
 PANEL = 32
 _PACKED_AXES = 4  # (P, S, 32, g)
+_MATRIX_AXES = 2
 _ABI = 3  # of csrc/w8a8.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
@@ -89,16 +91,39 @@ class _Library:
         self.peak_read = function("peak_read", ctypes.c_double, _P, _I64, ctypes.c_double, _I32)
         spec = spec_from_file_location(f"{__package__}._native", path)
         assert spec is not None, "the file ends in .so"
-        door = module_from_spec(spec)
-        door.prepare(
+        self._door = module_from_spec(spec)
+        self.linear = self._door.linear
+        self.prepare(getattr(Tensor, "__dlpack_c_exchange_api__", None))
+
+    def prepare(self, table: object) -> None:
+        """Tell the door what torch is: with DLPack's table of functions, which torch has from 2.9 on, or None."""
+        self._door.prepare(
             Tensor,
-            _DTYPES,
+            (*_DTYPES, torch.int8, torch.int32),
+            table,
             torch.get_num_threads,
             torch.is_grad_enabled,
             torch._C._len_torch_dispatch_stack,
             torch._C._is_tracing,
+            vars(forward_ad),
+            _plain_float,
+            _refuse,
         )
-        self.linear = door.linear
+
+
+def _plain_float(name: str, tensor: Tensor) -> Tensor:
+    """A buffer of some other float dtype or strides as the kernel reads it; called by the door."""
+    if not tensor.is_floating_point():
+        _refuse(name, tensor, "float32", tensor.numel())
+    return tensor.detach().to(torch.float32).resolve_neg().contiguous()
+
+
+def _refuse(name: str, found: object, dtype: str, count: int) -> NoReturn:
+    """Say which buffer of a layer the kernel cannot read; called by the door."""
+    raise KernelError(
+        f"the native kernel reads the layer's {name} as {dtype}, {count} values in a row on the CPU, and it is "
+        f"{describe(found)}; give the buffer such a tensor, or quantise the float layer anew"
+    )
 
 
 @cache
@@ -208,9 +233,27 @@ def peak_int8_ops(seconds: float) -> float:
 
 
 def peak_read(memory: Tensor, seconds: float = 1e-6) -> float:
-    """The ceiling of memory: bytes per second of a plain read of a contiguous tensor; one pass at least."""
+    """The ceiling of memory: bytes per second of a plain read of a contiguous tensor; one pass at least.
+
+    Raises:
+        KernelError: it is not a contiguous tensor in the CPU's memory.
+    """
+    if not _is_plain(memory) or not memory.is_contiguous():
+        raise KernelError(f"what is read is a contiguous tensor on the CPU, found {describe(memory)}")
     size = memory.numel() * memory.element_size()
     return float(_loaded().peak_read(memory.data_ptr(), size, seconds, torch.get_num_threads()))
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether the values lie behind the tensor's address: not those of a subclass, nor of another layout or device."""
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.layout is torch.strided
+        and t.device.type == "cpu"
+        and not (t.is_neg() or t.is_conj())
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and (t.numel() == 0 or t.data_ptr() != 0)  # a storage that was let go
+    )
 
 
 def packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
@@ -233,7 +276,12 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         (P, S, 32, g) int8, on large pages where it is big enough to have any; and the sums (N, 1) int32 along K.
+
+    Raises:
+        KernelError: it is not such a tensor.
     """
+    if not _is_plain(weight) or weight.ndim != _MATRIX_AXES or weight.dtype is not torch.int8:
+        raise KernelError(f"a weight to pack is int8 of shape (N, K) on the CPU, found {describe(weight)}")
     n, k = weight.shape
     weight = weight.contiguous()
     shape = packed_shape(n, k)
@@ -243,7 +291,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     if align == _HUGE:
         library.advise_huge(room.data_ptr(), room.numel())  # a wish: nothing depends on it
     packed = room[-room.data_ptr() % align :][:size].view(shape)
-    sums = torch.empty((n, 1), dtype=torch.int32)
+    sums = torch.empty((n, 1), dtype=torch.int32, device="cpu")
     status = library.pack(weight.data_ptr(), k, n, k, packed.data_ptr(), sums.data_ptr(), torch.get_num_threads())
     assert status == 0, f"w8a8_pack: {status}"
     return packed, sums
@@ -256,7 +304,7 @@ def _octets(size: int) -> Tensor:
     once a scale lies in it, and a model of such layers was in memory twice.
     """
     if size < _HUGE or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(size, dtype=torch.int8)
+        return torch.empty(size, dtype=torch.int8, device="cpu")
     return torch.frombuffer(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.int8)
 
 
@@ -269,11 +317,13 @@ def quantize_rows(x: Tensor, bits: int, *, per_row: bool) -> tuple[Tensor, Tenso
         per_row: One scale for each row; else one for all, M times.  NaN for a row (or all) that is not finite.
     """
     library = _library()
-    if isinstance(library, str) or x.device.type != "cpu" or x.dtype not in _DTYPES or x.stride(1) != 1:
+    if isinstance(library, str) or not _is_plain(x) or x.ndim != _MATRIX_AXES or x.dtype not in _DTYPES:
         return None
     m, k = x.shape
-    codes, scale = _octets(m * k).view(m, k), torch.empty(m)
-    zero_point = torch.empty(m, dtype=torch.int32)
+    if not x.numel() or not 2 <= bits <= MAX_CODE_BITS or (k > 1 and x.stride(1) != 1):
+        return None
+    codes, scale = _octets(m * k).view(m, k), torch.empty(m, dtype=torch.float32, device="cpu")
+    zero_point = torch.empty(m, dtype=torch.int32, device="cpu")
     rows = x.data_ptr(), _DTYPES.index(x.dtype), m, k, x.stride(0)
     grid = _TOKEN if per_row else _TENSOR, bits, 0.0, 0, 0
     outputs = codes.data_ptr(), k, scale.data_ptr(), zero_point.data_ptr()
@@ -291,6 +341,8 @@ def _refuses(request: LinearRequest) -> str | None:
         return "it has no weight zero points"
     if not request.is_packed:
         return "the layer is too large for its sums, or empty"
+    if not _is_plain(request.x):
+        return f"it takes plain tensors, not {describe(request.x)}"
     return None
 
 

@@ -6,7 +6,7 @@ Its arithmetic is the contract (docs/design.md), which leaves no rounding open: 
 same bits.  PyTorch sees one opaque op, so that `torch.compile(fullgraph=True)` passes over it; the kernel
 is picked inside, when the input is known, by `w8a8.kernels.select`, and written into the ledger there.
 
-Inference only: asking for a gradient is an error rather than a wrong number.
+Inference only: asking for a derivative, in reverse or in forward mode, is an error rather than a wrong number.
 """
 
 from collections import Counter, defaultdict
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from w8a8.errors import SchemeError
 from w8a8.kernels import native
-from w8a8.kernels.request import LinearRequest
+from w8a8.kernels.request import LinearRequest, describe
 from w8a8.kernels.select import select
 
 _LIBRARY = torch.library.Library("w8a8", "DEF")
@@ -28,7 +29,12 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+_TENSORS = 8  # the first operands, of which some may be None
 _IN_FEATURES = 7  # its place after weight_sum
+_NO_GRADIENT = (
+    "a gradient was asked of an integer layer, which has none; run it under torch.no_grad(), or train the float model "
+    "and quantise it afterwards; w8a8.simulate has the straight-through gradient"
+)
 _LEDGER: defaultdict[int, Counter[str]] = defaultdict(Counter)
 
 
@@ -64,7 +70,12 @@ def _int8_linear(
     strict: bool,
     layer: int,
 ) -> Tensor:
+    if type(x) is not Tensor:  # a subclass that left the op to us: its values are its own memory
+        x = x.as_subclass(Tensor)
     check_input(x, weight_sum.shape[0], in_features)
+    if x.device.type == "cpu" and x.numel() and x.data_ptr() == 0:  # torch's own operations would read there
+        raise SchemeError(f"the input is {describe(x)}, and its storage has no bytes; fill it first")
+    x = x.resolve_neg()  # of a conjugate's imaginary part the memory holds the negatives
     grid = (bits, per_token, symmetric)
     if native.takes(weight, kernel):
         found = native.below(x, weight, weight_scale, weight_sum, bias, input_scale, input_zero_point, *grid)
@@ -102,6 +113,10 @@ def check_input(x: Tensor, out_features: int, in_features: int) -> None:
             f"the input has shape {tuple(x.shape)}, the weight (N, K) is ({out_features}, {in_features}): "
             f"the last axis of the input must be {in_features}"
         )
+    if x.layout is not torch.strided:
+        raise SchemeError(
+            f"the input is {describe(x)}, a linear layer takes dense tensors; convert it with .to_dense()"
+        )
     if not x.is_floating_point():
         raise SchemeError(f"the input is {x.dtype}, a linear layer takes float tensors; convert it with .float()")
 
@@ -111,15 +126,22 @@ def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _no_gradient(ctx: Any, gradient: Tensor) -> Tensor:
-    raise SchemeError(
-        "a gradient was asked of an integer layer, which has none; run it under torch.no_grad(), "
-        "or train the float model and quantise it afterwards"
-    )
+    raise SchemeError(_NO_GRADIENT)
+
+
+def _one_by_one(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+    """`torch.vmap`: the layer is called for each entry, whose tokens may share a scale with one another only."""
+    outputs = [
+        int8_linear(*(a if d is None else a.select(d, i) for a, d in zip(operands, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return torch.stack(outputs), 0
 
 
 _LIBRARY.impl("int8_linear", _int8_linear, "CompositeExplicitAutograd")
 torch.library.register_fake("w8a8::int8_linear", _fake, lib=_LIBRARY)
 torch.library.register_autograd("w8a8::int8_linear", _no_gradient, setup_context=_no_setup, lib=_LIBRARY)
+torch.library.register_vmap("w8a8::int8_linear", _one_by_one, lib=_LIBRARY)
 
 _op = torch.ops.w8a8.int8_linear.default
 
@@ -128,7 +150,7 @@ def int8_linear(x: Tensor, *operands: Any) -> Tensor:
     """Run the op: directly in eager inference, through PyTorch's dispatcher wherever that has something to do.
 
     The dispatcher takes about half as long again (bench/overhead.py).  It is needed where somebody looks on: under
-    `torch.compile`, tracing and dispatch modes, for tensor subclasses, and to refuse a gradient.
+    `torch.compile`, tracing and dispatch modes, for subclasses and functorch's wrappers, and to refuse a gradient.
 
     Args:
         x: (..., K), any float dtype and strides.
@@ -136,13 +158,41 @@ def int8_linear(x: Tensor, *operands: Any) -> Tensor:
 
     Returns:
         (..., N) in the dtype of `x`.
+
+    Raises:
+        SchemeError: a derivative in forward mode, or by functorch's transforms, was asked for.  In reverse mode, where
+            gradients are recorded unasked, `backward` raises it.
     """
+    if torch.compiler.is_compiling():
+        return _through(x, operands)
+    tensors = [t for t in (x, *operands[: _TENSORS - 1]) if t is not None]
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if (gradient and transformed) or _has_tangent(tensors):
+        raise SchemeError(_NO_GRADIENT)
     watched = (
-        torch.compiler.is_compiling()
-        or type(x) is not Tensor
-        or (x.requires_grad and torch.is_grad_enabled())
+        gradient
+        or transformed
+        or any(type(t) is not Tensor for t in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
-    y: Tensor = _op(x, *operands) if watched else _int8_linear(x, *operands)
+    return _through(x, operands) if watched else _int8_linear(x, *operands)
+
+
+def _through(x: Tensor, operands: tuple[Any, ...]) -> Tensor:
+    y: Tensor = _op(x, *operands)
     return y
+
+
+def _has_tangent(tensors: list[Tensor]) -> bool:
+    """Whether a derivative in forward mode goes with one of the operands: the op would drop it.
+
+    Of what `torch.vmap` has wrapped, each entry is asked, in `_one_by_one`.
+    """
+    return forward_ad._current_level >= 0 and any(
+        t.is_floating_point()
+        and not torch._C._functorch.is_batchedtensor(t)
+        and forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    )

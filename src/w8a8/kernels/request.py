@@ -106,6 +106,16 @@ class LinearRequest:
         return y.to(self.x.dtype)
 
 
+def describe(found: object) -> str:
+    """What an operand is, for a message: type, dtype, shape, and what is unusual in its layout or device."""
+    if not isinstance(found, Tensor):
+        return "missing" if found is None else f"a {type(found).__name__}"
+    kind = "" if type(found) is Tensor else f"a {type(found).__name__} of "
+    layout = "" if found.layout is torch.strided else f", {str(found.layout).removeprefix('torch.')}"
+    device = "" if found.device.type == "cpu" else f", on {found.device}"
+    return f"{kind}{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}{layout}{device}"
+
+
 def unpack(packed: Tensor, n: int, k: int) -> Tensor:
     """Panels as row-major codes: (P, S, 32, g) -> a new (N, K) int8, on any device."""
     panels, steps, width, group = packed.shape

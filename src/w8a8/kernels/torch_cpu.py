@@ -9,8 +9,10 @@ fits.
 
 Exactness is probed, not assumed: without VNNI (or its kin on other machines) oneDNN multiplies pairs with
 a saturating 16-bit add, and large codes come out wrong.  Where the probe fails, the kernel is unavailable.
+What is probed is what is passed: one row, one column, one k, and slices of K.
 """
 
+import itertools
 from functools import cache
 
 import torch
@@ -29,20 +31,45 @@ def _left_dtype() -> torch.dtype | None:
 
 
 def _is_exact(dtype: torch.dtype) -> bool:
-    """Whether a product of the largest codes, which saturates a 16-bit add, comes out right."""
-    k = 256
+    """Whether products come out right: of codes that all differ, and of the largest, which saturate a 16-bit add."""
     info = torch.iinfo(dtype)
-    for rows in (1, 32):  # one row and many take different kernels
-        for left, right in ((info.max, 127), (info.max, -127), (info.min, -127)):
-            x = torch.full((rows, k), left, dtype=dtype)
-            w = torch.full((48, k), right, dtype=torch.int8)
+    ends = ((info.max, 127), (info.max, -128), (info.min, -128))
+    for rows, k, columns in itertools.product(
+        (1, 3, 32), (1, 2, 256), (1, 5, 48)
+    ):  # few and many take different kernels
+        left, right = _mixed(rows, 3 * k, dtype), _mixed(columns, 3 * k, torch.int8)
+        third = slice(k, 2 * k)  # a group along K
+        operands = [(left[:, :k].contiguous(), right[:, :k].contiguous()), (left[:, third], right[:, third])]
+        operands += [(torch.full_like(left, a), torch.full_like(right, b)) for a, b in ends]
+        for a, b in operands:
             try:
-                acc = torch._int_mm(x, w.t())
+                acc = _product(a, b)
             except RuntimeError:  # this build has no product for the dtype
                 return False
-            if not bool((acc == left * right * k).all()):
+            if not torch.equal(acc, (a[:, None].to(torch.int32) * b[None].to(torch.int32)).sum(2, dtype=torch.int32)):
                 return False
     return True
+
+
+def _mixed(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Codes of the whole range, no row and no column like another."""
+    numbers = torch.arange(rows * columns, dtype=torch.int32, device="cpu").view(rows, columns)
+    return (numbers * 89 % 251 + torch.iinfo(dtype).min).to(dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """sum_k a[m, k] * b[n, k], int32, by oneDNN.
+
+    It tells rows from columns by the strides, and an axis of one element leaves open which they are: a weight (N, 1)
+    has the strides (1, 1), and its transpose was misread.  So each operand is given strides that say it.
+    """
+    if a.stride(1) != 1 or a.stride(0) < a.shape[1]:
+        a = a.clone(memory_format=torch.contiguous_format)
+    if b.shape[1] == 1:
+        return torch._int_mm(a, b.contiguous().view(1, -1))
+    if b.stride(1) != 1 or b.stride(0) < b.shape[1]:
+        b = b.clone(memory_format=torch.contiguous_format)
+    return torch._int_mm(a, b.t())
 
 
 def _unavailable_because() -> str | None:
@@ -59,8 +86,8 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor | None:
     if a.device.type != "cpu" or b.device.type != "cpu" or not a.numel() or not b.numel() or _left_dtype() is None:
         return None
     if _left_dtype() is torch.int8:
-        return torch._int_mm(a, b.t())
-    acc = torch._int_mm(a.bitwise_xor(-128).view(torch.uint8), b.t())  # code + 128
+        return _product(a, b)
+    acc = _product(a.bitwise_xor(-128).view(torch.uint8), b)  # code + 128
     return acc.sub_(b.sum(1, dtype=torch.int32), alpha=128)
 
 
@@ -82,7 +109,7 @@ def _linear(request: LinearRequest) -> Tensor:
     weight = request.row_major()
 
     def accumulate(g: int, k: slice) -> Tensor:
-        acc = torch._int_mm(left[:, k], weight[:, k].t())
+        acc = _product(left[:, k], weight[:, k])
         wsum = request.weight_sum[:, g]
         if shift is not None:
             acc.addcmul_(shift, wsum, value=-1)

@@ -226,7 +226,7 @@ class _Fold:
     def scales(self, alpha: float | None) -> Tensor:
         """(C,) float64, normalised; all 1 for no smoothing."""
         if alpha is None:
-            return torch.ones(len(self.live), dtype=torch.float64)
+            return torch.ones(len(self.live), dtype=torch.float64, device="cpu")
         return centred(smooth_scales(self.activations, self.weights, alpha), self.live)
 
     def error(self, alpha: float | None) -> float:
@@ -256,8 +256,8 @@ def _halves(products: Sequence[Product]) -> list[tuple[list[Product], list[Produ
 
 def magnitudes(products: Sequence[Product], channels: int) -> tuple[Tensor, Tensor]:
     """The largest magnitude of each source channel in the inputs and in the weights of its readers, (C,) each."""
-    activations = torch.zeros(channels)
-    weights = torch.zeros(channels)
+    activations = torch.zeros(channels, dtype=torch.float32, device="cpu")
+    weights = torch.zeros(channels, dtype=torch.float32, device="cpu")
     for product in products:
         if product.reads:
             known = product.channels >= 0
@@ -307,7 +307,7 @@ def _grid(sample: Sample, rows: Tensor, along: Tensor, spec: QuantSpec) -> QPara
         return grid_of_range(low[None], high[None], spec)
     if not isinstance(spec.granularity, PerTensor):
         return None
-    call = torch.arange(len(rows), device=rows.device) % len(sample.call_low)
+    call = torch.arange(len(rows), device=rows.device, dtype=torch.int64) % len(sample.call_low)
     low = torch.minimum((sample.call_low / along).amin(-1)[call], rows.amin(-1))
     high = torch.maximum((sample.call_high / along).amax(-1)[call], rows.amax(-1))
     return grid_of_range(low, high, spec)

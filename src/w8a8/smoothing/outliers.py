@@ -179,7 +179,7 @@ def _fitted(magnitudes: Tensor, channels: int, power: float, seed: int) -> Tenso
     values = torch.where(values == 0, values[values > 0].median(), values)
     values = values / values.median()
     if len(values) != channels:
-        quantiles = torch.quantile(values, torch.linspace(0, 1, channels, dtype=torch.float64))
-        order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed))
+        quantiles = torch.quantile(values, torch.linspace(0, 1, channels, dtype=torch.float64, device="cpu"))
+        order = torch.randperm(channels, generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")
         values = quantiles[order] / quantiles.median()
     return values**power

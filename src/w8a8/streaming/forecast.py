@@ -123,7 +123,7 @@ def _smoothing(
         return seconds
     name = max(tried, key=lambda n: tried[n].numel())
     weight = tried[name][: max(1, _TRIAL_WEIGHTS // tried[name].shape[1])]
-    product = Product(seen[name], weight, torch.arange(weight.shape[1]), reads=True)
+    product = Product(seen[name], weight, torch.arange(weight.shape[1], dtype=torch.int64, device="cpu"), reads=True)
     alphas = GRID if isinstance(request.alpha, str) else (float(request.alpha or 0.0),)
     forced = request.alpha != "searched"
     searched, _ = _least(lambda: search([product], weight.shape[1], request.scheme, alphas, forced=forced))

@@ -152,7 +152,9 @@ def _quantising(plan: Plan) -> float:
     step = max(steps, key=lambda s: s.entry.bytes)
     assert step.spec is not None, "chosen so"
     width = step.entry.shape[1]
-    sample = torch.randn(max(1, min(step.entry.shape[0], (4 << 20) // width)), width).to(step.entry.dtype)
+    sample = torch.randn(
+        max(1, min(step.entry.shape[0], (4 << 20) // width)), width, dtype=torch.float32, device="cpu"
+    ).to(step.entry.dtype)
     quantize_weight(sample, step.spec)
     start = time.perf_counter()
     quantize_weight(sample, step.spec)

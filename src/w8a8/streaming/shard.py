@@ -213,7 +213,10 @@ def _made(step: Step, values: Tensor, sample: RowSample | None, *, last: bool) -
     made = {"weight_scale": q.scale, "weight_zero_point": q.zero_point}
     if step.in_words:
         shape = step.entry.shape[::-1] if step.transposed else step.entry.shape
-        made |= {WORDS: pack_rows(q.codes), SHAPE: torch.tensor(shape) if last else None}
+        made |= {
+            WORDS: pack_rows(q.codes),
+            SHAPE: torch.tensor(shape, dtype=torch.int64, device="cpu") if last else None,
+        }
     else:
         made["weight"] = q.codes
     return [(f"{step.name}.{key}", t.contiguous()) for key, t in made.items() if t is not None]

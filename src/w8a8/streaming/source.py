@@ -37,7 +37,9 @@ class Room:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        held = torch.empty(size + 3 * _PAGE, dtype=torch.uint8)  # a piece begins and ends somewhere in a page
+        held = torch.empty(
+            size + 3 * _PAGE, dtype=torch.uint8, device="cpu"
+        )  # a piece begins and ends somewhere in a page
         self._held = held[-held.data_ptr() % _PAGE :]
 
     def read(self, path: Path, begin: int, end: int) -> Tensor:

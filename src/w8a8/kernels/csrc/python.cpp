@@ -2,18 +2,20 @@
 //
 // A small layer's product takes a few microseconds, and taking its tensors apart in Python takes three times as long
 // (bench/overhead.py).  So this is done here, through Python's stable interface: neither torch's headers nor its C++ are
-// needed, and one build serves every Python.  What a tensor is asked for are its public attributes.
+// needed, and one build serves every Python.
 //
-// `linear` answers None where the caller has to take the long way: PyTorch's dispatcher has something to do, or the
-// operands are not what the kernel takes.
-#define Py_LIMITED_API 0x030a0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+// Whatever comes in, each tensor is looked at (view.h) before its memory is: type, device, dtype, size and strides, at
+// every call, since a layer's buffers may be replaced or changed between two.  `linear` answers None where the caller has
+// to take the long way: PyTorch's dispatcher has something to do, or x is not what the kernel takes.  A buffer that does
+// not belong to such a layer is an error, raised by `refuse`.
+#include "view.h"
 
-#include <cstdint>
+#include <cmath>
 #include <initializer_list>
 
 #include "w8a8.h"
+
+using namespace w8a8;
 
 namespace {
 
@@ -24,39 +26,18 @@ constexpr int64_t kFreshMemory = int64_t{4} << 20;
 constexpr int64_t kColdMemory = int64_t{48} << 20;
 
 // Given once by `prepare`, kept for the life of the process.
-struct Torch {
-  PyObject *tensor, *dtypes[3];                        // float32, bfloat16, float16, in the order of w8a8_dtype
-  PyObject *threads, *grad_enabled, *dispatch_modes, *tracing;
-} torch;
+Tensors torch;
+struct {
+  PyObject *threads, *grad_enabled, *dispatch_modes, *tracing;   // functions of torch
+  PyObject *forward_ad;             // the names of torch.autograd.forward_ad: the level of forward-mode derivatives is one
+  PyObject *plain_float, *refuse;   // of w8a8.kernels.native
+} given;
 
-// Interned: attributes of tensors, and the names of a layer's buffers.
-struct Names {
-  PyObject *dtype, *is_cpu, *requires_grad, *is_contiguous, *shape, *stride, *data_ptr, *new_empty, *to_float;
+// Interned.
+struct {
+  PyObject *requires_grad, *new_empty, *current_level;
   PyObject *packed_weight, *weight_scale, *weight_sum, *bias, *input_scale, *input_zero_point;
 } names;
-
-// An owned reference.
-class Ref {
- public:
-  explicit Ref(PyObject *p) : p_(p) {}
-  ~Ref() { Py_XDECREF(p_); }
-  Ref(const Ref &) = delete;
-  Ref &operator=(const Ref &) = delete;
-  PyObject *get() const { return p_; }
-  explicit operator bool() const { return p_ != nullptr; }
-  bool none() const { return p_ == Py_None; }
-  PyObject *release() {
-    PyObject *p = p_;
-    p_ = nullptr;
-    return p;
-  }
-
- private:
-  PyObject *p_;
-};
-
-PyObject *attribute(PyObject *o, PyObject *name) { return PyObject_GetAttr(o, name); }
-PyObject *method(PyObject *o, PyObject *name) { return PyObject_CallMethodObjArgs(o, name, nullptr); }
 
 // 1, 0, or -1 with an exception; `truth` is consumed.
 int truth_of(PyObject *truth) {
@@ -72,105 +53,142 @@ int64_t integer_of(PyObject *number) {
   return PyLong_AsLongLong(number);
 }
 
-bool address_of(PyObject *tensor, void **to) {
-  const Ref address(method(tensor, names.data_ptr));
-  if (!address) return false;
-  *to = PyLong_AsVoidPtr(address.get());
-  return !PyErr_Occurred();
-}
-
-// A buffer of the layer, None where it has none.
+// A buffer of the layer, None where it has none.  One that was taken away, as a parametrisation does, is an error: it would
+// count as a bias that is not there.
 PyObject *buffer(PyObject *buffers, PyObject *name) {
   PyObject *found = PyDict_GetItemWithError(buffers, name);
-  if (!found && PyErr_Occurred()) return nullptr;
-  if (!found) found = Py_None;
-  Py_INCREF(found);   // held while other Python threads run
+  if (!found && !PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, name);
+  Py_XINCREF(found);   // held while other Python threads run
   return found;
 }
 
-// The tensor in float32: itself, or a copy.  None stays None.
-PyObject *in_float32(PyObject *tensor) {
-  if (!tensor || tensor == Py_None) return tensor;
-  const Ref held(tensor);
-  const Ref dtype(attribute(tensor, names.dtype));
-  if (!dtype) return nullptr;
-  if (dtype.get() != torch.dtypes[W8A8_F32]) return method(tensor, names.to_float);
-  Py_INCREF(tensor);
-  return tensor;
+int wants_gradient(PyObject *tensor) {
+  return tensor == Py_None ? 0 : truth_of(PyObject_GetAttr(tensor, names.requires_grad));
 }
 
 // Whether PyTorch's dispatcher has to see this call: 1, 0, or -1 with an exception.
-int watched(PyObject *x) {
-  const int wants_gradient = truth_of(attribute(x, names.requires_grad));
-  if (wants_gradient < 0) return -1;
-  if (wants_gradient) {
-    const int enabled = truth_of(PyObject_CallNoArgs(torch.grad_enabled));
-    if (enabled != 0) return enabled;
-  }
-  const int modes = truth_of(PyObject_CallNoArgs(torch.dispatch_modes));
+int watched(PyObject *x, PyObject *scale, PyObject *bias) {
+  const int enabled = truth_of(PyObject_CallNoArgs(given.grad_enabled));
+  if (enabled < 0) return -1;
+  if (enabled)
+    for (PyObject *tensor : {x, bias, scale}) {
+      const int wanted = wants_gradient(tensor);
+      if (wanted != 0) return wanted;
+    }
+  PyObject *level = PyDict_GetItemWithError(given.forward_ad, names.current_level);
+  if (!level) return PyErr_Occurred() ? -1 : 1;
+  const long depth = PyLong_AsLong(level);
+  if (depth != -1) return 1;
+  if (PyErr_Occurred()) return -1;
+  const int modes = truth_of(PyObject_CallNoArgs(given.dispatch_modes));
   if (modes != 0) return modes;
-  return truth_of(PyObject_CallNoArgs(torch.tracing));
+  return truth_of(PyObject_CallNoArgs(given.tracing));
 }
 
 struct Input {
-  void *data;
+  View view;
   int64_t rows, stride;
-  int32_t dtype;
 };
 
-// 1: the kernel takes this input; 0: it does not; -1: an exception.  `output` becomes the shape of y.
-int take_input(PyObject *x, int64_t n, int64_t k, bool direct, Input *in, PyObject **output) {
-  if (direct && reinterpret_cast<PyObject *>(Py_TYPE(x)) != torch.tensor) return 0;
-  const Ref dtype(attribute(x, names.dtype));
-  if (!dtype) return -1;
-  for (in->dtype = W8A8_F32; in->dtype <= W8A8_F16; ++in->dtype)
-    if (dtype.get() == torch.dtypes[in->dtype]) break;
-  if (in->dtype > W8A8_F16) return 0;
-  const int cpu = truth_of(attribute(x, names.is_cpu));
-  if (cpu <= 0) return cpu;
-  const int seen = direct ? watched(x) : 0;
-  if (seen != 0) return seen < 0 ? -1 : 0;
-
-  const Ref shape(attribute(x, names.shape));
-  if (!shape) return -1;
-  const Py_ssize_t axes = PyTuple_Size(shape.get());
-  if (axes < 1) return axes < 0 ? -1 : 0;
-  const int64_t last = PyLong_AsLongLong(PyTuple_GetItem(shape.get(), axes - 1));
-  if (last == -1 && PyErr_Occurred()) return -1;
-  if (last != k) return 0;
-  in->stride = k;
-  const int contiguous = truth_of(method(x, names.is_contiguous));
-  if (contiguous < 0) return -1;
-  if (!contiguous) {   // rows apart from each other, each of them whole
-    if (axes != 2) return 0;
-    const Ref strides(method(x, names.stride));
-    if (!strides) return -1;
-    in->stride = PyLong_AsLongLong(PyTuple_GetItem(strides.get(), 0));
-    const int64_t inner = PyLong_AsLongLong(PyTuple_GetItem(strides.get(), 1));
-    if (PyErr_Occurred()) return -1;
-    if (inner != 1) return 0;
-  }
-
-  Ref y_shape(PyTuple_New(axes));
-  if (!y_shape) return -1;
-  in->rows = 1;
-  for (Py_ssize_t i = 0; i < axes; ++i) {
-    PyObject *size = i + 1 < axes ? PyTuple_GetItem(shape.get(), i) : nullptr;
-    if (i + 1 < axes) {
-      Py_XINCREF(size);
-      const int64_t value = size ? PyLong_AsLongLong(size) : -1;
-      if (value == -1 && PyErr_Occurred()) return -1;
-      in->rows *= value;
-    } else {
-      size = PyLong_FromLongLong(n);
-    }
-    if (!size || PyTuple_SetItem(y_shape.get(), i, size) < 0) return -1;
-  }
-  if (in->rows == 0) return 0;
-  if (!address_of(x, &in->data)) return -1;
-  *output = y_shape.release();
-  return 1;
+// Whether the kernel takes this input.
+bool take_input(PyObject *x, int64_t k, Input *in) {
+  View &v = in->view;
+  if (!look(torch, x, &v) || v.dtype < W8A8_F32 || v.dtype > W8A8_F16 || v.axes < 1 || v.shape[v.axes - 1] != k)
+    return false;
+  if (v.count == 0) return false;
+  in->rows = v.count / k, in->stride = k;
+  if (v.contiguous()) return true;
+  in->stride = v.strides[0];
+  return v.axes == 2 && (v.strides[1] == 1 || k == 1) && in->stride >= 0;   // rows apart, each of them whole
 }
+
+// kLongWay: the dispatcher may know what to do with such a tensor.  kAgain: a copy took its place, and was made by Python
+// code, which may have changed what was looked at before.
+enum class Fit { kYes, kAgain, kLongWay, kError };
+
+Fit refuse(PyObject *name, PyObject *tensor, const char *dtype, int64_t count) {
+  const Ref raised(PyObject_CallFunction(given.refuse, "OOsL", name, tensor, dtype, static_cast<long long>(count)));
+  if (raised) PyErr_SetString(PyExc_AssertionError, "refuse raises");
+  return Fit::kError;
+}
+
+// A buffer's address.  A tensor that is not plain memory is the dispatcher's, if it has not seen this call.
+Fit integers_of(PyObject *name, PyObject *tensor, int dtype, int64_t count, bool direct, void **to) {
+  View v;
+  if (!look(torch, tensor, &v))
+    return direct && tensor != Py_None ? Fit::kLongWay : refuse(name, tensor, dtype == kInt8 ? "int8" : "int32", count);
+  if (v.dtype != dtype || v.count != count || !v.contiguous())
+    return refuse(name, tensor, dtype == kInt8 ? "int8" : "int32", count);
+  *to = v.data;
+  return Fit::kYes;
+}
+
+// The same of floats: others than float32, and those that do not lie in a row, are copied for this call, once.
+Fit floats_of(PyObject *name, Ref &tensor, int64_t count, bool direct, bool copies, void **to) {
+  View v;
+  if (!look(torch, tensor.get(), &v))
+    return direct && !tensor.none() ? Fit::kLongWay : refuse(name, tensor.get(), "float32", count);
+  if (v.count == count && v.dtype == W8A8_F32 && v.contiguous() && !negated(torch, tensor.get())) {
+    *to = v.data;
+    return Fit::kYes;
+  }
+  if (v.count != count || !copies) return refuse(name, tensor.get(), "float32", count);
+  PyObject *plain = PyObject_CallFunctionObjArgs(given.plain_float, name, tensor.get(), nullptr);
+  if (!plain) return Fit::kError;
+  tensor.reset(plain);
+  return Fit::kAgain;
+}
+
+PyObject *output_of(PyObject *x, const View &v, int64_t n) {
+  const Ref shape(PyTuple_New(v.axes));
+  if (!shape) return nullptr;
+  for (int i = 0; i < v.axes; ++i) {
+    PyObject *size = PyLong_FromLongLong(i + 1 < v.axes ? v.shape[i] : n);
+    if (!size || PyTuple_SetItem(shape.get(), i, size) < 0) return nullptr;
+  }
+  return PyObject_CallMethodObjArgs(x, names.new_empty, shape.get(), nullptr);
+}
+
+// The addresses of a layer's buffers.
+struct Buffers {
+  Ref packed, sums, scale, bias, x_scale, x_zero_point;
+
+  bool take(PyObject *all) {
+    packed.reset(buffer(all, names.packed_weight)), sums.reset(buffer(all, names.weight_sum));
+    scale.reset(buffer(all, names.weight_scale)), bias.reset(buffer(all, names.bias));
+    x_scale.reset(buffer(all, names.input_scale)), x_zero_point.reset(buffer(all, names.input_zero_point));
+    return packed && sums && scale && bias && x_scale && x_zero_point;
+  }
+
+  Fit fill(w8a8_layer *layer, bool direct) {
+    // each float buffer may be copied once, and then all are looked at again
+    for (int left = 3; left >= 0; --left) {
+      const Fit fit = fill_once(layer, direct, left > 0);
+      if (fit != Fit::kAgain) return fit;
+    }
+    return Fit::kLongWay;   // never: without copies nothing is done again
+  }
+
+ private:
+  Fit fill_once(w8a8_layer *layer, bool direct, bool copies) {
+    const int64_t n = layer->n, scales = layer->scale_stride ? n : 1;
+    void *at[6] = {};
+    Fit fit = integers_of(names.packed_weight, packed.get(), kInt8, w8a8_packed_bytes(n, layer->k), direct, &at[0]);
+    if (fit == Fit::kYes) fit = integers_of(names.weight_sum, sums.get(), kInt32, n, direct, &at[1]);
+    if (fit == Fit::kYes) fit = floats_of(names.weight_scale, scale, scales, direct, copies, &at[2]);
+    if (fit == Fit::kYes && !bias.none()) fit = floats_of(names.bias, bias, n, direct, copies, &at[3]);
+    if (fit == Fit::kYes && layer->mode >= W8A8_STATIC_SYM)
+      fit = floats_of(names.input_scale, x_scale, 1, direct, copies, &at[4]);
+    if (fit == Fit::kYes && layer->mode == W8A8_STATIC_ASYM)
+      fit = integers_of(names.input_zero_point, x_zero_point.get(), kInt32, 1, direct, &at[5]);
+    if (fit != Fit::kYes) return fit;
+    layer->packed = static_cast<int8_t *>(at[0]), layer->colsum = static_cast<int32_t *>(at[1]);
+    layer->scale = static_cast<float *>(at[2]), layer->bias = static_cast<float *>(at[3]);
+    if (at[4]) layer->x_scale = *static_cast<float *>(at[4]);
+    if (at[5]) layer->x_zero_point = *static_cast<int32_t *>(at[5]);
+    return fit;
+  }
+};
 
 // linear(x, buffers, n, k, per_channel, mode, bits, direct) -> y or None; w8a8/kernels/native.py says what they are.
 PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -178,55 +196,47 @@ PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "linear takes (x, buffers, n, k, per_channel, mode, bits, direct)");
     return nullptr;
   }
-  PyObject *const x = args[0], *const buffers = args[1];
-  const int64_t n = PyLong_AsLongLong(args[2]), k = PyLong_AsLongLong(args[3]);
+  PyObject *const x = args[0];
+  w8a8_layer layer = {};
+  layer.n = PyLong_AsLongLong(args[2]), layer.k = PyLong_AsLongLong(args[3]);
   const long per_channel = PyLong_AsLong(args[4]), mode = PyLong_AsLong(args[5]), bits = PyLong_AsLong(args[6]);
   if (PyErr_Occurred()) return nullptr;
-  if (!torch.tensor) Py_RETURN_NONE;
+  layer.scale_stride = per_channel != 0;
+  layer.mode = static_cast<int32_t>(mode), layer.bits = static_cast<int32_t>(bits);
+  const bool direct = args[7] == Py_True;
+  if (!torch.type || layer.n < 1 || layer.k < 1) Py_RETURN_NONE;
 
   Input in;
-  PyObject *shape = nullptr;
-  const int taken = take_input(x, n, k, args[7] == Py_True, &in, &shape);
-  if (taken < 0) return nullptr;
-  if (taken == 0) Py_RETURN_NONE;
-  const Ref y_shape(shape);
-
-  const Ref packed(buffer(buffers, names.packed_weight));
-  const Ref sums(buffer(buffers, names.weight_sum));
-  const Ref scale(in_float32(buffer(buffers, names.weight_scale)));
-  const Ref bias(in_float32(buffer(buffers, names.bias)));
-  const Ref input_scale(in_float32(buffer(buffers, names.input_scale)));
-  const Ref input_zero_point(buffer(buffers, names.input_zero_point));
-  if (!packed || !sums || !scale || !bias || !input_scale || !input_zero_point) return nullptr;
-  if (packed.none()) Py_RETURN_NONE;
-
-  void *packed_data, *scale_data, *sums_data, *bias_data = nullptr, *grid;
-  if (!address_of(packed.get(), &packed_data) || !address_of(scale.get(), &scale_data) ||
-      !address_of(sums.get(), &sums_data) || (!bias.none() && !address_of(bias.get(), &bias_data)))
-    return nullptr;
-  w8a8_layer layer = {static_cast<int8_t *>(packed_data), static_cast<float *>(scale_data),
-                      static_cast<int32_t *>(sums_data), static_cast<float *>(bias_data), n, k,
-                      static_cast<int32_t>(per_channel), static_cast<int32_t>(mode), static_cast<int32_t>(bits), 0, 0.0f};
-  if (!input_scale.none()) {
-    if (!address_of(input_scale.get(), &grid)) return nullptr;
-    layer.x_scale = *static_cast<float *>(grid);
+  Buffers buffers;
+  if (!take_input(x, layer.k, &in) || negated(torch, x)) Py_RETURN_NONE;
+  if (!buffers.take(args[1])) return nullptr;
+  if (buffers.packed.none()) Py_RETURN_NONE;
+  if (direct) {
+    const int seen = watched(x, buffers.scale.get(), buffers.bias.get());
+    if (seen < 0) return nullptr;
+    if (seen) Py_RETURN_NONE;
   }
-  if (!input_zero_point.none()) {
-    if (!address_of(input_zero_point.get(), &grid)) return nullptr;
-    layer.x_zero_point = *static_cast<int32_t *>(grid);
-  }
-
-  const int64_t threads = integer_of(PyObject_CallNoArgs(torch.threads));
+  const int64_t threads = integer_of(PyObject_CallNoArgs(given.threads));
   if (threads < 0) return nullptr;
-  Ref y(PyObject_CallMethodObjArgs(x, names.new_empty, y_shape.get(), nullptr));
-  void *y_data;
-  if (!y || !address_of(y.get(), &y_data)) return nullptr;
+  Ref y(output_of(x, in.view, layer.n));
+  if (!y) return nullptr;
+
+  // Making y, or a copy, may have run Python code, of a mode that is active: so memory is looked at after it, x once more.
+  const Fit fit = buffers.fill(&layer, direct);
+  if (fit == Fit::kError) return nullptr;
+  if (fit == Fit::kLongWay) Py_RETURN_NONE;
+  Input now;
+  View out;
+  if (!take_input(x, layer.k, &now) || !now.view.same_shape(in.view)) Py_RETURN_NONE;
+  if (!look(torch, y.get(), &out) || out.dtype != now.view.dtype || out.count != now.rows * layer.n || !out.contiguous())
+    Py_RETURN_NONE;
 
   int status;
   Py_BEGIN_ALLOW_THREADS;
-  const int64_t bytes = in.rows * n * (in.dtype == W8A8_F32 ? 4 : 2);
-  if (bytes >= kFreshMemory && bytes < kColdMemory) w8a8_advise_huge(y_data, bytes);
-  status = w8a8_linear(&layer, in.data, in.dtype, in.rows, in.stride, y_data, n, static_cast<int32_t>(threads));
+  const int64_t bytes = out.count * (out.dtype == W8A8_F32 ? 4 : 2);
+  if (bytes >= kFreshMemory && bytes < kColdMemory) w8a8_advise_huge(out.data, bytes);
+  status = w8a8_linear(&layer, now.view.data, out.dtype, now.rows, now.stride, out.data, layer.n,
+                       static_cast<int32_t>(threads));
   Py_END_ALLOW_THREADS;
   if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
   if (status != W8A8_OK) {
@@ -236,16 +246,26 @@ PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
   return y.release();
 }
 
-// prepare(Tensor, (float32, bfloat16, float16), get_num_threads, is_grad_enabled, dispatch modes, is_tracing)
+// prepare(Tensor, dtypes in the order of view.h, DLPack's table or None, get_num_threads, is_grad_enabled,
+//         dispatch modes, is_tracing, the names of forward_ad, plain_float, refuse)
 PyObject *prepare(PyObject *, PyObject *args) {
-  Torch given;
-  if (!PyArg_ParseTuple(args, "O(OOO)OOOO", &given.tensor, &given.dtypes[0], &given.dtypes[1], &given.dtypes[2],
-                        &given.threads, &given.grad_enabled, &given.dispatch_modes, &given.tracing))
+  Tensors tensors = torch;
+  auto functions = given;
+  PyObject *table;
+  if (!PyArg_ParseTuple(args, "O(OOOOO)OOOOOO!OO", &tensors.type, &tensors.dtypes[0], &tensors.dtypes[1],
+                        &tensors.dtypes[2], &tensors.dtypes[3], &tensors.dtypes[4], &table, &functions.threads,
+                        &functions.grad_enabled, &functions.dispatch_modes, &functions.tracing, &PyDict_Type,
+                        &functions.forward_ad, &functions.plain_float, &functions.refuse))
     return nullptr;
-  for (PyObject *o : {given.tensor, given.dtypes[0], given.dtypes[1], given.dtypes[2], given.threads,
-                      given.grad_enabled, given.dispatch_modes, given.tracing})
-    Py_INCREF(o);
-  torch = given;
+  tensors.exchange = nullptr;
+  if (table != Py_None) {
+    const void *found = PyCapsule_GetPointer(table, "dlpack_exchange_api");
+    if (!found) return nullptr;
+    const auto *exchange = static_cast<const dlpack::Exchange *>(found);
+    if (exchange->version.major == 1 && exchange->describe) tensors.exchange = exchange;
+  }
+  Py_INCREF(args);   // and with it all that it holds
+  torch = tensors, given = functions;
   Py_RETURN_NONE;
 }
 
@@ -266,15 +286,15 @@ PyMODINIT_FUNC PyInit__native() {
     PyObject **name;
     const char *text;
   } all[] = {
-      {&names.dtype, "dtype"},
-      {&names.is_cpu, "is_cpu"},
+      {&torch.dtype, "dtype"},
+      {&torch.is_cpu, "is_cpu"},
+      {&torch.shape, "shape"},
+      {&torch.stride, "stride"},
+      {&torch.data_ptr, "data_ptr"},
+      {&torch.is_neg, "is_neg"},
       {&names.requires_grad, "requires_grad"},
-      {&names.is_contiguous, "is_contiguous"},
-      {&names.shape, "shape"},
-      {&names.stride, "stride"},
-      {&names.data_ptr, "data_ptr"},
       {&names.new_empty, "new_empty"},
-      {&names.to_float, "float"},
+      {&names.current_level, "_current_level"},
       {&names.packed_weight, "packed_weight"},
       {&names.weight_scale, "weight_scale"},
       {&names.weight_sum, "weight_sum"},

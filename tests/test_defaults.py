@@ -1,0 +1,198 @@
+"""What a process sets for all of PyTorch changes nothing here: dtypes, devices, modes."""
+
+import ast
+import contextlib
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._device import _device_constructors
+
+import w8a8
+from tests.conftest import llama, mixtral
+from w8a8 import kernels
+from w8a8.affine import QParams
+from w8a8.calibration.observers import OBSERVERS
+from w8a8.linear import QuantLinear
+from w8a8.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.streaming import quantize_directory
+
+SOURCE = Path(w8a8.__file__).parent
+FACTORIES = {f.__name__ for f in _device_constructors() if f is not None} - {"Generator"}
+
+
+def unnamed(tree):
+    """Calls of torch's factories that leave the dtype or the device to the process: line and what is missing."""
+    for call in ast.walk(tree):
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+            continue
+        owner = call.func.value
+        if isinstance(owner, ast.Name) and owner.id == "torch" and call.func.attr in FACTORIES:
+            named = {keyword.arg for keyword in call.keywords}
+            if not {"dtype", "device"} <= named:
+                yield f"{call.lineno}: torch.{call.func.attr} without {', '.join(sorted({'dtype', 'device'} - named))}"
+
+
+def test_every_new_tensor_names_its_dtype_and_device():
+    found = [
+        f"{path.relative_to(SOURCE)}:{line}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for line in unnamed(ast.parse(path.read_text()))
+    ]
+    assert found == []
+
+
+def test_the_check_itself_finds_them():
+    tree = ast.parse("torch.empty(3)\nx.new_empty(3)\ntorch.ones(2, dtype=d, device=e)\ntorch.arange(3, dtype=d)")
+    assert list(unnamed(tree)) == ["1: torch.empty without device, dtype", "4: torch.arange without device"]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def default_device(device):
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(before if before.type != "cpu" else None)
+
+
+@contextlib.contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+SETTINGS = {
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "float64": lambda: default_dtype(torch.float64),
+    "meta": lambda: default_device("meta"),
+    "deterministic": deterministic,
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+}
+SCHEMES = [
+    *(preset.scheme for preset in PRESETS.values()),
+    Scheme(QuantSpec(8, PerGroup(20)), QuantSpec(8, PerToken())),
+    Scheme(QuantSpec(8, PerChannel(), symmetric=False), QuantSpec(8, PerToken(), symmetric=False)),
+    Scheme(QuantSpec(8, PerColumn()), QuantSpec(12, PerChannel(), symmetric=False)),
+    Scheme(QuantSpec(12, PerChannel()), QuantSpec(16, PerToken())),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+IDS = torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=SETTINGS)
+def setting(request):
+    return SETTINGS[request.param]
+
+
+def every_layer(linear, grids, x):
+    """The output of every scheme by every kernel, and what the layer holds."""
+    found = {}
+    for scheme in SCHEMES:
+        params = None
+        if scheme.static:
+            params = grids[scheme.activations.symmetric]
+        names = [*kernels.KERNELS, "simulated"] if scheme.integer_executable else ["simulated"]
+        for name in names:
+            options = {"simulated": True} if name == "simulated" else {"kernel": name}
+            q = QuantLinear.from_float(linear, scheme, input_params=params, **options)
+            found |= {f"{scheme}, {name}, {key}": value for key, value in q.state_dict().items()}
+            found[f"{scheme}, {name}, output"] = q(x)
+            found[f"{scheme}, {name}, lost"] = q.weight_sqnr_db
+            found[f"{scheme}, {name}, dtypes"] = [(key, b.dtype) for key, b in q.named_buffers()]
+    return found
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        if isinstance(value, torch.Tensor):
+            assert found[key].dtype is value.dtype, key
+            assert torch.equal(found[key], value), key
+        else:
+            assert found[key] == value, key
+
+
+@pytest.mark.filterwarnings("ignore:kernel 'native' cannot run")  # where it has no groups or float64, others do
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_of_every_scheme_and_kernel_are_the_same(setting, dtype):
+    linear, x = nn.Linear(100, 33).to(dtype).requires_grad_(False), torch.randn(3, 7, 100).to(dtype)
+    grids = {True: QParams(torch.tensor([0.02]), None), False: QParams(torch.tensor([0.02]), torch.tensor([3]).int())}
+    wanted = every_layer(linear, grids, x)
+    with setting():
+        found = every_layer(linear, grids, x)
+    same(found, wanted)
+
+
+def whole(model, directory, scheme, smooth):
+    """Calibrated, smoothed, quantised, saved, loaded, and run."""
+    result = w8a8.quantize(model, scheme, calibration=[IDS], smooth=smooth)
+    found = {f"held {key}": value for key, value in model.state_dict().items()}
+    found["logits"] = model(input_ids=IDS, use_cache=False).logits.detach()
+    found["coverage"] = str(result.coverage)
+    w8a8.save(model, directory)
+    loaded = w8a8.load(directory)
+    found |= {f"loaded {key}": value for key, value in loaded.state_dict().items()}
+    found["logits of the loaded"] = loaded(input_ids=IDS, use_cache=False).logits.detach()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "scheme", "smooth"),
+    [(llama, "w8a8-static", "searched"), (mixtral, "w8a8", "none")],
+    ids=["static, smoothed", "experts"],
+)
+def test_models_are_the_same(setting, tmp_path, make, scheme, smooth):
+    model = make()
+    wanted = whole(copy.deepcopy(model), tmp_path / "wanted", scheme, smooth)
+    with setting():
+        found = whole(copy.deepcopy(model), tmp_path / "found", scheme, smooth)
+    same(found, wanted)
+    assert (tmp_path / "found" / "model.safetensors").read_bytes() == (
+        tmp_path / "wanted" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_streaming_writes_the_same_bytes(setting, tmp_path):
+    llama().save_pretrained(tmp_path / "source")
+    quantize_directory(tmp_path / "source", tmp_path / "wanted")
+    with setting():
+        quantize_directory(tmp_path / "source", tmp_path / "found")
+    assert (tmp_path / "found" / "model.safetensors").read_bytes() == (
+        tmp_path / "wanted" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_observers_find_the_same_ranges(setting, name):
+    x, spec = torch.randn(64, 20), QuantSpec(8, PerTensor(), symmetric=name != "minmax", dynamic=False)
+
+    def measured():
+        observer = OBSERVERS[name]()
+        observer.update(x[:40])
+        observer.update(x[40:])
+        params = observer.params(spec)
+        return {"scale": params.scale, "zero point": params.zero_point}
+
+    wanted = measured()
+    with setting():
+        found = measured()
+    same(found, wanted)
