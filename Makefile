@@ -19,12 +19,16 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/
 demo: $(VENV)/.installed
 	$(BIN)/w8a8 demo
 
+# those that take long and fail rarely are left to test-all; those that depend on the kernel run again for each preference
 test: $(VENV)/.installed
-	$(BIN)/pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/pytest -m 'not slow' --numprocesses=logical --maxprocesses=4 --dist=loadfile \
+	  --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m tests.preferences
 
-# the tests; the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu; and damaged
+# the slow tests too; the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu; and damaged
 # directories, each an error of ours or the model that was saved: 10,000 from a seed, 10,000 guided by coverage
 test-all: test
+	$(BIN)/pytest -m slow --numprocesses=logical --maxprocesses=4
 	$(MAKE) -C tests/native check sanitize arm
 	$(MAKE) -C tests/native door PYTHON=$(CURDIR)/$(BIN)/python
 	$(BIN)/python -m tests.checkpoint.fuzz --cases 10000

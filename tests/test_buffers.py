@@ -19,6 +19,8 @@ from w8a8.scheme import (
 )
 from w8a8.tokens import fake_quantize_tokens
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.mark.parametrize(
     ("scheme", "shapes"),
@@ -154,6 +156,7 @@ def test_static_activations_need_their_grid():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read as Linux tells it")
 @needs("native")
+@pytest.mark.once
 def test_codes_of_many_layers_are_in_memory_once():
     """The codes before packing go back to the system: malloc would leave a hole as large beside each layer."""
 

@@ -1,9 +1,12 @@
+import pytest
 import torch
 
 from tests.conftest import needs
 from w8a8 import diagnosis, kernels
 from w8a8.diagnosis import diagnose
 from w8a8.kernels import native
+
+pytestmark = pytest.mark.kernels
 
 
 def test_versions_machine_and_kernels_are_told():

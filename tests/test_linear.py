@@ -23,6 +23,7 @@ from w8a8.scheme import (
     Scheme,
 )
 
+pytestmark = pytest.mark.kernels
 EXECUTABLE = [name for name, p in PRESETS.items() if p.scheme.integer_executable]
 SIMULATED_ONLY = [
     Scheme(QuantSpec(8, PerColumn()), TOKEN),

@@ -27,6 +27,7 @@ def test_a_quantised_model_stays_near_the_float_one(name, tokens):
     assert list(result.ledger()) == [name for name, _ in quant_linears(model)]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-tensor", "w8a8-o1", "w8a8-o2"])
 def test_simulated_and_integer_logits_are_the_same_bits(scheme, tokens):
     model = opt()
@@ -36,6 +37,7 @@ def test_simulated_and_integer_logits_are_the_same_bits(scheme, tokens):
         assert torch.equal(simulated(tokens).logits, integer(tokens).logits)
 
 
+@pytest.mark.kernels
 def test_all_kernels_give_the_same_logits(tokens):
     model = llama()
     logits = []
@@ -47,6 +49,7 @@ def test_all_kernels_give_the_same_logits(tokens):
     assert all(torch.equal(logits[0], other) for other in logits[1:])
 
 
+@pytest.mark.kernels
 def test_generation_with_a_cache_works_in_integers(tokens):
     model = w8a8.quantize(llama()).model
     out = model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)

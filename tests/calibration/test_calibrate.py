@@ -234,6 +234,7 @@ def test_static_models_are_near_the_float_one_and_scales_are_those_of_the_data(m
     assert relative_error(got, wanted) < 0.03
 
 
+@pytest.mark.kernels
 def test_simulated_static_logits_are_the_integer_ones_and_the_first_kernel_runs(tokens):
     model = opt()
     simulated = w8a8.simulate(copy.deepcopy(model), "w8a8-static", calibration=ids()).model

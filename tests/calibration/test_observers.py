@@ -265,6 +265,7 @@ def root_mean_squares(x, spec, params):
     return values(error, spec.granularity).square().mean(-1).sqrt()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(stream=streams(), bits=st.sampled_from([2, 3, 4, 6, 8]))
 def test_mse_is_never_worse_than_the_full_range_beyond_its_bound(stream, bits):

@@ -111,6 +111,7 @@ def test_groups_survive_the_round_trip_and_load_in_transformers(tmp_path):
     assert relative_error(logits(model, ids), logits(theirs, ids)) < 1e-5
 
 
+@pytest.mark.kernels
 def test_the_weights_are_mapped_and_never_float(tmp_path):
     w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")
     model = w8a8.load(tmp_path / "out", kernel="reference")
@@ -213,6 +214,7 @@ def test_conv1d_models_come_back(tmp_path):
     assert torch.equal(logits(w8a8.load(tmp_path / "out"), ids), logits(model, ids))
 
 
+@pytest.mark.kernels
 def test_the_loaded_model_can_be_told_how_to_run(tmp_path):
     w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")
     reference = w8a8.load(tmp_path / "out", kernel="reference", strict=True)
@@ -308,6 +310,7 @@ def test_a_float_directory_has_no_int8_head(tmp_path):
         w8a8.load(tmp_path, head="int8")
 
 
+@pytest.mark.kernels
 @needs("native")
 def test_no_second_copy_of_a_weight_is_made(tmp_path):
     """Loading allocates what the packed weights take, and less than one weight more; the files' pages are let go."""

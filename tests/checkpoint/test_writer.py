@@ -129,6 +129,7 @@ def test_a_failing_rename_brings_the_old_directory_back(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_directory_that_looks_complete(tmp_path):
     code = f"""
 import os, signal

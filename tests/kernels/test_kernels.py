@@ -18,6 +18,7 @@ from w8a8.kernels import native, ops, reference, select, torch_cpu
 from w8a8.linear import QuantLinear
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
+pytestmark = pytest.mark.kernels
 SCHEMES = [
     Scheme(QuantSpec(bits, weights, weights_symmetric), QuantSpec(bits, activations, symmetric))
     for weights_symmetric in (True, False)
@@ -122,6 +123,7 @@ def path(request):
         native.use_instruction_set(os.environ.get("W8A8_ISA") or None)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", paths(), indirect=True)
 def test_many_random_cases_agree_with_the_reference(path):
     """Shapes, strides, dtypes, schemes and extreme values: 500 for each path, over 2,000 in all on AVX-512."""

@@ -23,7 +23,7 @@ from w8a8.linear import QuantLinear, quant_linears
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
 ROOT = Path(__file__).parents[2]
-pytestmark = needs("native")
+pytestmark = [needs("native"), pytest.mark.kernels]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (31, 3), (32, 4), (33, 101), (100, 64), (2048, 2048)])
@@ -271,6 +271,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.once
 def test_the_environment_forces_an_instruction_set():
     code = "from w8a8.kernels import native; print(native.instruction_set())"
     assert run(code, W8A8_ISA="portable").stdout == "portable\n"
@@ -279,6 +280,7 @@ def test_the_environment_forces_an_instruction_set():
     assert "W8A8_ISA is 'mmx', which this CPU cannot run" in wrong.stderr
 
 
+@pytest.mark.once
 def test_torchs_own_threads_are_borrowed():
     code = (
         "import torch\nfrom w8a8.kernels import native\nprint(native.threading())\n"

@@ -10,6 +10,7 @@ from w8a8.errors import NonFiniteError
 from w8a8.kernels import native
 from w8a8.kernels.weights import quantize_weight
 
+pytestmark = pytest.mark.kernels
 SPECS = [
     QuantSpec(bits, granularity, symmetric)
     for bits in (2, 4, 8)

@@ -350,6 +350,7 @@ if not target.exists():
 """
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_at_twenty_moments_gives_the_same_bytes(tmp_path, four_blocks):
     source, whole = four_blocks
     start = time.perf_counter()

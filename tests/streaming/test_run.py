@@ -378,6 +378,7 @@ quantize_directory(sys.argv[1], sys.argv[2], shard_bytes=500_000)
 """
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_at_random_the_result_is_the_same_to_the_byte(tmp_path, large, whole):
     chance, target, kills, resumed, runs = random.Random(0), tmp_path / "out", 0, 0, 0
     while kills < 20:
