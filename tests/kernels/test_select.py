@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from tests.conftest import needs
 from w8a8 import kernels
 from w8a8.errors import KernelError
-from w8a8.kernels import select
+from w8a8.kernels import native, select
 from w8a8.linear import QuantLinear
 
 pytestmark = pytest.mark.kernels
@@ -48,6 +49,13 @@ def test_the_order_is_the_same_on_every_processor(monkeypatch):
     monkeypatch.delenv("W8A8_KERNEL", raising=False)
     assert list(kernels.available()) == list(kernels.KERNELS) == ["native", "torch_cpu", "reference"]
     assert kernels.available()["reference"] is None
+
+
+@pytest.mark.skipif(os.environ.get("W8A8_NATIVE") == "0", reason="W8A8_NATIVE is 0")
+def test_what_was_compiled_can_run():
+    """Else all tests of the native kernel would skip, and nobody would look why."""
+    if list(Path(native.__file__).parent.glob("_native*.so")):
+        assert kernels.available()["native"] is None
 
 
 @pytest.mark.parametrize("name", kernels.KERNELS)
