@@ -9,9 +9,8 @@ import w8a8
 from tests.conftest import MODELS, llama, mixtral, opt
 from w8a8.coverage import coverage
 
-pytestmark = pytest.mark.kernels
 
-
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_is_counted_once_before_and_after(name):
     model = MODELS[name]()

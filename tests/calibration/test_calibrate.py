@@ -237,9 +237,10 @@ def test_static_models_are_near_the_float_one_and_scales_are_those_of_the_data(m
 @pytest.mark.kernels
 def test_simulated_static_logits_are_the_integer_ones_and_the_first_kernel_runs(tokens):
     model = opt()
-    simulated = w8a8.simulate(copy.deepcopy(model), "w8a8-static", calibration=ids()).model
-    reference = w8a8.quantize(copy.deepcopy(model), "w8a8-static", calibration=ids(), kernel="reference").model
-    result = w8a8.quantize(model, "w8a8-static", calibration=ids())
+    how = {"scheme": "w8a8-static", "calibration": ids(), "smooth": "none"}
+    simulated = w8a8.simulate(copy.deepcopy(model), **how).model
+    reference = w8a8.quantize(copy.deepcopy(model), **how, kernel="reference").model
+    result = w8a8.quantize(model, **how)
     with torch.inference_mode():
         logits = result.model(tokens).logits
         assert torch.equal(simulated(tokens).logits, logits)

@@ -243,7 +243,7 @@ def test_a_static_grid_is_used_as_it_is(kernel, symmetric):
     assert torch.equal(q(x), oracle(q, x))
 
 
-@pytest.mark.parametrize("kernel", [*kernels.KERNELS, "simulated"])
+@pytest.mark.parametrize("kernel", [*HERE, "simulated"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_a_static_symmetric_grid_saturates_at_both_ends_of_the_codes(kernel, bits):
     """As compressed-tensors and vLLM do; a dynamic scale, made from the same values, never gets there."""

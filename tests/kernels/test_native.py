@@ -90,7 +90,7 @@ def test_a_pickle_from_another_architecture_is_packed_anew(steps_group):
     q, x = QuantLinear.from_float(nn.Linear(100, 33), kernel="native"), torch.randn(3, 100)
     expected, (steps, group) = q(x), steps_group
     theirs = torch.zeros(64, steps * group, dtype=torch.int8)
-    theirs[:33, :100] = q.weight
+    theirs[:33, :100] = q.codes
     q.packed_weight = theirs.view(2, 32, steps, group).transpose(1, 2).contiguous()
     loaded = pickle.loads(pickle.dumps(q))  # noqa: S301 - our own
     assert loaded.packed_weight.shape == native.packed_shape(33, 100)
