@@ -129,6 +129,7 @@ def test_the_harness_asks_our_model(call, task, quantized, monkeypatch, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_task_that_is_not_there_is_told(call, quantized):  # noqa: F811
     code, _, err = call("eval", quantized, "--tasks", "arc_eazy")
     assert code == 2

@@ -72,7 +72,7 @@ def test_quantize_writes_a_page_about_its_result(quantize):
     assert all(row["after"] is None for row in records["channels"])
 
 
-@pytest.mark.parametrize("way", [["--dtype", "float32"], ["--stream"]])
+@pytest.mark.parametrize("way", [pytest.param(["--dtype", "float32"], marks=pytest.mark.slow), ["--stream"]])
 def test_a_page_after_smoothing_has_the_layers_of_the_smoothed_model_under_the_scheme_that_was_saved(
     quantize, tmp_path, way
 ):
@@ -104,6 +104,7 @@ def test_a_page_after_smoothing_has_the_layers_of_the_smoothed_model_under_the_s
             assert drawn["scale"] == float(saved.get_submodule(drawn["layer"]).input_scale)
 
 
+@pytest.mark.slow
 def test_a_page_is_not_made_of_another_smoothing(monkeypatch, tmp_path, capsys):
     """The calibration data is changed while the result is compared with the float model."""
     text, data = tmp_path / "text.txt", tmp_path / "calibration.txt"
