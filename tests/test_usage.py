@@ -353,3 +353,14 @@ def test_a_layer_that_no_forward_called_is_told_by_the_ledger():
 def test_where_every_layer_is_read_there_is_nothing_to_quantise():
     with pytest.raises(SchemeError, match=r"all 3 linear layers are left out, .*: it is not only called"):
         w8a8.quantize(nn.TransformerEncoderLayer(16, 2, 32))
+
+
+def test_what_was_read_is_read_anew_where_a_class_gets_another_forward(monkeypatch):
+    class Changes(Base):
+        pass
+
+    assert "a" in select(Changes()).chosen
+    monkeypatch.setattr(Changes, "forward", Reads.forward)
+    assert "a" in select(Changes()).reasons
+    monkeypatch.undo()
+    assert "a" in select(Changes()).chosen

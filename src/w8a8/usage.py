@@ -11,6 +11,7 @@ stops with an error.  Not taken: hooks that watch parameters in a forward, which
 need values.
 """
 
+from collections.abc import ValuesView
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,29 +61,36 @@ def look(model: nn.Module) -> Usage:
     return found
 
 
+_NUMBERS: dict[Any, int] = {}
+_KNOWN: dict[tuple[int, frozenset[str]], list[Uses]] = {}
+"""What was read in this process: a model is looked at several times, and reading takes longer than all else of that."""
+
+
 class _Reader:
-    """Reads the code of a model's modules, and keeps what it knows of each kind.
+    """Reads the code of a model's modules, each kind once in a process.
 
     Args:
         model: Not modified.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._known: dict[int, list[Uses]] = {}
         self._signatures: dict[int, int] = {}
-        self._numbers: dict[Any, int] = {}
+        self._own: dict[Any, int] = {}  # of modules that are not kept
+        self._own_known: dict[tuple[int, frozenset[str]], list[Uses]] = {}
         self._reading: set[int] = set()
-        self.making = set(sources.MAKING)
+        making = set(sources.MAKING)
         for kind in {kind for module in model.modules() for kind in type(module).__mro__ if kind is not nn.Module}:
             for name in sources.MAKING & vars(kind).keys():
                 function = sources.function_of(vars(kind)[name])
                 code = None if function is None else sources.tree(function)
-                self.making.update(() if code is None else sources.called(code))
+                making.update(() if code is None else sources.called(code))
+        self.making = frozenset(making)
 
     def uses(self, module: nn.Module) -> Uses:
         """What the code of a module's class does with what is below the module."""
         key = self._signature(module)
-        for known in self._known.get(key, ()):
+        store = _KNOWN if key > 0 else self._own_known
+        for known in store.get((key, self.making), ()):
             if all(locate(module, path) == value for path, value in known.consulted.items()):
                 return known
         if key in self._reading:  # it lies below itself
@@ -90,18 +98,36 @@ class _Reader:
         self._reading.add(key)
         found = Reading(module, self.uses, self.making).read()
         self._reading.discard(key)
-        self._known.setdefault(key, []).append(found)
+        store.setdefault((key, self.making), []).append(found)
         return found
 
     def _signature(self, module: nn.Module) -> int:
-        """The same number for modules whose code, children and parameters are of the same kind and name."""
+        """The same number for modules whose code, children and parameters are of the same kind and name.
+
+        It is negative, and good for one model, where a forward was set on the module itself, or it holds modules that
+        are not its children, or one below it does.
+        """
         if id(module) not in self._signatures:
-            self._signatures[id(module)] = -1  # a cycle
-            own = (
-                type(module),
-                module.__dict__.get("forward"),
-                tuple(name for name, p in module._parameters.items() if p is not None),
-                tuple((name, self._signature(m)) for name, m in module._modules.items() if m is not None),
-            )
-            self._signatures[id(module)] = self._numbers.setdefault(own, len(self._numbers))
+            self._signatures[id(module)] = 0  # a cycle
+            forward = module.__dict__.get("forward")
+            inside = tuple((name, self._signature(m)) for name, m in module._modules.items() if m is not None)
+            parameters = tuple(name for name, p in module._parameters.items() if p is not None)
+            kind = type(module)
+            held = id(module) if _holds_modules(module) else 0
+            own = (kind, kind.forward, forward, held, parameters, inside)
+            if forward is None and not held and all(number > 0 for _, number in inside):
+                number = _NUMBERS.setdefault(own, len(_NUMBERS) + 1)
+            else:
+                number = self._own.setdefault(own, -1 - len(self._own))
+            self._signatures[id(module)] = number
         return self._signatures[id(module)]
+
+
+def _holds_modules(module: nn.Module) -> bool:
+    """Whether an attribute is a module, or a container with one, that is not among the children."""
+    for value in module.__dict__.values():
+        held = value.values() if isinstance(value, dict) and value is not module._modules else value
+        several = isinstance(held, list | tuple | set | ValuesView)
+        if isinstance(held, nn.Module) or (several and any(isinstance(each, nn.Module) for each in held)):
+            return True
+    return False
