@@ -8,7 +8,7 @@ import w8a8
 LAYERS = [
     {"errors", "forking"},
     {"scheme", "report", "sources", "saving"},
-    {"affine", "packed", "places"},
+    {"affine", "packed", "places", "kinds"},
     {"functional", "tokens", "row_sample", "straight_through"},
     {"kernels"},
     {"weight"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"calibration"},
     {"smoothing"},
     {"pipeline", "experiment", "streaming", "hf"},
-    {"generation", "diagnosis", "analysis", "speed"},
+    {"generation", "diagnosis", "analysis", "speed", "outputs"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -19,7 +19,8 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.errors import CalibrationError
 from w8a8.evaluation.scores import token_kl
-from w8a8.evaluation.text import Text, context_length, windows_for
+from w8a8.evaluation.text import Text, windows_for
+from w8a8.kinds import context_length
 from w8a8.linear import QuantLinear
 from w8a8.scheme import MAX_CODE_BITS, Scheme
 

@@ -1,6 +1,7 @@
 """The application, and what several commands have in common: options, opening a model, reading a text."""
 
-from typing import Annotated, Any
+from collections.abc import Set
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -48,8 +49,21 @@ TrustRemoteCode = Annotated[
 SCORING = (
     "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
     "overlap (--stride makes them overlap); the first token of a window is not scored, nor is one that an earlier "
-    "window scored; every scored token weighs the same.  Intervals are 95 %, by the bootstrap over windows."
+    "window scored; every scored token weighs the same.  Pseudo-perplexity: in windows of 128 tokens, the special "
+    "tokens around, every token is masked in its turn (Salazar et al. 2020).  Intervals are 95 %, by the bootstrap "
+    "over windows."
 )
+
+
+Asked: TypeAlias = tuple[str, Set[Any]]
+"""What a command asks of a model, as the subject of "... was asked for", and the kinds of models that it can ask."""
+
+
+def next_tokens(asked: str) -> Asked:
+    """What takes a model that tells each token from those before it."""
+    from w8a8.kinds import Kind
+
+    return asked, {Kind.CAUSAL}
 
 
 def _version(value: bool) -> None:
@@ -68,12 +82,32 @@ def _main(
 
 
 def open_named(
-    model: str, *, dtype: str = "auto", device: str = "cpu", head: str = "float", trust_remote_code: bool = False
+    model: str,
+    *,
+    asked: Asked | None = None,
+    dtype: str = "auto",
+    device: str = "cpu",
+    head: str = "float",
+    trust_remote_code: bool = False,
 ) -> Any:
+    """Open a model, where it is of a kind that what is asked can be asked of."""
     from w8a8.pipeline import open_model
 
     quiet_transformers()
+    if asked is not None:
+        check_kind_of(model, asked, trust_remote_code=trust_remote_code)
     return open_model(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
+
+
+def check_kind_of(model: str, asked: Asked | None, *, trust_remote_code: bool = False) -> Any:
+    """The kind of a named model, of which nothing is loaded; `ModelError` where it is none for what is asked."""
+    from w8a8.checkpoint.files import resolve
+    from w8a8.checkpoint.skeleton import architecture
+    from w8a8.kinds import check_kind, kind_of
+
+    directory = resolve(model, trust_remote_code=trust_remote_code)
+    found = architecture(directory, trust_remote_code=trust_remote_code)
+    return kind_of(*found) if asked is None else check_kind(*asked, *found)
 
 
 def quiet_transformers() -> None:
@@ -94,6 +128,16 @@ def default_length(model: Any) -> int:
     from w8a8.evaluation import context_length
 
     return min(context_length(model) or 2048, 2048)
+
+
+def scoring_length(model: Any, text: Any) -> int:
+    """Tokens in a window that a text is scored in: of a masked model, which reads it once for each token, few."""
+    from w8a8.evaluation.scores import is_masked
+
+    longest = default_length(model)
+    if not is_masked(model):
+        return longest
+    return min(longest - (0 if text.frame is None else len(text.frame)), 128)
 
 
 def show_coverage(found: Any) -> None:

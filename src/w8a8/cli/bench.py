@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app, open_named
+from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app, next_tokens, open_named
 from w8a8.cli.output import plain, print_json, print_line, print_table, progress
 from w8a8.errors import SchemeError
 
@@ -63,7 +63,8 @@ def _opened(model: str, against: list[str], scheme: str, head: str, places: dict
             f"--scheme {scheme} has static activation scales, and bench measures none: take a dynamic scheme, or save "
             "the model with `w8a8 quantize --calib FILE` and name both, the float one as --against"
         )
-    found = {}
+    found: dict[str, Any] = {}
+    places = {**places, "asked": next_tokens("reading and writing tokens")}
     for name in dict.fromkeys((*against, model)):
         is_float = read_quantization(resolve(name, trust_remote_code=places["trust_remote_code"])) is None
         alone = is_float and not against

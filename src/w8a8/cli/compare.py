@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.cli.app import content_of, default_length, open_named
+from w8a8.cli.app import check_kind_of, content_of, default_length, open_named, scoring_length
 from w8a8.cli.output import ERRORS, error_cells, megabytes, plain, print_line, print_table, progress
 from w8a8.errors import ModelError
 
@@ -25,6 +25,35 @@ class Compared:
     def told(self) -> dict[str, Any]:
         """For JSON."""
         return {**plain(self.both), "layers": plain(self.layers), "layers_not_measured": self.why_not}
+
+    def show(self, model: str, against: str) -> None:
+        """For people."""
+        show_comparison(model, against, self)
+
+
+@dataclass(frozen=True)
+class ComparedOutputs:
+    """A comparison of outputs, of models that predict no tokens."""
+
+    both: Any
+    why_not: str = "layers are measured of language models"
+
+    def told(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**plain(self.both), "layers": [], "layers_not_measured": self.why_not}
+
+    def show(self, model: str, against: str) -> None:
+        """For people."""
+        both = self.both
+        rows = [
+            ("||model - reference|| / ||reference||", *_estimate(both.relative_error, 5)),
+            ("cosine of a row with the reference's", *_estimate(both.cosine, 6)),
+            ("of 99 % of the rows at least", *_estimate(both.cosine_p1, 6)),
+            *([("same label", *_estimate(both.agreement, 4))] if both.agreement is not None else []),
+            ("weights on disk", sizes(model, against), ""),
+        ]
+        title = f"{model} against {against}: {both.output}, {both.rows:,} rows in {both.batches} windows"
+        print_table(title, ("measure", "value", "95 % interval"), rows)
 
 
 def compare_named(
@@ -83,15 +112,45 @@ def compare_named(
     return Compared(both, layers, None)
 
 
-def check_text(model: str, text: str, *, trust_remote_code: bool = False) -> None:
-    """Raise a `W8A8Error` before the work where a text cannot be read, or a model cannot be scored on it."""
+def compare_outputs_named(
+    model: str, against: str, text: str, options: dict[str, Any], places: dict[str, Any], *, head: str = "float"
+) -> ComparedOutputs:
+    """Run a text through two models in memory that read one and predict no tokens, and compare their outputs."""
+    import torch
+
+    from w8a8.evaluation import encode
+    from w8a8.outputs import compare_outputs
+
+    content = content_of(text)
+    opened, other = open_named(model, head=head, **places), open_named(against, **places)
+    encoded = encode(opened.tokenizer, content).first(options["max_tokens"])
+    frame = ((), ()) if encoded.frame is None else (encoded.frame.before, encoded.frame.after)
+    room = default_length(opened.model) - sum(map(len, frame))
+    length = options["seq_len"] or min(room, 512)
+    if length > room:
+        raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {model}")
+    before, after = (encoded.ids.new_tensor(part) for part in frame)
+    batches = [{"input_ids": torch.cat([before, ids, after])[None]} for ids in encoded.ids.split(length)]
+    with progress("comparing") as step:
+        return ComparedOutputs(compare_outputs(opened.model, other.model, batches, seed=options["seed"], progress=step))
+
+
+def check_text(model: str, text: str, *, trust_remote_code: bool = False) -> Any:
+    """Raise a `W8A8Error` before the work where a text cannot be read, or a model cannot be scored on it.
+
+    Returns:
+        The kind of the model.
+    """
     from w8a8.checkpoint.files import resolve
     from w8a8.evaluation import encode
+    from w8a8.kinds import READS_TEXT
     from w8a8.pipeline import open_tokenizer
 
     content = content_of(text)
     directory = resolve(model, trust_remote_code=trust_remote_code)
+    kind = check_kind_of(model, ("a comparison on a text", READS_TEXT), trust_remote_code=trust_remote_code)
     encode(open_tokenizer(directory, trust_remote_code=trust_remote_code), content)
+    return kind
 
 
 def _short(windows: dict[str, Any]) -> int:
@@ -121,8 +180,9 @@ def show_comparison(model: str, against: str, found: Compared) -> None:
         print_line(f"Layers were not measured: {found.why_not}.")
         return
     worst = sorted(found.layers, key=lambda layer: math.inf if (db := layer.output_sqnr_db) is None else db)[:10]
+    predictions = "" if both.model.pseudo else "; `w8a8 sensitivity`: to the predictions"
     print_table(
-        "Layers by what they do to their own output, the worst first; `w8a8 sensitivity`: to the predictions",
+        f"Layers by what they do to their own output, the worst first{predictions}",
         ("layer", "scheme", *ERRORS),
         [(layer.name, layer.scheme, *error_cells(layer)) for layer in worst],
     )
@@ -140,7 +200,7 @@ def _cut(opened: Any, content: str, options: dict[str, Any]) -> dict[str, Any]:
     from w8a8 import evaluation as scoring
 
     text = scoring.encode(opened.tokenizer, content).first(options["max_tokens"])
-    length = options["seq_len"] or default_length(opened.model)
+    length = options["seq_len"] or scoring_length(opened.model, text)
     return {"text": text, "seq_len": length, "stride": options["stride"]}
 
 
@@ -172,8 +232,9 @@ def windows_in_words(e: Any) -> str:
 
 
 def evaluation_rows(prefix: str, e: Any) -> list[tuple[str, str, str]]:
+    name = "pseudo-perplexity" if e.pseudo else "perplexity"
     return [
-        (f"{prefix}perplexity", *_estimate(e.perplexity, 4)),
+        (f"{prefix}{name}", *_estimate(e.perplexity, 4)),
         (f"{prefix}loss, nats per token", *_estimate(e.loss_nats, 5)),
         *([(f"{prefix}bits per byte", *_estimate(e.bits_per_byte, 5))] if e.bits_per_byte is not None else []),
     ]

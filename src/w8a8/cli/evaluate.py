@@ -18,11 +18,14 @@ from w8a8.cli.app import (
     SeqLen,
     TrustRemoteCode,
     app,
+    check_kind_of,
     content_of,
     default_length,
+    next_tokens,
     open_named,
+    scoring_length,
 )
-from w8a8.cli.compare import compare_named, evaluation_rows, show_comparison, windows_in_words
+from w8a8.cli.compare import compare_named, compare_outputs_named, evaluation_rows, windows_in_words
 from w8a8.cli.output import plain, print_json, print_line, print_table, progress
 from w8a8.errors import SchemeError
 
@@ -66,30 +69,41 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model's perplexity on a text, alone or against another model, or run tasks of the harness."""
-    from w8a8 import evaluation as scoring
+    """Measure a model's perplexity on a text, alone or against another model, or run tasks of the harness.
 
+    Of a masked language model it is the pseudo-perplexity; of a model that reads text and predicts no tokens, with
+    --against, how far its outputs are from the other's.
+    """
+    from w8a8 import evaluation as scoring
+    from w8a8.kinds import PREDICTS_TOKENS, READS_TEXT
+
+    places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if tasks is not None:
-        opened = open_named(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
+        opened = open_named(model, asked=next_tokens("tasks of the harness"), head=head, **places)
         _show_tasks(model, opened, tasks.split(","), limit, num_fewshot, include_path, as_json=as_json)
         return
     if text is None:
         raise SchemeError("give --text FILE to score, or --tasks A,B to ask")
     options = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "seed": seed}
     if against is not None:
-        places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        found = compare_named(
-            model, against, text, options, places, head=head, one_at_a_time=one_at_a_time, cache=cache
-        )
+        asked = "a comparison on a text", READS_TEXT
+        kinds = {check_kind_of(name, asked, trust_remote_code=trust_remote_code) for name in (model, against)}
+        found: Any
+        if kinds <= PREDICTS_TOKENS:
+            found = compare_named(
+                model, against, text, options, places, head=head, one_at_a_time=one_at_a_time, cache=cache
+            )
+        else:
+            found = compare_outputs_named(model, against, text, options, places, head=head)
         if as_json:
             print_json({"model_name": model, "reference_name": against, **found.told()})
         else:
-            show_comparison(model, against, found)
+            found.show(model, against)
         return
     content = content_of(text)
-    opened = open_named(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
+    opened = open_named(model, asked=("a perplexity", PREDICTS_TOKENS), head=head, **places)
     encoded = scoring.encode(opened.tokenizer, content).first(max_tokens)
-    length = seq_len or default_length(opened.model)
+    length = seq_len or scoring_length(opened.model, encoded)
     with progress("scoring") as step:
         alone = scoring.perplexity(opened.model, encoded, seq_len=length, stride=stride, seed=seed, progress=step)
     if as_json:
@@ -146,7 +160,8 @@ def study(
     from w8a8 import evaluation as scoring
     from w8a8 import experiment
 
-    opened = open_named(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    opened = open_named(model, asked=next_tokens("a study of perplexities"), **places)
     ids = scoring.encode(opened.tokenizer, content_of(text)).first(max_tokens).ids
     length = seq_len or default_length(opened.model)
     with progress("studying") as step:

@@ -6,8 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import DrawingSeed, Dtype, Exclude, Include, Json, Model, Preset, TrustRemoteCode, app
-from w8a8.cli.compare import DEFAULT_WINDOWS, check_text, compare_named, show_comparison, sizes
+from w8a8.cli.app import (
+    DrawingSeed,
+    Dtype,
+    Exclude,
+    Include,
+    Json,
+    Model,
+    Preset,
+    TrustRemoteCode,
+    app,
+    check_kind_of,
+    next_tokens,
+)
+from w8a8.cli.compare import DEFAULT_WINDOWS, check_text, compare_named, compare_outputs_named, sizes
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.page import check_page, layers_of, page_of
 from w8a8.cli.sensitivity import show_sensitivity
@@ -116,8 +128,7 @@ def quantize(
         raise SchemeError("--text is what --budget measures on, and no budget was given; --calib is calibration data")
     if report is not None:
         check_page(report)
-    if eval_text is not None:
-        check_text(model, eval_text, trust_remote_code=trust_remote_code)
+    _check_kind(model, calib, budget, eval_text, report, trust_remote_code=trust_remote_code)
     data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
     data_free = data_free and budget is None
     if stream and not data_free and (calib is None or dtype != "auto" or trust_remote_code):
@@ -165,19 +176,47 @@ def quantize(
         print_json(told)
 
 
+def _check_kind(
+    model: str,
+    calib: str | None,
+    budget: str | None,
+    eval_text: str | None,
+    report: Path | None,
+    *,
+    trust_remote_code: bool,
+) -> None:
+    """Raise a `W8A8Error` where a model is not of the kind that something beside quantising is for."""
+    from w8a8.kinds import READS_TEXT
+
+    trust = {"trust_remote_code": trust_remote_code}
+    if calib is not None:
+        check_kind_of(model, ("calibration on a text (--calib)", READS_TEXT), **trust)
+    if budget is not None:
+        check_kind_of(model, next_tokens("--budget, which is spent on perplexity,"), **trust)
+    if eval_text is not None:
+        check_text(model, eval_text, **trust)
+        if report is not None:
+            check_kind_of(model, next_tokens("a page about measured layers (--eval-text, --report)"), **trust)
+
+
 def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | None) -> None:
     """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
+    from w8a8.kinds import PREDICTS_TOKENS, READS_TEXT, way_out
+
     output, model, seen = str(job.output), job.model, False
+    kind = check_kind_of(model, None, trust_remote_code=job.trust_remote_code)
     if eval_text is not None:
         places = {"dtype": job.dtype, "device": "cpu", "trust_remote_code": job.trust_remote_code}
-        compared = compare_named(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
+        compare = compare_named if kind in PREDICTS_TOKENS else compare_outputs_named
+        compared: Any = compare(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
         told["evaluation"], seen = compared.told(), compared.why_not is None
         if not job.quiet:
-            show_comparison(output, model, compared)
+            compared.show(output, model)
     if not job.quiet and not seen:
-        show_weights(told["worst_weights"])
+        show_weights(told["worst_weights"], more=kind in PREDICTS_TOKENS)
     if not job.quiet and eval_text is None:
-        print_line(f"{sizes(output, model)}; what it lost: w8a8 eval {output} --text FILE --against {model}")
+        asked = f"w8a8 eval {output} --text FILE --against {model}" if kind in READS_TEXT else way_out(kind)
+        print_line(f"{sizes(output, model)}; what it lost: {asked}")
     if report is not None:
         found = None if eval_text is None else layers_of(job, told, eval_text)
         page_of(told, model, job.output, job.drawn["seed"], found).write(report)

@@ -12,6 +12,7 @@ from w8a8.cli.app import (
     Model,
     TrustRemoteCode,
     app,
+    next_tokens,
     open_named,
     quiet_transformers,
 )
@@ -37,7 +38,8 @@ def generate(
     """Let a model go on from a prompt."""
     from w8a8.generation import continue_text
 
-    opened = open_named(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
+    asked = next_tokens("going on from a prompt")
+    opened = open_named(model, asked=asked, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
     result = continue_text(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         print_json(result)

@@ -16,6 +16,7 @@ from w8a8.cli.app import (
     SeqLen,
     app,
     content_of,
+    next_tokens,
     open_named,
 )
 from w8a8.cli.output import ERRORS, error_cells, print_json, print_line, print_table, progress
@@ -42,7 +43,7 @@ def sensitivity(
     from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
-    opened = open_named(model, dtype=dtype, device=device)
+    opened = open_named(model, asked=next_tokens("the sensitivity of layers"), dtype=dtype, device=device)
     ids = encode(opened.tokenizer, content_of(text))
     unstack_experts_(opened.model)
     with progress("measuring") as step:

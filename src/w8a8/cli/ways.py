@@ -240,12 +240,17 @@ def _told(job: Job, result: Any, found: Iterable[Any], smooth: Any, data: Any) -
     }
 
 
-def show_weights(worst: Iterable[Any]) -> None:
-    """The layers whose weights lost most, of `Coverage.worst_weights`: all that is known of layers without data."""
+def show_weights(worst: Iterable[Any], *, more: bool) -> None:
+    """The layers whose weights lost most, of `Coverage.worst_weights`: all that is known of layers without data.
+
+    Args:
+        worst: The layers.
+        more: Whether their outputs could be measured.
+    """
     from w8a8.row_sample import ROWS
 
     print_table(
-        "The worst layers by weights alone; by outputs: --eval-text FILE",
+        "The worst layers by weights alone" + ("; by outputs: --eval-text FILE" if more else ""),
         ("layer", "scheme", f"weight dB, at most {ROWS} rows"),
         [(m.name, m.scheme, "exact" if m.weight_sqnr_db == math.inf else f"{m.weight_sqnr_db:.1f}") for m in worst],
     )

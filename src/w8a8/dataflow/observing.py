@@ -19,6 +19,7 @@ from w8a8.dataflow.groups import Dataflow, conclude
 from w8a8.dataflow.products import blocked
 from w8a8.dataflow.tracing import Trace, Watch
 from w8a8.errors import ModelError
+from w8a8.kinds import context_length
 from w8a8.linear import check_materialised
 
 
@@ -77,9 +78,7 @@ def probe(model: nn.Module, *, tokens: int = 32, seed: int = 0) -> dict[str, Ten
             f"a probe of random tokens was asked for, but {type(model).__name__} takes "
             f"{main or 'an unknown input'}: call w8a8.dataflow.observe(model, inputs) with inputs of your own"
         )
-    longest = next(
-        (n for n in (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")) if n), tokens
-    )
+    longest = context_length(model) or tokens
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (2, min(tokens, longest)), generator=generator, dtype=torch.int64, device="cpu")
     device = next(model.parameters()).device

@@ -3,7 +3,8 @@
 from w8a8.evaluation.compare import Comparison, Evaluation, compare, perplexity
 from w8a8.evaluation.intervals import Estimate
 from w8a8.evaluation.stored import Reference, store
-from w8a8.evaluation.text import Text, context_length, encode
+from w8a8.evaluation.text import Text, encode
+from w8a8.kinds import context_length
 
 __all__ = [
     "Comparison",

@@ -29,15 +29,20 @@ from torch import Tensor
 
 from w8a8.convert import Progress
 from w8a8.errors import ModelError
+from w8a8.evaluation import scores
 from w8a8.evaluation.intervals import Bootstrap, Estimate, verdict
-from w8a8.evaluation.scores import logits_of, token_kl, token_losses
+from w8a8.evaluation.scores import token_kl, token_losses
 from w8a8.evaluation.stored import Reference, stored_kl
-from w8a8.evaluation.text import Text, windows_for
+from w8a8.evaluation.text import Text
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts a text.  `bits_per_byte` is None where the tokenizer does not tell bytes."""
+    """How well a model predicts a text.
+
+    bits_per_byte: None where the tokenizer does not tell bytes.
+    pseudo: Of a masked language model, which was told the tokens on both sides.
+    """
 
     perplexity: Estimate
     loss_nats: Estimate
@@ -46,6 +51,7 @@ class Evaluation:
     windows: int
     seq_len: int
     stride: int
+    pseudo: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ def perplexity(
     """Score a text.
 
     Args:
-        model: A causal language model in evaluation mode.  Not modified.
-        text: What `encode` makes, or (T,) token ids.
+        model: A causal language model in evaluation mode, or a masked one.  Not modified.
+        text: What `encode` makes, or for a causal model (T,) token ids.
         seq_len: Tokens in a window, at least 2.
         stride: Distance of the windows' starts, 1..seq_len; `seq_len` by default.
         seed: Of the bootstrap.
@@ -96,17 +102,20 @@ def perplexity(
 
     Raises:
         TextError: fewer than two tokens.
-        ModelError: seq_len or stride out of range, or the model's logits are not finite.
+        ModelError: seq_len or stride out of range, or the model's logits are not finite; it is neither causal nor
+            masked.
     """
     text = _text(text)
-    cut = windows_for(model, text.ids, seq_len, stride)
+    cut = scores.cut(model, text, seq_len, stride)
     losses = []
-    for done, (start, first, end) in enumerate(cut, start=1):
-        logits = logits_of(model, text.ids[start:end], start)
-        losses.append(float(token_losses(logits[first - start - 1 : -1], text.ids[first:end]).sum()))
+    for done, window in enumerate(cut, start=1):
+        _, first, end = window
+        logits = scores.predictions(model, text, window)
+        losses.append(float(token_losses(logits, text.ids[first:end]).sum()))
         if progress is not None:
             progress(done, len(cut), "perplexity")
-    return _evaluation(losses, text, cut, seq_len, stride, Bootstrap(len(cut), seed=seed))
+    pseudo = scores.is_masked(model)
+    return _evaluation(losses, text, cut, seq_len, stride, Bootstrap(len(cut), seed=seed), pseudo=pseudo)
 
 
 def compare(
@@ -122,7 +131,7 @@ def compare(
     """Score a text with two models, and compare their predictions token by token.
 
     Args:
-        model: A causal language model.  Not modified.
+        model: A causal or a masked language model.  Not modified.
         reference: Another one over the same vocabulary, or its stored predictions of the same windows.
         text, seq_len, stride, seed, progress: As for `perplexity`.
 
@@ -131,11 +140,15 @@ def compare(
         TextError: as `perplexity`.
     """
     text = _text(text)
-    cut = windows_for(model, text.ids, seq_len, stride)
+    cut = scores.cut(model, text, seq_len, stride)
     if isinstance(reference, Reference):
         reference.check(text, seq_len, stride or seq_len)
     else:
-        windows_for(reference, text.ids, seq_len, stride)
+        if scores.cut(reference, text, seq_len, stride) != cut:
+            raise ModelError(
+                f"{type(model).__name__} and {type(reference).__name__} cannot be compared: one is a masked language "
+                "model and one is not"
+            )
     ours: list[float] = []
     theirs: list[float] = []
     agree: list[float] = []
@@ -143,15 +156,16 @@ def compare(
     our_speed: list[float] = []
     their_speed: list[float] = []
     seen = 0
-    for done, (start, first, end) in enumerate(cut, start=1):
-        q = _timed_logits(model, text.ids[start:end], start, our_speed)[first - start - 1 : -1]
+    for done, window in enumerate(cut, start=1):
+        _, first, end = window
+        q = _timed(model, text, window, our_speed)
         if isinstance(reference, Reference):
             rows = slice(seen, seen + end - first)
             _same_vocabulary(q.shape[1], reference.vocabulary)
             losses, best = reference.losses[rows], reference.best[rows].to(q.device)
             divergence = stored_kl(reference, rows, q)
         else:
-            p = _timed_logits(reference, text.ids[start:end], start, their_speed)[first - start - 1 : -1]
+            p = _timed(reference, text, window, their_speed)
             _same_vocabulary(q.shape[1], p.shape[1])
             losses, best, divergence = token_losses(p, text.ids[first:end]), p.argmax(-1), token_kl(p, q)
         ours.append(float(token_losses(q, text.ids[first:end]).sum()))
@@ -165,8 +179,8 @@ def compare(
     difference = draw.ratio([a - b for a, b in zip(ours, theirs, strict=True)], counts)
     stored = isinstance(reference, Reference) and reference.top.shape[1] < reference.vocabulary
     return Comparison(
-        _evaluation(ours, text, cut, seq_len, stride, draw),
-        _evaluation(theirs, text, cut, seq_len, stride, draw),
+        _evaluation(ours, text, cut, seq_len, stride, draw, pseudo=scores.is_masked(model)),
+        _evaluation(theirs, text, cut, seq_len, stride, draw, pseudo=scores.is_masked(model)),
         difference,
         difference.exp(),
         draw.ratio([float(values.astype(np.float64).sum()) for values in kl], counts),
@@ -185,11 +199,11 @@ def _dtype(model: Any) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _timed_logits(model: Any, ids: Tensor, start: int, speed: list[float]) -> Tensor:
-    """`logits_of`, which waits for its result, and the tokens that were read in a second."""
+def _timed(model: Any, text: Text, window: tuple[int, int, int], speed: list[float]) -> Tensor:
+    """`predictions`, which waits for its result, and the tokens of the window that were told in a second."""
     began = time.perf_counter()
-    logits = logits_of(model, ids, start)
-    speed.append(len(ids) / (time.perf_counter() - began))
+    logits = scores.predictions(model, text, window)
+    speed.append((window[2] - window[0]) / (time.perf_counter() - began))
     return logits
 
 
@@ -209,6 +223,8 @@ def _evaluation(
     seq_len: int,
     stride: int | None,
     draw: Bootstrap,
+    *,
+    pseudo: bool,
 ) -> Evaluation:
     counts = [end - first for _, first, end in cut]
     loss = draw.ratio(losses, counts)
@@ -217,4 +233,4 @@ def _evaluation(
         read = [text.bytes_between(first, end) for _, first, end in cut]
         if sum(read):
             bits = draw.ratio([nats / math.log(2) for nats in losses], read)
-    return Evaluation(loss.exp(), loss, bits, sum(counts), len(cut), seq_len, stride or seq_len)
+    return Evaluation(loss.exp(), loss, bits, sum(counts), len(cut), seq_len, stride or seq_len, pseudo)

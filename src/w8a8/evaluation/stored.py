@@ -19,8 +19,8 @@ from torch import Tensor
 from w8a8.checkpoint.files import opened
 from w8a8.convert import Progress
 from w8a8.errors import CheckpointError, ModelError
-from w8a8.evaluation.scores import ROWS, logits_of, token_losses
-from w8a8.evaluation.text import Text, windows_for
+from w8a8.evaluation.scores import ROWS, cut, predictions, token_losses
+from w8a8.evaluation.text import Text
 
 TOP_K = 512
 _TENSORS = ("losses", "best", "top", "log_p", "log_rest")
@@ -98,7 +98,7 @@ def store(
     """Score a text with a reference, and keep what comparisons need.
 
     Args:
-        reference: A causal language model in evaluation mode.  Not modified.
+        reference: A causal or a masked language model in evaluation mode.  Not modified.
         text, seq_len, stride, progress: As for `perplexity`.
         top_k: How many tokens' probabilities are kept for each position.
         name: Kept as `Reference.model`.
@@ -106,10 +106,11 @@ def store(
     Raises:
         ModelError, TextError: as `perplexity`.
     """
-    cut = windows_for(reference, text.ids, seq_len, stride)
+    windows = cut(reference, text, seq_len, stride)
     losses, best, top, log_p, log_rest, vocabulary = [], [], [], [], [], 0
-    for done, (start, first, end) in enumerate(cut, start=1):
-        logits = logits_of(reference, text.ids[start:end], start)[first - start - 1 : -1]
+    for done, window in enumerate(windows, start=1):
+        _, first, end = window
+        logits = predictions(reference, text, window)
         vocabulary = logits.shape[1]
         losses.append(token_losses(logits, text.ids[first:end]))
         for rows in logits.split(ROWS):
@@ -119,7 +120,7 @@ def store(
             log_rest.append(values[:, top_k:].logsumexp(-1).to(torch.float32).cpu())  # -inf where nothing is left
         best.append(logits.argmax(-1).cpu())
         if progress is not None:
-            progress(done, len(cut), "reference")
+            progress(done, len(windows), "reference")
     return Reference(
         torch.cat(losses).cpu(),
         torch.cat(best),

@@ -8,6 +8,19 @@ import torch
 from torch import Tensor
 
 from w8a8.errors import ModelError, TextError
+from w8a8.kinds import context_length
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a masked language model reads around a window, and in the place of the token that it is to tell."""
+
+    mask: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.after)
 
 
 @dataclass(frozen=True)
@@ -16,19 +29,21 @@ class Text:
 
     ids: (T,) int64.
     byte_ends: (T,) int64, how many UTF-8 bytes of the text end with each token; None where the tokenizer does not say.
+    frame: None where the tokenizer has no token for a mask.
     """
 
     ids: Tensor
     byte_ends: Tensor | None = None
+    frame: Frame | None = None
 
     def first(self, tokens: int | None) -> "Text":
         """The first so many tokens."""
-        return Text(self.ids[:tokens], None if self.byte_ends is None else self.byte_ends[:tokens])
+        return Text(self.ids[:tokens], None if self.byte_ends is None else self.byte_ends[:tokens], self.frame)
 
     def bytes_between(self, first: int, end: int) -> int:
-        """How many bytes the tokens from `first` up to `end` stand for; `first` is not the text's first token."""
+        """How many bytes the tokens from `first` up to `end` stand for."""
         assert self.byte_ends is not None, "asked before"
-        return int(self.byte_ends[end - 1] - self.byte_ends[first - 1])
+        return int(self.byte_ends[end - 1]) - (int(self.byte_ends[first - 1]) if first else 0)
 
 
 def encode(tokenizer: Any, text: str) -> Text:
@@ -45,7 +60,21 @@ def encode(tokenizer: Any, text: str) -> Text:
     ids = torch.tensor(found["input_ids"], dtype=torch.int64, device="cpu")
     if ids.numel() < 2:
         raise TextError(f"the text has {ids.numel()} tokens; scoring needs two or more")
-    return Text(ids, _byte_ends(text, found["offset_mapping"]) if offsets else None)
+    ends = _byte_ends(text, found["offset_mapping"]) if offsets else None
+    return Text(ids, ends, _frame(tokenizer, text[:64]))
+
+
+def _frame(tokenizer: Any, text: str) -> Frame | None:
+    """What the tokenizer puts around a text."""
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if mask is None:
+        return None
+    plain, framed = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(framed) - len(plain) + 1)
+    start = next((start for start in starts if framed[start : start + len(plain)] == plain), None)
+    if start is None:
+        return Frame(int(mask), (), ())
+    return Frame(int(mask), tuple(framed[:start]), tuple(framed[start + len(plain) :]))
 
 
 def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> Tensor:
@@ -58,21 +87,12 @@ def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> Tensor:
     return torch.tensor(ends, dtype=torch.int64, device="cpu")
 
 
-def context_length(model: Any) -> int | None:
-    """The longest sequence that the model has positions for, or None where its config does not say, or no limit."""
-    for name in ("max_position_embeddings", "n_positions"):
-        value = getattr(model.config, name, None)
-        if isinstance(value, int) and value > 0:  # XLNet's is -1: no limit
-            return value
-    return None
-
-
-def windows(tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first scored, end) of each window over a text of so many tokens."""
+def windows(tokens: int, seq_len: int, stride: int, *, unscored: int = 1) -> Iterator[tuple[int, int, int]]:
+    """(start, first scored, end) of each window over a text of so many tokens, of which so many are not scored."""
     scored_to = 0
     for start in range(0, tokens, stride):
         end = min(start + seq_len, tokens)
-        first = max(scored_to, start + 1)
+        first = max(scored_to, start + unscored)
         if first < end:
             yield start, first, end
         scored_to = end
@@ -80,14 +100,18 @@ def windows(tokens: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, 
             return
 
 
-def windows_for(model: Any, ids: Tensor, seq_len: int, stride: int | None) -> list[tuple[int, int, int]]:
-    """The windows of a text that a model can score.
+def windows_for(
+    model: Any, ids: Tensor, seq_len: int, stride: int | None, *, frame: Frame | None = None
+) -> list[tuple[int, int, int]]:
+    """The windows of a text that a model can score; with a frame every token of each is.
 
     Raises:
         ModelError: seq_len or stride out of range; ids that the model does not know.
         TextError: fewer than two tokens.
     """
     limit = context_length(model)
+    if limit is not None and frame is not None:
+        limit -= len(frame)
     if seq_len < 2 or (limit is not None and seq_len > limit):
         raise ModelError(f"seq_len={seq_len} is out of range: 2..{limit or ''} for this model")
     if stride is not None and not 1 <= stride <= seq_len:
@@ -100,4 +124,4 @@ def windows_for(model: Any, ids: Tensor, seq_len: int, stride: int | None) -> li
             f"the text has the token id {largest}, {type(model).__name__} knows 0..{vocabulary - 1}: "
             "it was encoded with the tokenizer of another model"
         )
-    return list(windows(ids.numel(), seq_len, stride or seq_len))
+    return list(windows(ids.numel(), seq_len, stride or seq_len, unscored=1 if frame is None else 0))
