@@ -14,6 +14,7 @@ LAYERS = [
     {"weight"},
     {"buffers"},
     {"linear"},
+    {"following"},
     {"reading"},
     {"usage"},
     {"experts", "ties"},

@@ -18,8 +18,9 @@ from typing import Any
 from torch import nn
 
 from w8a8 import sources
+from w8a8.following import Uses, locate
 from w8a8.linear import QuantLinear, is_linear
-from w8a8.reading import Reading, Uses, locate
+from w8a8.reading import Reading
 
 
 @dataclass(frozen=True)
