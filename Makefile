@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all test-oldest fuzz check docs-check bench bench-smoothing-peer bench-vllm package clean
+.PHONY: demo test test-all test-oldest fuzz check docs-check models bench bench-smoothing-peer bench-vllm package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
@@ -62,6 +62,11 @@ check: $(VENV)/.installed
 # every Python block of the README and of docs/ runs; tables made by bench/ are those of its results
 docs-check: $(VENV)/.installed
 	$(BIN)/pytest tests/test_docs.py
+
+# every model type of transformers that can be built here, small and random: docs/models.md, under an hour on two cores.
+# Stopped, it goes on where it was
+models: $(VENV)/.installed
+	$(BIN)/python bench/models.py
 
 # every figure in README and docs; an hour on a machine with nothing else to do.  llama.cpp is built from source, which
 # takes minutes and a compiler; without it bench/model.py leaves it out and says so

@@ -1,0 +1,56 @@
+"""Model types of each kind pass every column of docs/models.md, and the page is that of the results."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+KINDS = (
+    *("llama", "gpt2", "qwen3_moe", "mamba", "gemma3", "llava", "bert", "xlnet", "t5", "bart", "whisper", "wav2vec2"),
+    *("clip", "vit", "swin", "convnext", "resnet", "codegen", "blip", "deepseek_v3"),
+)
+"""Causal, Conv1D, experts, state space, vision and language, masked, relative, encoder-decoder, speech, pictures."""
+
+
+@pytest.fixture(scope="module")
+def models():
+    return importlib.import_module("models")
+
+
+@pytest.fixture(scope="module")
+def results(models):
+    return json.loads(models.RESULT.read_text())
+
+
+@pytest.mark.filterwarnings("default")  # those of transformers' models
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_model_of_each_kind_passes_every_column(models, model_type):
+    trials = importlib.import_module("zoo.trials")
+    row = trials.row_of(model_type)
+    assert trials.tried(row)
+    assert trials.failures(row) == {}
+    assert row["integers"] == "yes"
+
+
+def test_what_fails_in_the_results_is_what_the_list_says(models, results):
+    trials, known = importlib.import_module("zoo.trials"), importlib.import_module("zoo.known")
+    failing = {name for name, row in results["models"].items() if trials.failures(row)}
+    assert failing == set(known.FAILS)
+    assert all(known.FAILS.values())
+
+
+def test_three_hundred_types_were_tried_and_nearly_all_pass(models, results):
+    trials = importlib.import_module("zoo.trials")
+    rows = [row for row in results["models"].values() if trials.tried(row)]
+    passing = [row for row in rows if not trials.failures(row)]
+    assert len(rows) >= 300
+    assert len(passing) >= 0.975 * len(rows)
+
+
+def test_the_page_is_made_from_the_results(models, results):
+    assert models.page(results) == models.PAGE.read_text()
