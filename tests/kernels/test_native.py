@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -339,15 +340,28 @@ def test_where_it_was_not_built_the_reason_says_how_to_get_it():
         native.instruction_set()
 
 
-def test_a_file_that_is_no_library_is_a_reason_not_a_crash(tmp_path, monkeypatch):
-    (tmp_path / "_native.so").write_text("not a library")
+@pytest.fixture
+def replaced(tmp_path, monkeypatch):
+    """Where the compiled file lies, when it is not the one that belongs to this package."""
     monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
     native._library.cache_clear()
-    try:
-        assert "_native.so cannot be loaded" in native.unavailable_because()
-    finally:
-        monkeypatch.undo()
-        native._library.cache_clear()
+    yield tmp_path / "_native.so"
+    monkeypatch.undo()
+    native._library.cache_clear()
+
+
+def test_a_file_that_is_no_library_is_a_reason_not_a_crash(replaced):
+    replaced.write_text("not a library")
+    assert "_native.so cannot be loaded" in native.unavailable_because()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="a library of another version takes g++")
+def test_the_file_of_another_version_is_known_before_anything_in_it_is_called(replaced):
+    """It has none of the functions of this version, as an older one may lack some, or take other arguments."""
+    code = f'extern "C" int w8a8_abi() {{ return {native._ABI - 1}; }}'
+    command = ["g++", "-x", "c++", "-shared", "-fPIC", "-o", replaced, "-"]
+    subprocess.run(command, input=code, text=True, check=True, timeout=60)
+    assert native.unavailable_because() == "_native.so is of another version of w8a8; reinstall w8a8"
 
 
 def test_a_compiled_model_gives_the_same_bits():

@@ -37,7 +37,7 @@ from w8a8.scheme import CODE_REACH, MAX_CODE_BITS, QuantSpec, largest_k
 PANEL = 32
 _PACKED_AXES = 4  # (P, S, 32, g)
 _MATRIX_AXES = 2
-_ABI = 3  # of csrc/w8a8.h
+_ABI = 4  # of csrc/w8a8.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
 _TOKEN, _TENSOR, _STATIC = 0, 2, 4  # enum w8a8_mode, the symmetric ones; + 1 is asymmetric
@@ -47,15 +47,12 @@ _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c
 class _Library:
     """The compiled functions: what runs at every call through Python's C interface, the rest through ctypes."""
 
-    def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
-
+    def __init__(self, library: ctypes.CDLL, path: Path) -> None:
         def function(name: str, result: object, *arguments: object) -> Any:
             found = getattr(library, f"w8a8_{name}")
             found.restype, found.argtypes = result, arguments
             return found
 
-        self.abi = function("abi", ctypes.c_int)
         self.packed_bytes = function("packed_bytes", _I64, _I64, _I64)
         self.panel_group = function("panel_group", _I32)
         self.pack = function("pack", ctypes.c_int, _P, _I64, _I64, _I64, _P, _P, _I32)
@@ -138,11 +135,12 @@ def _library() -> _Library | str:
             "pip install --force-reinstall --no-deps --no-cache-dir w8a8 again"
         )
     try:
-        library = _Library(built[0])
-    except (OSError, ImportError, AttributeError) as error:  # made for another system, or by another version
+        compiled = ctypes.CDLL(str(built[0]))
+        if compiled.w8a8_abi() != _ABI:  # before anything else is looked up or called, which may have changed
+            return f"{built[0].name} is of another version of w8a8; reinstall w8a8"
+        library = _Library(compiled, built[0])
+    except (OSError, ImportError, AttributeError) as error:  # made for another system, or no library of ours
         return f"{built[0].name} cannot be loaded: {error}; reinstall w8a8"
-    if library.abi() != _ABI:
-        return f"{built[0].name} is of another version of w8a8; reinstall w8a8"
     forced = os.environ.get("W8A8_ISA", "")
     if forced and library.isa_name().decode() != forced:
         raise KernelError(

@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 3       /* raised whenever a struct or a signature below changes */
+#define W8A8_ABI 4       /* raised whenever a struct or a signature changes, below or in python.cpp */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
