@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronHConfig,
+    NemotronHForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PhimoeConfig,
@@ -133,6 +135,15 @@ def qwen2_moe() -> Qwen2MoeForCausalLM:
 def phimoe() -> PhimoeForCausalLM:
     """Experts called w1, w2 and w3, in files too."""
     return PhimoeForCausalLM(PhimoeConfig(**_MOE, num_local_experts=4)).eval()
+
+
+def nemotron_h() -> NemotronHForCausalLM:
+    """Experts without a gate, narrower than the model; the files call the whole otherwise."""
+    layers = ["full_attention", "moe", "moe", "moe"]
+    config = {**_MOE, "num_hidden_layers": len(layers), "head_dim": 8, "n_routed_experts": 4, "moe_latent_size": 16}
+    return NemotronHForCausalLM(
+        NemotronHConfig(**config, layers_block_type=layers, moe_shared_expert_intermediate_size=24)
+    ).eval()
 
 
 MODELS: dict[str, Callable[[], Any]] = {"llama": llama, "opt": opt, "gpt2": gpt2, "mixtral": mixtral}

@@ -5,9 +5,10 @@ import torch
 import transformers as t
 from torch import nn
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import w8a8
-from tests.conftest import _MOE, logits, mixtral, phimoe, qwen2_moe, qwen3_moe, relative_error
+from tests.conftest import _MOE, logits, mixtral, nemotron_h, phimoe, qwen2_moe, qwen3_moe, relative_error
 from w8a8.convert import select, swap, swapped
 from w8a8.errors import CalibrationError, NonFiniteError, PatternError, SchemeError
 from w8a8.experts import Experts, holds_experts, own_weights, stacks, unstacked
@@ -37,6 +38,7 @@ TAKEN = {
     "olmoe": (olmoe, ("gate_proj", "up_proj", "down_proj")),
     "phimoe": (phimoe, ("w1", "w3", "w2")),
     "granite": (granite, ("gate_proj", "up_proj", "down_proj")),
+    "nemotron_h": (nemotron_h, ("up_proj", "down_proj")),  # no gate
 }
 
 
@@ -142,6 +144,11 @@ class CalledOtherwise(MixtralExperts):
         return hidden_states
 
 
+class Normed(NemotronHExperts):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return super().forward(nn.functional.normalize(hidden_states), top_k_index, top_k_weights)
+
+
 class TestLeavingAlone:
     @pytest.mark.parametrize(
         ("kind", "message"),
@@ -175,6 +182,21 @@ class TestLeavingAlone:
         told = w8a8.quantize(model).coverage
         assert any("not taken apart: its parameters are" in m.reason for m in told.left)
 
+    def test_a_stack_without_a_gate_that_does_something_else(self):
+        model = nemotron_h()
+        layer = model.model.layers[1].mixer
+        layer.experts = Normed(model.config)
+        experts, reasons = unstacked(model)
+        assert list(experts) == ["model.layers.2.mixer.experts", "model.layers.3.mixer.experts"]
+        assert "Normed computes something else" in reasons["model.layers.1.mixer.experts"]
+
+    def test_a_stack_without_a_gate_whose_matrices_do_not_follow_one_another(self):
+        model = nemotron_h()
+        stack = model.model.layers[1].mixer.experts
+        stack.up_proj = nn.Parameter(torch.cat([stack.up_proj, stack.up_proj], 1))
+        told = unstacked(model)[1]["model.layers.1.mixer.experts"]
+        assert r"up_proj (4, 48, 16) and down_proj (4, 16, 24) are not (E, I, H) and (E, H, I)" in told
+
     def test_a_stack_with_a_hook(self):
         model = mixtral()
         model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: None)
@@ -193,7 +215,7 @@ class TestQuantizing:
         found = w8a8.quantize(model, scheme)
         inside = [name for name, _ in quant_linears(model) if ".experts." in name]
         stacks = sum(isinstance(module, Experts) for module in model.modules())
-        assert len(inside) == stacks * 4 * 3
+        assert len(inside) == stacks * 4 * len(TAKEN[family][1])
         assert 0 < relative_error(logits(model, tokens), exact) < 0.03
         ran = [name for name, calls in found.ledger().items() if ".experts." in name and sum(calls.values())]
         assert len(ran) == len(inside)  # the tokens reach all of them

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
-from tests.conftest import contents, gpt2, llama, mixtral, opt, qwen3_moe
+from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen3_moe
 from tests.test_packed import SCHEMES as PACKABLE
 from tests.test_packed import packed_directory
 from w8a8 import QuantLinear, W8A8Config, hf
@@ -63,7 +63,7 @@ def quantized(source, scheme="w8a8", *, dtype="auto", **options):
 
 class TestQuantisingWhileLoading:
     @pytest.mark.parametrize("include", [["*.q_proj"], ["*.q_proj", "*.experts.1.*"]], ids=str)
-    @pytest.mark.parametrize("make", [mixtral, qwen3_moe], ids=lambda make: make.__name__)
+    @pytest.mark.parametrize("make", [mixtral, qwen3_moe, nemotron_h], ids=lambda make: make.__name__)
     def test_experts_are_taken_as_quantize_takes_them(self, tmp_path, make, include):
         make().save_pretrained(tmp_path / "source")
         model = opened(tmp_path / "source", quantization_config=W8A8Config(include=include))

@@ -3,12 +3,13 @@
 transformers 5 keeps the experts of a layer in two parameters,
 
     gate_up_proj (E, 2 I, H), down_proj (E, H, I):    y_e = down_e (act(gate_e x) * up_e x),    E experts
+    up_proj (E, I, H), down_proj (E, H, I):           y_e = down_e act(up_e x),                 Nemotron-H's, no gate
 
-which no walk over linear layers finds.  `Experts` has the same weights as 3 E `nn.Linear`, views of the stack, under
-the names that a model's files have (`experts.3.gate_proj`, Mixtral's `experts.3.w1`): these come from transformers' own
-conversion mapping.  Whatever works by a layer's name then works for experts.
+which no walk over linear layers finds.  `Experts` has the same weights as 3 E or 2 E `nn.Linear`, views of the stack,
+under the names that a model's files have (`experts.3.gate_proj`, Mixtral's `experts.3.w1`): these come from
+transformers' own conversion mapping.  Whatever works by a layer's name then works for experts.
 
-A stack is taken by what it is and does, not by a list of models: it has these two parameters and an activation, and the
+A stack is taken by what it is and does, not by a list of models: it has two such parameters and an activation, and the
 forward of its class, run on a small random instance, gives what `Experts` gives with the same weights.  Biases,
 transposed or interleaved stacks and gates of another kind do not, and stay as they are with that reason.
 
@@ -31,11 +32,12 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from w8a8.linear import quant_linears
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
-"""Of an expert's layers, where transformers has no conversion that says how the files call them."""
+"""Of an expert's layers, where transformers has no conversion that says how the files call them; without a gate, the
+last two."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 M = TypeVar("M", bound=nn.Module)
-_STACKED = {"gate_up_proj", "down_proj"}
+_GATED, _PLAIN = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")
 _BOUND = 1e-5
 """Of a token's output, relative norm in float32: sums of few terms in another order."""
 OTHER_KIND = (TypeError, ValueError, ArithmeticError, RuntimeError, LookupError, AttributeError, AssertionError)
@@ -47,21 +49,25 @@ class Experts(nn.Module):
 
     Args:
         stack: What it is to take the place of, with or without values.  Its weights are shared, not copied.
-        names: Of each expert's gate, up and down layer.
+        names: Of each expert's gate, up and down layer, or of the last two where it has no gate; None: `NAMES`.
 
-    Children are the experts by number, each with its three layers, and the activation.
+    Children are the experts by number, each with its layers, and the activation.
+
+    stacked: The names of the two parameters: of what reads a token, and of what writes.
     """
 
-    def __init__(self, stack: Any, names: tuple[str, str, str] = NAMES) -> None:
+    def __init__(self, stack: Any, names: tuple[str, ...] | None = None) -> None:
         super().__init__()
+        self.stacked = _stacked(stack)
+        names = names or usual_names(self.stacked)
         self.num_experts, self.hidden_dim = stack.down_proj.shape[0], stack.down_proj.shape[1]
         self.intermediate_dim = stack.down_proj.shape[2]
         self.names = names
         self.act_fn = stack.act_fn
         for number in range(self.num_experts):
             expert = nn.Module()
-            gate_up, down = stack.gate_up_proj[number], stack.down_proj[number]
-            weights = (gate_up[: self.intermediate_dim], gate_up[self.intermediate_dim :], down)
+            inner, down = (stack.get_parameter(parameter)[number] for parameter in self.stacked)
+            weights = (*inner.split(self.intermediate_dim), down)
             for name, weight in zip(names, weights, strict=True):
                 expert.add_module(name, _linear(weight.detach(), requires_grad=stack.down_proj.requires_grad))
             self.add_module(str(number), expert)
@@ -94,8 +100,9 @@ class Experts(nn.Module):
         return result
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
-        gate, up, down = (self._modules[str(number)]._modules[name] for name in self.names)  # type: ignore[union-attr]
-        return down(self.act_fn(gate(x)) * up(x))  # type: ignore[misc, no-any-return]
+        *inner, down = (self._modules[str(number)]._modules[name] for name in self.names)  # type: ignore[union-attr]
+        active = self.act_fn(inner[0](x))  # type: ignore[misc]
+        return down(active * inner[1](x) if len(inner) > 1 else active)  # type: ignore[misc, no-any-return]
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
@@ -172,7 +179,7 @@ def unstacked(model: nn.Module, *, at_most: int | None = None) -> tuple[dict[str
     conversions = _conversions(model)
     found, reasons = stacks(model)
     fitting = {n: m for n, m in found.items() if at_most is None or len(m.get_parameter("down_proj")) <= at_most}
-    return {name: Experts(module, _names(name, conversions)) for name, module in fitting.items()}, reasons
+    return {n: Experts(m, _names(n, _stacked(m), conversions)) for n, m in fitting.items()}, reasons
 
 
 def taken(experts: Mapping[str, M], chosen: Iterable[str]) -> dict[str, M]:
@@ -199,6 +206,20 @@ def holds_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
+def usual_names(stacked: tuple[str, str]) -> tuple[str, ...]:
+    """What an expert's layers are called where nothing else is said.
+
+    Args:
+        stacked: From `Experts`.
+    """
+    return NAMES if stacked == _GATED else NAMES[1:]
+
+
+def _stacked(stack: nn.Module) -> tuple[str, str]:
+    """The names of the parameters of a stack that is known."""
+    return _GATED if _GATED[0] in stack._parameters else _PLAIN
+
+
 def _linear(weight: Tensor, *, requires_grad: bool) -> nn.Linear:
     """Around a weight, which is not copied."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -207,12 +228,15 @@ def _linear(weight: Tensor, *, requires_grad: bool) -> nn.Linear:
 
 
 def _why_not(stack: Any, own: dict[str, nn.Parameter]) -> str | None:
-    if set(own) != _STACKED:
-        return f"its parameters are {', '.join(sorted(own))}, known are {', '.join(sorted(_STACKED))}"
-    shapes = [tuple(own[name].shape) for name in ("gate_up_proj", "down_proj")]
-    (e, gates, h), (e2, h2, i) = shapes if all(len(shape) == 3 for shape in shapes) else ((0,) * 3, (1,) * 3)
-    if (e, gates, h) != (e2, 2 * i, h2):
-        return f"gate_up_proj {shapes[0]} and down_proj {shapes[1]} are not (E, 2 I, H) and (E, H, I)"
+    if set(own) not in (set(_GATED), set(_PLAIN)):
+        known = " or ".join(", ".join(sorted(names)) for names in (_GATED, _PLAIN))
+        return f"its parameters are {', '.join(sorted(own))}, known are {known}"
+    stacked = _stacked(stack)
+    shapes = [tuple(own[name].shape) for name in stacked]
+    (e, inner, h), (e2, h2, i) = shapes if all(len(shape) == 3 for shape in shapes) else ((0,) * 3, (1,) * 3)
+    times, told = (2, "2 I") if stacked == _GATED else (1, "I")
+    if (e, inner, h) != (e2, times * i, h2):
+        return f"{stacked[0]} {shapes[0]} and down_proj {shapes[1]} are not (E, {told}, H) and (E, H, I)"
     if not isinstance(getattr(stack, "act_fn", None), nn.Module) or len(list(stack.children())) > 1:
         return "it has other children than act_fn"
     gate = getattr(type(stack), "_apply_gate", None)  # transformers gives each class that has none this one
@@ -240,7 +264,8 @@ def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
     for key, value in stack.__dict__.items():
         if type(value) is int and value in sizes:
             small.__dict__[key] = sizes[value]
-    shapes = {"gate_up_proj": (e, 2 * i, h), "down_proj": (e, h, i)}
+    first, second = _stacked(stack)
+    shapes = {first: (e, 2 * i if first == _GATED[0] else i, h), second: (e, h, i)}
     small._parameters = {
         name: nn.Parameter(torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu"))
         for name, shape in shapes.items()
@@ -276,14 +301,15 @@ def _conversions(model: nn.Module) -> list[WeightConverter]:
     return [conversion for conversion in known if stacks_experts(conversion)]
 
 
-def _names(stack: str, conversions: list[WeightConverter]) -> tuple[str, str, str]:
+def _names(stack: str, stacked: tuple[str, str], conversions: list[WeightConverter]) -> tuple[str, ...]:
     """How the files call the layers of each expert of a stack."""
+    usual = usual_names(stacked)
     found: list[list[str]] = []
-    for parameter in ("gate_up_proj", "down_proj"):
+    for parameter in stacked:
         for conversion in conversions:
             back = conversion.reverse_transform()
             if back.rename_source_key(f"{stack}.{parameter}")[1] is not None:
                 found.append([pattern.removesuffix(".weight").rpartition(".")[2] for pattern in back.target_patterns])
                 break
     names = tuple(itertools.chain.from_iterable(found))
-    return (names[0], names[1], names[2]) if [len(each) for each in found] == [2, 1] else NAMES
+    return names if [len(each) for each in found] == [len(usual) - 1, 1] else usual

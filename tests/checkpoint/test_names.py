@@ -16,7 +16,7 @@ from transformers import (
 from transformers.core_model_loading import WeightRenaming
 
 import w8a8
-from tests.conftest import llama, mixtral, phimoe, qwen3_moe
+from tests.conftest import llama, mixtral, nemotron_h, phimoe, qwen3_moe
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.convert import swap
 from w8a8.errors import CheckpointError
@@ -40,7 +40,7 @@ def test_mixtrals_files_call_its_parts_otherwise():
     assert names.of_layer("model.layers.0.mlp.experts.3.w1") == "model.layers.0.block_sparse_moe.experts.3.w1"
 
 
-@pytest.mark.parametrize("make", [mixtral, qwen3_moe, phimoe], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, phimoe, nemotron_h], ids=lambda make: make.__name__)
 def test_the_names_are_those_that_transformers_writes_a_float_model_with(tmp_path, make):
     model = make()
     model.save_pretrained(tmp_path)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import w8a8
-from tests.conftest import contents, gpt2, llama, mixtral, opt, qwen2_moe, qwen3_moe
+from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen2_moe, qwen3_moe
 from tests.streaming.conftest import partial_of, tensors
 from w8a8.checkpoint.files import INDEX
 from w8a8.checkpoint.headers import read_header
@@ -71,7 +71,7 @@ def test_a_result_of_one_file_has_the_bytes_that_save_writes(tmp_path, make, sch
 
 @pytest.mark.parametrize("include", [["*"], ["*.3.*"]], ids=str)
 @pytest.mark.parametrize("split", [True, False], ids=["as on the hub", "stacked"])
-@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe, nemotron_h], ids=lambda make: make.__name__)
 def test_experts_become_what_they_become_in_memory(tmp_path, make, split, include):
     source = saved(make(), tmp_path / "source", save_original_format=split)
     streamed = quantize_directory(source, tmp_path / "streamed", shard_bytes=20_000, include=include)

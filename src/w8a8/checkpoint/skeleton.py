@@ -30,7 +30,7 @@ from w8a8.checkpoint.headers import Entry
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
 from w8a8.errors import CheckpointError, SchemeError
-from w8a8.experts import NAMES, Experts, unstacked
+from w8a8.experts import Experts, unstacked, usual_names
 from w8a8.linear import QuantLinear, is_linear
 
 OTHERS_ERRORS = (
@@ -201,8 +201,8 @@ def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.M
     for name, module in found.items():
         if name not in layers:
             convert.swap(model, {name: old.pop(name)})
-        elif layers[name] == set(NAMES) != set(module.names):  # as llm-compressor writes Mixtral with transformers 5
-            convert.swap(model, {name: Experts(old[name], NAMES)})
+        elif layers[name] == set(usual_names(module.stacked)) != set(module.names):
+            convert.swap(model, {name: Experts(old[name])})  # as llm-compressor writes Mixtral with transformers 5
     return old
 
 

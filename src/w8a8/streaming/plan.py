@@ -264,12 +264,12 @@ def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Pa
         UnplacedError: it lies in another way there than in the model.
     """
     for stack, _, parameter in (place.rpartition(".") for place in places):
-        if stack not in experts or parameter not in ("gate_up_proj", "down_proj"):
+        module = experts.get(stack)
+        if module is None or parameter not in module.stacked:
             continue
-        module = experts[stack]
         e, h, i = module.num_experts, module.hidden_dim, module.intermediate_dim
-        gate, up, down = module.names
-        names, shape = ((gate, up), (i, h)) if parameter == "gate_up_proj" else ((down,), (h, i))
+        *inner, down = module.names
+        names, shape = (inner, (i, h)) if parameter == module.stacked[0] else ([down], (h, i))
         wanted = (e, len(names) * shape[0], shape[1])
         if whole.shape != wanted:
             raise UnplacedError(
