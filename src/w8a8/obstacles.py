@@ -7,12 +7,14 @@ and nothing else, the model only calls it, and holds it where a swap reaches.  S
 - something is attached to it: hooks, parameters, buffers or children beside weight and bias, or a weight that is made
   of others at each call (weight_norm, spectral_norm, prune, a parametrization);
 - the model's code reads more of it than a quantised layer has (`w8a8.usage`): its weight, most often;
+- the model keeps it in float32 beside layers of 16 bits;
 - the model also holds it in a tuple, a closure or a bound method (`w8a8.places`).
 
 Whatever is decided here is decided before a layer is made.
 """
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,17 +37,41 @@ def obstacles(model: nn.Module, linears: Mapping[str, nn.Module], usage: Usage) 
         linears: Its linear layers by name.
         usage: What the model's code does with them.
     """
+    kept = _kept_wide(model, linears)
     fixed = {id(place.module): place.name for place in places(model) if place.container is None}
     found = {}
     for name, linear in linears.items():
         reason = _of_layer(linear)
         if reason is None and name in usage.read:
             reason = f"it is not only called: {usage.read[name]}"
+        if reason is None and name in kept:
+            reason = f"its model keeps it in float32 beside {kept[name]}, so what it returns must not be {kept[name]}"
         if reason is None and id(linear) in fixed:
             reason = f"it is held in {fixed[id(linear)]} too, where no other can be put in its place"
         if reason is not None:
             found[name] = reason
     return found
+
+
+def _kept_wide(model: Any, linears: Mapping[str, Any]) -> dict[str, str]:
+    """The layers in float32 that the model's class keeps so (T5's `wo`), each with the dtype of the others.
+
+    Such a layer's input is cast for it where its weight is seen to be float32.  A quantised one would return the narrow
+    dtype of its input, and the sums that follow would be narrow too.
+    """
+    # past `linear.weight`, which may be made anew at each look
+    held = {name: linear._parameters.get("weight") for name, linear in linears.items()}
+    dtypes = {name: weight.dtype for name, weight in held.items() if weight is not None}
+    halves = set(dtypes.values()) & {torch.float16, torch.bfloat16}
+    if len(halves) != 1 or not hasattr(model, "_get_dtype_plan"):
+        return {}
+    (half,) = halves
+    patterns = [re.compile(each.replace("*", ".*")) for each in model._get_dtype_plan(half)]
+    return {
+        name: str(half).removeprefix("torch.")
+        for name, dtype in dtypes.items()
+        if dtype is torch.float32 and any(each.search(f"{name}.weight") for each in patterns)
+    }
 
 
 def _of_layer(linear: nn.Module) -> str | None:

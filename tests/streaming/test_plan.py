@@ -85,9 +85,9 @@ def test_what_an_architecture_keeps_in_float32_stays(tmp_path):
     reconfigure(tmp_path / "source", dtype="float16")
     model = open_model(tmp_path / "source").model
     plan = make_plan(tmp_path / "source", W8A8)
-    dtypes = {step.name: step.dtype for step in plan.steps if step.spec is not None}
-    for name, dtype in dtypes.items():
-        assert dtype is model.get_submodule(name).weight.dtype, name
+    dtypes = {step.place if step.spec is None else f"{step.place}.weight": step.dtype for step in plan.steps}
+    held = model.state_dict()
+    assert dtypes == {name: held[name].dtype for name in dtypes}
     assert set(dtypes.values()) == {torch.float16, torch.float32}
 
 
@@ -271,3 +271,29 @@ def vit():
 
 def bert():
     return BertForMaskedLM(BertConfig(vocab_size=96, max_position_embeddings=64, **_SMALL)).eval()
+
+
+class TestWhatAClassKeepsInFloat32:
+    def source(self, tmp_path):
+        config = T5Config(
+            vocab_size=96, d_model=32, d_kv=8, d_ff=40, num_layers=1, num_heads=4, decoder_start_token_id=0
+        )
+        T5ForConditionalGeneration(config).save_pretrained(tmp_path / "source")
+        reconfigure(tmp_path / "source", dtype="float16")
+        return tmp_path / "source"
+
+    def test_it_stays_float_and_coverage_says_why(self, tmp_path):
+        model = T5ForConditionalGeneration.from_pretrained(self.source(tmp_path), dtype="auto")
+        result = w8a8.quantize(model)
+        name = "encoder.block.0.layer.1.DenseReluDense.wo"
+        assert result.model.get_submodule(name).weight.dtype is torch.float32
+        assert "keeps it in float32 beside float16" in str(result.coverage)
+        assert any(layer.name.endswith(".wi") for layer in result.coverage.quantized)
+
+    def test_streaming_does_the_same(self, tmp_path):
+        found = assert_as_in_memory(self.source(tmp_path), tmp_path)
+        assert found["encoder.block.0.layer.1.DenseReluDense.wo.weight"].dtype is torch.float32
+        ids = torch.arange(12)[None]
+        with torch.inference_mode():
+            results = [w8a8.load(tmp_path / name)(ids, decoder_input_ids=ids).logits for name in ("streamed", "memory")]
+        assert torch.equal(*results)

@@ -138,6 +138,7 @@ def empty_layers(
             with init_empty_weights(include_buffers=False):
                 model = kind._from_config(config)  # in the dtype that the config states
             _fill_what_no_file_holds(model)
+            _widen(model)
         model.tie_weights()
     except OTHERS_ERRORS as error:
         raise CheckpointError(f"{directory / CONFIG}: {kind.__name__} cannot be made of it: {error}") from error
@@ -165,6 +166,19 @@ def _fill_what_no_file_holds(model: Any) -> None:
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     model.initialize_weights()
+
+
+def _widen(model: Any) -> None:
+    """Have the parameters that the model's class keeps in float32 in that, as transformers' own loading does."""
+    stated = getattr(model.config, "dtype", None)
+    plan = {} if stated is None else model._get_dtype_plan(stated)
+    kept = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in plan.items()}
+    for name, parameter in list(model.named_parameters()):
+        dtype = next((dtype for pattern, dtype in kept.items() if pattern.search(name)), parameter.dtype)
+        if dtype is not parameter.dtype and parameter.is_meta:
+            path, _, key = name.rpartition(".")
+            wide = nn.Parameter(parameter.to(dtype), parameter.requires_grad)
+            model.get_submodule(path)._parameters[key] = wide
 
 
 def not_saved(model: nn.Module) -> set[str]:

@@ -12,7 +12,6 @@ Shards are cut by bytes in the order of the source, so that they are the same fo
 """
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -316,15 +315,9 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
 
     Nothing where the config does not say: then files are taken as they are.
     """
-    stated = getattr(model.config, "dtype", None)
-    if stated is None:
+    if getattr(model.config, "dtype", None) is None:
         return {}
-    kept = {pattern.replace("*", ".*"): dtype for pattern, dtype in model._get_dtype_plan(stated).items()}
-    return {
-        name: next((dtype for pattern, dtype in kept.items() if re.search(pattern, name)), tensor.dtype)
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
-    }
+    return {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
 def _copies(model: nn.Module, found: dict[str, tuple[Path, Entry]], chosen: set[str]) -> set[str]:
