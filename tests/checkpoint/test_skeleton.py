@@ -9,8 +9,11 @@ from transformers import (
     LlamaForCausalLM,
     MarianConfig,
     MarianMTModel,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
     ResNetConfig,
     ResNetForImageClassification,
+    SwinConfig,
 )
 
 import w8a8
@@ -34,6 +37,17 @@ def marian():
 def codegen():
     config = CodeGenConfig(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=512, rotary_dim=4)
     return CodeGenForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def mask2former():
+    """Its heads for masks keep their layers in a plain list too, and call those."""
+    stages = [f"stage{i}" for i in (1, 2, 3, 4)]
+    swin = SwinConfig(image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=4, out_features=stages)
+    widths = {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "dim_feedforward": 32}  # GroupNorm(32)
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_feedforward_dim": 32, "num_attention_heads": 2}
+    few = {"num_queries": 5, "train_num_points": 10, "num_labels": 3}
+    config = Mask2FormerConfig(backbone_config=swin, **widths, **layers, **few)
+    return Mask2FormerForUniversalSegmentation(config).eval()
 
 
 def buffers(model):
@@ -111,3 +125,21 @@ def test_tables_are_computed_as_transformers_computes_them(tmp_path):
     loaded, ids = w8a8.load(tmp_path / "model"), torch.arange(400)[None] % 96
     assert all(torch.equal(buffer, buffers(model)[name]) for name, buffer in buffers(loaded).items())
     assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_layers_that_are_in_a_list_too_are_loaded_into_both_places(tmp_path):
+    model, x = mask2former(), torch.randn(1, 3, 64, 64)
+    w8a8.save(w8a8.quantize(model).model, tmp_path / "model")
+    with w8a8.enabled():
+        of_transformers = type(model).from_pretrained(tmp_path / "model").eval()
+    labels = {"mask_labels": [torch.ones(1, 64, 64)], "class_labels": [torch.tensor([1])]}  # a loss reads a buffer
+
+    def outputs(of):
+        torch.manual_seed(0)  # the loss is that of random points
+        with torch.inference_mode():
+            told = of(x, **labels)
+        return told.masks_queries_logits, told.class_queries_logits, told.loss
+
+    for loaded in (w8a8.load(tmp_path / "model"), of_transformers):
+        assert all(torch.equal(buffer, buffers(model)[name]) for name, buffer in buffers(loaded).items())
+        assert all(torch.equal(found, wanted) for found, wanted in zip(outputs(loaded), outputs(model), strict=True))

@@ -327,15 +327,15 @@ def insert_quant_linears(
     groups = quantization.groups_for(classes, where, in_files)
     if of_another:
         groups = {name: group for name, group in groups.items() if name in held}
-    for name, group in groups.items():
-        try:
-            layer = QuantLinear.in_place_of(linears[name], group.scheme, **options)
-        except SchemeError as error:
-            error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
-            raise
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, layer)
+    layers, name = {}, ""
+    try:
+        for name, group in groups.items():
+            layers[name] = QuantLinear.in_place_of(linears[name], group.scheme, **options)
+    except SchemeError as error:
+        error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
+        raise
     if not groups:
         raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
+    convert.swap(model, layers)
     ties.forget(model, groups)
     return {name for name, group in groups.items() if group.packed}
