@@ -201,6 +201,29 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("buffer", "found"),
+    [
+        (torch.zeros(3, dtype=torch.complex128), r"complex128 \(strided\)"),
+        (torch.eye(3).to_sparse(), r"float32 \(sparse_coo\)"),
+    ],
+)
+def test_a_tensor_that_files_cannot_have_is_told_by_its_name_before_there_are_weights(tmp_path, buffer, found):
+    model = w8a8.quantize(llama()).model
+    part = model.model.layers[0]
+    part.register_buffer("turns", buffer)
+    says = rf"its model\.layers\.0\.turns is {found}, .* persistent=False"
+    with pytest.raises(ModelError, match=says):
+        w8a8.save(model, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ModelError, match=says):
+        model.save_pretrained(tmp_path / "theirs")
+    assert not list((tmp_path / "theirs").glob("*.safetensors"))
+    del part.turns
+    part.register_buffer("turns", buffer, persistent=False)
+    w8a8.save(model, tmp_path / "out")
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_made(tmp_path):
     model = w8a8.quantize(llama()).model
     (tmp_path / "file").write_text("x")

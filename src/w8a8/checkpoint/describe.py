@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from w8a8.checkpoint.headers import NAMES
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.errors import ModelError
 from w8a8.experts import Experts, stack_names
-from w8a8.linear import Mode, is_linear, quant_linears
+from w8a8.linear import Mode, QuantLinear, is_linear, quant_linears
 from w8a8.packed import in_words
 from w8a8.saving import Saving
 from w8a8.scheme import Scheme
@@ -59,6 +60,32 @@ def describe(model: nn.Module) -> QuantizationConfig:
         by_scheme = {scheme: ["Linear", *heads] for scheme in by_scheme}
     groups = (Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items())
     return QuantizationConfig(tuple(groups), left)
+
+
+def check_storable(model: Any) -> None:
+    """Raise `ModelError` where a tensor that `save_pretrained` would write is none that the files can have.
+
+    That is told by its dtype and its layout; the library would tell it when parts of the model are written already,
+    and without the tensor's name.
+
+    Args:
+        model: A transformers model.
+    """
+    left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for prefix, module in model.named_modules():
+        if isinstance(module, QuantLinear):  # its tensors are those of the format
+            continue
+        buffers = {key: held for key, held in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        for key, held in (module._parameters | buffers).items():
+            name = f"{prefix}.{key}".strip(".")
+            if held is None or name in left_out or (held.dtype in NAMES and held.layout is torch.strided):
+                continue
+            kind, layout = (str(each).removeprefix("torch.") for each in (held.dtype, held.layout))
+            raise ModelError(
+                f"{type(model).__name__} is to be saved, and its {name} is {kind} ({layout}), for which safetensors "
+                f"has no word (it has strided {', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in NAMES))}"
+                "); convert it, or register the buffer with persistent=False, which leaves it out of the files"
+            )
 
 
 def config_of(model: Any, dtype: torch.dtype) -> dict[str, Any]:
@@ -126,9 +153,10 @@ def write_description(model: Any, directory: str | os.PathLike[str]) -> None:
         directory: With a config.json.
 
     Raises:
-        ModelError, SchemeError: as `describe`.
+        ModelError, SchemeError: as `describe` and `check_storable`.
     """
     told = to_json(describe(model))
+    check_storable(model)
     remember(model)
     path = Path(directory) / "config.json"
     config = _without_descriptions(json.loads(path.read_text(encoding="utf-8"))) | {"quantization_config": told}

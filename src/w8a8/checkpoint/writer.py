@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from w8a8.checkpoint.beside import companions, copy_companions
-from w8a8.checkpoint.describe import describe, transformers_models, write_description
+from w8a8.checkpoint.describe import check_storable, describe, transformers_models, write_description
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG
 from w8a8.checkpoint.verify import verify_values
 from w8a8.errors import CheckpointError, ModelError
@@ -47,7 +47,8 @@ def save(
         verify: Read the files again before they get their name, and compare them with the model, bit for bit.
 
     Raises:
-        ModelError: not a transformers model, and none in it or several; nothing in it is quantised.
+        ModelError: not a transformers model, and none in it or several; nothing in it is quantised; a tensor that
+            safetensors cannot hold.
         SchemeError: the file format has no word for a layer's scheme.
         CheckpointError: the directory exists and may not be overwritten; what was written is not what the model holds;
             a file of `beside` is a link that leads elsewhere.
@@ -56,6 +57,7 @@ def save(
     whole: Any = model
     inner = _one_model(whole)
     describe(inner)
+    check_storable(inner)
     if beside is not None:
         companions(Path(beside))
     check_target(target, overwrite=overwrite)
