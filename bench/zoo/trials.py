@@ -90,7 +90,9 @@ class _Trial:
         unsteady = same(before, self.call(model))
         float_loaded = self._attempt(lambda: self._float_files(model, before))
         if float_loaded == YES:  # as a user has it
-            model = type(model).from_pretrained(self.float_directory).eval()
+            # with the class of configuration that the file names, as the command reads it, not the model class's own
+            config = type(model.config).from_pretrained(self.float_directory)
+            model = type(model).from_pretrained(self.float_directory, config=config).eval()
         self.model, self.before, self.from_files = model, before, float_loaded == YES
         writes = bool(getattr(model, "can_generate", lambda: False)())
         float_generates = self._attempt(lambda: self._float_generates(model)) if writes else NONE

@@ -47,7 +47,8 @@ def _without(model: nn.Module, layers: Collection[str]) -> list[Any]:
 
         own = part.get_expanded_tied_weights_keys()
         left = dict(filter(stays, own.items()))
-        part.all_tied_weights_keys = dict(filter(stays, part.all_tied_weights_keys.items()))
+        if hasattr(part, "all_tied_weights_keys"):  # not a part whose class leaves out `post_init`
+            part.all_tied_weights_keys = dict(filter(stays, part.all_tied_weights_keys.items()))
         if left != own:
             part._tied_weights_keys = left
             configs.append(part.config)
