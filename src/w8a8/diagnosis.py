@@ -49,6 +49,7 @@ def diagnose() -> Diagnosis:
         machine["native kernel has"] = ", ".join(name for name, reason in sets.items() if reason is None)
         machine["native kernel has not"] = "; ".join(f"{name}: {reason}" for name, reason in sets.items() if reason)
         machine["native kernel runs"] = _what_runs()
+        machine["native kernel prefetches"] = native.prefetching()
         machine["native kernel's threads"] = native.threading()
     statuses = (
         KernelStatus(name, kernels.KERNELS[name].about, reason is None, reason)

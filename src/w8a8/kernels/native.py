@@ -37,7 +37,7 @@ from w8a8.scheme import CODE_REACH, MAX_CODE_BITS, QuantSpec, largest_k
 PANEL = 32
 _PACKED_AXES = 4  # (P, S, 32, g)
 _MATRIX_AXES = 2
-_ABI = 4  # of csrc/w8a8.h
+_ABI = 5  # of csrc/w8a8.h
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _HUGE = 2 << 20  # the size of a large page, and from where on asking for them pays
 _TOKEN, _TENSOR, _STATIC = 0, 2, 4  # enum w8a8_mode, the symmetric ones; + 1 is asymmetric
@@ -83,6 +83,7 @@ class _Library:
         self.isa_runs = function("isa_runs", ctypes.c_uint64, ctypes.c_int)
         self.isa_use = function("isa_use", ctypes.c_int, ctypes.c_char_p)
         self.choice_at = function("choice_at", ctypes.c_char_p, ctypes.c_int, *2 * [ctypes.POINTER(_I64)])
+        self.stream_name = function("stream_name", ctypes.c_char_p)
         self.parallel_name = function("parallel_name", ctypes.c_char_p)
         self.peak_ops = function("peak_ops", ctypes.c_double, ctypes.c_double, _I32)
         self.peak_read = function("peak_read", ctypes.c_double, _P, _I64, ctypes.c_double, _I32)
@@ -218,6 +219,11 @@ def use_instruction_set(name: str | None) -> None:
     library = _loaded()
     if library.isa_use(None if name is None else name.encode()):
         raise KernelError(f"instruction set {name!r} cannot be used; there are {', '.join(_told(library))}")
+
+
+def prefetching() -> str:
+    """How far ahead the weights of a product of a few rows are prefetched on this processor."""
+    return str(_loaded().stream_name().decode())
 
 
 def threading() -> str:

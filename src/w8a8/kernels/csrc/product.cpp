@@ -16,12 +16,30 @@ namespace {
 constexpr int64_t kBlockBytes = 288 << 10;
 constexpr int64_t kGroupBytes = 2 << 20;
 constexpr int64_t kOutputBytes = 512 << 10;
-// A panel that only one tile reads is a stream.  Up to five rows the core keeps up with memory and the hardware's
-// prefetchers do best (30 GB/s on one core, 2 MiB pages); a far prefetch takes the miss buffers from them (20 GB/s), a
-// near one hardly and helps a little where pages are small.  From six rows on the product slows the stream down so much
-// that they lose track, and a far prefetch wins (1.3-1.6x).
-constexpr int kNearRows = 5;
-constexpr int64_t kNearAhead = 512, kFarAhead = 12 << 10;
+// A panel that only one tile reads is a stream, prefetched from the same panel ahead of its use.  How far is the
+// processor's: measured (docs/log.md), and told by w8a8_stream_name.
+struct Stream {
+  const char *name;
+  int near_rows;        // up to so many rows the near distance
+  int64_t near, far;    // bytes
+};
+// Zen 4: up to five rows the core keeps up with memory and the hardware's prefetchers do best (30 GB/s on one core, 2 MiB
+// pages); a far prefetch takes the miss buffers from them (20 GB/s), a near one hardly and helps a little where pages are
+// small.  From six rows on the product slows the stream down so much that they lose track, and a far one wins (1.3-1.6x).
+constexpr Stream kAmd = {"near up to 5 rows, far beyond", 5, 512, 12 << 10};
+// Emerald Rapids: far wins from one row on, 1.1 to 1.5 times.
+constexpr Stream kOthers = {"far", 0, 512, 12 << 10};
+
+const Stream &stream() {
+#ifdef W8A8_X86
+  static const bool amd = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_is("amd") != 0;
+  }();
+  if (amd) return kAmd;
+#endif
+  return kOthers;
+}
 
 // Rows are dealt to tiles evenly: 16 rows are 8 + 8, not 14 + 2.
 int64_t tile_row(const Job &job, int64_t t) { return job.q.m * t / job.tiles; }
@@ -51,7 +69,8 @@ void product_task(const Job &job, int64_t task) {
   const int64_t p0 = group * job.group, p1 = std::min(job.panels, p0 + job.group);
   const int64_t t0 = block * job.tiles_per_block, t1 = std::min(job.tiles, t0 + job.tiles_per_block);
   const bool single = job.tiles == 1 && job.q.m <= job.isa->stream_rows;
-  const int64_t stream = job.q.m <= kNearRows ? kNearAhead : kFarAhead;
+  const Stream &distance = stream();
+  const int64_t stream_ahead = job.q.m <= distance.near_rows ? distance.near : distance.far;
   const int64_t ksteps = div_up(job.q.k, kGroup);   // groups that hold any of K: a panel may have more, all zeros
   const int lines = static_cast<int>(div_up(8, t1 - t0));   // per eight of the panel's own
   const int64_t slice = div_up(ksteps * kPanelStep, 4 * kAheadStep) * lines * 64;   // what one tile prefetches
@@ -71,7 +90,7 @@ void product_task(const Job &job, int64_t task) {
           for (int64_t line = 0; line < panel.cols * item; line += 64)
             __builtin_prefetch(y + r * panel.finish.ldy * item + line, 1);
       }
-      const int8_t *fetch = single ? panel.data + stream : ahead + (t - t0) * slice;
+      const int8_t *fetch = single ? panel.data + stream_ahead : ahead + (t - t0) * slice;
       job.isa->tile[rows](job.q.codes + m0 * job.q.ld_bytes, job.q.ld_bytes, panel.data, ksteps, sums, fetch, lines);
       job.isa->finish(panel.finish, sums, kPanel, m0, rows, panel.n0, panel.cols);
     }
@@ -79,3 +98,5 @@ void product_task(const Job &job, int64_t task) {
 }
 
 }  // namespace w8a8
+
+extern "C" const char *w8a8_stream_name(void) { return w8a8::stream().name; }

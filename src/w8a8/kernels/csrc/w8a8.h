@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 4       /* raised whenever a struct or a signature changes, below or in python.cpp */
+#define W8A8_ABI 5       /* raised whenever a struct or a signature changes, below or in python.cpp */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
@@ -108,6 +108,9 @@ W8A8_API const char *w8a8_isa_why_not(int i);           /* null where it can be 
 W8A8_API uint64_t w8a8_isa_runs(int i);                 /* how many products it has run in this process */
 W8A8_API int w8a8_isa_use(const char *name);
 W8A8_API int w8a8_isa_use_env(void);
+
+/* How far ahead the weights of a product of a few rows are prefetched here. */
+W8A8_API const char *w8a8_stream_name(void);
 
 /* Line i of the table on this CPU, or null: the first line whose least numbers of rows and of K a product reaches runs it. */
 W8A8_API const char *w8a8_choice_at(int i, int64_t *rows, int64_t *k);
