@@ -49,7 +49,7 @@ def test_three_hundred_types_were_tried_and_nearly_all_pass(models, results):
     rows = [row for row in results["models"].values() if trials.tried(row)]
     passing = [row for row in rows if not trials.failures(row)]
     assert len(rows) >= 300
-    assert len(passing) >= 0.975 * len(rows)
+    assert len(passing) >= 0.98 * len(rows)
 
 
 def test_the_page_is_made_from_the_results(models, results):
