@@ -305,7 +305,8 @@ def not_plain(linear: nn.Module) -> str | None:
     A DTensor has a part of them, torchao's tensors have codes: what a subclass of `torch.Tensor` holds is its own.
     """
     for name in ("weight", "bias"):
-        kind = type(getattr(linear, name, None))
+        # past `linear.weight`, which may be made anew at each look, and changed by it (spectral_norm)
+        kind = type(linear._parameters.get(name, linear.__dict__.get(name)))
         if kind not in (Tensor, nn.Parameter, type(None)):
             return f"its {name} is a {kind.__module__}.{kind.__qualname__}, a subclass of torch.Tensor"
     return None
