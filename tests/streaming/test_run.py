@@ -152,7 +152,7 @@ def test_names_without_the_base_models_prefix_are_found(tmp_path):
     assert tensors(tmp_path / "streamed").keys() == tensors(in_memory(source, tmp_path / "memory")).keys()
 
 
-def test_tokenizer_and_generation_files_go_along_and_pickles_do_not(tmp_path):
+def test_what_lies_beside_goes_along_and_pickles_do_not(tmp_path):
     source = saved(llama(), tmp_path / "source")
     for name in ("tokenizer.json", "chat_template.jinja", "merges.txt"):
         (source / name).write_text("{}")
@@ -160,8 +160,9 @@ def test_tokenizer_and_generation_files_go_along_and_pickles_do_not(tmp_path):
         (source / name).write_text("never read")
     quantize_directory(source, tmp_path / "streamed")
     names = {path.name for path in (tmp_path / "streamed").iterdir()}
-    assert {"tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json", INDEX} <= names | {INDEX}
-    assert not names & {"pytorch_model.bin", "modeling_x.py"}
+    beside = {"tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json", "modeling_x.py"}
+    assert beside <= names  # code is kept, and run only where it is trusted
+    assert "pytorch_model.bin" not in names
 
 
 def test_a_link_that_leads_out_is_not_followed(tmp_path):

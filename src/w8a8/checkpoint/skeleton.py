@@ -169,16 +169,20 @@ def _fill_what_no_file_holds(model: Any) -> None:
 
 
 def _widen(model: Any) -> None:
-    """Have the parameters that the model's class keeps in float32 in that, as transformers' own loading does."""
+    """Have what the model's class keeps in float32 in that, as transformers' own loading does; buffers too."""
     stated = getattr(model.config, "dtype", None)
     plan = {} if stated is None else model._get_dtype_plan(stated)
     kept = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in plan.items()}
-    for name, parameter in list(model.named_parameters()):
-        dtype = next((dtype for pattern, dtype in kept.items() if pattern.search(name)), parameter.dtype)
-        if dtype is not parameter.dtype and parameter.is_meta:
-            path, _, key = name.rpartition(".")
-            wide = nn.Parameter(parameter.to(dtype), parameter.requires_grad)
-            model.get_submodule(path)._parameters[key] = wide
+    for name, tensor in list(_tensors(model)):
+        dtype = next((dtype for pattern, dtype in kept.items() if pattern.search(name)), tensor.dtype)
+        if dtype is tensor.dtype or not tensor.is_floating_point():
+            continue
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[key] = nn.Parameter(tensor.to(dtype), tensor.requires_grad)
+        else:
+            module._buffers[key] = tensor.to(dtype)
 
 
 def not_saved(model: nn.Module) -> set[str]:
