@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 import w8a8
 from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen2_moe, qwen3_moe
 from tests.streaming.conftest import partial_of, tensors
-from w8a8.checkpoint.files import INDEX
 from w8a8.checkpoint.headers import read_header
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
 from w8a8.pipeline import open_model
