@@ -301,7 +301,7 @@ def test_the_op_compiles_without_a_graph_break():
     assert torch.equal(compiled(x), model(x))
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("of", ["x", "bias"])
 def test_a_gradient_is_refused_in_words(kernel, of):
     q, x = layer("w8a8", kernel=kernel), torch.randn(2, 100)
@@ -348,7 +348,7 @@ DERIVATIVES = {
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_every_way_to_a_derivative_is_refused_in_words(derivative, kernel):
     q, x = layer("w8a8", kernel=kernel), torch.randn(2, 100)
@@ -357,7 +357,7 @@ def test_every_way_to_a_derivative_is_refused_in_words(derivative, kernel):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 def test_a_level_of_derivatives_that_does_not_concern_the_layer_changes_nothing(kernel):
     q, x = layer("w8a8", kernel=kernel), torch.randn(2, 100)
     expected = q(x)
@@ -449,7 +449,7 @@ def test_the_native_kernel_says_that_it_has_no_weight_zero_points():
     assert torch.equal(q.codes, q._buffers["weight"])
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("m", [1, 2, 17])
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("n", [1, 2, 8, 33])
