@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from machine import describe_machine
-from w8a8.kernels import native, ops
+from w8a8.kernels import compiled, native, ops
 from w8a8.linear import QuantLinear
 
-CSRC = Path(native.__file__).parent / "csrc"
+CSRC = Path(compiled.__file__).parent / "csrc"
 ROUNDS, CALLS = 15, 2000
 
 
@@ -41,7 +41,7 @@ def cpp_op(directory: Path) -> Callable[..., Tensor]:
         check=True,
     )
     torch.ops.load_library(str(target))
-    kernel = ctypes.CDLL(str(next(Path(native.__file__).parent.glob("_native*.so"))))
+    kernel = ctypes.CDLL(str(next(Path(compiled.__file__).parent.glob("_native*.so"))))
     address = ctypes.cast(kernel.w8a8_linear, ctypes.c_void_p).value
     ctypes.c_void_p.in_dll(ctypes.CDLL(str(target)), "w8a8_linear_at").value = address
     return torch.ops.w8a8_bench.linear.default

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from linear import ROTATED, SHAPES
 from machine import describe_machine, keep
-from w8a8.kernels import native
+from w8a8.kernels import compiled, native
 from w8a8.kernels.torch_cpu import TORCH_CPU
 
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -71,7 +71,7 @@ class Layer(ctypes.Structure):
 
 def _call(name: str, *arguments: Any) -> Callable[[], None]:
     """A C function with its arguments already converted, so that Python takes as little time as it can."""
-    (built,) = Path(native.__file__).parent.glob("_native*.so")
+    (built,) = Path(compiled.__file__).parent.glob("_native*.so")
     function = getattr(ctypes.CDLL(str(built)), f"w8a8_{name}")
 
     def run() -> None:
@@ -140,7 +140,7 @@ class Buffers:
 def on_large_pages(codes: Tensor) -> Tensor:
     """A row-major copy on the pages that `native.pack` asks for."""
     room = torch.empty(codes.numel() + native._HUGE, dtype=torch.int8)
-    native._loaded().advise_huge(room.data_ptr(), room.numel())
+    compiled.loaded().advise_huge(room.data_ptr(), room.numel())
     return room[-room.data_ptr() % native._HUGE :][: codes.numel()].view(codes.shape).copy_(codes)
 
 
@@ -187,7 +187,7 @@ def measure(shapes: list[tuple[int, int]], rows: list[int], seconds: float) -> l
             cells.append(cell(n, k, m, weights, seconds))
             medians = cells[-1]["median_ms"]
             print(
-                f"{native.instruction_set()}, {n} x {k}, {m} rows: "
+                f"{compiled.instruction_set()}, {n} x {k}, {m} rows: "
                 + ", ".join(f"{name} {ms:.4f} ms" for name, ms in medians.items()),
                 flush=True,
             )
@@ -271,7 +271,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(found))
         return
     options = ["--rows", arguments.rows, "--shapes", arguments.shapes, "--seconds", str(arguments.seconds)]
-    usable = [isa for isa, reason in native.instruction_sets().items() if reason is None]
+    usable = [isa for isa, reason in compiled.instruction_sets().items() if reason is None]
     result = {"machine": describe_machine(), "sets": {isa: _one_set(isa, options) for isa in usable}}
     keep("layout", result, arguments.output)
     print("\n" + summary(result), not_compared(result), sep="\n\n")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from machine import describe_machine, keep, versions
-from w8a8.kernels import native
+from w8a8.kernels import compiled
 from w8a8.linear import QuantLinear
 
 SHAPES = (
@@ -134,9 +134,9 @@ def _forced(isa: str, linear: nn.Linear) -> Layer:
     layer = QuantLinear.from_float(linear, kernel="native", strict=True)
 
     def run(x: Tensor) -> Tensor:
-        native.use_instruction_set(isa)
+        compiled.use_instruction_set(isa)
         y = layer(x)
-        native.use_instruction_set(None)
+        compiled.use_instruction_set(None)
         return y
 
     return run
@@ -144,7 +144,7 @@ def _forced(isa: str, linear: nn.Linear) -> Layer:
 
 PEERS: dict[str, Callable[[nn.Linear], Layer]] = {
     "ours": QuantLinear.from_float,
-    **{f"native {isa}": partial(_forced, isa) for isa, reason in native.instruction_sets().items() if reason is None},
+    **{f"native {isa}": partial(_forced, isa) for isa, reason in compiled.instruction_sets().items() if reason is None},
     "torch_cpu": lambda linear: QuantLinear.from_float(linear, kernel="torch_cpu", strict=True),
     "float32": lambda linear: linear,
     "bf16": _bf16,
@@ -180,8 +180,8 @@ def cell(layers: dict[str, list[Layer]], n: int, k: int, m: int, seconds: float,
         copies[-1](x)
     start, rounds = time.perf_counter(), 0
     while rounds < FEWEST or time.perf_counter() - start < seconds:
-        peak.append(native.peak_int8_ops(1e-3))
-        read.append(native.peak_read(memory))
+        peak.append(compiled.peak_int8_ops(1e-3))
+        read.append(compiled.peak_read(memory))
         turn = rounds % len(layers)  # whoever comes first comes after the ceilings, and each comes after another
         for name, copies in [*layers.items()][turn:] + [*layers.items()][:turn]:
             slow = rounds >= 2 and statistics.median(times[name]) > SLOW * statistics.median(times["ours"])

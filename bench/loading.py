@@ -29,7 +29,7 @@ import transformers
 
 import w8a8
 from machine import describe_machine, keep
-from w8a8.kernels import native
+from w8a8.kernels import compiled
 
 WAYS = {
     "a plain read": "plain",
@@ -109,11 +109,11 @@ def open_once(way: str, directory: Path) -> dict[str, float]:
     elif way in ("fresh", "fresh_large"):
         room = torch.empty(sum(path.stat().st_size for path in directory.glob("*.safetensors")), dtype=torch.int8)
         if way == "fresh_large":
-            native._loaded().advise_huge(room.data_ptr(), room.numel())
+            compiled.loaded().advise_huge(room.data_ptr(), room.numel())
         room.fill_(1)
     else:
         if way == "native_small":
-            native._loaded().advise_huge = lambda *_: 0
+            compiled.loaded().advise_huge = lambda *_: 0
         w8a8.load(directory, kernel=way.removesuffix("_small"), strict=True)
     return {"seconds": time.perf_counter() - start, "peak_bytes": resident_peak() - before}
 

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from w8a8.kernels import available, native
+from w8a8.kernels import available, compiled, native
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 900  # on busy cores; a single test that hangs is ended sooner
@@ -30,7 +30,7 @@ def preferences() -> list[dict[str, str]]:
     """The environments, each of them one machine."""
     found: list[dict[str, str]] = []
     if native.unavailable_because() is None:
-        found += [{"W8A8_ISA": name} for name, reason in native.instruction_sets().items() if reason is None]
+        found += [{"W8A8_ISA": name} for name, reason in compiled.instruction_sets().items() if reason is None]
     if available()["torch_cpu"] is None:
         found.append({"W8A8_KERNEL": "torch_cpu"})
     return [*found, {"W8A8_KERNEL": "reference"}, {"W8A8_NATIVE": "0"}, {"W8A8_NATIVE": "0", **_NO_INT8}]

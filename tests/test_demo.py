@@ -80,7 +80,7 @@ def test_int8_is_never_told_to_be_slower_without_a_reason(monkeypatch, int8_ms, 
     ran = "native" if kernel == "portable" else kernel
     calls = iter([{}, {ran: 8}])
     monkeypatch.setattr(QuantLinear, "kernel_calls", lambda self: next(calls))
-    monkeypatch.setattr(demo.native, "instruction_set", lambda: kernel)
+    monkeypatch.setattr(demo.compiled, "instruction_set", lambda: kernel)
     monkeypatch.setattr(demo.kernels, "available", lambda: {"native": "not built" if ran == "torch_cpu" else None})
     note = time_layer(64, rows=(2,), rounds=2).note
     assert note is None if why is None else why in note

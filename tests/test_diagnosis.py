@@ -4,7 +4,7 @@ import torch
 from tests.conftest import needs
 from w8a8 import diagnosis, kernels
 from w8a8.diagnosis import diagnose
-from w8a8.kernels import native
+from w8a8.kernels import compiled, native
 
 pytestmark = pytest.mark.kernels
 
@@ -21,7 +21,7 @@ def test_versions_machine_and_kernels_are_told():
 @needs("native")
 def test_what_the_native_kernel_runs_on_is_told():
     machine = diagnose().machine
-    assert machine["native kernel runs"].startswith(native.instruction_set())
+    assert machine["native kernel runs"].startswith(compiled.instruction_set())
     assert machine["native kernel's threads"].startswith("openmp")
 
 

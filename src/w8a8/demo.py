@@ -26,7 +26,7 @@ from w8a8.convert import Progress
 from w8a8.corpus import held_out_text
 from w8a8.evaluation import compare, context_length, encode, perplexity
 from w8a8.generation import continue_text
-from w8a8.kernels import native
+from w8a8.kernels import compiled, native
 from w8a8.linear import QuantLinear
 from w8a8.pipeline import OpenedModel, open_model, quantize, simulate
 
@@ -210,9 +210,9 @@ def _why_slow(kernel: str) -> str:
         missing = kernels.available()[native_name]
         why = f"{native_name} cannot run: {missing}" if missing else "W8A8_KERNEL in the environment prefers it"
         return f"int8 is slower here since the kernel is {kernel}; {why}"
-    if native.instruction_set() == "portable":
+    if compiled.instruction_set() == "portable":
         return "int8 is slower here since the kernel has no instructions for this processor and runs in plain C++"
     return (
-        f"int8 was slower here, in {native.instruction_set()}: calls this short are disturbed by whatever else runs; "
+        f"int8 was slower here, in {compiled.instruction_set()}: calls this short are disturbed by whatever else runs; "
         "`w8a8 bench MODEL` times whole models"
     )

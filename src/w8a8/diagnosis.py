@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from w8a8 import __version__, kernels
-from w8a8.kernels import native
+from w8a8.kernels import compiled
 from w8a8.kernels.native import NATIVE
 
 _PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "compressed-tensors")
@@ -45,12 +45,12 @@ def diagnose() -> Diagnosis:
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
     }
     if kernels.available()[NATIVE.name] is None:
-        sets = native.instruction_sets()
+        sets = compiled.instruction_sets()
         machine["native kernel has"] = ", ".join(name for name, reason in sets.items() if reason is None)
         machine["native kernel has not"] = "; ".join(f"{name}: {reason}" for name, reason in sets.items() if reason)
         machine["native kernel runs"] = _what_runs()
-        machine["native kernel prefetches"] = native.prefetching()
-        machine["native kernel's threads"] = native.threading()
+        machine["native kernel prefetches"] = compiled.prefetching()
+        machine["native kernel's threads"] = compiled.threading()
     statuses = (
         KernelStatus(name, kernels.KERNELS[name].about, reason is None, reason)
         for name, reason in kernels.available().items()
@@ -63,7 +63,7 @@ def _what_runs() -> str:
     forced = os.environ.get("W8A8_ISA")
     if forced:
         return f"{forced}, as W8A8_ISA asks"
-    *lines, last = native.choices()
+    *lines, last = compiled.choices()
     return "".join(f"{c.instruction_set} from {c.rows} rows and K = {c.k}, else " for c in lines) + last.instruction_set
 
 

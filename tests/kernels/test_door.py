@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from w8a8.affine import QParams, quantize
 from w8a8.errors import KernelError, SchemeError, W8A8Error
-from w8a8.kernels import native
+from w8a8.kernels import compiled, native
 from w8a8.kernels.weights import quantize_weight
 from w8a8.linear import QuantLinear
 from w8a8.scheme import PerChannel, PerTensor, QuantSpec, Scheme
@@ -31,11 +31,11 @@ def _seen_by(request):
     """Both ways in which the door looks at tensors; older versions of torch have the second only."""
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if request.param == "attributes":
-        native._loaded().prepare(None)
+        compiled.loaded().prepare(None)
     elif table is None:
         pytest.skip("this torch has no such table")
     yield
-    native._loaded().prepare(table)
+    compiled.loaded().prepare(table)
 
 
 class Harmless(Tensor):
@@ -217,7 +217,7 @@ CHANGES = {
 def test_a_changed_buffer_gives_the_references_bits_or_an_error(name, change):
     q, x = layer(STATIC), torch.randn(3, K)
     q._buffers[name] = CHANGES[change](q._buffers[name])
-    below = native._loaded().linear
+    below = compiled.loaded().linear
     outputs = [outcome(lambda: q(x)), outcome(lambda: below(x, q._buffers, *q._call, False))]
     for y in outputs:
         assert y is None or isinstance(y, Exception) or y.shape == (3, N)
@@ -273,7 +273,7 @@ def test_a_parameter_in_a_buffers_place_is_refused():
 @pytest.mark.parametrize("n", [-(2**62), -1, 0, 1, 32, 34, 2**40, 2**62])
 @pytest.mark.parametrize("k", [-(2**62), -1, 0, 1, K, 101, 104, 2**40, 2**62])
 def test_sizes_that_are_not_the_layers_are_refused(n, k):
-    q, linear = layer(), native._loaded().linear
+    q, linear = layer(), compiled.loaded().linear
     _, _, per_channel, mode, bits = q._call
     wide = torch.empty(1, 1).expand(2, k) if 0 < k < 2**41 else torch.randn(2, K)
     for x in (torch.randn(2, K), wide):
@@ -282,7 +282,7 @@ def test_sizes_that_are_not_the_layers_are_refused(n, k):
 
 
 def test_calls_that_make_no_sense_are_python_errors():
-    q, linear = layer(), native._loaded().linear
+    q, linear = layer(), compiled.loaded().linear
     x = torch.randn(1, K)
     n, k, per_channel, mode, bits = q._call
     for arguments in (
@@ -395,10 +395,10 @@ def test_rows_are_quantised_natively_or_not_at_all(name):
 
 
 def test_what_is_read_for_the_bandwidth_is_in_memory():
-    assert native.peak_read(torch.zeros(1 << 16)) > 0
+    assert compiled.peak_read(torch.zeros(1 << 16)) > 0
     for wrong in (torch.zeros(4, 4).t(), torch.zeros(4, device="meta"), torch.zeros(4).as_subclass(Harmless)):
         with pytest.raises(KernelError, match="what is read is a contiguous tensor on the CPU"):
-            native.peak_read(wrong)
+            compiled.peak_read(wrong)
 
 
 def test_a_bias_that_was_taken_away_is_not_one_that_was_never_there():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from w8a8.kernels import native
+from w8a8.kernels import compiled
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +31,6 @@ def test_every_path_equals_naive_loops_tiles_too(driver):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     equal = [line.split()[0] for line in lines if "quotients equal" in line]
-    here = [name for name, reason in native.instruction_sets().items() if reason is None]
+    here = [name for name, reason in compiled.instruction_sets().items() if reason is None]
     assert equal == here + ["amx_model"] * (platform.machine() == "x86_64")
     assert lines[-1] == "forked child: equal"

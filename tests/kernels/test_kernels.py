@@ -14,7 +14,7 @@ from tests.kernels.conftest import HERE
 from w8a8 import kernels
 from w8a8.affine import QParams
 from w8a8.errors import KernelError, SchemeError
-from w8a8.kernels import native, ops, reference, select, torch_cpu
+from w8a8.kernels import compiled, ops, reference, select, torch_cpu
 from w8a8.linear import QuantLinear
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
@@ -107,7 +107,7 @@ def paths() -> list[str]:
     """Every kernel that is here but the reference, the native one in each instruction set that is here."""
     found = [name for name, reason in kernels.available().items() if reason is None and name != "reference"]
     if "native" in found:
-        sets = [f"native {name}" for name, reason in native.instruction_sets().items() if reason is None]
+        sets = [f"native {name}" for name, reason in compiled.instruction_sets().items() if reason is None]
         found = [*(name for name in found if name != "native"), *sets]
     return found
 
@@ -117,10 +117,10 @@ def path(request):
     """A kernel's name, with its instruction set forced where it has several."""
     kernel, _, isa = request.param.partition(" ")
     if isa:
-        native.use_instruction_set(isa)
+        compiled.use_instruction_set(isa)
     yield kernel
     if isa:
-        native.use_instruction_set(os.environ.get("W8A8_ISA") or None)
+        compiled.use_instruction_set(os.environ.get("W8A8_ISA") or None)
 
 
 @pytest.mark.once

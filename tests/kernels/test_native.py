@@ -19,7 +19,7 @@ import w8a8
 from tests.conftest import llama, needs
 from w8a8.affine import QParams
 from w8a8.errors import KernelError
-from w8a8.kernels import native, unpack
+from w8a8.kernels import compiled, native, unpack
 from w8a8.linear import QuantLinear, quant_linears
 from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
@@ -171,7 +171,7 @@ def test_another_kernel_asked_for_later_is_the_one_that_runs():
 
 
 def test_the_door_refuses_calls_that_make_no_sense():
-    linear = native._loaded().linear
+    linear = compiled.loaded().linear
     with pytest.raises(TypeError, match="linear takes"):
         linear(torch.randn(1, 4), {}, 1)
     with pytest.raises(TypeError, match="linear takes"):
@@ -203,40 +203,40 @@ def test_a_k_near_the_limit_falls_back():
 def usable():
     if native.unavailable_because() is not None:
         return []
-    return [name for name, reason in native.instruction_sets().items() if reason is None]
+    return [name for name, reason in compiled.instruction_sets().items() if reason is None]
 
 
 @pytest.fixture
 def unforced():
     """The table decides, whatever W8A8_ISA says."""
     forced = os.environ.get("W8A8_ISA") or None
-    native.use_instruction_set(None)
+    compiled.use_instruction_set(None)
     yield
-    native.use_instruction_set(forced)
+    compiled.use_instruction_set(forced)
 
 
 @pytest.mark.usefixtures("unforced")
 def test_instruction_sets_can_be_forced_and_the_impossible_is_refused():
     assert "portable" in usable()
-    native.use_instruction_set("portable")
-    assert native.instruction_set() == "portable"
-    native.use_instruction_set(None)
-    assert native.instruction_set() == native.choices()[0].instruction_set
+    compiled.use_instruction_set("portable")
+    assert compiled.instruction_set() == "portable"
+    compiled.use_instruction_set(None)
+    assert compiled.instruction_set() == compiled.choices()[0].instruction_set
     with pytest.raises(KernelError, match="instruction set 'mmx' cannot be used"):
-        native.use_instruction_set("mmx")
-    for name in set(native.instruction_sets()) - set(usable()):
-        with pytest.raises(KernelError, match=re.escape(f"{name} ({native.instruction_sets()[name]})")):
-            native.use_instruction_set(name)
+        compiled.use_instruction_set("mmx")
+    for name in set(compiled.instruction_sets()) - set(usable()):
+        with pytest.raises(KernelError, match=re.escape(f"{name} ({compiled.instruction_sets()[name]})")):
+            compiled.use_instruction_set(name)
 
 
 @pytest.mark.usefixtures("unforced")
 def test_the_table_names_only_what_this_cpu_has_and_ends_with_a_line_for_everything():
-    lines = native.choices()
+    lines = compiled.choices()
     assert {line.instruction_set for line in lines} <= set(usable())
     assert (lines[-1].rows, lines[-1].k) == (1, 1)
     assert all((line.rows, line.k) != (1, 1) for line in lines[:-1]), "nothing could reach the lines below"
     best = {"amx", "avx512vnni", "avxvnni", "avx2", "neon_i8mm", "neon_dot", "portable"} & set(usable())
-    assert lines[0].instruction_set == [name for name in native.instruction_sets() if name in best][-1]
+    assert lines[0].instruction_set == [name for name in compiled.instruction_sets() if name in best][-1]
 
 
 @pytest.mark.usefixtures("unforced")
@@ -244,20 +244,20 @@ def test_the_table_names_only_what_this_cpu_has_and_ends_with_a_line_for_everyth
 def test_what_runs_is_what_the_table_says(k):
     q = QuantLinear.from_float(nn.Linear(k, 40), kernel="native", strict=True)
     for m in (1, 2, 3, 4, 5, 16, 17, 300):
-        said = next(c.instruction_set for c in native.choices() if m >= c.rows and k >= c.k)
-        before = native.runs()
+        said = next(c.instruction_set for c in compiled.choices() if m >= c.rows and k >= c.k)
+        before = compiled.runs()
         q(torch.randn(m, k))
-        after = native.runs()
+        after = compiled.runs()
         assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {said: 1}
 
 
 @pytest.mark.parametrize("name", usable())
 def test_what_is_forced_runs(name, unforced):
     q = QuantLinear.from_float(nn.Linear(200, 40), kernel="native", strict=True)
-    native.use_instruction_set(name)
-    before = native.runs()[name]
+    compiled.use_instruction_set(name)
+    before = compiled.runs()[name]
     q(torch.randn(5, 200))
-    assert native.runs()[name] == before + 1
+    assert compiled.runs()[name] == before + 1
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -274,7 +274,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.once
 def test_the_environment_forces_an_instruction_set():
-    code = "from w8a8.kernels import native; print(native.instruction_set())"
+    code = "from w8a8.kernels import compiled; print(compiled.instruction_set())"
     assert run(code, W8A8_ISA="portable").stdout == "portable\n"
     wrong = run(code, W8A8_ISA="mmx")
     assert wrong.returncode == 1
@@ -284,7 +284,7 @@ def test_the_environment_forces_an_instruction_set():
 @pytest.mark.once
 def test_torchs_own_threads_are_borrowed():
     code = (
-        "import torch\nfrom w8a8.kernels import native\nprint(native.threading())\n"
+        "import torch\nfrom w8a8.kernels import compiled\nprint(compiled.threading())\n"
         "print(sum('gomp' in line and line.rstrip().endswith(('.so', '.so.1')) and ' 00000000 ' in line "
         "for line in open('/proc/self/maps')))"
     )
@@ -326,28 +326,28 @@ def test_subnormals_are_kept_whatever_the_process_asked_for():
 @pytest.fixture
 def absent(monkeypatch):
     """As on a machine where nothing was compiled."""
-    monkeypatch.setattr(native, "__file__", str(ROOT / "nowhere" / "native.py"))
-    native._library.cache_clear()
+    monkeypatch.setattr(compiled, "__file__", str(ROOT / "nowhere" / "native.py"))
+    compiled.library.cache_clear()
     yield
     monkeypatch.undo()
-    native._library.cache_clear()
+    compiled.library.cache_clear()
 
 
 @pytest.mark.usefixtures("absent")
 def test_where_it_was_not_built_the_reason_says_how_to_get_it():
     assert "install a C++17 compiler" in native.unavailable_because()
     with pytest.raises(KernelError, match="the native kernel is not available: it was not built"):
-        native.instruction_set()
+        compiled.instruction_set()
 
 
 @pytest.fixture
 def replaced(tmp_path, monkeypatch):
     """Where the compiled file lies, when it is not the one that belongs to this package."""
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    native._library.cache_clear()
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "native.py"))
+    compiled.library.cache_clear()
     yield tmp_path / "_native.so"
     monkeypatch.undo()
-    native._library.cache_clear()
+    compiled.library.cache_clear()
 
 
 def test_a_file_that_is_no_library_is_a_reason_not_a_crash(replaced):
@@ -358,7 +358,7 @@ def test_a_file_that_is_no_library_is_a_reason_not_a_crash(replaced):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="a library of another version takes g++")
 def test_the_file_of_another_version_is_known_before_anything_in_it_is_called(replaced):
     """It has none of the functions of this version, as an older one may lack some, or take other arguments."""
-    code = f'extern "C" int w8a8_abi() {{ return {native._ABI - 1}; }}'
+    code = f'extern "C" int w8a8_abi() {{ return {compiled.ABI - 1}; }}'
     command = ["g++", "-x", "c++", "-shared", "-fPIC", "-o", replaced, "-"]
     subprocess.run(command, input=code, text=True, check=True, timeout=60)
     assert native.unavailable_because() == "_native.so is of another version of w8a8; reinstall w8a8"

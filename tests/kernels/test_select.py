@@ -13,7 +13,7 @@ from torch import nn
 from tests.conftest import needs
 from w8a8 import kernels
 from w8a8.errors import KernelError
-from w8a8.kernels import native, select
+from w8a8.kernels import compiled, select
 from w8a8.linear import QuantLinear
 
 pytestmark = pytest.mark.kernels
@@ -54,7 +54,7 @@ def test_the_order_is_the_same_on_every_processor(monkeypatch):
 @pytest.mark.skipif(os.environ.get("W8A8_NATIVE") == "0", reason="W8A8_NATIVE is 0")
 def test_what_was_compiled_can_run():
     """Else all tests of the native kernel would skip, and nobody would look why."""
-    if list(Path(native.__file__).parent.glob("_native*.so")):
+    if list(Path(compiled.__file__).parent.glob("_native*.so")):
         assert kernels.available()["native"] is None
 
 

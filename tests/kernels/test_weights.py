@@ -7,7 +7,7 @@ from tests.conftest import needs
 from w8a8 import PerChannel, PerGroup, PerTensor, QuantSpec
 from w8a8.affine import quantize
 from w8a8.errors import NonFiniteError
-from w8a8.kernels import native
+from w8a8.kernels import compiled
 from w8a8.kernels.weights import quantize_weight
 
 pytestmark = pytest.mark.kernels
@@ -50,7 +50,7 @@ def test_the_kernel_and_not_the_equation_ran(monkeypatch):
 
 
 def test_without_the_kernel_the_equation_runs(monkeypatch):
-    monkeypatch.setattr(native, "_library", lambda: "not built")
+    monkeypatch.setattr(compiled, "library", lambda: "not built")
     same(torch.randn(5, 8), QuantSpec(granularity=PerChannel()))
 
 

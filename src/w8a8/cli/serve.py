@@ -26,7 +26,7 @@ def serve(context: typer.Context, model: Model, trust_remote_code: TrustRemoteCo
     from w8a8 import hf, kernels
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.skeleton import architecture
-    from w8a8.kernels import native
+    from w8a8.kernels import compiled, native
 
     directory = resolve(model, trust_remote_code=trust_remote_code)
     kind, config = architecture(directory, trust_remote_code=trust_remote_code)  # told now, not at the first request
@@ -38,7 +38,7 @@ def serve(context: typer.Context, model: Model, trust_remote_code: TrustRemoteCo
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
     kernel = kernels.first_choice(kernels.AUTO)
-    how = f"{kernel} ({native.instruction_set()})" if kernel == native.NATIVE.name else kernel
+    how = f"{kernel} ({compiled.instruction_set()})" if kernel == native.NATIVE.name else kernel
     print_note(f"w8a8: {directory} is {f'quantised, kernel {how}' if quantized else 'a float model, served as it is'}")
     trust = ["--trust-remote-code"] if trust_remote_code else []
     transformers_app(["serve", str(directory), *trust, *context.args])
