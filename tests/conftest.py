@@ -55,6 +55,18 @@ def _seeded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+ONE_BLOCK = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+"""The sizes of a small decoder, for configurations that have these names."""
+
+
 def llama(**changes: Any) -> LlamaForCausalLM:
     """Grouped-query attention, an untied head, K = 100 in the down projection."""
     options = {
@@ -92,30 +104,15 @@ def gpt2() -> GPT2LMHeadModel:
 
 def mixtral(**changes: Any) -> MixtralForCausalLM:
     """Mixture of experts, whose weights transformers 5 stacks in 3-D parameters and renames."""
-    options = {
-        "vocab_size": 96,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
-    }
+    options = {**ONE_BLOCK, "num_local_experts": 4, "num_experts_per_tok": 2}
     return MixtralForCausalLM(MixtralConfig(**{**options, **changes})).eval()
 
 
 _MOE = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 40,
+    **ONE_BLOCK,
     "moe_intermediate_size": 24,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -17,22 +17,11 @@ from transformers import (
 )
 
 import w8a8
-from tests.conftest import llama, logits, opt
+from tests.conftest import ONE_BLOCK, llama, logits, opt
 from w8a8.hf import enabled
 from w8a8.streaming import quantize_directory
 
-_TEXT = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_TEXT = {**ONE_BLOCK, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def qwen2_vl():

@@ -388,7 +388,8 @@ def test_rows_are_quantised_natively_or_not_at_all(name):
         with pytest.raises(SchemeError, match=r"the memory of the weight \(4, 100\) was let go"):
             QuantLinear.from_float(linear)
         return
-    with contextlib.suppress(W8A8Error, RuntimeError, NotImplementedError):
+    refused = contextlib.suppress(W8A8Error, RuntimeError, NotImplementedError)
+    with refused if name in WRONG else contextlib.nullcontext():
         found = quantize_weight(w, spec)
         bare = plain(w) if w.dtype is not torch.float64 else w
         assert torch.equal(plain(found.codes), quantize(bare.clone(), spec).codes)
