@@ -55,10 +55,10 @@ def job(kind: str, way: str, source: Path, target: Path, windows: int) -> dict[s
     import torch
 
     import w8a8
+    from w8a8.blockwise import quantize_blocks
     from w8a8.calibration.data import Calibration
-    from w8a8.pipeline import open_model
+    from w8a8.checkpoint.opening import open_model
     from w8a8.smoothing import smoother as smoothing
-    from w8a8.streaming import quantize_blocks
 
     torch.set_num_threads(1)
     smooth: Any = way if way in ("none", "searched") else float(way)

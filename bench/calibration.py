@@ -30,7 +30,7 @@ from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import MSE, AbsMax, MinMax, Percentile
 from w8a8.calibration.reservoir import Reservoir
-from w8a8.scheme import PerChannel
+from w8a8.core.scheme import PerChannel
 
 LENGTH, MEMORY_LENGTH = 512, 64
 BATCHES = (8, 64, 512)

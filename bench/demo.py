@@ -29,7 +29,7 @@ def table(result: dict[str, Any]) -> str:
 def measure() -> dict[str, Any]:
     """Run the demo."""
     from w8a8.cli.output import plain
-    from w8a8.demo import run_demo
+    from w8a8.demo.run import run_demo
 
     return {"machine": describe_machine(), "report": plain(run_demo())}
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from machine import describe_machine
 from w8a8.kernels import compiled, native, ops
-from w8a8.linear import QuantLinear
+from w8a8.layers.linear import QuantLinear
 
 CSRC = Path(compiled.__file__).parent / "csrc"
 ROUNDS, CALLS = 15, 2000

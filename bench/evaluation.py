@@ -17,8 +17,8 @@ import torch
 
 import w8a8
 from machine import describe_machine, keep
-from w8a8 import corpus
-from w8a8.demo import demo_model
+from w8a8.demo import corpus
+from w8a8.demo.run import demo_model
 from w8a8.evaluation import compare, encode
 
 WINDOW = 256

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from machine import describe_machine, keep, versions
 from w8a8.kernels import compiled
-from w8a8.linear import QuantLinear
+from w8a8.layers.linear import QuantLinear
 
 SHAPES = (
     (768, 768),

@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 @cache
 def describe_machine() -> dict[str, Any]:
     """Versions, processor, threads and date, for a result file."""
-    from w8a8.diagnosis import diagnose  # not where a peer runs a script of ours, which may have no w8a8
+    from w8a8.jobs.diagnosis import diagnose  # not where a peer runs a script of ours, which may have no w8a8
 
     found = diagnose()
     machine = {what: value.partition(" /")[0] for what, value in found.machine.items()}  # no paths

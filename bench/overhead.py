@@ -34,7 +34,7 @@ import w8a8
 from machine import describe_machine, keep
 from model import MODELS, PROMPT, Eager
 from w8a8.kernels import ops
-from w8a8.linear import QuantLinear, quant_linears
+from w8a8.layers.linear import QuantLinear, quant_linears
 
 # Operators by what they are for in these two models; the first group with a matching prefix has it.
 GROUPS = {

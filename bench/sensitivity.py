@@ -26,8 +26,8 @@ def measure() -> dict[str, Any]:
     import torch
 
     from w8a8.analysis.layers import sensitivity
-    from w8a8.corpus import held_out_text
-    from w8a8.demo import demo_model
+    from w8a8.demo.corpus import held_out_text
+    from w8a8.demo.run import demo_model
     from w8a8.evaluation import encode
 
     opened = demo_model()

@@ -23,12 +23,13 @@ from torch import Tensor
 
 import w8a8
 from machine import describe_machine, keep, results_of
-from w8a8 import PerChannel, PerTensor, PerToken, QuantSpec, Scheme, corpus, outliers
+from w8a8 import PerChannel, PerTensor, PerToken, QuantSpec, Scheme, outliers
 from w8a8.calibration.data import Calibration
+from w8a8.checkpoint.opening import open_model
 from w8a8.cli.output import plain
-from w8a8.demo import demo_directory
+from w8a8.demo import corpus
+from w8a8.demo.run import demo_directory
 from w8a8.evaluation import encode, perplexity
-from w8a8.pipeline import open_model
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

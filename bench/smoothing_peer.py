@@ -135,8 +135,8 @@ def child(tool: str, directory: Path, output: Path) -> None:
 def make_llama(directory: Path, arguments: argparse.Namespace) -> str:
     """The trained Llama, with outliers, and windows of its text."""
     from w8a8 import outliers
+    from w8a8.checkpoint.opening import open_model
     from w8a8.evaluation import encode
-    from w8a8.pipeline import open_model
 
     opened = open_model(arguments.model, dtype="float32")
     ids = encode(opened.tokenizer, Path(arguments.text).read_text(encoding="utf-8")).ids

@@ -123,8 +123,8 @@ def arithmetic(layers: int) -> float:
     """Seconds of quantising the weights of so many layers, one layer's being in memory."""
     import torch
 
+    from w8a8.core.scheme import Scheme
     from w8a8.kernels.weights import quantize_weight
-    from w8a8.scheme import Scheme
 
     spec = Scheme.of("w8a8").weights
     names = [(name, shape) for name, shape in shapes(1).items() if "_proj" in name]

@@ -42,7 +42,7 @@ def models() -> dict[str, Callable[[], Any]]:
     """What makes each float model."""
     import transformers
 
-    from w8a8.demo import demo_model
+    from w8a8.demo.run import demo_model
 
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     sizes = {
@@ -83,7 +83,7 @@ def models() -> dict[str, Callable[[], Any]]:
 
 def cases() -> Iterator[Case]:
     """Every directory: float ones, families and schemes, selections, and what the preflight refuses."""
-    from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+    from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 
     made = models()
     tokens, whole = QuantSpec(8, PerToken()), QuantSpec(8, PerTensor())
@@ -127,8 +127,8 @@ def measure(peer: str, only: str) -> dict[str, Any]:
     """Make every directory, score it here, and have vLLM score it."""
     import torch
 
-    from w8a8.corpus import held_out_text
-    from w8a8.demo import demo_model
+    from w8a8.demo.corpus import held_out_text
+    from w8a8.demo.run import demo_model
     from w8a8.evaluation import encode
 
     text = encode(demo_model().tokenizer, held_out_text()).ids[: WINDOWS * LENGTH].view(WINDOWS, LENGTH)

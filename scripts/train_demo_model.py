@@ -10,7 +10,7 @@ so that what the package does can be seen on a model that was trained, and not o
 
     tokenizer   byte-level BPE; the special tokens have the ids of OPT.  It adds none by itself: the tokens of
                 a text are those of its characters, and who wants `</s>` in front puts it there.
-    text        `w8a8.corpus.training_text()`.  One in 20 stretches of about a module is kept for validation.
+    text        `w8a8.demo.corpus.training_text()`.  One in 20 stretches of about a module is kept for validation.
     model       pre-norm OPT; groups of 32, 64 and 128 divide the K of every linear layer.
     training    AdamW, warm-up, cosine.  The text is small and is read some fifteen times, so there is
                 dropout and weight decay, and the weights kept are those with the lowest validation loss.
@@ -47,7 +47,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from w8a8.corpus import HELD_OUT, SEPARATOR, held_out_text, training_text
+from w8a8.demo.corpus import HELD_OUT, SEPARATOR, held_out_text, training_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 5_000_000

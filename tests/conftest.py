@@ -30,8 +30,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from w8a8.core.scheme import PerToken, QuantSpec
 from w8a8.kernels import available
-from w8a8.scheme import PerToken, QuantSpec
 
 TOKEN = QuantSpec(granularity=PerToken())
 """A scale for each token of the input."""

@@ -13,10 +13,10 @@ from torch.utils._device import _device_constructors
 import w8a8
 from tests.conftest import llama, mixtral
 from w8a8 import kernels
-from w8a8.affine import QParams
 from w8a8.calibration.observers import OBSERVERS
-from w8a8.linear import QuantLinear
-from w8a8.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.core.affine import QParams
+from w8a8.core.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import QuantLinear
 from w8a8.streaming import quantize_directory
 
 SOURCE = Path(w8a8.__file__).parent

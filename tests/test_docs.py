@@ -62,15 +62,6 @@ def test_a_table_of_the_readme_is_found_by_its_first_headings():
     )
 
 
-def test_the_file_tree_of_the_readme_is_the_tree():
-    shown = set(re.findall(r"^\s*(?:├|└|│|\s)*──\s+(\S+\.py)\b", (ROOT / "README.md").read_text(), re.MULTILINE))
-    assert shown
-    missing = [name for name in shown if not list((ROOT / "src").rglob(name)) and not list(ROOT.rglob(f"bench/{name}"))]
-    assert missing == []
-    top = {p.name for p in (ROOT / "src/w8a8").glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert top <= shown
-
-
 def test_every_relative_link_leads_somewhere():
     for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):

@@ -11,8 +11,8 @@ from w8a8 import kernels
 PREPARE = """
 import os, signal, types, torch
 from torch import nn
-from w8a8.linear import QuantLinear
-from w8a8.scheme import PerChannel, QuantSpec, Scheme
+from w8a8.layers.linear import QuantLinear
+from w8a8.core.scheme import PerChannel, QuantSpec, Scheme
 
 asymmetric = Scheme(QuantSpec(8, PerChannel(), symmetric=False), Scheme.of("w8a8").activations)
 linear, x, big = nn.Linear(512, 512), torch.randn(64, 512), torch.randn(600, 600)

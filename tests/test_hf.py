@@ -20,16 +20,16 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
 from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen3_moe
-from tests.test_packed import SCHEMES as PACKABLE
-from tests.test_packed import packed_directory
+from tests.core.test_packed import SCHEMES as PACKABLE
+from tests.core.test_packed import packed_directory
 from w8a8 import QuantLinear, W8A8Config, hf
 from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.layout import from_json, to_json
-from w8a8.demo import demo_directory
+from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, FormatError, ModelError, PatternError, SchemeError
-from w8a8.experts import holds_experts
-from w8a8.linear import quant_linears
-from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import quant_linears
+from w8a8.model.experts import holds_experts
 
 FIXTURES = Path(__file__).parent / "data" / "llmcompressor"
 IDS = torch.arange(3, 20)[None]

@@ -3,76 +3,9 @@
 import ast
 from pathlib import Path
 
-import w8a8
+from tests.floors import FLOORS, INSIDE, PAGE, SOURCE, redrawn
 
-LAYERS = [
-    {"errors", "forking"},
-    {"scheme", "report", "sources", "saving"},
-    {"affine", "packed", "places", "kinds"},
-    {"functional", "tokens", "row_sample", "straight_through"},
-    {"kernels"},
-    {"weight"},
-    {"buffers"},
-    {"linear"},
-    {"following"},
-    {"reading"},
-    {"usage"},
-    {"experts", "ties"},
-    {"obstacles", "roles"},
-    {"convert", "coverage"},
-    {"dataflow", "checkpoint", "corpus"},
-    {"evaluation"},
-    {"calibration"},
-    {"smoothing"},
-    {"pipeline", "experiment", "streaming", "hf"},
-    {"generation", "diagnosis", "analysis", "speed", "outputs"},
-    {"demo"},
-    {"cli"},
-    {"__main__"},
-]
-# within a folder, in the order in which its files may import one another
-INSIDE = {
-    "dataflow": ["tracing", "products", "commuting", "groups", "observing"],
-    "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "model_inputs", "data", "calibrate"],
-    "smoothing": ["fold", "alpha", "gate", "contest", "report", "smoother", "smooth", "outliers"],
-    "checkpoint": [
-        "headers",
-        "matcher",
-        "expressions",
-        "layout",
-        "names",
-        "describe",
-        "files",
-        "beside",
-        "skeleton",
-        "reader",
-        "verify",
-        "vllm",
-        "writer",
-        "rehearsal",
-    ],
-    "evaluation": ["intervals", "text", "scores", "stored", "compare", "harness"],
-    "streaming": [
-        "plan",
-        "journal",
-        "resources",
-        "source",
-        "shard",
-        "team",
-        "run",
-        "blocks",
-        "contents",
-        "activations",
-        "request",
-        "measured",
-        "forecast",
-        "calibrated",
-    ],
-    "report": ["records", "numbers", "png", "markup", "plots", "layers", "sections", "page", "collect"],
-    "analysis": ["replay", "sample", "measure", "errors", "layers", "smoothed", "remedy", "knapsack", "budget"],
-}
-SOURCE = Path(w8a8.__file__).parent
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+RANK = {name: rank for rank, names in enumerate(FLOORS) for name in names}
 
 
 def layer_of(module: str) -> str:
@@ -128,10 +61,14 @@ def test_imports_within_a_folder_point_back():
     assert wrong == []
 
 
+def test_the_page_shows_these_floors():
+    assert redrawn(PAGE.read_text()) == PAGE.read_text()
+
+
 def test_the_check_sees_an_upward_import(tmp_path):
     bad = tmp_path / "affine.py"
     bad.write_text(
-        "def f():\n    from w8a8.linear import QuantLinear\nfrom w8a8 import pipeline\nimport w8a8.cli.output\n"
+        "def f():\n    from w8a8.layers.linear import QuantLinear\nfrom w8a8 import pipeline\nimport w8a8.cli.output\n"
     )
-    assert [layer for _, layer in sorted(imports(bad))] == ["linear", "pipeline", "cli"]
-    assert all(RANK[layer] > RANK["affine"] for _, layer in imports(bad))
+    assert [layer for _, layer in sorted(imports(bad))] == ["layers", "pipeline", "cli"]
+    assert all(RANK[layer] > RANK["core"] for _, layer in imports(bad))

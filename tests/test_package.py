@@ -17,7 +17,7 @@ def run(code: str) -> str:
         "import w8a8",
         "from w8a8.cli import main",
         "import w8a8.cli.commands",
-        "import w8a8.scheme, w8a8.errors, w8a8.corpus",
+        "import w8a8.core.scheme, w8a8.errors, w8a8.demo.corpus",
     ],
 )
 def test_torch_is_not_imported_before_it_is_needed(code):

@@ -8,11 +8,11 @@ from transformers import BertConfig, BertModel
 
 import w8a8
 from tests.conftest import MODELS, gpt2, llama, mixtral, opt, relative_error
+from w8a8.checkpoint.opening import open_model
+from w8a8.core.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, KernelError, ModelError, NonFiniteError, PatternError, SchemeError
 from w8a8.evaluation import perplexity
-from w8a8.linear import Mode, quant_linears
-from w8a8.pipeline import open_model
-from w8a8.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import Mode, quant_linears
 
 
 @pytest.mark.parametrize("name", MODELS)

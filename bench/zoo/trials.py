@@ -18,8 +18,8 @@ from torch import Tensor
 
 import w8a8
 from w8a8.checkpoint.rehearsal import rehearse
-from w8a8.linear import quant_linears
-from w8a8.scheme import Scheme
+from w8a8.core.scheme import Scheme
+from w8a8.layers.linear import quant_linears
 from w8a8.streaming.plan import UnplacedError
 from zoo import inputs as given
 from zoo.build import build

@@ -11,27 +11,21 @@ Names are imported when they are first used, so that `import w8a8` needs no torc
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from w8a8._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from w8a8 import affine, dataflow, functional, kernels
-    from w8a8.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
+    from w8a8 import dataflow, kernels
     from w8a8.analysis import Allocation, Budget, Sensitivity, allocate, sensitivity
     from w8a8.analysis.remedy import remedies
+    from w8a8.analysis.study import study
     from w8a8.calibration import observers
     from w8a8.calibration.calibrate import collect
     from w8a8.calibration.data import Calibration
     from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
     from w8a8.calibration.reservoir import Reservoir
     from w8a8.checkpoint import load, save
-    from w8a8.coverage import Coverage
-    from w8a8.errors import W8A8Error
-    from w8a8.experiment import study
-    from w8a8.hf import W8A8Config, disable, enable, enabled
-    from w8a8.linear import QuantLinear, ledger
-    from w8a8.pipeline import Result, quantize, simulate
-    from w8a8.report.records import Remedy
-    from w8a8.scheme import (
+    from w8a8.core.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
+    from w8a8.core.scheme import (
         PRESETS,
         PerChannel,
         PerColumn,
@@ -41,18 +35,24 @@ if TYPE_CHECKING:
         QuantSpec,
         Scheme,
     )
+    from w8a8.errors import W8A8Error
+    from w8a8.hf import W8A8Config, disable, enable, enabled
+    from w8a8.layers.linear import QuantLinear, ledger
+    from w8a8.model.coverage import Coverage
+    from w8a8.pipeline import Result, quantize, simulate
+    from w8a8.report.records import Remedy
     from w8a8.smoothing import outliers
     from w8a8.smoothing.smooth import SmoothReport, smooth_, smooth_scales
     from w8a8.streaming import quantize_directory
 
 _HOME = {
-    "QParams": "affine",
-    "QTensor": "affine",
-    "dequantize": "affine",
-    "fake_quantize": "affine",
-    "l2_error": "affine",
-    "qparams": "affine",
-    "sqnr_db": "affine",
+    "QParams": "core.affine",
+    "QTensor": "core.affine",
+    "dequantize": "core.affine",
+    "fake_quantize": "core.affine",
+    "l2_error": "core.affine",
+    "qparams": "core.affine",
+    "sqnr_db": "core.affine",
     "Allocation": "analysis",
     "Budget": "analysis",
     "allocate": "analysis",
@@ -69,12 +69,12 @@ _HOME = {
     "collect": "calibration.calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
-    "unstack_experts_": "convert",
-    "Coverage": "coverage",
+    "unstack_experts_": "model.convert",
+    "Coverage": "model.coverage",
     "W8A8Error": "errors",
-    "study": "experiment",
-    "QuantLinear": "linear",
-    "ledger": "linear",
+    "study": "analysis.study",
+    "QuantLinear": "layers.linear",
+    "ledger": "layers.linear",
     "MSE": "calibration.observers",
     "OBSERVERS": "calibration.observers",
     "AbsMax": "calibration.observers",
@@ -84,22 +84,22 @@ _HOME = {
     "quantize": "pipeline",
     "simulate": "pipeline",
     "Reservoir": "calibration.reservoir",
-    "PRESETS": "scheme",
-    "PerChannel": "scheme",
-    "PerColumn": "scheme",
-    "PerGroup": "scheme",
-    "PerTensor": "scheme",
-    "PerToken": "scheme",
-    "QuantSpec": "scheme",
-    "Scheme": "scheme",
+    "PRESETS": "core.scheme",
+    "PerChannel": "core.scheme",
+    "PerColumn": "core.scheme",
+    "PerGroup": "core.scheme",
+    "PerTensor": "core.scheme",
+    "PerToken": "core.scheme",
+    "QuantSpec": "core.scheme",
+    "Scheme": "core.scheme",
     "SmoothReport": "smoothing.smooth",
     "smooth_": "smoothing.smooth",
     "smooth_scales": "smoothing.smooth",
 }
 _MODULES = {
-    "affine": "affine",
+    "affine": "core.affine",
     "dataflow": "dataflow",
-    "functional": "functional",
+    "functional": "core.functional",
     "kernels": "kernels",
     "observers": "calibration.observers",
     "outliers": "smoothing.outliers",

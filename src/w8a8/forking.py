@@ -10,7 +10,7 @@ Other runtimes (LLVM's, Intel's) see to forks themselves, and so do the native k
 
 Not taken: one thread in every child, as torch's DataLoader has it, which is slower, and waits for ever again after the
 next `torch.set_num_threads`.  Not reached: forks past Python's `os.fork`, and a child that was forked before this
-module was imported, which `w8a8.affine` does.
+module was imported, which `w8a8.core.affine` does.
 """
 
 import ctypes

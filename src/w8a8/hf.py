@@ -31,7 +31,6 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from w8a8 import convert
 from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import mapped
 from w8a8.checkpoint.headers import Entry, read_header
@@ -39,13 +38,14 @@ from w8a8.checkpoint.layout import from_json, runs_here, to_json
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, stored_keys
 from w8a8.checkpoint.skeleton import insert_quant_linears, unstack_as_stored
+from w8a8.core.packed import SHAPE, in_words
+from w8a8.core.row_sample import weight_sqnr_db
+from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
-from w8a8.experts import holds_experts, stacks_experts, taken
 from w8a8.kernels.weights import quantize_weight
-from w8a8.linear import QuantLinear, quant_linears
-from w8a8.packed import SHAPE, in_words
-from w8a8.row_sample import weight_sqnr_db
-from w8a8.scheme import Scheme
+from w8a8.layers.linear import QuantLinear, quant_linears
+from w8a8.model import convert
+from w8a8.model.experts import holds_experts, stacks_experts, taken
 
 _LOG = logging.getLogger(__name__)
 METHOD = "w8a8"  # in memory; files say compressed-tensors

@@ -1,33 +1,28 @@
-"""The main jobs, each one call: `quantize`, `simulate`, and opening a model by name."""
+"""The main jobs, each one call: `quantize` and `simulate`."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from torch import nn
 
-from w8a8 import convert, kernels
+from w8a8 import kernels
 from w8a8.calibration.calibrate import checked_observer, grids_of_schemes
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
-from w8a8.checkpoint import load
 from w8a8.checkpoint.describe import inscribe, inscription
-from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.names import renamed_stacks
-from w8a8.checkpoint.reader import load_float
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
-from w8a8.convert import Progress, Schemes
-from w8a8.coverage import Coverage, coverage
-from w8a8.errors import ModelError, SchemeError
-from w8a8.experts import Experts, own_weights, taken, unstacked
-from w8a8.linear import ledger, uncalled
-from w8a8.roles import heads as heads_of
-from w8a8.scheme import Scheme
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
+from w8a8.errors import SchemeError
+from w8a8.layers.linear import ledger, uncalled
+from w8a8.model import convert
+from w8a8.model.convert import Schemes
+from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.experts import Experts, own_weights, taken, unstacked
+from w8a8.model.roles import heads as heads_of
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
 
 
@@ -309,75 +304,3 @@ def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str
             "scheme such as 'w8a8'"
         )
     checked_observer(observer, scheme.activations)
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model by name: itself, its tokenizer, where its files are, and whether they hold codes."""
-
-    model: Any
-    tokenizer: Any
-    directory: Path
-    quantized: bool
-
-
-def open_model(
-    source: str | os.PathLike[str],
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
-    head: str = "float",
-    trust_remote_code: bool = False,
-) -> OpenedModel:
-    """Open a model, float or quantised, in the class that its config names, from a directory or the hub.
-
-    Args:
-        source: A local directory or a hub id.
-        dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
-        device: Where the model goes.
-        head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
-        trust_remote_code: Run Python code from the repository where transformers has no class for the model.
-
-    Raises:
-        CheckpointError: missing, torn, in a format unknown here, or in need of code of its own.
-        ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that
-            transformers can open, or its files lack weights.
-    """
-    directory = resolve(source, trust_remote_code=trust_remote_code)
-    quantized = read_quantization(directory) is not None
-    wanted = _dtype(dtype)
-    if not quantized and head != "float":
-        raise ModelError(f"head={head!r} was asked for, but {directory} holds a float model; quantise it first")
-    if quantized:
-        model = load(directory, head=head, trust_remote_code=trust_remote_code)
-        if wanted is not None:
-            model.to(wanted)
-    else:
-        chosen = dtype if wanted is None else wanted
-        model = load_float(directory, dtype=chosen, trust_remote_code=trust_remote_code)
-    tokenizer = open_tokenizer(directory, trust_remote_code=trust_remote_code)
-    return OpenedModel(_moved(model.eval(), device), tokenizer, directory, quantized)
-
-
-def _moved(model: Any, device: str) -> Any:
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch says either for a device it does not have
-        raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer, or None where the directory has none."""
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        return None
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory}: transformers cannot read its tokenizer: {error}; copy it again") from error
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ModelError(f"unknown dtype {name!r}; use one of {', '.join(known)}")
-    return known[name]

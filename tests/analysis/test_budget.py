@@ -14,11 +14,11 @@ from w8a8.analysis import Budget, allocate
 from w8a8.analysis.knapsack import GroupCosts, solve
 from w8a8.analysis.sample import draw
 from w8a8.calibration.data import Calibration
-from w8a8.corpus import held_out_text
-from w8a8.demo import demo_model
+from w8a8.demo.corpus import held_out_text
+from w8a8.demo.run import demo_model
 from w8a8.errors import ModelError, SchemeError
 from w8a8.evaluation import encode, perplexity
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
 
 IDS = torch.randint(0, 96, (600,), generator=torch.Generator().manual_seed(3))
 SHORT = {"windows": 1, "seq_len": 32}

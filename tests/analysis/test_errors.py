@@ -8,7 +8,7 @@ from tests.analysis.conftest import TWO_BITS
 from tests.conftest import llama, opt
 from w8a8.analysis import layer_errors, sensitivity
 from w8a8.errors import ModelError
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
 
 IDS = torch.randint(0, 96, (200,), generator=torch.Generator().manual_seed(3))
 DRAWN = {"windows": 2, "seq_len": 32, "seed": 1}

@@ -8,17 +8,17 @@ from torch.nn import functional as F
 import w8a8
 from tests.analysis.conftest import TWO_BITS
 from tests.conftest import llama, opt
-from w8a8 import convert
 from w8a8.analysis.errors import channel_absmax
 from w8a8.analysis.layers import Sensitivity, rankings, sensitivity
 from w8a8.analysis.sample import draw
-from w8a8.corpus import held_out_text
-from w8a8.demo import demo_model
+from w8a8.core.scheme import PerChannel, QuantSpec, Scheme
+from w8a8.demo.corpus import held_out_text
+from w8a8.demo.run import demo_model
 from w8a8.errors import CalibrationError, PatternError
 from w8a8.evaluation import encode
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
+from w8a8.model import convert
 from w8a8.report.records import Channels
-from w8a8.scheme import PerChannel, QuantSpec, Scheme
 
 IDS = torch.randint(0, 96, (400,), generator=torch.Generator().manual_seed(3))
 

@@ -6,14 +6,14 @@ import torch
 import w8a8
 from tests.analysis.conftest import TWO_BITS
 from tests.conftest import gpt2, llama, opt
-from w8a8 import convert
 from w8a8.analysis import remedies, sensitivity, smoothed
 from w8a8.analysis.remedy import GROUPED, LEAVE, SMOOTH
 from w8a8.analysis.sample import draw, layers_for
 from w8a8.calibration.data import Calibration
+from w8a8.core.scheme import Scheme
 from w8a8.evaluation.scores import token_kl
-from w8a8.linear import quant_linears
-from w8a8.scheme import Scheme
+from w8a8.layers.linear import quant_linears
+from w8a8.model import convert
 
 IDS = torch.randint(0, 96, (400,), generator=torch.Generator().manual_seed(3))
 SHORT = {"windows": 2, "seq_len": 32}

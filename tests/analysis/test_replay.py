@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from tests.conftest import MODELS, llama
-from w8a8 import convert
 from w8a8.analysis.replay import blocks_of, record, replay
-from w8a8.convert import swapped
+from w8a8.core.scheme import Scheme
 from w8a8.evaluation.scores import logits_of
-from w8a8.scheme import Scheme
+from w8a8.model import convert
+from w8a8.model.convert import swapped
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])

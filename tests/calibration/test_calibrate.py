@@ -10,15 +10,15 @@ from transformers import T5Config, T5ForConditionalGeneration
 import w8a8
 from tests.calibration.conftest import hooks, ids, inputs_of
 from tests.conftest import gpt2, llama, mixtral, opt, relative_error
-from w8a8.affine import qparams
 from w8a8.calibration.calibrate import _Shared, collect, static_grids
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import OBSERVERS, AbsMax, MinMax, Percentile
 from w8a8.calibration.reservoir import Reservoir
+from w8a8.core.affine import qparams
+from w8a8.core.scheme import Operand, PerChannel, PerTensor, QuantSpec
 from w8a8.errors import CalibrationError, NonFiniteError, SchemeError
 from w8a8.kernels import first_choice
-from w8a8.linear import quant_linears
-from w8a8.scheme import Operand, PerChannel, PerTensor, QuantSpec
+from w8a8.layers.linear import quant_linears
 
 STATIC = QuantSpec(8, PerTensor(), dynamic=False)
 LINEARS = ["q_proj", "k_proj", "v_proj"]

@@ -10,10 +10,10 @@ from tests.calibration.conftest import hooks, ids, inputs_of
 from tests.conftest import llama, opt
 from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import call
 from w8a8.calibration.observers import AbsMax
+from w8a8.core.scheme import PerChannel
 from w8a8.errors import CalibrationError
-from w8a8.scheme import PerChannel
+from w8a8.model.inputs import call
 
 
 @pytest.mark.parametrize(

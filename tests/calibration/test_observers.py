@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from w8a8.affine import fake_quantize, qparams
 from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile, observer_of
 from w8a8.calibration.summaries import CHANNEL_MANTISSA_BITS, MANTISSA_BITS, OCTAVES
+from w8a8.core.affine import fake_quantize, qparams
+from w8a8.core.scheme import Operand, PerChannel, PerTensor, PerToken, QuantSpec
 from w8a8.errors import CalibrationError, NonFiniteError, SchemeError
-from w8a8.scheme import Operand, PerChannel, PerTensor, PerToken, QuantSpec
 
 GRANULARITIES = [PerTensor(), PerChannel()]
 RESOLUTION = {PerTensor(): 2.0**-MANTISSA_BITS, PerChannel(): 2.0**-CHANNEL_MANTISSA_BITS}

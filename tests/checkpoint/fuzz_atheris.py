@@ -28,8 +28,8 @@ import atheris
 import torch
 import transformers
 
-import w8a8.convert
 import w8a8.kernels.weights  # what is imported before is not instrumented
+import w8a8.model.convert
 
 with atheris.instrument_imports(include=["w8a8"]):
     import w8a8.checkpoint.reader

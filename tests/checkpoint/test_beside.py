@@ -14,7 +14,7 @@ import w8a8
 from tests.conftest import llama
 from w8a8.checkpoint.beside import companions, copy_companions
 from w8a8.cli import main
-from w8a8.demo import demo_directory
+from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, ModelError
 
 MODULES = [

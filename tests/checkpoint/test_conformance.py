@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 import w8a8
 from tests.conftest import THEIRS, llama, mixtral, opt, qwen2_moe, qwen3_moe, relative_error
 from w8a8 import PRESETS, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
-from w8a8.affine import QParams
 from w8a8.checkpoint.layout import check_writable
 from w8a8.checkpoint.names import FileNames
-from w8a8.convert import swap
+from w8a8.core.affine import QParams
+from w8a8.core.tokens import fake_quantize_tokens
 from w8a8.errors import CheckpointError
-from w8a8.experts import unstacked
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
+from w8a8.model.convert import swap
+from w8a8.model.experts import unstacked
 from w8a8.streaming import quantize_directory
-from w8a8.tokens import fake_quantize_tokens
 
 IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
 SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()} | {

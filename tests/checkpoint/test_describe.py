@@ -9,7 +9,7 @@ import transformers as t
 import w8a8
 from tests.conftest import mixtral
 from w8a8.checkpoint.describe import describe
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
 
 _TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
 _IMAGE = {"image_size": 16, "patch_size": 4}

@@ -13,7 +13,7 @@ from tests.conftest import llama
 from w8a8.checkpoint import expressions, matcher
 from w8a8.checkpoint.expressions import MAX_EXPRESSIONS, matching
 from w8a8.errors import CheckpointError
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
 
 NAMES = ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.gate_up_proj", "", "\ud800"]
 ORDINARY = [

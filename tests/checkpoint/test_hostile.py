@@ -17,11 +17,11 @@ import w8a8
 from tests.checkpoint.mutations import MUTATIONS, outcome
 from tests.conftest import llama
 from w8a8.checkpoint.files import MAX_JSON, resolve, tensor_files
+from w8a8.checkpoint.opening import open_model
 from w8a8.cli import main
+from w8a8.core.scheme import PerChannel, PerToken, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, W8A8Error
-from w8a8.linear import quant_linears
-from w8a8.pipeline import open_model
-from w8a8.scheme import PerChannel, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import quant_linears
 
 TINY = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "vocab_size": 24}
 SCHEMES = {

@@ -10,8 +10,7 @@ from tests.conftest import TOKEN
 from w8a8.checkpoint import layout
 from w8a8.checkpoint.expressions import matching
 from w8a8.checkpoint.layout import Group, QuantizationConfig, from_json, to_json
-from w8a8.errors import CheckpointError, SchemeError
-from w8a8.scheme import (
+from w8a8.core.scheme import (
     PRESETS,
     PerChannel,
     PerColumn,
@@ -20,6 +19,7 @@ from w8a8.scheme import (
     QuantSpec,
     Scheme,
 )
+from w8a8.errors import CheckpointError, SchemeError
 
 WRITABLE = [
     *(p.scheme for p in PRESETS.values()),

@@ -18,9 +18,9 @@ from transformers.core_model_loading import WeightRenaming
 import w8a8
 from tests.conftest import llama, mixtral, nemotron_h, phimoe, qwen3_moe
 from w8a8.checkpoint.names import FileNames, remember
-from w8a8.convert import swap
 from w8a8.errors import CheckpointError
-from w8a8.experts import unstacked
+from w8a8.model.convert import swap
+from w8a8.model.experts import unstacked
 
 
 def apart(model):

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import w8a8
 from tests.conftest import contents, llama, logits
 from w8a8.cli import main
-from w8a8.demo import demo_directory
+from w8a8.demo.run import demo_directory
 from w8a8.hf import enabled
 from w8a8.streaming import quantize_directory
 

@@ -16,9 +16,9 @@ from w8a8.checkpoint import reader
 from w8a8.checkpoint.files import read_quantization, tensor_files
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import empty_layers
+from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
-from w8a8.linear import Mode, QuantLinear, quant_linears
-from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import Mode, QuantLinear, quant_linears
 
 DOWN = "model.layers.0.mlp.down_proj"
 

@@ -7,7 +7,7 @@ import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt, qwen3_moe
 from w8a8 import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.checkpoint.vllm import findings, foresee_as_it_is, schemes_of, shapes_of, transposed_of
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
 from w8a8.pipeline import foresee
 
 LAYER = "model.layers.0.self_attn.o_proj"

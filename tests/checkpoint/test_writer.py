@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 import w8a8
 from tests.conftest import gpt2, llama, opt
+from w8a8.core.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, ModelError, SchemeError
-from w8a8.scheme import PerChannel, PerColumn, PerToken, QuantSpec, Scheme
 
 
 def test_the_directory_has_what_others_expect(tmp_path):

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model
 import w8a8
 from tests.conftest import THEIRS, llama, mixtral, qwen2_moe
 from w8a8.cli import main
-from w8a8.corpus import held_out_text
-from w8a8.demo import demo_model, time_layer
-from w8a8.linear import quant_linears
+from w8a8.demo.corpus import held_out_text
+from w8a8.demo.run import demo_model, time_layer
+from w8a8.layers.linear import quant_linears
 
 WORST = "The worst layers by weights alone; by outputs: --eval-text FILE"
 
@@ -428,8 +428,8 @@ def test_schemes_and_doctor_list_what_there_is(call):
 @pytest.fixture
 def short_demo(monkeypatch):
     """Two schemes, and a layer that is quickly timed."""
-    monkeypatch.setattr("w8a8.demo.SCHEMES", ("w8a8", "w8a8-asym"))
-    monkeypatch.setattr("w8a8.demo.time_layer", partial(time_layer, 64))
+    monkeypatch.setattr("w8a8.demo.run.SCHEMES", ("w8a8", "w8a8-asym"))
+    monkeypatch.setattr("w8a8.demo.run.time_layer", partial(time_layer, 64))
 
 
 @pytest.mark.usefixtures("short_demo")

@@ -7,8 +7,8 @@ import pytest
 import w8a8
 from tests.cli.test_commands import call, text  # noqa: F401 - fixtures
 from tests.conftest import mixtral
-from w8a8.demo import demo_model
-from w8a8.experts import holds_experts
+from w8a8.demo.run import demo_model
+from w8a8.model.experts import holds_experts
 
 EXPERT = "model.layers.0.mlp.experts.1.w2"
 

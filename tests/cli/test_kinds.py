@@ -6,7 +6,7 @@ import pytest
 import transformers as t
 
 from tests.cli.test_commands import call, text  # noqa: F401 - fixtures
-from w8a8.demo import demo_model
+from w8a8.demo.run import demo_model
 
 _SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 40}
 
@@ -77,7 +77,7 @@ def test_text_is_for_models_that_read_it_alone(call, models, text, tmp_path, kin
     code, _, err = call("quantize", models / kind, "-o", tmp_path / "out", *more, text)
     assert code == 2
     assert SAYS[kind] in err
-    assert "w8a8.outputs.compare_outputs" in err
+    assert "w8a8.evaluation.outputs.compare_outputs" in err
     code, _, err = call("eval", models / kind, "--text", text)
     assert code == 2
     assert SAYS[kind] in err
@@ -97,8 +97,8 @@ def test_what_quantize_advises_works_for_the_model(call, models, text, tmp_path,
     advice = next(line for line in out.splitlines() if "what it lost: " in line).partition("what it lost: ")[2]
     if kind in ("paired", "vision"):
         assert (
-            advice
-            == "in Python, w8a8.outputs.compare_outputs(model, float_model, batches) tells what quantising changed"
+            advice == "in Python, w8a8.evaluation.outputs.compare_outputs(model, float_model, batches) tells what "
+            "quantising changed"
         )
         return
     if kind == "not-causal":  # seen when it runs

@@ -3,8 +3,8 @@ import sys
 from pathlib import Path
 
 from w8a8.cli.output import plain, print_table, progress
-from w8a8.linear import Mode
-from w8a8.scheme import PerGroup, QuantSpec
+from w8a8.core.scheme import PerGroup, QuantSpec
+from w8a8.layers.linear import Mode
 
 
 def test_plain_values_are_json_values():

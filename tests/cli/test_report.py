@@ -10,15 +10,15 @@ from tests.report.standin import standin
 from w8a8.analysis.errors import channel_absmax
 from w8a8.analysis.layers import sensitivity
 from w8a8.calibration.data import Calibration
+from w8a8.checkpoint.opening import open_model
 from w8a8.cli import main
 from w8a8.cli import quantize as commands
 from w8a8.cli.commands import app
-from w8a8.corpus import held_out_text, training_text
-from w8a8.demo import demo_directory
+from w8a8.demo.corpus import held_out_text, training_text
+from w8a8.demo.run import demo_directory
 from w8a8.errors import ModelError
 from w8a8.evaluation import encode
-from w8a8.linear import quant_linears
-from w8a8.pipeline import open_model
+from w8a8.layers.linear import quant_linears
 
 
 def test_report_writes_the_page_and_says_how_large_it_is(tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import w8a8
 from w8a8 import kernels
 from w8a8.cli import main
-from w8a8.demo import demo_directory
+from w8a8.demo.run import demo_directory
 
 
 def free_port():

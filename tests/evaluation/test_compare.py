@@ -162,7 +162,7 @@ def test_the_context_is_read_from_the_config():
 
 
 def test_bits_per_byte_are_those_of_the_bytes_that_were_scored():
-    from w8a8.demo import demo_model
+    from w8a8.demo.run import demo_model
 
     opened = demo_model()
     words = "Return the größte of two, or one, values. " * 8

@@ -14,11 +14,11 @@ from transformers import (
 
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt
+from w8a8.core.scheme import PerChannel, QuantSpec, Scheme
 from w8a8.errors import ModelError
 from w8a8.evaluation import Text, compare, context_length, encode, perplexity, store
 from w8a8.evaluation.scores import check_causal
 from w8a8.evaluation.text import Frame, windows
-from w8a8.scheme import PerChannel, QuantSpec, Scheme
 
 _SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _BERT = {**_SIZES, "intermediate_size": 40, "max_position_embeddings": 64}

@@ -12,11 +12,11 @@ from torch.autograd import forward_ad
 from tests.conftest import needs
 from tests.kernels.conftest import HERE
 from w8a8 import kernels
-from w8a8.affine import QParams
+from w8a8.core.affine import QParams
+from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.errors import KernelError, SchemeError
 from w8a8.kernels import compiled, ops, reference, select, torch_cpu
-from w8a8.linear import QuantLinear
-from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import QuantLinear
 
 pytestmark = pytest.mark.kernels
 SCHEMES = [

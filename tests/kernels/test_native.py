@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import w8a8
 from tests.conftest import llama, needs
-from w8a8.affine import QParams
+from w8a8.core.affine import QParams
+from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.errors import KernelError
 from w8a8.kernels import compiled, native, unpack
-from w8a8.linear import QuantLinear, quant_linears
-from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import QuantLinear, quant_linears
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [needs("native"), pytest.mark.kernels]

@@ -14,7 +14,7 @@ from tests.conftest import needs
 from w8a8 import kernels
 from w8a8.errors import KernelError
 from w8a8.kernels import compiled, select
-from w8a8.linear import QuantLinear
+from w8a8.layers.linear import QuantLinear
 
 pytestmark = pytest.mark.kernels
 _CACHES = (select.preference, select.unavailable_because, select._usable, select._warn_once)
@@ -89,7 +89,7 @@ def test_no_wish_in_the_environment_is_the_order_of_the_registry(monkeypatch, va
 
 @pytest.mark.once
 def test_a_wrong_name_in_the_environment_lists_the_right_ones():
-    code = "from torch import nn; from w8a8.linear import QuantLinear; QuantLinear.from_float(nn.Linear(4, 4))"
+    code = "from torch import nn; from w8a8.layers.linear import QuantLinear; QuantLinear.from_float(nn.Linear(4, 4))"
     environment = {**os.environ, "W8A8_KERNEL": "natve"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120

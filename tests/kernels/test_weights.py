@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import needs
 from w8a8 import PerChannel, PerGroup, PerTensor, QuantSpec
-from w8a8.affine import quantize
+from w8a8.core.affine import quantize
 from w8a8.errors import NonFiniteError
 from w8a8.kernels import compiled
 from w8a8.kernels.weights import quantize_weight

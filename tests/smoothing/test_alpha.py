@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w8a8.calibration.sampling import Sample
+from w8a8.core.scheme import PerColumn, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.errors import NonFiniteError, SchemeError
 from w8a8.kernels.torch_cpu import int8_product
-from w8a8.scheme import PerColumn, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.smoothing import alpha as alpha_module
 from w8a8.smoothing.alpha import GRID, Product, centred, magnitudes, search, smooth_scales
 

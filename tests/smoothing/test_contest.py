@@ -6,11 +6,11 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from tests.conftest import llama, opt, relative_error
-from w8a8 import convert
 from w8a8.calibration.data import Calibration
+from w8a8.core.scheme import Scheme
 from w8a8.evaluation import perplexity
+from w8a8.model import convert
 from w8a8.pipeline import simulate
-from w8a8.scheme import Scheme
 from w8a8.smoothing import contest
 from w8a8.smoothing.contest import Contest, Score, winner
 

@@ -14,7 +14,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Source
 from w8a8.dataflow.observing import observe
 from w8a8.errors import CalibrationError, ModelError, PatternError, SchemeError
-from w8a8.linear import quant_linears
+from w8a8.layers.linear import quant_linears
 from w8a8.smoothing import smooth, smoother
 from w8a8.smoothing.contest import Score
 from w8a8.smoothing.gate import Gate
@@ -415,7 +415,7 @@ def test_quantize_that_fails_after_smoothing_puts_the_weights_back(data, monkeyp
         assert not unchanged(model, before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(w8a8.convert, "build", failing)
+    monkeypatch.setattr(w8a8.model.convert, "build", failing)
     with pytest.raises(KeyboardInterrupt):
         w8a8.quantize(model, calibration=data, smooth=0.5)
     assert unchanged(model, before)

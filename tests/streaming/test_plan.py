@@ -18,12 +18,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import w8a8.experts
+import w8a8
 from tests.conftest import mixtral, opt, relative_error
 from w8a8.checkpoint.files import CONFIG, SINGLE
+from w8a8.checkpoint.opening import open_model
+from w8a8.core.scheme import PerColumn, Scheme
 from w8a8.errors import CheckpointError, PatternError, SchemeError
-from w8a8.pipeline import open_model
-from w8a8.scheme import PerColumn, Scheme
+from w8a8.model import experts
 from w8a8.streaming import quantize_directory
 from w8a8.streaming.plan import PIECE, UnplacedError, make_plan
 
@@ -230,8 +231,8 @@ def test_a_file_that_cannot_hold_so_many_experts_is_refused_before_any_is_made(t
     mixtral().save_pretrained(tmp_path / "source")
     reconfigure(tmp_path / "source", num_local_experts=10**6)
 
-    made, linear = [], w8a8.experts._linear
-    monkeypatch.setattr("w8a8.experts._linear", lambda *args, **options: made.append(1) or linear(*args, **options))
+    made, linear = [], experts._linear
+    monkeypatch.setattr(experts, "_linear", lambda *args, **options: made.append(1) or linear(*args, **options))
     with pytest.raises(CheckpointError, match="num_local_experts is 1000000, more than the files of this model can"):
         make_plan(tmp_path / "source", W8A8)
     reconfigure(tmp_path / "source", num_local_experts=90)  # fewer than the vocabulary's rows, more than tensors

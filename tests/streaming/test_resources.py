@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from tests.conftest import gpt2, llama
+from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError
-from w8a8.scheme import Scheme
 from w8a8.streaming import resources
 from w8a8.streaming.plan import PIECE, make_plan
 from w8a8.streaming.resources import Prediction, available_memory, predict

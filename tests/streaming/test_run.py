@@ -19,9 +19,9 @@ import w8a8
 from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen2_moe, qwen3_moe
 from tests.streaming.conftest import partial_of, tensors
 from w8a8.checkpoint.headers import read_header
+from w8a8.checkpoint.opening import open_model
+from w8a8.core.scheme import PerGroup, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
-from w8a8.pipeline import open_model
-from w8a8.scheme import PerGroup, QuantSpec, Scheme
 from w8a8.streaming import quantize_directory, run
 from w8a8.streaming.plan import UnplacedError, make_plan
 from w8a8.streaming.resources import Prediction

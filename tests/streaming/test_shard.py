@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import llama
 from w8a8.checkpoint.headers import read_header
+from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, NonFiniteError
 from w8a8.kernels import native
-from w8a8.scheme import Scheme
 from w8a8.streaming import plan as planning
 from w8a8.streaming import shard as writing
 from w8a8.streaming.journal import digest_of

@@ -28,7 +28,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from w8a8 import convert
 from w8a8.analysis.errors import observe_readers
 from w8a8.analysis.knapsack import GroupCosts, curve, milp_of_scipy, solve, total
 from w8a8.analysis.replay import record, replay
@@ -36,14 +35,16 @@ from w8a8.analysis.sample import WINDOWS, Sample, divergence, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.vllm import FUSED
-from w8a8.convert import Progress, Schemes, swapped
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
 from w8a8.evaluation.scores import logits_of, token_kl, token_losses
 from w8a8.evaluation.text import Text
-from w8a8.experts import Experts
-from w8a8.linear import QuantLinear
+from w8a8.layers.linear import QuantLinear
+from w8a8.model import convert
+from w8a8.model.convert import Schemes, swapped
+from w8a8.model.experts import Experts
 from w8a8.report.records import Choice
-from w8a8.scheme import Scheme
 
 OPTIONS = ("w8a8", "w8a8-asym")
 ROUNDS = 4

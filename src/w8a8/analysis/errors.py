@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8 import convert
 from w8a8.analysis.measure import LayerMeasure
 from w8a8.analysis.replay import block_index, blocks_of
 from w8a8.analysis.sample import draw
 from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import evaluating
 from w8a8.calibration.observers import MinMax
+from w8a8.core.scheme import PerChannel
 from w8a8.errors import ModelError
 from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
-from w8a8.linear import QuantLinear, float_operands, is_linear, quant_linears
+from w8a8.layers.linear import QuantLinear, float_operands, is_linear, quant_linears
+from w8a8.model import convert
+from w8a8.model.inputs import evaluating
 from w8a8.report.records import Channels, binned
-from w8a8.scheme import PerChannel
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,16 @@ from typing import Any
 
 from torch import Tensor
 
-from w8a8 import convert
 from w8a8.analysis.errors import LayerErrors, channel_ranges, channels, described, figures, observe_readers
 from w8a8.analysis.measure import LayerMeasure
 from w8a8.analysis.replay import blocks_of, record, replay
 from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
-from w8a8.convert import Progress, Schemes
+from w8a8.core.progress import Progress
 from w8a8.evaluation.text import Text
+from w8a8.model import convert
+from w8a8.model.convert import Schemes
 from w8a8.report.records import Channels, Histogram
 
 TOP = 10

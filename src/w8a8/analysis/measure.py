@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.affine import QParams, grid_of_range, sqnr_db
-from w8a8.linear import QuantLinear, float_operands
+from w8a8.core.affine import QParams, grid_of_range, sqnr_db
+from w8a8.core.scheme import MAX_CODE_BITS, PerChannel, PerTensor, QuantSpec
+from w8a8.core.tokens import fake_quantize_tokens, quantize_tokens
+from w8a8.layers.linear import QuantLinear, float_operands
 from w8a8.report.records import Histogram
-from w8a8.scheme import MAX_CODE_BITS, PerChannel, PerTensor, QuantSpec
-from w8a8.tokens import fake_quantize_tokens, quantize_tokens
 
 BINS = 64
 

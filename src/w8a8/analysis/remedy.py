@@ -16,18 +16,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from w8a8 import convert
 from w8a8.analysis.layers import Sensitivity
 from w8a8.analysis.replay import record, replay
 from w8a8.analysis.sample import divergence, draw, layers_for
 from w8a8.analysis.smoothed import SmoothedGroup, smoothed_groups
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
-from w8a8.convert import Progress, Schemes
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.evaluation.text import Text
-from w8a8.linear import float_operands
+from w8a8.layers.linear import float_operands
+from w8a8.model import convert
+from w8a8.model.convert import Schemes
 from w8a8.report.records import Remedy
-from w8a8.scheme import PerGroup, PerToken, QuantSpec, Scheme
 
 GROUPED = Scheme(QuantSpec(granularity=PerGroup(32)), QuantSpec(granularity=PerToken()))
 REMEDIES = ("w8a8", "w8a8-asym", GROUPED, "w8a16")

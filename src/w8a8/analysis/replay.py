@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.calibration.model_inputs import evaluating
-from w8a8.convert import swapped
 from w8a8.evaluation.scores import logits_of
+from w8a8.model.convert import swapped
+from w8a8.model.inputs import evaluating
 
 
 @dataclass(frozen=True)

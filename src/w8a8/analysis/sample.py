@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8 import convert
 from w8a8.analysis.replay import Recording
 from w8a8.calibration.calibrate import grids_of_schemes
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
+from w8a8.core.scheme import MAX_CODE_BITS, Scheme
 from w8a8.errors import CalibrationError
 from w8a8.evaluation.scores import token_kl
 from w8a8.evaluation.text import Text, windows_for
-from w8a8.kinds import context_length
-from w8a8.linear import QuantLinear
-from w8a8.scheme import MAX_CODE_BITS, Scheme
+from w8a8.layers.linear import QuantLinear
+from w8a8.model import convert
+from w8a8.model.kinds import context_length
 
 WINDOWS = 8
 SEQ_LEN = 256

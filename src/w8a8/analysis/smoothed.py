@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from w8a8 import convert
 from w8a8.analysis.sample import layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
+from w8a8.core.scheme import Scheme
 from w8a8.dataflow.groups import Dataflow, Group
-from w8a8.linear import QuantLinear
-from w8a8.scheme import Scheme
+from w8a8.layers.linear import QuantLinear
+from w8a8.model import convert
 from w8a8.smoothing.fold import Undo
 from w8a8.smoothing.smoother import Smoother
 

@@ -23,13 +23,13 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from w8a8.affine import QParams
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
-from w8a8.convert import Progress
+from w8a8.core.affine import QParams
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import QuantSpec, Scheme
 from w8a8.errors import CalibrationError, W8A8Error, few
-from w8a8.experts import Experts
-from w8a8.scheme import QuantSpec, Scheme
+from w8a8.model.experts import Experts
 
 
 class Statistic(Protocol):

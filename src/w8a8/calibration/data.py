@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.calibration.model_inputs import ModelInputs, as_inputs, call, check_inputs, evaluating
 from w8a8.calibration.sources import SAMPLES, batched, hub_texts, windows_of_file, windows_of_ids, windows_of_texts
-from w8a8.convert import Progress
+from w8a8.core.progress import Progress
 from w8a8.errors import CalibrationError
+from w8a8.model.inputs import ModelInputs, as_inputs, call, check_inputs, evaluating
 
 
 class Calibration:
@@ -59,7 +59,7 @@ class Calibration:
                 - a function that is called with the model and makes the forward passes itself;
                 - a `Calibration`, which is returned as it is.
             tokenizer: Of the model, for texts.
-            samples: How many windows, texts or rows are drawn, 128 by default (see `w8a8.sources`); of model
+            samples: How many windows, texts or rows are drawn, 128 by default (see `w8a8.model.sources`); of model
                 inputs, how many are taken from the front, all by default.
             length: Tokens in a window that is cut from text.
             batch_size: Windows in a forward pass.

@@ -1,7 +1,7 @@
 """Observers: from a stream of activations to a static grid.
 
 An observer is fed tensor by tensor with `update`, keeps a summary of a fixed size (`w8a8.summaries`), and
-at the end `params` answers with the grid for a `QuantSpec`, by the arithmetic contract (`w8a8.affine`).  What
+at the end `params` answers with the grid for a `QuantSpec`, by the arithmetic contract (`w8a8.core.affine`).  What
 differs between observers is only which range lo..hi the grid is to hold; what lies outside is clamped.
 
     absmax       -absmax .. absmax.  Nothing is clamped.  The scale of SmoothQuant O3.
@@ -25,10 +25,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from w8a8.affine import QParams, grid_of_range
 from w8a8.calibration.summaries import Histogram, Range, Summary
+from w8a8.core.affine import QParams, grid_of_range
+from w8a8.core.scheme import PerChannel, PerTensor, QuantSpec
 from w8a8.errors import CalibrationError, SchemeError, closest
-from w8a8.scheme import PerChannel, PerTensor, QuantSpec
 
 
 class Observer(abc.ABC):

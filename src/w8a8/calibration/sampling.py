@@ -18,8 +18,8 @@ from torch import Tensor
 
 from w8a8.calibration.observers import MinMax
 from w8a8.calibration.reservoir import Reservoir
+from w8a8.core.scheme import PerChannel
 from w8a8.errors import CalibrationError
-from w8a8.scheme import PerChannel
 
 ROWS = 512
 """Tokens that are kept."""

@@ -26,7 +26,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from w8a8.affine import describe_non_finite, value_range
+from w8a8.core.affine import describe_non_finite, value_range
 from w8a8.errors import CalibrationError, NonFiniteError, SchemeError
 
 OCTAVES = 16

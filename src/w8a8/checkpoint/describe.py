@@ -18,12 +18,12 @@ from torch import nn
 from w8a8.checkpoint.headers import NAMES
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
 from w8a8.checkpoint.names import FileNames, remember
+from w8a8.core.packed import in_words
+from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError
-from w8a8.experts import Experts, stack_names
-from w8a8.linear import Mode, QuantLinear, is_linear, quant_linears
-from w8a8.packed import in_words
-from w8a8.saving import Saving
-from w8a8.scheme import Scheme
+from w8a8.layers.linear import Mode, QuantLinear, is_linear, quant_linears
+from w8a8.layers.saving import Saving
+from w8a8.model.experts import Experts, stack_names
 
 
 def describe(model: nn.Module) -> QuantizationConfig:

@@ -9,9 +9,10 @@ Where several targets match, names go before expressions, these before classes, 
 of two groups with the same target the later one counts.  So compressed-tensors 0.20 does it (`match_targets`), and
 a test compares.
 
-`pack-quantized` has codes side by side in int32 words instead of `weight` (`w8a8.packed`): of 8 bits where weight-only
-schemes are written, and of 8, 4 or 2 bits where they are read.  Each group says which of the two it is; where groups
-differ, the format of the whole is `mixed-precision`, which compressed-tensors 0.20 and vLLM 0.33 take group by group.
+`pack-quantized` has codes side by side in int32 words instead of `weight` (`w8a8.core.packed`): of 8 bits where
+weight-only schemes are written, and of 8, 4 or 2 bits where they are read.  Each group says which of the two it is;
+where groups differ, the format of the whole is `mixed-precision`, which compressed-tensors 0.20 and vLLM 0.33 take
+group by group.
 
 Parsing is strict: a field that would change the numbers and is not understood is an error that names it.
 """
@@ -21,8 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w8a8.checkpoint.expressions import check_length, matching
-from w8a8.errors import CheckpointError, FormatError, SchemeError
-from w8a8.scheme import (
+from w8a8.core.scheme import (
     MAX_CODE_BITS,
     Granularity,
     PerChannel,
@@ -33,6 +33,7 @@ from w8a8.scheme import (
     QuantSpec,
     Scheme,
 )
+from w8a8.errors import CheckpointError, FormatError, SchemeError
 
 FORMAT = "int-quantized"
 PACKED = "pack-quantized"

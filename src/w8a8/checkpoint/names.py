@@ -2,7 +2,7 @@
 
 transformers 5 gives mixtures of experts other modules than the files on the hub were written for, and renames while it
 loads and saves: Mixtral's `mlp.experts` are `block_sparse_moe.experts` in files, which is what vLLM reads.  A model
-whose experts have layers of their own (`w8a8.experts`) is written under the files' names, by transformers' own
+whose experts have layers of their own (`w8a8.model.experts`) is written under the files' names, by transformers' own
 renamings; its conversions, which stack and split, are not needed then.  Every other model is written under its
 own names.
 
@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
-from w8a8.experts import holds_experts, stack_names, stacks_experts
-from w8a8.linear import QuantLinear, is_linear
+from w8a8.layers.linear import QuantLinear, is_linear
+from w8a8.model.experts import holds_experts, stack_names, stacks_experts
 
 _REMADE = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 """Tables that old files hold and models make themselves: what such a buffer ends with, and what is then left out."""

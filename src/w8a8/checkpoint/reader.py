@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from w8a8 import convert, kernels
+from w8a8 import kernels
 from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.checkpoint.files import (
     CONFIG,
@@ -34,11 +34,12 @@ from w8a8.checkpoint.files import (
 )
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
+from w8a8.core.packed import SHAPE, WORDS, unpack_rows, words
+from w8a8.core.scheme import PerGroup, PerTensor, Scheme
 from w8a8.errors import CheckpointError, ModelError, few
-from w8a8.linear import QuantLinear, quant_linears
-from w8a8.packed import SHAPE, WORDS, unpack_rows, words
-from w8a8.roles import heads as heads_of
-from w8a8.scheme import PerGroup, PerTensor, Scheme
+from w8a8.layers.linear import QuantLinear, quant_linears
+from w8a8.model import convert
+from w8a8.model.roles import heads as heads_of
 
 _LOG = logging.getLogger(__name__)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

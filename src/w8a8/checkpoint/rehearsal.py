@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from w8a8 import convert
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS
 from w8a8.checkpoint.writer import save
+from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, W8A8Error
-from w8a8.experts import unstacked
-from w8a8.linear import quant_linears
-from w8a8.scheme import Scheme
+from w8a8.layers.linear import quant_linears
+from w8a8.model import convert
+from w8a8.model.experts import unstacked
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 _VOCABULARY = 8
@@ -109,7 +109,7 @@ def _stand_in(model: Any) -> Any:
 
 
 def _ones(model: Any, scheme: Scheme) -> Any:
-    from w8a8.affine import QParams
+    from w8a8.core.affine import QParams
 
     if not scheme.static or scheme.activations is None:
         return None

@@ -24,14 +24,14 @@ from transformers import CONFIG_MAPPING
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
-from w8a8 import convert, ties
 from w8a8.checkpoint.files import CONFIG, header, read_json, tensor_files
 from w8a8.checkpoint.headers import Entry
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
 from w8a8.errors import CheckpointError, SchemeError
-from w8a8.experts import Experts, unstacked, usual_names
-from w8a8.linear import QuantLinear, is_linear
+from w8a8.layers.linear import QuantLinear, is_linear
+from w8a8.model import convert, ties
+from w8a8.model.experts import Experts, unstacked, usual_names
 
 OTHERS_ERRORS = (
     ArithmeticError,

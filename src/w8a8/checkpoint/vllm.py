@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from w8a8.checkpoint.names import renamed_stacks
-from w8a8.linear import QuantLinear, is_conv1d, is_linear
-from w8a8.packed import in_words
-from w8a8.roles import ROUTERS
-from w8a8.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.core.packed import in_words
+from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
+from w8a8.model.roles import ROUTERS
 
 VERSION = "0.33.0"
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from w8a8 import __version__
+from w8a8._version import __version__
 from w8a8.cli.output import megabytes, percent, print_line, print_table
 from w8a8.errors import few
 
@@ -61,7 +61,7 @@ Asked: TypeAlias = tuple[str, Set[Any]]
 
 def next_tokens(asked: str) -> Asked:
     """What takes a model that tells each token from those before it."""
-    from w8a8.kinds import Kind
+    from w8a8.model.kinds import Kind
 
     return asked, {Kind.CAUSAL}
 
@@ -91,7 +91,7 @@ def open_named(
     trust_remote_code: bool = False,
 ) -> Any:
     """Open a model, where it is of a kind that what is asked can be asked of."""
-    from w8a8.pipeline import open_model
+    from w8a8.checkpoint.opening import open_model
 
     quiet_transformers()
     if asked is not None:
@@ -103,7 +103,7 @@ def check_kind_of(model: str, asked: Asked | None, *, trust_remote_code: bool = 
     """The kind of a named model, of which nothing is loaded; `ModelError` where it is none for what is asked."""
     from w8a8.checkpoint.files import resolve
     from w8a8.checkpoint.skeleton import architecture
-    from w8a8.kinds import check_kind, kind_of
+    from w8a8.model.kinds import check_kind, kind_of
 
     directory = resolve(model, trust_remote_code=trust_remote_code)
     found = architecture(directory, trust_remote_code=trust_remote_code)

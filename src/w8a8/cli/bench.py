@@ -32,7 +32,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure tokens per second of reading and writing, models in turn: a float model beside itself quantised."""
-    from w8a8.speed import measure_speed
+    from w8a8.evaluation.speed import measure_speed
 
     places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     models = _opened(model, against, scheme, head, places)
@@ -54,8 +54,8 @@ def bench(
 def _opened(model: str, against: list[str], scheme: str, head: str, places: dict[str, Any]) -> dict[str, Any]:
     """The models to be timed by their names; of a float one alone also what it becomes under the scheme."""
     from w8a8.checkpoint.files import read_quantization, resolve
+    from w8a8.core.scheme import Scheme
     from w8a8.pipeline import quantize
-    from w8a8.scheme import Scheme
 
     wanted = Scheme.of(scheme)
     if wanted.static:

@@ -71,8 +71,8 @@ def compare_named(
     from w8a8 import evaluation as scoring
     from w8a8.analysis import layer_errors
     from w8a8.checkpoint.files import resolve, tensor_files
-    from w8a8.convert import unstack_experts_
-    from w8a8.experts import holds_experts
+    from w8a8.model.convert import unstack_experts_
+    from w8a8.model.experts import holds_experts
     from w8a8.streaming.resources import available_memory
 
     content = content_of(text)
@@ -119,7 +119,7 @@ def compare_outputs_named(
     import torch
 
     from w8a8.evaluation import encode
-    from w8a8.outputs import compare_outputs
+    from w8a8.evaluation.outputs import compare_outputs
 
     content = content_of(text)
     opened, other = open_named(model, head=head, **places), open_named(against, **places)
@@ -142,9 +142,9 @@ def check_text(model: str, text: str, *, trust_remote_code: bool = False) -> Any
         The kind of the model.
     """
     from w8a8.checkpoint.files import resolve
+    from w8a8.checkpoint.opening import open_tokenizer
     from w8a8.evaluation import encode
-    from w8a8.kinds import READS_TEXT
-    from w8a8.pipeline import open_tokenizer
+    from w8a8.model.kinds import READS_TEXT
 
     content = content_of(text)
     directory = resolve(model, trust_remote_code=trust_remote_code)

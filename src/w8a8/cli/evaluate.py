@@ -75,7 +75,7 @@ def evaluate(
     --against, how far its outputs are from the other's.
     """
     from w8a8 import evaluation as scoring
-    from w8a8.kinds import PREDICTS_TOKENS, READS_TEXT
+    from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT
 
     places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if tasks is not None:
@@ -158,7 +158,7 @@ def study(
 ) -> None:
     """Simulate every granularity of weights and activations: perplexity and mean SQNR of each."""
     from w8a8 import evaluation as scoring
-    from w8a8 import experiment
+    from w8a8.analysis import study as experiment
 
     places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     opened = open_named(model, asked=next_tokens("a study of perplexities"), **places)

@@ -31,7 +31,7 @@ def inspect(
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.skeleton import empty_layers
     from w8a8.checkpoint.vllm import foresee_as_it_is
-    from w8a8.coverage import coverage
+    from w8a8.model.coverage import coverage
 
     directory = resolve(model, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
@@ -67,8 +67,8 @@ def inspect(
 
 def _what_would_be(model: Any) -> dict[str, str]:
     """What `quantize` without options says of each module of a float model; of stacked experts as one."""
-    from w8a8 import convert
-    from w8a8.experts import taken, unstacked
+    from w8a8.model import convert
+    from w8a8.model.experts import taken, unstacked
 
     experts, reasons = unstacked(model)
     with convert.swapped(model, experts):
@@ -81,7 +81,7 @@ def _what_would_be(model: Any) -> dict[str, str]:
 @app.command()
 def schemes(as_json: Json = False) -> None:
     """List the presets: what shares a scale, and whether integers run it."""
-    from w8a8.scheme import PRESETS
+    from w8a8.core.scheme import PRESETS
 
     if as_json:
         print_json(
@@ -111,7 +111,7 @@ def schemes(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show what this machine has: versions, processor, kernels and why one is missing."""
-    from w8a8.diagnosis import diagnose
+    from w8a8.jobs.diagnosis import diagnose
 
     found = diagnose()
     if as_json:

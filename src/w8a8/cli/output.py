@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from w8a8.scheme import PerChannel, PerColumn, PerGroup, PerTensor, PerToken
+from w8a8.core.scheme import PerChannel, PerColumn, PerGroup, PerTensor, PerToken
 
 Progress = Callable[[int, int, str], None]
 

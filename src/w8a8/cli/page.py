@@ -57,11 +57,11 @@ def layers_of(job: Job, told: Mapping[str, Any], text: str) -> Layers:
         told: What the job told of its work.
         text: The file that windows are drawn from.
     """
-    from w8a8 import convert
     from w8a8.analysis import remedies, sensitivity
     from w8a8.analysis.errors import channel_absmax
     from w8a8.evaluation import encode
-    from w8a8.experts import unstacked
+    from w8a8.model import convert
+    from w8a8.model.experts import unstacked
     from w8a8.pipeline import outside_of
 
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
@@ -123,7 +123,7 @@ def _smooth_again(
     Raises:
         ReportError: it is not what was folded before.
     """
-    from w8a8.scheme import Scheme
+    from w8a8.core.scheme import Scheme
     from w8a8.smoothing.smoother import Smoother
 
     def key(group: Any) -> tuple[str, ...]:
@@ -155,7 +155,7 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found
         found: What was measured of the layers.
     """
     from w8a8.checkpoint.files import CONFIG, resolve, tensor_files
-    from w8a8.diagnosis import diagnose
+    from w8a8.jobs.diagnosis import diagnose
     from w8a8.report import collect
 
     here = diagnose()

@@ -9,7 +9,7 @@ from w8a8.cli.output import print_json, print_line, print_table
 from w8a8.errors import few
 
 if TYPE_CHECKING:
-    from w8a8.pipeline import OpenedModel
+    from w8a8.checkpoint.opening import OpenedModel
 
 _FEW = 6
 

@@ -111,7 +111,7 @@ def quantize(
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
     from w8a8.calibration.observers import observer_of
-    from w8a8.scheme import Scheme
+    from w8a8.core.scheme import Scheme
 
     wanted = Scheme.of(scheme)
     if target not in (None, "vllm"):
@@ -186,7 +186,7 @@ def _check_kind(
     trust_remote_code: bool,
 ) -> None:
     """Raise a `W8A8Error` where a model is not of the kind that something beside quantising is for."""
-    from w8a8.kinds import READS_TEXT
+    from w8a8.model.kinds import READS_TEXT
 
     trust = {"trust_remote_code": trust_remote_code}
     if calib is not None:
@@ -201,7 +201,7 @@ def _check_kind(
 
 def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | None) -> None:
     """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
-    from w8a8.kinds import PREDICTS_TOKENS, READS_TEXT, way_out
+    from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, way_out
 
     output, model, seen = str(job.output), job.model, False
     kind = check_kind_of(model, None, trust_remote_code=job.trust_remote_code)

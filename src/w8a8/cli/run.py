@@ -19,7 +19,7 @@ from w8a8.cli.app import (
 from w8a8.cli.output import megabytes, plain, print_json, print_line, print_table, progress
 
 if TYPE_CHECKING:
-    from w8a8.demo import DemoReport
+    from w8a8.demo.run import DemoReport
 
 
 @app.command()
@@ -36,7 +36,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let a model go on from a prompt."""
-    from w8a8.generation import continue_text
+    from w8a8.evaluation.generation import continue_text
 
     asked = next_tokens("going on from a prompt")
     opened = open_named(model, asked=asked, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
@@ -55,7 +55,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Quantise the small model that is shipped with the package, run it in integers, and show what it lost."""
-    from w8a8.demo import run_demo, time_layer
+    from w8a8.demo.run import run_demo, time_layer
 
     quiet_transformers()
     with progress("demo", lines=True) as step:

@@ -38,9 +38,9 @@ def sensitivity(
 ) -> None:
     """Measure what quantising each layer of a float model does to it and to the model's predictions."""
     from w8a8 import analysis
-    from w8a8.convert import unstack_experts_
+    from w8a8.core.scheme import Scheme
     from w8a8.evaluation import encode
-    from w8a8.scheme import Scheme
+    from w8a8.model.convert import unstack_experts_
 
     wanted = Scheme.of(scheme)
     opened = open_named(model, asked=next_tokens("the sensitivity of layers"), dtype=dtype, device=device)

@@ -120,13 +120,13 @@ def _allocated(job: Job, opened: Any, data: Any) -> tuple[Any, Any]:
 
     Its experts then have layers of their own.
     """
-    from w8a8 import convert
     from w8a8.analysis import Budget, allocate
     from w8a8.cli.app import content_of
+    from w8a8.core.scheme import Scheme
     from w8a8.evaluation import encode
-    from w8a8.experts import unstacked
+    from w8a8.model import convert
+    from w8a8.model.experts import unstacked
     from w8a8.pipeline import outside_of, smooth_first
-    from w8a8.scheme import Scheme
 
     assert job.budget is not None, "asked for"
     wanted = Budget.of(job.budget["limit"])
@@ -185,10 +185,10 @@ def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | No
 
 def by_blocks(job: Job) -> dict[str, Any]:
     """Quantise block by block with calibration data, from files to files."""
+    from w8a8.blockwise import quantize_blocks
     from w8a8.checkpoint.files import resolve
+    from w8a8.checkpoint.opening import open_tokenizer
     from w8a8.checkpoint.skeleton import check_counts, empty_model
-    from w8a8.pipeline import open_tokenizer
-    from w8a8.streaming import quantize_blocks
 
     found: list[Any] = []
     quiet_transformers()
@@ -216,7 +216,7 @@ def _streamed(job: Job, done: Any, found: list[Any], smooth: Any, data: Any) -> 
 
 
 def _told(job: Job, result: Any, found: Iterable[Any], smooth: Any, data: Any) -> dict[str, Any]:
-    from w8a8.scheme import Scheme
+    from w8a8.core.scheme import Scheme
 
     if not job.quiet:
         show_coverage(result.coverage)
@@ -247,7 +247,7 @@ def show_weights(worst: Iterable[Any], *, more: bool) -> None:
         worst: The layers.
         more: Whether their outputs could be measured.
     """
-    from w8a8.row_sample import ROWS
+    from w8a8.core.row_sample import ROWS
 
     print_table(
         "The worst layers by weights alone" + ("; by outputs: --eval-text FILE" if more else ""),

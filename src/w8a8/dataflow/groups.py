@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.dataflow.tracing import Made, Role, Trace
-from w8a8.linear import is_linear
+from w8a8.layers.linear import is_linear
 
 _MAX_REASONS = 3
 

@@ -19,8 +19,8 @@ from w8a8.dataflow.groups import Dataflow, conclude
 from w8a8.dataflow.products import blocked
 from w8a8.dataflow.tracing import Trace, Watch
 from w8a8.errors import ModelError
-from w8a8.kinds import context_length
-from w8a8.linear import check_materialised
+from w8a8.layers.linear import check_materialised
+from w8a8.model.kinds import context_length
 
 
 def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from w8a8.linear import QuantLinear
+from w8a8.layers.linear import QuantLinear
 
 Tags = dict[int, Tensor]
 """By the number of a source: the channel of each element, int32 in the tensor's own shape, -1 where there is none."""

@@ -4,7 +4,7 @@ from w8a8.evaluation.compare import Comparison, Evaluation, compare, perplexity
 from w8a8.evaluation.intervals import Estimate
 from w8a8.evaluation.stored import Reference, store
 from w8a8.evaluation.text import Text, encode
-from w8a8.kinds import context_length
+from w8a8.model.kinds import context_length
 
 __all__ = [
     "Comparison",

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w8a8.convert import Progress
+from w8a8.core.progress import Progress
 from w8a8.errors import ModelError
 from w8a8.evaluation import scores
 from w8a8.evaluation.intervals import Bootstrap, Estimate, verdict

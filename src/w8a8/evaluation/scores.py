@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w8a8.core.scheme import PerToken
 from w8a8.errors import ModelError
 from w8a8.evaluation.text import Frame, Text, windows_for
-from w8a8.kinds import Kind, kind_of_model, way_out
-from w8a8.linear import quant_linears
-from w8a8.scheme import PerToken
+from w8a8.layers.linear import quant_linears
+from w8a8.model.kinds import Kind, kind_of_model, way_out
 
 ROWS = 512  # rows of logits turned to float32 at a time
 COPIES = 8  # of a window, each with another token masked, in one forward

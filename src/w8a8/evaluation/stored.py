@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from w8a8.checkpoint.files import opened
-from w8a8.convert import Progress
+from w8a8.core.progress import Progress
 from w8a8.errors import CheckpointError, ModelError
 from w8a8.evaluation.scores import ROWS, cut, predictions, token_losses
 from w8a8.evaluation.text import Text

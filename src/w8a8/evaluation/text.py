@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from w8a8.errors import ModelError, TextError
-from w8a8.kinds import context_length
+from w8a8.model.kinds import context_length
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from w8a8.core.scheme import CODE_REACH, MAX_CODE_BITS, QuantSpec, largest_k
 from w8a8.errors import KernelError
 from w8a8.kernels import compiled
 from w8a8.kernels.compiled import DTYPES, is_plain, loaded, unavailable_because
 from w8a8.kernels.request import Kernel, LinearRequest, describe
-from w8a8.scheme import CODE_REACH, MAX_CODE_BITS, QuantSpec, largest_k
 
 PANEL = 32
 _PACKED_AXES = 4  # (P, S, 32, g)

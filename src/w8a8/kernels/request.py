@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from w8a8.affine import QParams, QTensor
-from w8a8.scheme import PerTensor, PerToken, QuantSpec
-from w8a8.tokens import quantize_tokens
+from w8a8.core.affine import QParams, QTensor
+from w8a8.core.scheme import PerTensor, PerToken, QuantSpec
+from w8a8.core.tokens import quantize_tokens
 
 
 @dataclass(slots=True)  # not frozen: that would make it four times as slow to make, and one is made per call

@@ -8,9 +8,9 @@ torch needs several passes over float32 copies for the same result.
 import torch
 from torch import Tensor
 
-from w8a8.affine import QTensor, quantize
+from w8a8.core.affine import QTensor, quantize
+from w8a8.core.scheme import MAX_CODE_BITS, PerChannel, PerTensor, QuantSpec
 from w8a8.kernels import native
-from w8a8.scheme import MAX_CODE_BITS, PerChannel, PerTensor, QuantSpec
 
 
 def quantize_weight(weight: Tensor, spec: QuantSpec) -> QTensor:

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from w8a8 import __version__
+from w8a8._version import __version__
 from w8a8.errors import ReportError
 from w8a8.report.markup import embedded, text
 from w8a8.report.records import check

@@ -80,8 +80,8 @@ class Totals:
 class ModuleCoverage:
     """One module that holds parameters.  `reason` says why it is float; None for a quantised one.
 
-    `weight_sqnr_db` is of a weight that was quantised by this call, on a sample of its rows (`w8a8.row_sample`): +inf
-    where that lost nothing, None where it was not measured, and in JSON for both.
+    `weight_sqnr_db` is of a weight that was quantised by this call, on a sample of its rows (`w8a8.core.row_sample`):
+    +inf where that lost nothing, None where it was not measured, and in JSON for both.
     """
 
     name: str

@@ -41,14 +41,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from w8a8.affine import QParams, fake_quantize, grid_of_range
 from w8a8.calibration.sampling import Sample
+from w8a8.core.affine import QParams, fake_quantize, grid_of_range
+from w8a8.core.scheme import PerGroup, PerTensor, QuantSpec, Scheme
+from w8a8.core.tokens import fake_quantize_tokens, quantize_tokens
 from w8a8.errors import NonFiniteError, SchemeError
 from w8a8.kernels.torch_cpu import int8_product
 from w8a8.kernels.weights import quantize_weight
-from w8a8.scheme import PerGroup, PerTensor, QuantSpec, Scheme
 from w8a8.smoothing.fold import reader_scales
-from w8a8.tokens import fake_quantize_tokens, quantize_tokens
 
 GRID = tuple(round(i / 20, 2) for i in range(21))
 """The candidates for alpha, beside no smoothing."""

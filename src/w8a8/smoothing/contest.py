@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w8a8 import convert
-from w8a8.affine import QParams
 from w8a8.calibration.calibrate import static_grids
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import ModelInputs, call, evaluating, seeded
-from w8a8.scheme import Scheme
-from w8a8.smoothing.gate import tensors_in
+from w8a8.core.affine import QParams
+from w8a8.core.scheme import Scheme
+from w8a8.model import convert
+from w8a8.model.inputs import ModelInputs, call, evaluating, seeded, tensors_in
 
 CANDIDATES = (0.3, 0.5, 0.7, 0.85)
 """Alphas for all groups that compete with the searched ones."""

@@ -33,17 +33,17 @@ The alternative, to trust a table of known pairs, is what other tools do; it is 
 import copy
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from w8a8.calibration.model_inputs import ModelInputs, call, copied, evaluating, seeded
 from w8a8.dataflow.groups import Group
 from w8a8.errors import ModelError
-from w8a8.experts import OTHER_KIND
+from w8a8.model.experts import OTHER_KIND
+from w8a8.model.inputs import ModelInputs, call, copied, evaluating, seeded, tensors_in
 from w8a8.smoothing.fold import fold_
 
 TOLERANCE = 1e-5
@@ -365,15 +365,3 @@ def _common(a: str, b: str) -> str:
             break
         shared.append(x)
     return ".".join(shared)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in an output or in inputs: tuples, lists, mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from tensors_in(part)

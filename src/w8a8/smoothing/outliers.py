@@ -27,10 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from w8a8.calibration.model_inputs import ModelInputs
 from w8a8.dataflow.groups import Group
 from w8a8.dataflow.observing import observe, probe
 from w8a8.errors import ModelError, NonFiniteError, closest
+from w8a8.model.inputs import ModelInputs
 from w8a8.smoothing.fold import Undo, fold_
 from w8a8.smoothing.gate import Gate
 

@@ -25,15 +25,15 @@ from typing import Any
 
 from torch import nn
 
-from w8a8 import convert
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import ModelInputs
 from w8a8.calibration.sampling import ROWS, Sample
-from w8a8.convert import Progress
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
 from w8a8.dataflow.groups import Dataflow, Refusal
 from w8a8.errors import ModelError
+from w8a8.model import convert
+from w8a8.model.inputs import ModelInputs
 from w8a8.report.records import GroupReport
-from w8a8.scheme import Scheme
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, Score, winner
 from w8a8.smoothing.fold import Undo, fold_

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.model_inputs import ModelInputs, check_inputs, copied
 from w8a8.calibration.sampling import ROWS, Sample, Sampler
-from w8a8.convert import Progress
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import PerColumn, PerTensor, Scheme
 from w8a8.dataflow.groups import Dataflow, Group
 from w8a8.dataflow.observing import observe
 from w8a8.errors import NonFiniteError
-from w8a8.linear import float_operands
+from w8a8.layers.linear import float_operands
+from w8a8.model.inputs import ModelInputs, check_inputs, copied
 from w8a8.report.records import GroupReport
-from w8a8.scheme import PerColumn, PerTensor, Scheme
 from w8a8.smoothing.alpha import GRID, Choice, Product, search
 from w8a8.smoothing.fold import Undo, fold_, touched
 from w8a8.smoothing.gate import Gate, Unrounded

@@ -3,10 +3,10 @@
 The model is built without memory, and the layers are chosen by `convert.select`, as for a model in memory.  A tensor
 of the files is found in the model under its own name, or with the model's `base_model_prefix` before it, as some
 files leave it out; the result has the names that `w8a8.save` writes.  Experts that are quantised have layers of their
-own (`w8a8.experts`), which files have one by one, as on the hub, or stacked: then each is a range of a tensor's bytes.
-A tensor that has no place in the model is dropped where transformers would ignore it, and an error elsewhere: weights
-that transformers converts while loading, experts that stay stacked among them.  Values are cast to the dtype that
-transformers would load them in, the config's, before anything else; a second copy of a tied weight is dropped.
+own (`w8a8.model.experts`), which files have one by one, as on the hub, or stacked: then each is a range of a tensor's
+bytes. A tensor that has no place in the model is dropped where transformers would ignore it, and an error elsewhere:
+weights that transformers converts while loading, experts that stay stacked among them.  Values are cast to the dtype
+that transformers would load them in, the config's, before anything else; a second copy of a tied weight is dropped.
 
 Shards are cut by bytes in the order of the source, so that they are the same for any number of processes.
 """
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from w8a8 import convert
 from w8a8.checkpoint.describe import config_of, describe
 from w8a8.checkpoint.files import CONFIG, SINGLE, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, Told, in_order, read_header
@@ -28,12 +27,13 @@ from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.names import FileNames, renamed_stacks
 from w8a8.checkpoint.skeleton import check_counts, empty_model, not_saved
 from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
-from w8a8.coverage import Coverage, coverage
+from w8a8.core.scheme import PerTensor, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, SchemeError, few
-from w8a8.experts import Experts, taken, unstacked
-from w8a8.linear import is_conv1d
-from w8a8.roles import heads as heads_of
-from w8a8.scheme import PerTensor, QuantSpec, Scheme
+from w8a8.layers.linear import is_conv1d
+from w8a8.model import convert
+from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.experts import Experts, taken, unstacked
+from w8a8.model.roles import heads as heads_of
 
 PIECE = 8 << 20
 """Bytes of the source that are in memory at once, save for tensors that must be seen whole."""

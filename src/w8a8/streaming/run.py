@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from w8a8 import __version__
+from w8a8._version import __version__
 from w8a8.checkpoint.beside import companions, copy_companions
 from w8a8.checkpoint.files import CONFIG, INDEX, resolve, tensor_files
 from w8a8.checkpoint.headers import read_header
 from w8a8.checkpoint.verify import verify_structure
 from w8a8.checkpoint.writer import check_target, replace_directory
-from w8a8.convert import Progress
-from w8a8.coverage import Coverage
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, W8A8Error
-from w8a8.scheme import Scheme
+from w8a8.model.coverage import Coverage
 from w8a8.streaming.journal import Journal, disk_error, locked, write_whole
 from w8a8.streaming.plan import Plan, Shard, make_plan
 from w8a8.streaming.resources import Prediction, predict

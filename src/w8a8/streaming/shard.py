@@ -16,12 +16,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from w8a8.affine import QTensor
 from w8a8.checkpoint.headers import Told, header_of, in_order
+from w8a8.core.affine import QTensor
+from w8a8.core.packed import SHAPE, WORDS, pack_rows
+from w8a8.core.row_sample import RowSample
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
-from w8a8.packed import SHAPE, WORDS, pack_rows
-from w8a8.row_sample import RowSample
 from w8a8.streaming.journal import disk_error, sync_directory
 from w8a8.streaming.plan import PIECE, Shard, Step
 from w8a8.streaming.source import Room

@@ -1,0 +1,319 @@
+"""The job with calibration data: each block is loaded, measured, smoothed, quantised, written and dropped in turn.
+
+    outside of the blocks    mapped from the files: embeddings, the last norm, the head
+    block i                  in memory, on what block i - 1 returned (`activations`, on the disk)
+        pass 1               samples for smoothing, or ranges for static grids; what it returns is recorded
+        smoothing            groups that lie within the block: `smooth_observed` on the block as if it were all
+        pass 2               where both are asked for: ranges, on what the smoothed blocks before returned
+        codes                written as one shard, recorded in the journal
+    the end                  layers outside of the blocks, what is beside the weights, the name of the directory
+
+Every block reads what the *float* blocks before it returned, as in calibration of the whole model, and by the same
+calls in the same order: scales, codes and smoothed weights are those of `w8a8.quantize` in memory, bit for bit, with a
+fixed alpha, a searched one, or none.  After smoothing with static scales two chains of activations are kept, since the
+samples come from the model before any fold and the ranges from the folded one.
+
+Smoothing "auto" chooses among whole quantised models, which is what does not fit; here it is "searched", and so it is
+reported.  A fold whose source and readers lie in different blocks, or outside of all, is not made.
+
+After a kill the finished blocks are skipped.  The activations that enter the first unfinished one are on the disk until
+it is recorded; where they are damaged the job goes back to the last that are whole.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from w8a8.blockwise.activations import Reader, Recorder
+from w8a8.blockwise.blocks import BlockWalk
+from w8a8.blockwise.contents import by_blocks, load, quantized
+from w8a8.blockwise.forecast import predict_blocks
+from w8a8.blockwise.measured import block_grids, smooth_block
+from w8a8.blockwise.request import PLAIN, Request, request_of, told_of
+from w8a8.calibration.data import Calibration
+from w8a8.calibration.observers import Observer
+from w8a8.checkpoint.files import resolve
+from w8a8.checkpoint.skeleton import empty_model
+from w8a8.checkpoint.writer import check_target
+from w8a8.core.affine import QParams
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
+from w8a8.errors import CheckpointError, W8A8Error
+from w8a8.model import convert
+from w8a8.model.coverage import Coverage
+from w8a8.model.experts import Experts, taken, unstacked
+from w8a8.report.records import GroupReport
+from w8a8.smoothing.report import SmoothReport
+from w8a8.streaming.journal import Journal, locked, write_whole
+from w8a8.streaming.plan import Plan, Shard, make_plan
+from w8a8.streaming.resources import Prediction
+from w8a8.streaming.run import complete, fingerprint
+from w8a8.streaming.shard import write_tensors
+from w8a8.streaming.team import team
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What `quantize_blocks` did, or would do.
+
+    smooth: Of all blocks; None where nothing was smoothed.
+    shards, resumed: Files of weights, and how many an earlier run had finished.
+    """
+
+    output: Path
+    scheme: Scheme
+    coverage: Coverage
+    untied: dict[str, str]
+    smooth: SmoothReport | None
+    prediction: Prediction
+    shards: int
+    resumed: int
+
+
+def quantize_blocks(
+    source: str | Path,
+    output: str | Path,
+    scheme: Scheme | str,
+    *,
+    calibration: Calibration,
+    observer: str | Callable[[], Observer] = "absmax",
+    smooth: str | float | None = None,
+    include: Any = ("*",),
+    exclude: Any = (),
+    head: str = "float",
+    overwrite: bool = False,
+    dry_run: bool = False,
+    before: Callable[[Plan, Prediction], None] | None = None,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Quantise a model with calibration data without ever holding more of it than a block.
+
+    Args:
+        source: The directory or hub id of a float model.
+        output: Where to.
+        scheme: A scheme that integers can run, or a weight-only one.
+        calibration: Data of which the batches are known: not a loop.
+        observer: As for `w8a8.quantize`.
+        smooth: "searched" (also for None and "auto", whose contest takes the whole model), an alpha, or "none".
+        include, exclude, head: As for `w8a8.quantize`.
+        overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
+            request.
+        dry_run: Stop before the first byte is written.
+        before: Called with the plan and what the job will take.
+        progress: Called after each block.
+
+    Raises:
+        SchemeError: there is nothing to calibrate; the data is a loop; as `w8a8.quantize`.
+        ModelError: the model has no blocks that are called one after another; a fold cannot be kept.
+        CalibrationError, NonFiniteError, PatternError: as `w8a8.quantize`.
+        CheckpointError: as `quantize_directory`; several processes.
+    """
+    request = request_of(Scheme.of(scheme), calibration, observer, smooth)
+    target = Path(output).absolute()
+    with team() as us:
+        if us.size > 1:
+            raise CheckpointError(
+                f"calibration block by block goes from each block to the next, and {us.size} processes were started: "
+                "run it without torchrun"
+            )
+    directory = resolve(source)
+    check_target(target, overwrite=overwrite, source=directory)
+    plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
+    model = empty_model(directory, None)
+    experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
+    stacks = convert.swap(model, experts)
+    walk = BlockWalk(model)
+    plan = by_blocks(plan, walk)
+    load(walk.model, plan.shards[-1].steps, "")
+    walk.model.tie_weights()
+    walk.check(request.calibration)
+    known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head}) | told_of(request)
+    partial = target.with_name(f".{target.name}.partial")
+
+    def predicted(unfinished: int) -> Prediction:
+        found = predict_blocks(plan, walk, target, request, unfinished=unfinished)
+        if before is not None:
+            before(plan, found)
+        found.check(target)
+        return found
+
+    if dry_run:
+        return _result(plan, target, None, predicted(len(walk)), 0)
+    with locked(partial):
+        journal = Journal(partial, known, restart=overwrite)
+        job = _Job(plan, walk, request, journal, stacks)
+        first, finished = job.first(), len(job.done)
+        try:
+            prediction = predicted(len(walk) - first)
+        except W8A8Error:
+            if not finished:
+                journal.clear()
+                partial.rmdir()
+            raise
+        job.run(first, progress)
+        report, lost = job.report(), journal.weight_sqnr_db()
+        complete(plan, partial, target, journal)
+    plan = replace(plan, coverage=plan.coverage.with_weight_sqnr(lost))
+    return _result(plan, target, report, prediction, finished)
+
+
+class _Job:
+    """The blocks of one model, from the first that is not finished."""
+
+    def __init__(
+        self, plan: Plan, walk: BlockWalk, request: Request, journal: Journal, stacks: Mapping[str, nn.Module]
+    ) -> None:
+        self.plan = plan
+        self.walk = walk
+        self.request = request
+        self.journal = journal
+        self.stacks = stacks  # of experts that have layers of their own, by name
+        self.done = {shard.file for shard in plan.shards if journal.done(shard.file)}  # read again once: hashed
+        self.outer = tuple(step.place for step in plan.shards[-1].steps if step.spec is not None)
+
+    def first(self) -> int:
+        """The first block to be made: not finished, or needed for what enters the first that is not."""
+        n = len(self.walk)
+        unfinished = next((i for i in range(n) if not self._is_finished(i)), n)
+        if unfinished == n and (self.plan.shards[-1].file in self.done or not self._last_is_read):
+            return n
+        return next(i for i in range(unfinished, -1, -1) if i == 0 or self.journal.done(self._unit(i)))
+
+    def _is_finished(self, number: int) -> bool:
+        told = self.request.alpha is None or self._report_file(number).is_file()
+        return told and self.plan.shards[number].file in self.done
+
+    def run(self, first: int, progress: Progress | None) -> None:
+        """Make all that is missing."""
+        n = len(self.walk)
+        for number in range(first, n):
+            self._block(number)
+            self._forget(number)
+            if progress is not None:
+                progress(number + 1, n, self.walk.prefix(number).removesuffix("."))
+        if self.plan.shards[-1].file not in self.done:
+            self._outside()
+
+    def report(self) -> SmoothReport | None:
+        """What smoothing did to all blocks, also those of an earlier run."""
+        if self.request.alpha is None:
+            return None
+        told = [json.loads(self._report_file(i).read_text(encoding="utf-8")) for i in range(len(self.walk))]
+
+        def groups(key: str) -> tuple[GroupReport, ...]:
+            return tuple(GroupReport(**{**g, "readers": tuple(g["readers"])}) for t in told for g in t[key])
+
+        change, bound = max(t["change"] for t in told), max(t["bound"] for t in told)
+        scheme, alpha, described = self.request.scheme.name, self.request.alpha, self.request.calibration.description
+        return SmoothReport(scheme, alpha, described, groups("groups"), groups("refused"), change, bound, {})
+
+    @property
+    def _last_is_read(self) -> bool:
+        return bool(self.outer) and self.request.scheme.static
+
+    def _block(self, number: int) -> None:
+        shard, prefix, block = self.plan.shards[number], self.walk.prefix(number), self.walk.blocks[number]
+        chosen = tuple(step.place for step in shard.steps if step.spec is not None)
+        stacks = {name.removeprefix(prefix): stack for name, stack in self.stacks.items() if name.startswith(prefix)}
+        for name, stack in stacks.items():  # the layers are views of what smoothing sees
+            stack.to_empty(device="cpu")
+            convert.swap(block, {name: Experts(stack, cast(Experts, block.get_submodule(name)).names)})
+        load(block, shard.steps, prefix)
+        block.requires_grad_(False)
+        recorders = {}
+        if number + 1 < len(self.walk) or self._last_is_read:
+            paths = {chain: self._activations(number + 1, chain) for chain in self.request.chains}
+            recorders = {chain: Recorder(path, self.walk.states) for chain, path in paths.items()}
+        try:
+            grids = self._measured(number, chosen, stacks, recorders)
+            tensors, lost = quantized(block, shard.steps, prefix, self.request.scheme, grids)
+            digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
+        except BaseException as error:
+            for recorder in recorders.values():
+                recorder.abandon()
+            if isinstance(error, W8A8Error):
+                error.add_note(f"while quantising {prefix.removesuffix('.')} of {self.plan.source}")
+            raise
+        if digests:
+            self.journal.record(self._unit(number + 1), digests)
+        self._keep(shard, tensors, lost)
+        block.to_empty(device="meta")
+        for stack in stacks.values():
+            stack.to_empty(device="meta")
+
+    def _measured(
+        self, number: int, chosen: tuple[str, ...], stacks: Mapping[str, nn.Module], recorders: Mapping[str, Recorder]
+    ) -> dict[str, QParams] | None:
+        """Smooth a block, and measure what its layers read."""
+        scheme, alpha = self.request.scheme, self.request.alpha
+        record = {chain: recorder.put for chain, recorder in recorders.items()}
+        read = {chain: self._reader(number, chain) for chain in self.request.chains}
+        plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
+        if alpha is not None:
+            outside = tuple(name for name in chosen if not taken(self.stacks, [name]))
+            with convert.swapped(self.walk.blocks[number], stacks):
+                told = smooth_block(self.walk, number, self.request, outside, plain, read[PLAIN])
+            self._keep_report(number, told)
+        if not scheme.static:
+            return None
+        chain = self.request.chains[-1]
+        calibration = self.walk.calibration(self.request.calibration, number, read[chain], record.get(chain))
+        with self.walk.only(number, None):
+            if not chosen:  # the pass is made all the same, for what it returns
+                calibration.run(self.walk.model)
+                return None
+            return block_grids(self.walk, chosen, self.request, calibration)
+
+    def _outside(self) -> None:
+        """What lies outside of the blocks: the layers there are measured on what the last block returned."""
+        n, shard, grids = len(self.walk), self.plan.shards[-1], None
+        if self._last_is_read:
+            reader = self._reader(n, self.request.chains[-1])
+            calibration = self.walk.calibration(self.request.calibration, n, reader)
+            grids = block_grids(self.walk, self.outer, self.request, calibration)
+        self._keep(shard, *quantized(self.walk.model, shard.steps, "", self.request.scheme, grids))
+
+    def _keep(self, shard: Shard, tensors: Mapping[str, Tensor], lost: Mapping[str, float]) -> None:
+        """Write a shard and record it."""
+        digest = write_tensors(self.journal.partial / shard.file, tensors)
+        self.journal.record(shard.file, {shard.file: digest}, lost)
+
+    def _unit(self, number: int) -> str:
+        return f"activations that enter block {number}"
+
+    def _activations(self, number: int, chain: str) -> Path:
+        return self.journal.partial / f".activations-{number:05d}-{chain}.safetensors"
+
+    def _reader(self, number: int, chain: str) -> Reader | None:
+        return Reader(self._activations(number, chain)) if number else None
+
+    def _forget(self, number: int) -> None:
+        """Remove what entered a block that is finished."""
+        for chain in self.request.chains:
+            self._activations(number, chain).unlink(missing_ok=True)
+
+    def _report_file(self, number: int) -> Path:
+        return self.journal.partial / f".smooth-{number:05d}.json"
+
+    def _keep_report(self, number: int, report: SmoothReport) -> None:
+        """On the disk, by the names of the whole model."""
+        prefix = self.walk.prefix(number)
+
+        def full(name: str) -> str:
+            return (prefix + name).removesuffix(".")
+
+        def named(groups: tuple[GroupReport, ...]) -> list[dict[str, Any]]:
+            return [asdict(replace(g, source=full(g.source), readers=tuple(map(full, g.readers)))) for g in groups]
+
+        told = {"groups": named(report.groups), "refused": named(report.refused)}
+        told_all = told | {"change": report.change, "bound": report.bound}
+        write_whole(self._report_file(number), json.dumps(told_all))
+
+
+def _result(plan: Plan, target: Path, smooth: SmoothReport | None, prediction: Prediction, resumed: int) -> Calibrated:
+    shards = len(plan.shards)
+    return Calibrated(target, plan.scheme, plan.coverage, plan.untied, smooth, prediction, shards, resumed)

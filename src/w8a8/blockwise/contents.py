@@ -1,0 +1,89 @@
+"""What of the files belongs to each block, how it comes into the model, and what it becomes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from w8a8.blockwise.blocks import BlockWalk
+from w8a8.checkpoint.files import mapped
+from w8a8.core.affine import QParams
+from w8a8.core.scheme import Scheme
+from w8a8.errors import W8A8Error
+from w8a8.layers.linear import QuantLinear
+from w8a8.streaming.plan import Plan, Shard, Step
+
+
+def by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
+    """The plan with a shard for each block and one for all else."""
+    groups: list[list[Step]] = [[] for _ in range(len(walk) + 1)]
+    for step in plan.steps:
+        number = _number(step.place, walk)
+        groups[-1 if number is None else number].append(step)
+    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
+    shards = tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
+    return replace(plan, shards=shards)
+
+
+def _number(name: str, walk: BlockWalk) -> int | None:
+    """Of the block that a tensor belongs to."""
+    if not name.startswith(walk.name + "."):
+        return None
+    return int(name[len(walk.name) + 1 :].split(".")[0])
+
+
+def _place(root: nn.Module, step: Step, prefix: str) -> tuple[Tensor, nn.Module, str]:
+    """The tensor of the model that a step fills, its module and its name there."""
+    name = (step.place if step.spec is None else f"{step.place}.weight").removeprefix(prefix)
+    path, _, key = name.rpartition(".")
+    module = root.get_submodule(path)
+    return getattr(module, key), module, key
+
+
+@torch.no_grad()
+def load(root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
+    """Put the values of the files into the model: a block's as copies, since they will be changed; else mapped."""
+    for step in steps:
+        _, module, key = _place(root, step, prefix)
+        values = _values(step).to(step.dtype, copy=bool(prefix))
+        held = module._parameters.get(key)
+        if held is not None and not held.is_meta:  # a layer of an expert: a view of a stack that is there
+            held.copy_(values)
+        elif held is not None:
+            module._parameters[key] = nn.Parameter(values, requires_grad=False)
+        else:
+            module._buffers[key] = values
+
+
+def _values(step: Step) -> Tensor:
+    """Of the file, mapped: a tensor, or a layer's range of a stack of experts."""
+    with safe_open(step.file, framework="pt", device="cpu") as file:
+        if tuple(file.get_slice(step.entry.name).get_shape()) == step.entry.shape:
+            tensor: Tensor = file.get_tensor(step.entry.name)
+            return tensor
+    return mapped(step.file, step.entry)
+
+
+def quantized(
+    root: nn.Module, steps: tuple[Step, ...], prefix: str, scheme: Scheme, grids: Mapping[str, QParams] | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What the tensors of a block become, by their names in the result; and the SQNR in dB of its layers' weights."""
+    tensors: dict[str, Tensor] = {}
+    lost: dict[str, float] = {}
+    for step in steps:
+        if step.spec is None:
+            tensors[step.name] = _place(root, step, prefix)[0].detach()
+            continue
+        linear = root.get_submodule(step.place.removeprefix(prefix))
+        try:
+            layer = QuantLinear.from_float(linear, scheme, input_params=None if grids is None else grids[step.place])
+        except W8A8Error as error:
+            error.add_note(f"while quantising {step.place}")
+            raise
+        assert layer.weight_sqnr_db is not None, "measured where its codes were made"
+        lost[step.place] = layer.weight_sqnr_db
+        kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
+        tensors.update({f"{step.name}.{key}": value for key, value in kept.items()})
+    return tensors, lost

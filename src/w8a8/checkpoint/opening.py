@@ -1,0 +1,85 @@
+"""A model by name, float or quantised, with its tokenizer."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from w8a8.checkpoint.files import read_quantization, resolve
+from w8a8.checkpoint.reader import load, load_float
+from w8a8.errors import ModelError
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model by name: itself, its tokenizer, where its files are, and whether they hold codes."""
+
+    model: Any
+    tokenizer: Any
+    directory: Path
+    quantized: bool
+
+
+def open_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    head: str = "float",
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """Open a model, float or quantised, in the class that its config names, from a directory or the hub.
+
+    Args:
+        source: A local directory or a hub id.
+        dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
+        device: Where the model goes.
+        head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
+        trust_remote_code: Run Python code from the repository where transformers has no class for the model.
+
+    Raises:
+        CheckpointError: missing, torn, in a format unknown here, or in need of code of its own.
+        ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that
+            transformers can open, or its files lack weights.
+    """
+    directory = resolve(source, trust_remote_code=trust_remote_code)
+    quantized = read_quantization(directory) is not None
+    wanted = _dtype(dtype)
+    if not quantized and head != "float":
+        raise ModelError(f"head={head!r} was asked for, but {directory} holds a float model; quantise it first")
+    if quantized:
+        model = load(directory, head=head, trust_remote_code=trust_remote_code)
+        if wanted is not None:
+            model.to(wanted)
+    else:
+        chosen = dtype if wanted is None else wanted
+        model = load_float(directory, dtype=chosen, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(directory, trust_remote_code=trust_remote_code)
+    return OpenedModel(_moved(model.eval(), device), tokenizer, directory, quantized)
+
+
+def _moved(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch says either for a device it does not have
+        raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, or None where the directory has none."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory}: transformers cannot read its tokenizer: {error}; copy it again") from error
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ModelError(f"unknown dtype {name!r}; use one of {', '.join(known)}")
+    return known[name]

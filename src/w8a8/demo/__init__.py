@@ -1,0 +1,1 @@
+"""The main job on the model that is shipped."""

@@ -1,0 +1,1 @@
+"""One quantised layer: what it holds, what it computes, what it tells."""

@@ -1,0 +1,356 @@
+"""What a quantised layer holds: its buffers, as a file has them and as a kernel wants them.
+
+The buffers carry the names and shapes of a compressed-tensors file, so that `state_dict` is the file:
+
+    weight             (N, K) int8 codes; where a simulated grid is wider than 8 bits, its float32 values,
+                       and then there is no weight_scale and no weight_zero_point.  In the state dict of a weight-only
+                       layer it is weight_packed and weight_shape (`w8a8.core.packed`)
+    weight_scale       (1,), (N, 1), (N, G) or, per column, (1, K) float32
+    weight_zero_point  as weight_scale, int32; only where weights are asymmetric
+    bias               (N,) in the dtype of the float layer
+    input_scale        (1,) float32, and input_zero_point (1,) int32: only where activations are static
+
+`weight_sum` (N, G) int32 is derived from the weight and stays out of the state dict.
+
+Where the native kernel runs the layer, the codes lie packed for it (`packed_weight`) instead of row-major: in memory
+they exist once.  `layer.codes` and the state dict are then row-major copies, made when asked for.  For another kernel
+that is asked for later, or in another process that reads a pickle, they are laid out anew once, not at each call.
+
+`layer.weight` is not the codes but a `Weight`, which tells dtype and shape of the float weight and refuses the rest.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from w8a8 import kernels
+from w8a8.core.affine import QParams
+from w8a8.core.packed import SHAPE, WORDS, as_words, in_words, unpack_rows, words
+from w8a8.core.scheme import (
+    CODE_REACH,
+    MAX_CODE_BITS,
+    Granularity,
+    PerChannel,
+    PerColumn,
+    PerGroup,
+    PerTensor,
+    PerToken,
+    Scheme,
+    largest_k,
+)
+from w8a8.errors import SchemeError
+from w8a8.kernels import native
+from w8a8.layers import saving
+from w8a8.layers.weight import Weight
+
+
+class LinearBuffers(nn.Module):
+    """The buffers of a quantised linear layer: made empty, then filled, packed, moved, saved and loaded.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        scheme: What is quantised and how.
+        bias: The dtype of the bias, or None: no bias.
+        integer: Whether the layer multiplies integers: it then has sums, and packs its codes for the native kernel.
+        kernel: The kernel to run, or "auto".
+        device: Where the empty buffers are made; "meta" makes none.
+        dtype: Of the float weight, which `weight` tells and `.to(dtype)` changes.
+
+    `arriving` is set while transformers fills the layer from files: `weight` is then the buffer of that name.
+    """
+
+    weight: Weight
+    arriving = False
+    weight_scale: Tensor
+    weight_sum: Tensor
+    packed_weight: Tensor | None
+    weight_zero_point: Tensor | None
+    bias: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    weight_sqnr_db: float | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: torch.dtype | None,
+        integer: bool,
+        kernel: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.in_features = in_features
+        self.out_features = out_features
+        self.scheme = scheme
+        self._kernel = kernel
+        self.in_words = in_words(scheme)  # what the state dict has of the codes
+        self._integer = integer
+        spec, activations = scheme.weights, scheme.activations
+
+        def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        scale_shape = _scale_shape(spec.granularity, out_features, in_features)
+        has_codes = spec.bits <= MAX_CODE_BITS
+        static = activations is not None and not activations.dynamic
+        buffers = {
+            "weight": empty(torch.int8 if has_codes else torch.float32, out_features, in_features),
+            "weight_scale": empty(torch.float32, *scale_shape) if has_codes else None,
+            "weight_zero_point": empty(torch.int32, *scale_shape) if has_codes and not spec.symmetric else None,
+            "bias": None if bias is None else empty(bias, out_features),
+            "input_scale": empty(torch.float32, 1) if static else None,
+            "input_zero_point": (
+                empty(torch.int32, 1) if activations is not None and static and not activations.symmetric else None
+            ),
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer)
+        groups = scale_shape[1] if isinstance(spec.granularity, PerGroup) else 1
+        self.register_buffer("weight_sum", empty(torch.int32, out_features, groups), persistent=False)
+        self.register_buffer("packed_weight", None, persistent=False)
+
+    @property
+    def kernel(self) -> str:
+        """The kernel to run, or "auto".  Setting it lays the codes out for it."""
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, name: str) -> None:
+        kernels.check_name(name)
+        self._kernel = name
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Pack the codes, or unpack them, where they do not lie as the kernel that is to run wants them."""
+        packed, device = self.packed_weight, self.weight_sum.device
+        if not self._integer or device.type == "meta":
+            return
+        as_panels = packed is not None and native.lies_as_here(packed, self.out_features, self.in_features)
+        if not (as_panels if self._packs(device) else packed is None):
+            self.set_codes(self.codes)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what a copy or a pickle holds; what was laid out for another machine or process is laid out anew."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._lay_out()
+
+    def set_codes(self, codes: Tensor) -> None:
+        """Take a weight: derive its sums, and pack it where the native kernel is to run the layer.
+
+        Args:
+            codes: (N, K) int8, row-major; float32 where a simulated grid is wider than 8 bits.  Kept, not copied,
+                unless it is packed.
+
+        Raises:
+            SchemeError: K is so large that the sums of these codes might not fit in int32; nothing is changed then.
+        """
+        if self._integer and not codes.is_meta:
+            self._check_sums(codes)
+        self._buffers["packed_weight"] = None
+        self._buffers["weight"] = codes
+        groups = self.weight_sum.shape[1]
+        if codes.is_meta or not self._integer:
+            self.weight_sum = codes.new_zeros((self.out_features, groups), dtype=torch.int32)
+        elif self._packs(codes.device):
+            self._buffers["packed_weight"], self.weight_sum = native.pack(codes)
+            del self._buffers["weight"]
+        else:
+            self.weight_sum = _sums(codes.view(self.out_features, groups, self.in_features // groups))
+
+    def _check_sums(self, codes: Tensor) -> None:
+        """Codes that were made elsewhere may reach further than those that are made here: -128, for one."""
+        spec, activations = self.scheme.weights, self.scheme.activations
+        assert activations is not None, "an integer layer has integer activations"
+        reach = activations.reach
+        first, last = (0, 0) if spec.symmetric else (spec.qmin, spec.qmax)  # zero points
+
+        def limit_of(lowest: int, highest: int) -> int:
+            return largest_k(reach, max(1, highest - first, last - lowest))
+
+        if not codes.numel() or self.in_features <= limit_of(-CODE_REACH, CODE_REACH - 1):
+            return
+        lowest, highest = (int(end) for end in codes.aminmax())
+        limit = limit_of(lowest, highest)
+        if self.in_features > limit:
+            raise SchemeError(
+                f"K={self.in_features} could overflow the int32 sum, which holds K up to {limit} for a weight with "
+                f"codes from {lowest} to {highest}; use simulated=True"
+            )
+
+    def _packs(self, device: torch.device) -> bool:
+        """Whether codes on the device are packed."""
+        activations = self.scheme.activations
+        assert activations is not None, "an integer layer has integer activations"
+        groups = self.weight_sum.shape[1]
+        return (
+            device.type == "cpu"
+            and self.scheme.weights.symmetric
+            and native.can_pack(self.out_features, self.in_features, groups, activations)
+            and kernels.first_choice(self._kernel) == native.NATIVE.name
+        )
+
+    @property
+    def codes(self) -> Tensor:
+        """(N, K) int8, row-major: a copy where they are packed; float32 where a simulated grid is wider than 8 bits."""
+        packed = self._buffers.get("packed_weight")
+        codes = self._buffers.get("weight") if packed is None else self._unpacked(packed)
+        assert codes is not None, "a layer has codes, or room for them"
+        return codes
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        return kernels.unpack(packed, self.out_features, self.in_features)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.arriving and (device := self._device) is not None:
+            return Weight((self.out_features, self.in_features), self.dtype, device)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a parameter in a buffer's place: it would be kept where no kernel looks."""
+        if isinstance(value, nn.Parameter) and (name == "weight" or name in self.__dict__.get("_buffers", ())):
+            raise SchemeError(
+                f"{name} of a quantised layer is a buffer and was given a parameter; give it the tensor, value.detach()"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def _device(self) -> torch.device | None:
+        """Of the codes; None before there are any, or room for them."""
+        buffers = self.__dict__.get("_buffers", {})
+        found = (buffers.get(name) for name in ("packed_weight", "weight"))
+        return next((buffer.device for buffer in found if buffer is not None), None)
+
+    def set_input_params(self, params: QParams | None) -> None:
+        """Take the static grid of the input.
+
+        Args:
+            params: One scale, and a zero point where the activations are asymmetric.  Copied.  None where they are not
+                static.
+
+        Raises:
+            SchemeError: there is none where one is needed, or one where none is; it does not fit the scheme.
+        """
+        activations = self.scheme.activations
+        if activations is None or activations.dynamic:
+            if params is not None:
+                raise SchemeError(f"input_params were given, but the activations are not static: {self.scheme}")
+            return
+        if params is None:
+            raise SchemeError(
+                f"static activations need their grid: {self.scheme}; give input_params=QParams(scale, zero_point) "
+                "measured on calibration data, or use a dynamic scheme"
+            )
+        if not bool((torch.isfinite(params.scale) & (params.scale > 0)).all()):
+            raise SchemeError(f"input_params have the scale {params.scale.tolist()}, which is not positive and finite")
+        zero_point = params.zero_point
+        if zero_point is not None and bool(((zero_point < activations.qmin) | (zero_point > activations.qmax)).any()):
+            raise SchemeError(
+                f"input_params have the zero point {zero_point.tolist()}, "
+                f"outside {activations.qmin}..{activations.qmax}"
+            )
+        if params.scale.numel() != 1 or (params.zero_point is None) != activations.symmetric:
+            raise SchemeError(
+                f"input_params have {params.scale.numel()} scales and "
+                f"{'no' if params.zero_point is None else 'a'} zero point; {self.scheme} takes one scale and "
+                f"{'no' if activations.symmetric else 'a'} zero point"
+            )
+        self.input_scale = params.scale.detach().to(self._device, torch.float32, copy=True).reshape(1)
+        if params.zero_point is not None:
+            self.input_zero_point = params.zero_point.detach().to(self._device, torch.int32, copy=True).reshape(1)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LinearBuffers":
+        """Move with the model, but keep the grid float32 through `.half()` and `.to(dtype)`."""
+        probe = fn(torch.empty(0, dtype=torch.int8, device=self.weight_sum.device))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_sum.device)).dtype
+        if self.packed_weight is not None and probe.device.type != "cpu":
+            self._buffers["weight"], self._buffers["packed_weight"] = self.codes, None
+        before = {name: b for name, b in self._buffers.items() if b is not None and name != "bias"}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            assert after is not None, "a move does not drop buffers"
+            if after.dtype is not buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        if self.packed_weight is None and self.weight_sum.device.type == "cpu":  # moved here, perhaps
+            self.set_codes(self.codes)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        saving.tell(destination)
+        if self.packed_weight is not None:
+            destination[prefix + "weight"] = self.codes
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.in_words:
+            stored = as_words(destination.pop(prefix + "weight"))
+            destination.update({prefix + key: value for key, value in stored.items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take codes as int8 or in words; refuse a float weight, which a copy would truncate without telling."""
+        if self.in_words and prefix + WORDS in state_dict:
+            state_dict = dict(state_dict)
+            stored, want = state_dict.pop(prefix + WORDS), (self.out_features, words(self.in_features, 8))
+            shape = state_dict.pop(prefix + SHAPE, None)
+            if stored.dtype is not torch.int32 or stored.shape != want:
+                error_msgs.append(
+                    f"{prefix}{WORDS} is {stored.dtype} of shape {tuple(stored.shape)}, expected int32 of shape {want}"
+                )
+                return
+            if shape is not None and shape.tolist() != [self.out_features, self.in_features]:
+                error_msgs.append(
+                    f"{prefix}{SHAPE} is {shape.tolist()}, expected {[self.out_features, self.in_features]}"
+                )
+                return
+            state_dict[prefix + "weight"] = unpack_rows(stored.contiguous(), 8, self.in_features)
+        holds = torch.int8 if self.scheme.weights.bits <= MAX_CODE_BITS else torch.float32
+        given = state_dict.get(prefix + "weight")
+        if given is not None and given.dtype is not holds:
+            error_msgs.append(
+                f"{prefix}weight is {given.dtype}, this QuantLinear holds {holds}: "
+                "load the float weights into the float model and quantise that"
+            )
+            return
+        if self.packed_weight is not None:
+            self._buffers["weight"], self._buffers["packed_weight"] = self.codes, None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self.set_codes(self.codes)
+        self.weight_sqnr_db = None
+
+
+def _sums(codes: Tensor) -> Tensor:
+    """Sums along the last axis, int32."""
+    if codes.device.type != "cpu":
+        return codes.sum(-1, dtype=torch.int32)
+    # 6.5 GB/s where torch, which makes an int32 copy of the weight first, reads 0.24 GB/s (torch 2.13, one layer)
+    return torch.from_numpy(np.add.reduce(codes.numpy(), axis=-1, dtype=np.int32))
+
+
+def _scale_shape(granularity: Granularity, n: int, k: int) -> tuple[int, ...]:
+    match granularity:
+        case PerTensor():
+            return (1,)
+        case PerColumn():
+            return (1, k)
+        case PerGroup(size):
+            return (n, k // size)
+        case PerChannel() | PerToken():
+            return (n, 1)

@@ -1,0 +1,370 @@
+"""The walk: find the linear layers of a model, choose among them, and swap them in place.
+
+Choosing.  A pattern is the exact name of a layer, or else a glob over the dotted module names; a `*` crosses dots.  A
+pattern that matches no linear layer is an error.  Five kinds of layer are not taken by a glob, only by their exact
+name in `include`:
+
+- the output head (`lm_head`, or what the model calls its output embedding): files with a float head are
+  what vLLM and transformers load;
+- a layer whose weight is shared with another module (OPT's head is its embedding): quantising it makes a
+  copy, and the two are no longer one;
+- a router, which says what experts run, and how much they count (`w8a8.model.roles`): vLLM's are float;
+- an adapter, of peft's or made in its way.
+
+Layers that are tied to one another, and to nothing else, are taken together, each with codes of its own.
+
+And some are never taken, however they are named: `w8a8.model.obstacles`.  All these are reported with the reason.
+
+Swapping.  Every new layer is made before the first old one is replaced, so that a failure half-way leaves
+the model as it was; `swapped` puts the old layers back at its end.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import TypeAlias
+
+from torch import nn
+
+from w8a8 import kernels
+from w8a8.core.affine import QParams
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
+from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
+from w8a8.layers.linear import QuantLinear, check_materialised, is_linear, quant_linears
+from w8a8.model import ties
+from w8a8.model.experts import unstacked
+from w8a8.model.obstacles import obstacles
+from w8a8.model.places import places
+from w8a8.model.roles import adapters_of, heads, routers_of
+from w8a8.model.usage import look
+
+Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
+"""One scheme for all layers; or by pattern, where the first that matches a layer decides, and None is float."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of choosing: names to quantise, and why each other linear layer stays float.
+
+    `untied` maps a chosen layer whose weight is shared to the module it shares with, which stays float; `together` one
+    to those that are quantised as it is.
+    """
+
+    chosen: tuple[str, ...]
+    reasons: dict[str, str]
+    untied: dict[str, str]
+    together: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Selection:
+    """Choose the layers to quantise.
+
+    Args:
+        model: Any module.  Not modified.
+        include: Exact names or globs; a layer must match one.
+        exclude: Exact names or globs; a layer must match none.
+
+    Raises:
+        PatternError: a pattern matches no linear layer; the message lists the closest names.
+        SchemeError: nothing is left to quantise.
+        ModelError: `model` is not a module, or has parameters without a shape.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
+    include, exclude = _as_list(include, "include"), _as_list(exclude, "exclude")
+    if is_linear(model):
+        raise SchemeError(
+            "the model is itself one linear layer, which has no place to be swapped in: use QuantLinear.from_float"
+        )
+    check_materialised(model)
+    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    _check_patterns(model, linears, include, exclude)
+    included = set().union(*(matching(pattern, linears) for pattern in include))
+    excluded = {name: pattern for pattern in reversed(exclude) for name in matching(pattern, linears)}
+    usage = look(model)
+    never = obstacles(model, linears, usage)
+    output, routers, adapters = set(heads(model)), routers_of(model, linears, usage.choosing), adapters_of(model)
+    shared = _shared_weights(model, linears)
+    reasons: dict[str, str] = {}
+    for name in linears:
+        reason = never.get(name)
+        if reason is None and name not in included:
+            reason = "not matched by include"
+        if reason is None and name in excluded:
+            reason = f"excluded by {excluded[name]!r}"
+        if reason is None and name not in include:
+            does = "quantises it"
+            other = next((other for other in shared.get(name, ()) if other not in linears), None)
+            if other is not None:
+                reason, does = f"its weight is tied to {other}", "quantises a copy of it"
+            elif name in output:
+                reason = "the output head stays float by default"
+            elif name in routers:
+                reason = f"a router stays float by default ({routers[name]})"
+            elif name in adapters:
+                reason = "an adapter stays float by default"
+            if reason is not None:
+                reason += f"; {name!r} in include, by its name, {does}"
+        if reason is not None:
+            reasons[name] = reason
+    untied = _untie_from_float(shared, reasons, include)
+    chosen = [name for name in linears if name not in reasons]
+    if not chosen:
+        raise SchemeError(_nothing_left(model, reasons))
+    together = {name: tuple(others) for name, others in shared.items() if name not in reasons and name not in untied}
+    return Selection(tuple(chosen), reasons, untied, together)
+
+
+def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str, Scheme]]:
+    """Give each chosen layer its scheme.
+
+    Args:
+        selection: What `select` chose.
+        schemes: One scheme or preset for all; or a mapping from exact names and globs to schemes, presets and None.
+            The first pattern that matches a layer decides; layers that none matches stay float.
+
+    Returns:
+        The selection without the layers that stay float, and the scheme of each that is left.
+
+    Raises:
+        PatternError: a pattern matches none of the chosen layers; the message lists the closest names.
+        SchemeError: no preset has this name; every layer is left float.
+    """
+    if not isinstance(schemes, Mapping):
+        return selection, dict.fromkeys(selection.chosen, Scheme.of(schemes))
+    decides: dict[str, str] = {}  # the pattern that decides over a layer
+    for pattern in schemes:
+        matched = matching(pattern, selection.chosen)
+        decides = dict.fromkeys(matched, pattern) | decides
+        if not matched:
+            raise PatternError(
+                f"schemes: {pattern!r} matches none of the {len(selection.chosen)} layers to quantise; "
+                + closest(pattern, selection.chosen)
+            )
+    known = {pattern: None if scheme is None else Scheme.of(scheme) for pattern, scheme in schemes.items()}
+    found, reasons = {}, dict(selection.reasons)
+    for name in selection.chosen:
+        match = decides.get(name)
+        scheme = None if match is None else known[match]
+        if scheme is not None:
+            found[name] = scheme
+        elif match is None:
+            reasons[name] = "no pattern of the schemes matches it"
+        else:
+            reasons[name] = f"left float by the schemes' {match!r}"
+    if not found:
+        raise SchemeError(
+            f"there is nothing to quantise: the schemes {schemes!r} leave all {len(selection.chosen)} layers float; "
+            "give one pattern a scheme"
+        )
+    untied = {name: other for name, other in selection.untied.items() if name in found}
+    together = {}
+    for name, others in selection.together.items():
+        if name not in found:
+            continue
+        float_ones = [other for other in others if other not in found]
+        if float_ones or any(found[other] != found[name] for other in others):
+            untied[name] = (float_ones or list(others))[0]
+        else:
+            together[name] = others
+    return replace(selection, chosen=tuple(found), reasons=reasons, untied=untied, together=together), found
+
+
+def build(
+    model: nn.Module,
+    selection: Selection,
+    schemes: Scheme | Mapping[str, Scheme],
+    *,
+    simulated: bool = False,
+    kernel: str = kernels.AUTO,
+    strict: bool = False,
+    input_params: Mapping[str, QParams] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, QuantLinear]:
+    """Make the new layers.  The model is not modified.
+
+    Args:
+        model, selection: What to quantise.
+        schemes: One for all, or each chosen layer's own, as `assign` gives them.
+        simulated, kernel, strict: As for `QuantLinear`.
+        input_params: The grid of each chosen layer's input whose scheme has static activations.
+        progress: Called after each layer.
+
+    Raises:
+        W8A8Error: as `QuantLinear.from_float`, with a note that names the layer.
+    """
+    layers = {}
+    for done, name in enumerate(selection.chosen, start=1):
+        try:
+            layers[name] = QuantLinear.from_float(
+                model.get_submodule(name),
+                schemes if isinstance(schemes, Scheme) else schemes[name],
+                simulated=simulated,
+                kernel=kernel,
+                strict=strict,
+                input_params=None if input_params is None else input_params.get(name),
+            )
+        except W8A8Error as error:
+            error.add_note(f"while quantising {name}")
+            raise
+        if progress is not None:
+            progress(done, len(selection.chosen), name)
+    return layers
+
+
+def empty_layer(model: nn.Module, name: str, scheme: Scheme) -> QuantLinear:
+    """The layer that is to take the place of one of the model's, without values.  The model is not modified.
+
+    Raises:
+        SchemeError: as `QuantLinear`, with a note that names the layer.
+    """
+    try:
+        return QuantLinear.in_place_of(model.get_submodule(name), scheme)
+    except SchemeError as error:
+        error.add_note(f"while quantising {name}")
+        raise
+
+
+def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
+    """The patterns of `include`, and with head="int8" the names of the model's output heads.
+
+    Raises:
+        ModelError: `head` is neither "float" nor "int8", or the model has no head to quantise.
+    """
+    patterns = _as_list(include, "include")
+    if head == "float":
+        return patterns
+    if head != "int8":
+        raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
+    names = heads(model)
+    if not names:
+        raise ModelError(f"head='int8' was asked for, and {type(model).__name__} has no float output head to quantise")
+    return [*patterns, *names]
+
+
+def untie(model: nn.Module, selection: Selection) -> None:
+    """After a tied layer was quantised: have the model say so, or it would be tied again."""
+    ties.untie(model, selection.untied)
+    ties.forget(model, selection.together)
+
+
+def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put the layers in the places of those of the same names; the model is changed.
+
+    A module that is reached by several names, or held in a list or an attribute too, is replaced in all these places.
+
+    Returns:
+        The old modules under the same names: `swap` them to undo.
+    """
+    old = {name: model.get_submodule(name) for name in layers}
+    replacement = {id(old[name]): layers[name] for name in layers}
+    for place in list(places(model)):
+        if id(place.module) in replacement and place.container is not None:
+            place.container[place.key] = replacement[id(place.module)]
+    return old
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`swap` for the length of a `with` block."""
+    old = swap(model, layers)
+    try:
+        yield
+    finally:
+        swap(model, old)
+
+
+def unstack_experts_(model: nn.Module) -> dict[str, str]:
+    """Give stacked experts linear layers of their own, in place, so that all that goes by a layer's name reaches them.
+
+    `w8a8.quantize` does this by itself; here it is for what looks at the float model: `sensitivity`, `allocate`,
+    `collect`.  The weights are the stacks', not copies.
+
+    Args:
+        model: Float.
+
+    Returns:
+        Why other stacks stay as they are, by name.
+    """
+    experts, reasons = unstacked(model)
+    swap(model, experts)
+    return reasons
+
+
+def matching(pattern: str, names: Collection[str]) -> set[str]:
+    """The name that the pattern is, where there is one of that name (it may hold brackets); else those it globs."""
+    return {pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)}
+
+
+def _as_list(patterns: Sequence[str], argument: str) -> list[str]:
+    if isinstance(patterns, str):
+        raise PatternError(f"{argument}={patterns!r} is a string; give a list of patterns: [{patterns!r}]")
+    return list(patterns)
+
+
+def _check_patterns(model: nn.Module, linears: dict[str, nn.Module], include: list[str], exclude: list[str]) -> None:
+    quantized = {name for name, _ in quant_linears(model)}
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            if matching(pattern, linears):
+                continue
+            if matching(pattern, quantized):
+                if pattern == "*":
+                    raise SchemeError(_nothing_left(model, {}))
+                raise PatternError(f"{argument}: {pattern!r} matches only layers that are quantised already")
+            if not linears:
+                raise SchemeError(_nothing_left(model, {}))
+            children = [name for name in linears if name.startswith(pattern + ".")]
+            hint = f"it is a module that holds {len(children)} of them: {pattern + '.*'!r}" if children else ""
+            raise PatternError(
+                f"{argument}: {pattern!r} matches none of the model's {len(linears)} linear layers; "
+                + (hint or closest(pattern, linears))
+            )
+
+
+def _nothing_left(model: nn.Module, reasons: dict[str, str]) -> str:
+    done = sum(1 for _ in quant_linears(model))
+    if done:
+        return f"there is nothing to quantise: {done} layers are quantised already, load the float model to start again"
+    if not reasons:
+        return f"there is nothing to quantise: {type(model).__name__} has no nn.Linear and no Conv1D"
+    name, reason = next(iter(reasons.items()))
+    return f"there is nothing to quantise: all {len(reasons)} linear layers are left out, {name}: {reason}"
+
+
+def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """For each linear layer whose weight other modules hold too: these modules' names."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    shared = {}
+    for name, linear in linears.items():
+        others = [owner for owner in owners.get(id(linear._parameters.get("weight")), ()) if owner != name]
+        if others:
+            shared[name] = others
+    return shared
+
+
+def _untie_from_float(shared: dict[str, list[str]], reasons: dict[str, str], include: list[str]) -> dict[str, str]:
+    """Of tied layers: those that are taken though another stays float, each with that one.
+
+    Args:
+        shared: What each layer's weight is tied to.
+        reasons: Why layers stay float; gains those that are tied to one and not named in `include`.
+        include: Names and patterns.
+    """
+    while True:
+        untied = {}
+        for name in shared.keys() - reasons.keys():
+            apart = [other for other in shared[name] if other in reasons or other not in shared]
+            if apart:
+                untied[name] = apart[0]
+        left = untied.keys() - set(include)
+        if not left:
+            return {name: untied[name] for name in shared if name in untied}
+        for name in left:
+            how = f"{name!r} in include, by its name, quantises a copy of it"
+            reasons[name] = f"its weight is tied to {untied[name]}, which stays float; {how}"

@@ -1,0 +1,165 @@
+"""One call of a model: what it is called with, and the state in which it is called to be observed."""
+
+import contextlib
+import copy
+import enum
+import inspect
+import types
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from w8a8.errors import CalibrationError, W8A8Error, few
+from w8a8.model.kinds import context_length
+
+ModelInputs: TypeAlias = Mapping[str, Any] | Tensor | tuple[Any, ...]
+"""One call of a model: keyword arguments, one positional argument, or several."""
+
+_NOT_TAKEN = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
+"""What the forward of a model raises that is given too little, or something else than it takes."""
+
+
+def as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelInputs:
+    """What a loop called the model with, as one batch."""
+    if not kwargs:
+        return args[0] if len(args) == 1 else args
+    if not args:
+        return kwargs
+    return {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+
+
+def call(model: nn.Module, inputs: ModelInputs) -> Any:
+    """Call a model with one batch, moved to the device of its first parameter.
+
+    What keeps state among the inputs, a cache of keys and values, is copied: the batch is the same for the next call.
+
+    Raises:
+        CalibrationError: the model does not take the batch.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    given = copied(inputs, lambda t: t.to(device))
+    try:
+        if isinstance(given, Mapping):
+            return model(**given)
+        return model(*given) if isinstance(given, tuple) else model(given)
+    except W8A8Error:
+        raise
+    except _NOT_TAKEN as error:
+        said = str(error).strip().splitlines()[:1]
+        raise CalibrationError(
+            f"{type(model).__name__} cannot be called with a batch of the calibration data ({_in_words(inputs)}): "
+            f"{': '.join([type(error).__name__, *said])}; give batches that it takes: a list of mappings of its "
+            "forward's arguments"
+        ) from error
+
+
+def copied(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nest of inputs with every tensor changed, and what can keep state in it copied.
+
+    Args:
+        value: Tensors, tuples, lists, mappings and objects with attributes (caches), in one another.  Not modified.
+            Modules, classes, functions and plain values are taken as they are.
+        change: Gives another tensor for a tensor.  One that it returns itself is copied where it lies in an object,
+            which may write to it.
+    """
+    return _copied(value, change, {}, inside=False)
+
+
+def _copied(value: Any, change: Callable[[Tensor], Tensor], seen: dict[int, Any], *, inside: bool) -> Any:
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, Tensor):
+        changed = change(value)
+        seen[id(value)] = changed.clone() if inside and changed is value else changed
+        return seen[id(value)]
+    if isinstance(value, tuple):
+        parts = (_copied(part, change, seen, inside=inside) for part in value)
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, list | MutableMapping):
+        new = seen[id(value)] = copy.copy(value)
+        for key in range(len(value)) if isinstance(value, list) else list(value):
+            new[key] = _copied(value[key], change, seen, inside=inside)
+        return new
+    stateless = isinstance(value, nn.Module | type | enum.Enum | types.ModuleType) or callable(value)
+    if stateless or not hasattr(value, "__dict__"):
+        return value
+    new = seen[id(value)] = copy.copy(value)
+    for name, part in vars(value).items():
+        new.__dict__[name] = _copied(part, change, seen, inside=True)
+    return new
+
+
+def _in_words(inputs: ModelInputs) -> str:
+    """What a batch holds."""
+
+    def told(value: Any) -> str:
+        return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+    if isinstance(inputs, Mapping):
+        return few(f"{name} {told(value)}" for name, value in inputs.items())
+    return few(map(told, inputs)) if isinstance(inputs, tuple) else told(inputs)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """One state of torch's random generators for the length of a `with` block, for models that draw as they run."""
+    others = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=others):
+        torch.default_generator.manual_seed(0)
+        for other in others:
+            with torch.cuda.device(other):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def check_inputs(model: nn.Module, inputs: ModelInputs) -> None:
+    """Refuse ids and lengths that a language model does not know, which it would answer with an index error."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    config = getattr(model, "config", None)
+    if not isinstance(ids, Tensor) or config is None or not ids.numel():
+        return
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    vocabulary, largest = getattr(text, "vocab_size", None), int(ids.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise CalibrationError(
+            f"the calibration data has the token id {largest}, {type(model).__name__} knows 0..{vocabulary - 1}: "
+            "it was encoded with the tokenizer of another model"
+        )
+    limit = context_length(model)
+    if limit is not None and ids.shape[-1] > limit:
+        raise CalibrationError(
+            f"the calibration data has a window of {ids.shape[-1]} tokens, {type(model).__name__} has places for "
+            f"{limit}: give Calibration.of a length of at most {limit}"
+        )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no cache of keys and values, for the length of a `with` block."""
+    training = {module: module.training for module in model.modules()}
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        model.eval()
+        if use_cache is not None:
+            config.use_cache = False
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        if use_cache is not None:
+            config.use_cache = use_cache
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in an output or in inputs: tuples, lists, mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from tensors_in(part)

@@ -1,0 +1,120 @@
+"""What kind of model this is, and so what can be asked of it: the one question at the door of every command.
+
+Told from the class and the config, before any weight is read: by what its `forward` takes, whether transformers can
+have it generate, and for masked language models, which nothing else tells from other encoders, by transformers' own
+mapping of them.  Whether what generates is causal is seen when it is scored (`evaluation.scores.check_causal`).
+"""
+
+import enum
+import inspect
+from collections.abc import Set
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from w8a8.errors import ModelError
+
+
+class Kind(enum.Enum):
+    """What a model reads and gives."""
+
+    CAUSAL = "a causal language model"
+    MASKED = "a masked language model"
+    PAIRED = "an encoder-decoder"
+    TEXT = "a model that reads text and predicts no tokens"
+    VISION = "a model of pictures"
+    SOUND = "a model of sound"
+    OTHER = "a model that reads something else than text alone"
+
+
+READS_TEXT = frozenset({Kind.CAUSAL, Kind.MASKED, Kind.TEXT})
+"""Those that are called with token ids alone."""
+
+PREDICTS_TOKENS = frozenset({Kind.CAUSAL, Kind.MASKED})
+"""Those that a text can be scored with: by perplexity, or by pseudo-perplexity."""
+
+_SOUNDS = ("input_values", "input_features")
+_BESIDE = ("pixel_values", "bbox", "visual_feats", *_SOUNDS)
+_WAYS = {
+    Kind.CAUSAL: "`w8a8 eval MODEL --text FILE` scores it",
+    Kind.MASKED: "`w8a8 eval MODEL --text FILE` gives its pseudo-perplexity",
+    Kind.TEXT: "`w8a8 eval MODEL --text FILE --against FLOAT_MODEL` tells how far its outputs are from another's",
+}
+_IN_PYTHON = (
+    "in Python, w8a8.evaluation.outputs.compare_outputs(model, float_model, batches) tells what quantising changed"
+)
+
+
+def kind_of(kind: Any, config: Any) -> Kind:
+    """What kind a model of this class and config is.
+
+    Args:
+        kind: A class of transformers' models.
+        config: Of the model.
+    """
+    taken = inspect.signature(kind.forward).parameters
+    main = getattr(kind, "main_input_name", None)
+    name = kind.__name__
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in taken:
+        return Kind.PAIRED
+    if main == "pixel_values":
+        return Kind.VISION
+    if main in _SOUNDS:
+        return Kind.SOUND
+    if main != "input_ids" or "input_ids" not in taken:
+        return Kind.OTHER
+    masked = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM")
+    if masked and not getattr(config, "is_decoder", False):
+        return Kind.MASKED
+    if kind.can_generate():
+        return Kind.CAUSAL
+    return Kind.OTHER if any(other in taken for other in _BESIDE) else Kind.TEXT
+
+
+def kind_of_model(model: Any) -> Kind | None:
+    """The same of a model; None where it is none of transformers'."""
+    config = getattr(model, "config", None)
+    return None if config is None or not hasattr(model, "can_generate") else kind_of(type(model), config)
+
+
+def check_kind(asked: str, kinds: Set[Kind], kind: Any, config: Any) -> Kind:
+    """Raise `ModelError` where something was asked of a model that models of its kind cannot do; else its kind.
+
+    Args:
+        asked: What was asked, as the subject of "... was asked for".
+        kinds: Those that can.
+        kind: The class.
+        config: Of the model.
+    """
+    found = kind_of(kind, config)
+    if found not in kinds:
+        raise ModelError(
+            f"{asked} was asked for, and {kind.__name__} is {found.value}: that takes "
+            f"{' or '.join(sorted(each.value for each in kinds))}; {way_out(found)}"
+        )
+    return found
+
+
+def way_out(kind: Kind) -> str:
+    """What can be asked of it to see what quantising lost."""
+    return _WAYS.get(kind, _IN_PYTHON)
+
+
+def context_length(model: Any) -> int | None:
+    """The longest sequence that the model has positions for, or None where its config does not say, or no limit."""
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    for config in (model.config, text):
+        for name in ("max_position_embeddings", "n_positions"):
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 0:  # XLNet's is -1: no limit
+                return value - _skipped(model, value)
+    return None
+
+
+def _skipped(model: Any, positions: int) -> int:
+    """How many of the places are for no token: RoBERTa's are counted from behind the number of its padding."""
+    for name, module in getattr(model, "named_modules", tuple)():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and module.num_embeddings == positions:
+            return int(padding) + 1
+    return 0

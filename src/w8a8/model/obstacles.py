@@ -1,0 +1,132 @@
+"""Why a linear layer cannot be replaced, however it is named.
+
+A layer is taken where `QuantLinear` in its place leaves the model as it is but for the rounding: it is a linear layer
+and nothing else, the model only calls it, and holds it where a swap reaches.  So it stays float where
+
+- its `forward`, its class's or its own, does not compute x W^T + b, which is tried on a small copy;
+- something is attached to it: hooks, parameters, buffers or children beside weight and bias, or a weight that is made
+  of others at each call (weight_norm, spectral_norm, prune, a parametrization);
+- the model's code reads more of it than a quantised layer has (`w8a8.model.usage`): its weight, most often;
+- the model keeps it in float32 beside layers of 16 bits;
+- the model also holds it in a tuple, a closure or a bound method (`w8a8.model.places`).
+
+Whatever is decided here is decided before a layer is made.
+"""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from w8a8.layers.linear import is_conv1d, not_plain
+from w8a8.model.experts import OTHER_KIND
+from w8a8.model.places import places
+from w8a8.model.usage import Usage
+
+
+def obstacles(model: nn.Module, linears: Mapping[str, nn.Module], usage: Usage) -> dict[str, str]:
+    """Why layers cannot be replaced, by name; the others are not in it.
+
+    Args:
+        model: With or without values.  Not modified.
+        linears: Its linear layers by name.
+        usage: What the model's code does with them.
+    """
+    kept = _kept_wide(model, linears)
+    fixed = {id(place.module): place.name for place in places(model) if place.container is None}
+    found = {}
+    for name, linear in linears.items():
+        reason = _of_layer(linear)
+        if reason is None and name in usage.read:
+            reason = f"it is not only called: {usage.read[name]}"
+        if reason is None and name in kept:
+            reason = f"its model keeps it in float32 beside {kept[name]}, so what it returns must not be {kept[name]}"
+        if reason is None and id(linear) in fixed:
+            reason = f"it is held in {fixed[id(linear)]} too, where no other can be put in its place"
+        if reason is not None:
+            found[name] = reason
+    return found
+
+
+def _kept_wide(model: Any, linears: Mapping[str, Any]) -> dict[str, str]:
+    """The layers in float32 that the model's class keeps so (T5's `wo`), each with the dtype of the others.
+
+    Such a layer's input is cast for it where its weight is seen to be float32.  A quantised one would return the narrow
+    dtype of its input, and the sums that follow would be narrow too.
+    """
+    # past `linear.weight`, which may be made anew at each look
+    held = {name: linear._parameters.get("weight") for name, linear in linears.items()}
+    dtypes = {name: weight.dtype for name, weight in held.items() if weight is not None}
+    halves = set(dtypes.values()) & {torch.float16, torch.bfloat16}
+    if len(halves) != 1 or not hasattr(model, "_get_dtype_plan"):
+        return {}
+    (half,) = halves
+    patterns = [re.compile(each.replace("*", ".*")) for each in model._get_dtype_plan(half)]
+    return {
+        name: str(half).removeprefix("torch.")
+        for name, dtype in dtypes.items()
+        if dtype is torch.float32 and any(each.search(f"{name}.weight") for each in patterns)
+    }
+
+
+def _of_layer(linear: nn.Module) -> str | None:
+    """What about the layer itself is in the way."""
+    attached = next(_attached(linear), None)
+    if attached is not None:
+        return attached
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
+        with torch.device("cpu"):  # a caller may be making models on the meta device
+            why = _differs(linear)
+        if why is not None:
+            return f"{type(linear).__name__} is a subclass of nn.Linear that {why}"
+    return None
+
+
+def _attached(linear: nn.Module) -> Iterator[str]:
+    """What a swap would drop, or could not read."""
+    why = not_plain(linear)
+    if why is not None:
+        yield why
+    if parametrize.is_parametrized(linear):
+        kinds = {type(each).__name__ for made in linear.parametrizations.values() for each in made}  # type: ignore[operator]
+        yield (
+            f"its weight is made anew at each call ({', '.join(sorted(kinds))}); "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it a plain one"
+        )
+    own = {*linear._parameters, *linear._buffers, *linear._modules}
+    if not isinstance(linear._parameters.get("weight"), nn.Parameter):
+        yield (
+            f"its weight is made of {', '.join(sorted(own - {'bias'}))} at each call; torch.nn.utils.prune.remove, "
+            "remove_weight_norm or remove_spectral_norm makes it a plain one"
+        )
+    if own - {"weight", "bias"}:
+        yield f"it also has {', '.join(sorted(own - {'weight', 'bias'}))}, which a swap would drop"
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    if any(hooks) or hasattr(linear, "_hf_hook"):
+        yield "it has hooks, which a swap would drop; remove them first"
+    if "forward" in linear.__dict__:
+        yield "it has a forward of its own, set on it and not on its class, which a swap would drop"
+
+
+@torch.no_grad()
+def _differs(linear: Any) -> str | None:
+    """Why a subclass does something else than nn.Linear: nothing where its `forward` does the same in small."""
+    if type(linear).__call__ is not nn.Module.__call__:
+        return "is called in another way"
+    small, draw = copy.copy(linear), torch.Generator().manual_seed(0)
+    small.in_features, small.out_features = 8, 12
+    weight, bias = (torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") for shape in ((12, 8), (12,)))
+    small._parameters = {"weight": nn.Parameter(weight), "bias": None if linear.bias is None else nn.Parameter(bias)}
+    x = torch.randn(2, 3, 8, generator=draw, dtype=torch.float32, device="cpu")
+    want = F.linear(x, weight, small.bias)
+    try:
+        found = small(x)
+        same = bool((found - want).norm() <= 1e-5 * want.norm())  # float32, sums of 8
+    except OTHER_KIND as error:
+        return f"is called in another way ({type(error).__name__})"
+    return None if same else "computes something else"

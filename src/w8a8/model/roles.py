@@ -1,0 +1,82 @@
+"""What some linear layers are for: output heads, routers of mixtures, adapters.  By default they stay float."""
+
+from collections import Counter
+from collections.abc import Mapping, Set
+
+from torch import nn
+
+from w8a8.layers.linear import is_conv1d, is_linear
+from w8a8.model.experts import Experts, expert_counts
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""What models call the layers that weigh experts."""
+
+
+def heads(model: nn.Module) -> list[str]:
+    """The names of the float output heads: `lm_head`, or what the model calls its output embedding."""
+    output = getattr(model, "get_output_embeddings", None)
+    head = output() if callable(output) else None
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module) and (module is head or name.rpartition(".")[2] == "lm_head")
+    ]
+
+
+def routers_of(model: nn.Module, linears: Mapping[str, nn.Module], choosing: Mapping[str, str]) -> dict[str, str]:
+    """The layers that say which experts run, or how much they count, and how that is known.
+
+    The model's code chooses by what they return, and they have as many outputs as there are experts beside them;
+    or they are called as in `ROUTERS` beside experts, or lie in a module of that name.
+
+    Args:
+        model: With experts in their places, stacked or not.  Not modified.
+        linears: Its linear layers by name.
+        choosing: Those by whose output the model's code chooses, and how.
+    """
+    beside = set()
+    for module in model.modules():
+        if any(isinstance(child, Experts) for child in module.children()):
+            for router in (child for name, child in module.named_children() if name in ROUTERS):
+                beside |= {id(inner) for inner in router.modules()}
+    found = {name: "it lies beside experts" for name, linear in linears.items() if id(linear) in beside}
+    counts = expert_counts(model)
+    for name, how in choosing.items():
+        parents = name.split(".")[:-1]
+        near = [".".join(parents[:depth]) for depth in (len(parents), len(parents) - 1) if depth >= 0]
+        outputs = _outputs(linears[name]) if name in linears else 0
+        if any(_has_experts(model.get_submodule(parent), outputs, counts) for parent in near):
+            found[name] = how
+    return found
+
+
+def _has_experts(module: nn.Module, number: int, counts: Set[int]) -> bool:
+    """Whether a module holds that many experts: as modules of one class, stacked, or one under the other."""
+    for inner in module.modules():
+        if isinstance(inner, nn.ModuleList | nn.ModuleDict | Experts):
+            alike = Counter(type(child) for child in inner.children())
+            if number > 1 and max(alike.values(), default=0) == number:
+                return True
+        for parameter in inner.parameters(recurse=False) if not is_linear(inner) else ():
+            stacked = parameter.ndim == 3 and parameter.shape[0] == number > 1
+            below = parameter.ndim == 2 and number in counts and parameter.shape[0] % number == 0
+            if stacked or (below and parameter.shape[0] > number):
+                return True
+    return False
+
+
+def _outputs(linear: nn.Module) -> int:
+    """N."""
+    return linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
+
+
+def adapters_of(model: nn.Module) -> set[str]:
+    """The layers that peft, or a wrapper made in its way, says belong to adapters (LoRA's A and B)."""
+    found = set()
+    for module in model.modules():
+        parts = getattr(module, "adapter_layer_names", None)
+        if isinstance(parts, tuple | list):
+            inside = [getattr(module, part, None) for part in parts if isinstance(part, str)]
+            modules = (inner for each in inside if isinstance(each, nn.Module) for inner in each.modules())
+            found |= {id(module) for module in modules}
+    return {name for name, module in model.named_modules() if id(module) in found}

@@ -1,0 +1,130 @@
+"""The floors of the package: which room stands on which, and in a room, which file on which.
+
+    python -m tests.floors      draws them into docs/design.md
+
+test_layers.py holds every import to it: a file may import what stands before it, in its room or on a lower floor.
+"""
+
+import ast
+from pathlib import Path
+
+import w8a8
+
+SOURCE = Path(w8a8.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "design.md"
+BEGIN, END = "<!-- floors: python -m tests.floors -->\n", "<!-- end of floors -->"
+
+# the rooms, from the ground up
+FLOORS = [
+    {"errors", "forking", "_version"},
+    {"core", "report"},
+    {"kernels"},
+    {"layers"},
+    {"model"},
+    {"dataflow", "checkpoint"},
+    {"calibration"},
+    {"evaluation"},
+    {"smoothing", "streaming", "hf"},
+    {"pipeline", "blockwise"},
+    {"analysis"},
+    {"jobs", "demo"},
+    {"cli"},
+    {"__main__"},
+]
+# in a room, the order in which its files may import one another
+INSIDE = {
+    "core": ["scheme", "progress", "affine", "packed", "functional", "tokens", "row_sample"],
+    "layers": ["saving", "straight_through", "weight", "buffers", "linear"],
+    "model": [
+        "kinds",
+        "inputs",
+        "sources",
+        "places",
+        "following",
+        "reading",
+        "usage",
+        "experts",
+        "ties",
+        "obstacles",
+        "roles",
+        "convert",
+        "coverage",
+    ],
+    "dataflow": ["tracing", "products", "commuting", "groups", "observing"],
+    "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "data", "calibrate"],
+    "smoothing": ["fold", "alpha", "gate", "contest", "report", "smoother", "smooth", "outliers"],
+    "checkpoint": [
+        "headers",
+        "matcher",
+        "expressions",
+        "layout",
+        "names",
+        "describe",
+        "files",
+        "beside",
+        "skeleton",
+        "reader",
+        "opening",
+        "verify",
+        "vllm",
+        "writer",
+        "rehearsal",
+    ],
+    "evaluation": [
+        "intervals",
+        "text",
+        "scores",
+        "stored",
+        "compare",
+        "harness",
+        "outputs",
+        "speed",
+        "generation",
+    ],
+    "streaming": ["plan", "journal", "resources", "source", "shard", "team", "run"],
+    "blockwise": ["blocks", "contents", "activations", "request", "measured", "forecast", "calibrated"],
+    "report": ["records", "numbers", "png", "markup", "plots", "layers", "sections", "page", "collect"],
+    "analysis": [
+        "replay",
+        "sample",
+        "measure",
+        "errors",
+        "layers",
+        "smoothed",
+        "remedy",
+        "knapsack",
+        "budget",
+        "study",
+    ],
+    "jobs": ["diagnosis"],
+    "demo": ["corpus", "run"],
+}
+
+
+def said(path: Path) -> str:
+    """The first sentence of a file's docstring, without its full stop."""
+    doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+    first = " ".join(doc.split("\n\n")[0].split())
+    return first.removesuffix(".")
+
+
+def drawn() -> str:
+    """The floors as a page shows them."""
+    lines = []
+    for number, rooms in enumerate(FLOORS, 1):
+        for room in sorted(rooms - {"__main__"}):
+            folder = (SOURCE / room).is_dir()
+            path = SOURCE / (f"{room}/__init__.py" if folder else f"{room}.py")
+            lines.append(f"{number:2}  {room}{'/' * folder}  {said(path)}")
+            lines += [f"      {name}  {said(SOURCE / room / f'{name}.py')}" for name in INSIDE.get(room, [])]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def redrawn(page: str) -> str:
+    """The page with today's floors between its two marks."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + drawn() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(redrawn(PAGE.read_text()))

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from tests.conftest import needs
+from w8a8 import kernels
+from w8a8.jobs import diagnosis
+from w8a8.jobs.diagnosis import diagnose
+from w8a8.kernels import compiled, native
+
+pytestmark = pytest.mark.kernels
+
+
+def test_versions_machine_and_kernels_are_told():
+    found = diagnose()
+    assert torch.__version__.startswith(found.versions["torch"])  # which may lack the build, as in 2.8.0+cu128
+    assert found.machine["processor"]
+    assert [k.name for k in found.kernels] == list(kernels.available())
+    assert {k.name: k.available for k in found.kernels}["reference"]
+    assert ("native kernel runs" in found.machine) == (native.unavailable_because() is None)
+
+
+@needs("native")
+def test_what_the_native_kernel_runs_on_is_told():
+    machine = diagnose().machine
+    assert machine["native kernel runs"].startswith(compiled.instruction_set())
+    assert machine["native kernel's threads"].startswith("openmp")
+
+
+def test_what_is_missing_is_told_with_its_reason(monkeypatch):
+    monkeypatch.setattr(
+        kernels, "available", lambda: {"native": "not built", "torch_cpu": "no VNNI", "reference": None}
+    )
+    monkeypatch.setattr(diagnosis, "_PACKAGES", ("nobodys-package",))
+    found = diagnose()
+    assert found.versions["nobodys-package"] == "not installed"
+    assert (found.kernels[0].available, found.kernels[0].reason) == (False, "not built")
+    assert "native kernel runs" not in found.machine
+
+
+def test_the_processor_is_named_without_linux_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(diagnosis, "Path", lambda _: tmp_path / "nothing")
+    assert diagnosis._processor()

@@ -1,0 +1,54 @@
+"""What kind of model it is, by its class and config alone."""
+
+import pytest
+import transformers as t
+
+from tests.conftest import llama
+from w8a8.errors import ModelError
+from w8a8.model.kinds import READS_TEXT, Kind, check_kind, context_length, kind_of, kind_of_model
+
+CLASSES = [
+    (t.LlamaForCausalLM, t.LlamaConfig, Kind.CAUSAL),
+    (t.GPT2LMHeadModel, t.GPT2Config, Kind.CAUSAL),
+    (t.BartForCausalLM, t.BartConfig, Kind.CAUSAL),
+    (t.LlavaForConditionalGeneration, t.LlavaConfig, Kind.CAUSAL),  # text alone is enough for it
+    (t.BertForMaskedLM, t.BertConfig, Kind.MASKED),
+    (t.XLMWithLMHeadModel, t.XLMConfig, Kind.MASKED),
+    (t.BertModel, t.BertConfig, Kind.TEXT),
+    (t.DistilBertForSequenceClassification, t.DistilBertConfig, Kind.TEXT),
+    (t.T5EncoderModel, t.T5Config, Kind.TEXT),
+    (t.T5ForConditionalGeneration, t.T5Config, Kind.PAIRED),
+    (t.BartForConditionalGeneration, t.BartConfig, Kind.PAIRED),
+    (t.WhisperForConditionalGeneration, t.WhisperConfig, Kind.PAIRED),
+    (t.ViTModel, t.ViTConfig, Kind.VISION),
+    (t.ConvNextForImageClassification, t.ConvNextConfig, Kind.VISION),
+    (t.Wav2Vec2ForCTC, t.Wav2Vec2Config, Kind.SOUND),
+    (t.CLIPModel, t.CLIPConfig, Kind.OTHER),
+]
+
+
+@pytest.mark.parametrize(("kind", "config", "expected"), CLASSES, ids=[kind.__name__ for kind, _, _ in CLASSES])
+def test_the_kind_of_a_class(kind, config, expected):
+    assert kind_of(kind, config()) is expected
+
+
+def test_a_model_that_is_none_of_transformers_has_no_kind():
+    assert kind_of_model(llama()) is Kind.CAUSAL
+    assert kind_of_model(object()) is None
+
+
+def test_what_is_asked_of_another_kind_is_an_error_with_the_way_out():
+    assert check_kind("it", READS_TEXT, t.BertModel, t.BertConfig()) is Kind.TEXT
+    with pytest.raises(
+        ModelError,
+        match=r"^a perplexity was asked for, and ViTModel is a model of pictures: that takes a causal language model; "
+        r"in Python, w8a8\.outputs\.compare_outputs",
+    ):
+        check_kind("a perplexity", {Kind.CAUSAL}, t.ViTModel, t.ViTConfig())
+
+
+def test_the_context_of_a_nested_config_is_that_of_its_text():
+    class Model:
+        config = t.LlavaConfig(text_config={"model_type": "llama", "max_position_embeddings": 77})
+
+    assert context_length(Model()) == 77
