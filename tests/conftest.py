@@ -1,6 +1,7 @@
 """What many tests need.  Small models are made here, since no hub is reachable; nothing is downloaded."""
 
 import os
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the machine may be busy, and the models are tiny
@@ -164,3 +165,16 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 def contents(directory: Path) -> dict[str, bytes]:
     """The bytes of every file."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place]
+    made = subprocess.run(command, capture_output=True, check=False, timeout=30)
+    if made.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {made.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True, timeout=30)

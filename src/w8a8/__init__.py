@@ -99,7 +99,7 @@ _HOME = {
 _MODULES = {
     "affine": "core.affine",
     "dataflow": "dataflow",
-    "functional": "core.functional",
+    "functional": "functional",
     "kernels": "kernels",
     "observers": "calibration.observers",
     "outliers": "smoothing.outliers",

@@ -368,7 +368,7 @@ def test_a_layer_whose_tensors_are_of_a_subclass_stays_float_and_says_of_which(p
     held = getattr(model[0], parameter).detach()
     setattr(model[0], parameter, nn.Parameter(Elsewhere(held), requires_grad=False))
     x = torch.randn(3, 8)
-    reason = rf"its {parameter} is a tests\.test_convert\.Elsewhere, a subclass of torch\.Tensor"
+    reason = rf"its {parameter} is a tests\.model\.test_convert\.Elsewhere, a subclass of torch\.Tensor"
     with pytest.raises(SchemeError, match=reason):
         QuantLinear.from_float(model[0])
     with pytest.raises(SchemeError, match=rf"there is nothing to quantise: .* 0: {reason}"):

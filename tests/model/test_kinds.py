@@ -42,7 +42,7 @@ def test_what_is_asked_of_another_kind_is_an_error_with_the_way_out():
     with pytest.raises(
         ModelError,
         match=r"^a perplexity was asked for, and ViTModel is a model of pictures: that takes a causal language model; "
-        r"in Python, w8a8\.outputs\.compare_outputs",
+        r"in Python, w8a8\.evaluation\.outputs\.compare_outputs",
     ):
         check_kind("a perplexity", {Kind.CAUSAL}, t.ViTModel, t.ViTConfig())
 

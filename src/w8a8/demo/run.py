@@ -93,7 +93,7 @@ class LayerSpeed:
 
 def demo_directory() -> Path:
     """The transformers directory of the shipped model, float16."""
-    return Path(__file__).parent / "demo_model"
+    return Path(__file__).parents[1] / "demo_model"
 
 
 def demo_model() -> OpenedModel:

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from w8a8.core import functional
+from w8a8 import functional
 from w8a8.core.affine import qparams
 from w8a8.core.scheme import Operand, PerChannel, PerColumn, PerTensor, PerToken, QuantSpec
 from w8a8.errors import NonFiniteError, SchemeError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CASES = {case["cell"]: case for case in json.loads((ROOT / "tests/data/notebook_cases.json").read_text())}
 RIGHT = (47, 51, 52, 54, 69, 76, 77, 79)
 WRONG = (48, 55, 70, 80)
