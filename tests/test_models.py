@@ -10,11 +10,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-KINDS = (
-    *("llama", "gpt2", "qwen3_moe", "mamba", "gemma3", "llava", "bert", "xlnet", "t5", "bart", "whisper", "wav2vec2"),
-    *("clip", "vit", "swin", "convnext", "resnet", "codegen", "blip", "deepseek_v3"),
+KINDS = ("bert", "codegen", "qwen3_moe", "vit")
+"""Masked, causal, experts, pictures: the quick ones."""
+MORE_KINDS = (
+    *("llama", "gpt2", "mamba", "gemma3", "llava", "xlnet", "t5", "bart", "whisper", "wav2vec2"),
+    *("clip", "swin", "convnext", "resnet", "blip", "deepseek_v3"),
 )
-"""Causal, Conv1D, experts, state space, vision and language, masked, relative, encoder-decoder, speech, pictures."""
+"""Conv1D, state space, vision and language, relative, encoder-decoder, speech, convolutions, latent attention."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def results(models):
 
 
 @pytest.mark.filterwarnings("default")  # those of transformers' models
-@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("model_type", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE_KINDS)])
 def test_a_model_of_each_kind_passes_every_column(models, model_type):
     trials = importlib.import_module("zoo.trials")
     row = trials.row_of(model_type)

@@ -117,6 +117,7 @@ def task(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_the_harness_asks_our_model(call, task, quantized, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     arguments = ("eval", quantized, "--tasks", "tiny", "--include-path", task, "--num-fewshot", "0")

@@ -55,6 +55,7 @@ def test_a_budget_is_spent_on_experts_too_and_on_all_of_a_layer(call, mixture, t
     assert holds_experts(w8a8.load(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_page_has_the_experts_that_were_quantised(call, mixture, text, tmp_path):  # noqa: F811
     pytest.importorskip("vl_convert")
     arguments = ("quantize", mixture, "-o", tmp_path / "out", "--eval-text", text, "--report", tmp_path / "page.html")

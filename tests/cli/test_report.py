@@ -72,7 +72,8 @@ def test_quantize_writes_a_page_about_its_result(quantize):
     assert all(row["after"] is None for row in records["channels"])
 
 
-@pytest.mark.parametrize("way", [pytest.param(["--dtype", "float32"], marks=pytest.mark.slow), ["--stream"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [["--dtype", "float32"], ["--stream"]])
 def test_a_page_after_smoothing_has_the_layers_of_the_smoothed_model_under_the_scheme_that_was_saved(
     quantize, tmp_path, way
 ):
@@ -137,6 +138,7 @@ def test_a_page_is_not_made_of_another_smoothing(monkeypatch, tmp_path, capsys):
     assert [name for name, _ in quant_linears(w8a8.load(tmp_path / "out"))] == ["model.decoder.layers.0.fc1"]
 
 
+@pytest.mark.slow
 def test_a_budget_after_smoothing_is_measured_and_saved_with_the_same_calibration(quantize, tmp_path):
     options = ["--budget", "5%", "--text", "TEXT", "--option", "w8a8-static", "--include", "*.layers.0.*"]
     calibration = ["--calib", "CALIB", "--calib-samples", 4, "--smooth", "0.5", "--dtype", "float32"]

@@ -57,7 +57,7 @@ def own_code(directory, tmp_path):
     return path
 
 
-@pytest.fixture(params=["a class of transformers", "code of its own"])
+@pytest.fixture(params=["a class of transformers", pytest.param("code of its own", marks=pytest.mark.slow)])
 def served(request, directory, own_code):
     """A directory, and the options that it takes to serve it."""
     if request.param == "code of its own":

@@ -41,7 +41,7 @@ def run(driver, cpu, cases, isa=""):
     ("cpu", "paths"),
     [
         ("max", ["portable", "neon_dot", "neon_i8mm"]),
-        ("cortex-a76", ["portable", "neon_dot"]),
+        pytest.param("cortex-a76", ["portable", "neon_dot"], marks=pytest.mark.slow),
         ("cortex-a53", ["portable"]),
     ],
 )

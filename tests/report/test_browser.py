@@ -118,10 +118,14 @@ def visit(browser, pages):
 
 @pytest.mark.parametrize(
     ("name", "width", "theme"),
-    [
-        *(("demo", width, theme) for width in (400, 1600) for theme in ("light", "dark")),
-        ("standin", 400, "light"),  # axe takes ten seconds for each of these
+    [  # axe takes ten seconds for each of these
+        ("demo", 400, "light"),
         ("standin", 1600, "dark"),
+        *(
+            pytest.param("demo", *how, marks=pytest.mark.slow)
+            for how in ((400, "dark"), (1600, "light"), (1600, "dark"))
+        ),
+        pytest.param("standin", 400, "light", marks=pytest.mark.slow),
     ],
 )
 def test_the_page_is_quiet_accessible_and_as_wide_as_the_window(visit, name, width, theme):

@@ -502,6 +502,7 @@ def test_force_goes_on_with_the_same_request_and_throws_another_away(tmp_path, m
     assert contents(target) == contents(tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_torchrun_prints_one_message_for_all_its_processes(tmp_path, large):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "w8a8"]
     arguments = ["quantize", large, "-o", tmp_path / "out", "--include", "*.nothing"]
