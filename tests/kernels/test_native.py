@@ -364,6 +364,7 @@ def test_the_file_of_another_version_is_known_before_anything_in_it_is_called(re
     assert native.unavailable_because() == "_native.so is of another version of w8a8; reinstall w8a8"
 
 
+@pytest.mark.once
 def test_a_compiled_model_gives_the_same_bits():
     model = w8a8.quantize(llama(), kernel="native").model
     ids = torch.randint(0, 96, (1, 8))

@@ -11,7 +11,7 @@ from w8a8.model.coverage import coverage
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.once] * (name != "opt")) for name in MODELS])
 def test_every_parameter_is_counted_once_before_and_after(name):
     model = MODELS[name]()
     parameters = sum(p.numel() for p in model.parameters())
