@@ -69,7 +69,7 @@ _HOME = {
     "collect": "calibration.calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
-    "unstack_experts_": "model.convert",
+    "unstack_experts_": "model.choice",
     "Coverage": "model.coverage",
     "W8A8Error": "errors",
     "study": "analysis.study",

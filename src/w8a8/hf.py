@@ -44,8 +44,10 @@ from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.layers.linear import QuantLinear, quant_linears
-from w8a8.model import convert
+from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, stacks_experts, taken
+from w8a8.model.selection import select
+from w8a8.model.swapping import build, empty_layer, swap
 
 _LOG = logging.getLogger(__name__)
 METHOD = "w8a8"  # in memory; files say compressed-tensors
@@ -173,17 +175,17 @@ class W8A8Quantizer(HfQuantizer):
             self._unstacked = holds_experts(model)
             return
         config = self.quantization_config
-        chosen = _untied(model, convert.select(model, config.include, config.exclude).chosen, config.include)
+        chosen = _untied(model, select(model, config.include, config.exclude).chosen, config.include)
         if not taken(stacks, chosen):  # as `w8a8.quantize` leaves them
-            convert.swap(model, stacks)
+            swap(model, stacks)
         self._unstacked = holds_experts(model)
-        layers = {name: convert.empty_layer(model, name, config.scheme) for name in chosen}
+        layers = {name: empty_layer(model, name, config.scheme) for name in chosen}
         for layer in layers.values():
             layer.in_words = False  # the files have float weights under that name
             # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
             layer._buffers["weight"] = layer.codes.to(dtype or torch.get_default_dtype())
             layer.arriving = True
-        convert.swap(model, layers)
+        swap(model, layers)
         self._quantized = set(layers)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -202,9 +204,8 @@ class W8A8Quantizer(HfQuantizer):
                 layer.set_codes(layer.codes)
                 layer.in_words = in_words(layer.scheme)
         if self.quantization_config.head == "int8":
-            selection = convert.select(model, convert.with_head(model, [], "int8"))
-            convert.swap(model, convert.build(model, selection, self.quantization_config.scheme))
-            convert.untie(model, selection)
+            choice = Choice.of(model, self.quantization_config.scheme, [], head="int8")
+            choice.enact(build(model, choice.schemes))
         self.quantization_config.checkpoint = to_json(describe(model))
         remember(model)
         layers = [layer for _, layer in quant_linears(model)]

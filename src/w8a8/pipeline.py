@@ -1,8 +1,8 @@
 """The main jobs, each one call: `quantize` and `simulate`."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,17 +12,14 @@ from w8a8.calibration.calibrate import checked_observer, grids_of_schemes
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint.describe import inscribe, inscription
-from w8a8.checkpoint.names import renamed_stacks
-from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
 from w8a8.layers.linear import ledger, uncalled
-from w8a8.model import convert
-from w8a8.model.convert import Schemes
+from w8a8.model.choice import Choice
 from w8a8.model.coverage import Coverage, coverage
-from w8a8.model.experts import Experts, own_weights, taken, unstacked
-from w8a8.model.roles import heads as heads_of
+from w8a8.model.selection import Schemes
+from w8a8.model.swapping import build, swapped
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
 
 
@@ -105,12 +102,8 @@ def quantize(
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
-    include = convert.with_head(model, include, head)
     return _convert(
-        model,
-        scheme,
-        include,
-        exclude,
+        Choice.of(model, scheme, include, exclude, head=head),
         simulated=False,
         kernel=kernel,
         strict=strict,
@@ -119,33 +112,6 @@ def quantize(
         smooth=smooth,
         progress=progress,
     )
-
-
-def foresee(
-    model: nn.Module,
-    scheme: Schemes = "w8a8",
-    *,
-    include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = (),
-    head: str = "float",
-) -> tuple[Finding, ...]:
-    """What vLLM would make of the model that `quantize` would make.
-
-    Args:
-        model: Float, with or without values (on the meta device).  Not modified.
-        scheme, include, exclude, head: As for `quantize`.
-
-    Raises:
-        SchemeError, PatternError, ModelError: as `quantize`.
-    """
-    experts = unstacked(model)[0]
-    with convert.swapped(model, experts):
-        _, chosen = convert.assign(convert.select(model, convert.with_head(model, include, head), exclude), scheme)
-        schemes = {name: chosen.get(name) for name in schemes_of(model)}
-        heads, transposed, shapes = heads_of(model), transposed_of(model), shapes_of(model)
-    with convert.swapped(model, taken(experts, chosen)):
-        renamed = renamed_stacks(model)
-    return findings(schemes, heads=heads, transposed=transposed, renamed=renamed, shapes=shapes)
 
 
 def simulate(
@@ -174,10 +140,7 @@ def simulate(
         SchemeError, PatternError, NonFiniteError, CalibrationError: as `quantize`.
     """
     return _convert(
-        model,
-        scheme,
-        include,
-        exclude,
+        Choice.of(model, scheme, include, exclude),
         simulated=True,
         kernel=kernels.AUTO,
         strict=False,
@@ -189,10 +152,7 @@ def simulate(
 
 
 def _convert(
-    model: nn.Module,
-    scheme: Schemes,
-    include: Sequence[str],
-    exclude: Sequence[str],
+    choice: Choice,
     *,
     simulated: bool,
     kernel: str,
@@ -203,63 +163,38 @@ def _convert(
     progress: Progress | None,
 ) -> Result:
     kernels.check_name(kernel)
-    selection, schemes, experts = _chosen(model, include, exclude, scheme)
+    model, schemes = choice.model, choice.schemes
     counted = Counter(schemes.values())
     if calibration is not None:
         calibration = Calibration.of(calibration)
     for each in counted:
         _check_static(each, calibration, observer)
     ((scheme, _),) = counted.most_common(1)
-    report, undo = smooth_first(model, outside_of(experts, selection), scheme, calibration, smooth, progress)
-    stacked = convert.swap(model, experts)
+    report, undo = smooth_first(model, choice.outside, scheme, calibration, smooth, progress)
     try:
-        layers = convert.build(
-            model,
-            selection,
-            schemes,
-            simulated=simulated,
-            kernel=kernel,
-            strict=strict,
-            input_params=grids_of_schemes(model, schemes, calibration, observer, progress=progress),
-            progress=progress,
-        )
-        with convert.swapped(model, layers):  # what can fail of telling what was done fails here
-            told, inscribed = coverage(model, selection.reasons), inscription(model)
+        with choice.unstacked():
+            layers = build(
+                model,
+                schemes,
+                simulated=simulated,
+                kernel=kernel,
+                strict=strict,
+                input_params=grids_of_schemes(model, schemes, calibration, observer, progress=progress),
+                progress=progress,
+            )
+            with swapped(model, layers):  # what can fail of telling what was done fails here
+                told, inscribed = coverage(model, choice.selection.reasons), inscription(model)
     except BaseException:
-        convert.swap(model, stacked)
         undo()
         raise
-    convert.swap(model, layers)
-    for module in model.modules():
-        if isinstance(module, Experts):
-            own_weights(module)
-    convert.untie(model, selection)
+    choice.enact(layers)
     inscribe(inscribed)
-    return Result(model, scheme, told, selection.untied, report, schemes)
-
-
-def _chosen(
-    model: nn.Module, include: Sequence[str], exclude: Sequence[str], scheme: Schemes
-) -> tuple[convert.Selection, dict[str, Scheme], dict[str, Experts]]:
-    """The layers, their schemes, and the experts that are to take the places of stacked ones."""
-    if not isinstance(model, nn.Module):
-        convert.select(model)  # says so
-    experts, reasons = unstacked(model)
-    with convert.swapped(model, experts):
-        selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
-    selection = replace(selection, reasons=reasons | selection.reasons)
-    return selection, schemes, taken(experts, selection.chosen)
-
-
-def outside_of(experts: Mapping[str, Experts], selection: convert.Selection) -> convert.Selection:
-    """The selection without the layers of experts, which smoothing sees stacked: so every expert is in one product."""
-    chosen = tuple(name for name in selection.chosen if not taken(experts, [name]))
-    return replace(selection, chosen=chosen)
+    return Result(model, scheme, told, choice.selection.untied, report, schemes)
 
 
 def smooth_first(
     model: nn.Module,
-    selection: convert.Selection,
+    chosen: Sequence[str],
     scheme: Scheme,
     calibration: Calibration | None,
     smooth: str | float | None,
@@ -269,7 +204,7 @@ def smooth_first(
 
     Args:
         model: Float.
-        selection: What will be quantised.
+        chosen: The layers that will be quantised.
         scheme: What is smoothed for.
         calibration, smooth, progress: As for `quantize`.
 
@@ -288,7 +223,7 @@ def smooth_first(
             "give calibration=, or smooth='none'"
         )
     alpha: Any = smooth
-    return smooth_undoable(model, calibration, alpha=alpha, scheme=scheme, selection=selection, progress=progress)
+    return smooth_undoable(model, calibration, alpha=alpha, scheme=scheme, chosen=chosen, progress=progress)
 
 
 def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:

@@ -9,16 +9,18 @@ import torch
 import w8a8
 from tests.analysis.conftest import TWO_BITS
 from tests.conftest import llama, opt
-from w8a8 import checkpoint, pipeline
+from w8a8 import checkpoint
 from w8a8.analysis import Budget, allocate
 from w8a8.analysis.knapsack import GroupCosts, solve
 from w8a8.analysis.sample import draw
 from w8a8.calibration.data import Calibration
+from w8a8.checkpoint.vllm import foresee
 from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_model
 from w8a8.errors import ModelError, SchemeError
 from w8a8.evaluation import encode, perplexity
 from w8a8.layers.linear import quant_linears
+from w8a8.model.choice import Choice
 
 IDS = torch.randint(0, 96, (600,), generator=torch.Generator().manual_seed(3))
 SHORT = {"windows": 1, "seq_len": 32}
@@ -217,7 +219,7 @@ def test_shards_that_vllm_fuses_move_together_and_vllm_takes_the_result(tmp_path
     found = allocate(model, IDS, least + spare, **SHORT)
     assert {found.schemes[name] for name in shards} == {None}
     assert any(scheme is not None for scheme in found.schemes.values())
-    assert not pipeline.foresee(model, found.schemes)
+    assert not foresee(Choice.of(model, found.schemes))
     w8a8.quantize(model, found.schemes)
     w8a8.save(model, tmp_path / "out")
     loaded = w8a8.load(tmp_path / "out")

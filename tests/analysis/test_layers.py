@@ -11,13 +11,14 @@ from tests.conftest import llama, opt
 from w8a8.analysis.errors import channel_absmax
 from w8a8.analysis.layers import Sensitivity, rankings, sensitivity
 from w8a8.analysis.sample import draw
-from w8a8.core.scheme import PerChannel, QuantSpec, Scheme
+from w8a8.core.scheme import PerChannel, QuantSpec
 from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_model
 from w8a8.errors import CalibrationError, PatternError
 from w8a8.evaluation import encode
 from w8a8.layers.linear import quant_linears
-from w8a8.model import convert
+from w8a8.model.choice import Choice
+from w8a8.model.swapping import build, swapped
 from w8a8.report.records import Channels
 
 IDS = torch.randint(0, 96, (400,), generator=torch.Generator().manual_seed(3))
@@ -59,14 +60,14 @@ def test_the_divergences_are_those_of_whole_models_in_float64(measured):
     model, found = measured
     name = "model.layers.0.mlp.down_proj"
     windows = draw(model, IDS, windows=2, seq_len=32).windows
-    layers = convert.build(model, convert.select(model), Scheme.of("w8a8"))
+    layers = build(model, Choice.of(model).schemes)
 
     def kl(swapped_in):
         total = 0.0
         for _, ids in windows:
             with torch.no_grad():
                 p = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
-                with convert.swapped(model, swapped_in):
+                with swapped(model, swapped_in):
                     q = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
             total += float(F.kl_div(q, p, log_target=True, reduction="sum"))
         return total / found.tokens
@@ -79,7 +80,7 @@ def test_the_divergences_are_those_of_whole_models_in_float64(measured):
 
 def test_every_layer_is_there_with_its_block_and_the_layers_that_read_the_same(measured):
     _, found = measured
-    assert [each.name for each in found.layers] == list(convert.select(llama()).chosen)
+    assert [each.name for each in found.layers] == list(Choice.of(llama()).schemes)
     assert {each.block for each in found.layers} == {0, 1}
     attention = "model.layers.1.self_attn."
     groups = {each.name: each.group for each in found.layers}

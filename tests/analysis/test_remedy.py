@@ -13,7 +13,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.core.scheme import Scheme
 from w8a8.evaluation.scores import token_kl
 from w8a8.layers.linear import quant_linears
-from w8a8.model import convert
+from w8a8.model.selection import select
 
 IDS = torch.randint(0, 96, (400,), generator=torch.Generator().manual_seed(3))
 SHORT = {"windows": 2, "seq_len": 32}
@@ -93,17 +93,16 @@ def test_layers_of_one_group_have_one_gain_from_smoothing():
 
 def test_a_quantised_source_is_quantised_anew():
     model = llama()
-    selection = convert.select(model)
-    schemes = dict.fromkeys(selection.chosen, Scheme.of("w8a8-o1"))
+    schemes = dict.fromkeys(select(model).chosen, Scheme.of("w8a8-o1"))
     source, reader = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
     with torch.no_grad():
         model.get_submodule(source).weight[7] *= 50.0
         model.get_submodule(reader).weight[:, 7] /= 50.0
     data = draw(model, IDS, **SHORT).calibration()
-    found, reasons = smoothed.smoothed_groups(model, [reader], selection, schemes, data)
+    found, reasons = smoothed.smoothed_groups(model, [reader], schemes, data)
     assert reasons == {}
     assert set(found[reader].layers) == {source, reader}
-    plain = layers_for(model, selection, schemes, data)
+    plain = layers_for(model, schemes, data)
     assert float(found[reader].layers[source].weight_scale) < float(plain[source].weight_scale) / 4
 
 

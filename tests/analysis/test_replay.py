@@ -6,16 +6,15 @@ from torch import nn
 
 from tests.conftest import MODELS, llama
 from w8a8.analysis.replay import blocks_of, record, replay
-from w8a8.core.scheme import Scheme
 from w8a8.evaluation.scores import logits_of
-from w8a8.model import convert
-from w8a8.model.convert import swapped
+from w8a8.model.choice import Choice
+from w8a8.model.swapping import build, swapped
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2"])
 def test_a_replay_gives_the_bits_of_a_whole_forward_for_every_layer(name, tokens):
     model, ids = MODELS[name](), tokens[0]
-    layers = convert.build(model, convert.select(model), Scheme.of("w8a8"))
+    layers = build(model, Choice.of(model).schemes)
     float_run, quantized_run = record(model, ids, 0, {}), record(model, ids, 0, layers)
     assert list(float_run.outputs) == list(quantized_run.outputs) == blocks_of(model)
     for changed, layer in layers.items():
@@ -42,7 +41,7 @@ def test_blocks_before_the_changed_one_do_not_run(tokens):
 def test_a_recording_leaves_the_model_as_it_was(tokens):
     model = llama().train()
     before = copy.deepcopy(model.state_dict())
-    layers = convert.build(model, convert.select(model), Scheme.of("w8a8"))
+    layers = build(model, Choice.of(model).schemes)
     replay(model, record(model, tokens[0], 0, layers), layers, ["model.layers.1.mlp.up_proj"])
     assert model.training
     assert all(not m._forward_hooks and "forward" not in m.__dict__ for m in model.modules())

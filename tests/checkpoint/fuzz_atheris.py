@@ -29,7 +29,7 @@ import torch
 import transformers
 
 import w8a8.kernels.weights  # what is imported before is not instrumented
-import w8a8.model.convert
+import w8a8.model.choice
 
 with atheris.instrument_imports(include=["w8a8"]):
     import w8a8.checkpoint.reader

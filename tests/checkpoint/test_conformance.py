@@ -20,8 +20,8 @@ from w8a8.core.affine import QParams
 from w8a8.core.tokens import fake_quantize_tokens
 from w8a8.errors import CheckpointError
 from w8a8.layers.linear import quant_linears
-from w8a8.model.convert import swap
 from w8a8.model.experts import unstacked
+from w8a8.model.swapping import swap
 from w8a8.streaming import quantize_directory
 
 IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))

@@ -19,8 +19,8 @@ import w8a8
 from tests.conftest import llama, mixtral, nemotron_h, phimoe, qwen3_moe
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.errors import CheckpointError
-from w8a8.model.convert import swap
 from w8a8.model.experts import unstacked
+from w8a8.model.swapping import swap
 
 
 def apart(model):

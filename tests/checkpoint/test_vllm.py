@@ -6,9 +6,9 @@ import torch
 import w8a8
 from tests.conftest import gpt2, llama, mixtral, opt, qwen3_moe
 from w8a8 import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
-from w8a8.checkpoint.vllm import findings, foresee_as_it_is, schemes_of, shapes_of, transposed_of
+from w8a8.checkpoint.vllm import findings, foresee, foresee_as_it_is, schemes_of, shapes_of, transposed_of
 from w8a8.layers.linear import quant_linears
-from w8a8.pipeline import foresee
+from w8a8.model.choice import Choice
 
 LAYER = "model.layers.0.self_attn.o_proj"
 W, A = QuantSpec(granularity=PerChannel()), QuantSpec(granularity=PerToken())
@@ -27,8 +27,8 @@ def wide(make=llama):
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a8-static", "w8a8-o3", "w8a16"])
 def test_what_vllm_runs_has_no_finding(name):
-    assert foresee(wide(), name) == ()
-    assert foresee(wide(opt), name) == ()
+    assert foresee(Choice.of(wide(), name)) == ()
+    assert foresee(Choice.of(wide(opt), name)) == ()
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_what_vllm_does_not_run_is_refused_with_a_way_out(scheme, what):
 
 
 def test_shards_of_one_layer_are_alike():
-    found = foresee(wide(), exclude=["*.0.self_attn.k_proj", "*.1.mlp.up_proj"])
+    found = foresee(Choice.of(wide(), exclude=["*.0.self_attn.k_proj", "*.1.mlp.up_proj"]))
     assert refused(found) == ["layers that are one in vLLM are in part float"] * 2
     assert found[0].layers == tuple(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
-    assert foresee(wide(), exclude=["*.self_attn.[qkv]_proj"]) == ()
-    assert foresee(wide(opt), exclude=["*.fc1"]) == ()
+    assert foresee(Choice.of(wide(), exclude=["*.self_attn.[qkv]_proj"])) == ()
+    assert foresee(Choice.of(wide(opt), exclude=["*.fc1"])) == ()
 
 
 def test_shards_of_two_schemes_are_refused():
@@ -69,14 +69,14 @@ def test_shards_of_two_schemes_are_refused():
 
 
 def test_conv1d_is_refused_before_and_after():
-    assert refused(foresee(gpt2())) == ["quantised Conv1D"]
+    assert refused(foresee(Choice.of(gpt2()))) == ["quantised Conv1D"]
     model = gpt2()
     w8a8.quantize(model)
     assert refused(findings(schemes_of(model), transposed=transposed_of(model))) == ["quantised Conv1D"]
 
 
 def test_an_int8_head_is_told_and_not_refused():
-    (found,) = foresee(wide(), head="int8")
+    (found,) = foresee(Choice.of(wide(), head="int8"))
     assert not found.refused
     assert found.layers == ("lm_head",)
 
@@ -102,11 +102,13 @@ def test_experts_run_in_one_scheme_and_routers_float():
 
 def test_experts_that_stay_float_are_refused_where_files_on_the_hub_call_them_otherwise():
     stack = "model.layers.0.mlp.experts"
-    for found in (foresee(mixtral(), exclude=["*.experts.*"]), foresee_as_it_is(without_experts(mixtral()))):
+    for found in (foresee(Choice.of(mixtral(), exclude=["*.experts.*"])), foresee_as_it_is(without_experts(mixtral()))):
         assert [(f.refused, f.layers, f.what) for f in found] == [
             (True, (stack,), "experts that stay float, under transformers' names")
         ]
-    assert foresee(qwen3_moe(), exclude=["*.experts.*"]) == foresee_as_it_is(without_experts(qwen3_moe())) == ()
+    assert (
+        foresee(Choice.of(qwen3_moe(), exclude=["*.experts.*"])) == foresee_as_it_is(without_experts(qwen3_moe())) == ()
+    )
 
 
 def without_experts(model):
@@ -117,7 +119,7 @@ def without_experts(model):
 def test_a_model_without_values_is_enough():
     with torch.device("meta"):
         model = mixtral()
-    assert refused(foresee(model)) == []
+    assert refused(foresee(Choice.of(model))) == []
 
 
 def of_shape(scheme, n, k, name=LAYER):

@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model
+from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, PreTrainedTokenizerBase
 
-import w8a8
+import w8a8.analysis
 from tests.conftest import THEIRS, llama, mixtral, qwen2_moe
 from w8a8.cli import main
 from w8a8.demo.corpus import held_out_text
@@ -355,6 +355,17 @@ def test_quantize_goes_on_where_no_stand_in_can_be_made(call, tmp_path):
     assert code == 0, err
     assert "saving was not rehearsed: no Dinov2Model of one block can be made (ValueError: out_features" in err
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_what_cannot_be_saved_is_told_before_a_budget_is_spent(call, demo_dir, text, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("this tokenizer has no files")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fails)
+    monkeypatch.setattr(w8a8.analysis, "allocate", lambda *_, **__: pytest.fail("the search was begun"))
+    code, _, err = call("quantize", demo_dir, "-o", tmp_path / "out", "--budget", "1MB", "--text", text)
+    assert code == 2
+    assert "cannot be saved: a model of one block of it failed with ValueError: this tokenizer has no files" in err
 
 
 def test_a_model_that_is_not_in_the_files_as_it_is_in_memory_is_not_streamed(call, tmp_path):

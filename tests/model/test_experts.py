@@ -9,11 +9,13 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import w8a8
 from tests.conftest import _MOE, logits, mixtral, nemotron_h, phimoe, qwen2_moe, qwen3_moe, relative_error
+from w8a8.checkpoint.vllm import foresee
 from w8a8.errors import CalibrationError, NonFiniteError, PatternError, SchemeError
 from w8a8.layers.linear import quant_linears
-from w8a8.model.convert import select, swap, swapped
+from w8a8.model.choice import Choice
 from w8a8.model.experts import Experts, holds_experts, own_weights, stacks, unstacked
-from w8a8.pipeline import foresee
+from w8a8.model.selection import select
+from w8a8.model.swapping import swap, swapped
 
 
 def deepseek():
@@ -317,10 +319,10 @@ class TestQuantizing:
             w8a8.quantize(model)
 
     def test_vllm_takes_all_and_refuses_some(self):
-        assert foresee(mixtral()) == ()
-        found = foresee(mixtral(), exclude=["*.experts.2.*"])
+        assert foresee(Choice.of(mixtral())) == ()
+        found = foresee(Choice.of(mixtral(), exclude=["*.experts.2.*"]))
         assert [finding.what for finding in found] == ["experts of one layer have different schemes"]
-        static = foresee(mixtral(), "w8a8-static")
+        static = foresee(Choice.of(mixtral(), "w8a8-static"))
         assert any("experts that are not per channel" in finding.what for finding in static)
 
     def test_taken_apart_before_they_are_measured_and_chosen_by_name(self, tokens):

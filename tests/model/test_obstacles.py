@@ -10,7 +10,8 @@ from torch.nn.utils import parametrizations, prune
 import w8a8
 from tests.conftest import relative_error
 from w8a8.layers.linear import QuantLinear
-from w8a8.model.convert import select, swapped
+from w8a8.model.selection import select
+from w8a8.model.swapping import swapped
 
 
 def normed():

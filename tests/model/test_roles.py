@@ -8,7 +8,7 @@ from torch import nn
 import w8a8
 from tests.conftest import llama, logits, qwen2_moe, relative_error
 from w8a8.layers.linear import QuantLinear, quant_linears
-from w8a8.model.convert import select
+from w8a8.model.selection import select
 
 _T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
 

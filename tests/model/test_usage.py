@@ -15,7 +15,7 @@ from tests import families
 from tests.conftest import relative_error
 from w8a8.errors import SchemeError, WeightError
 from w8a8.layers.linear import QuantLinear, quant_linears
-from w8a8.model.convert import select
+from w8a8.model.selection import select
 from w8a8.model.usage import look
 
 

@@ -9,14 +9,14 @@ from tests.conftest import llama, opt, relative_error
 from w8a8.calibration.data import Calibration
 from w8a8.core.scheme import Scheme
 from w8a8.evaluation import perplexity
-from w8a8.model import convert
+from w8a8.model.selection import select
 from w8a8.pipeline import simulate
 from w8a8.smoothing import contest
 from w8a8.smoothing.contest import Contest, Score, winner
 
 
 def of(model, data, scheme="w8a8"):
-    return Contest(model, Calibration.of(data), Scheme.of(scheme), convert.select(model))
+    return Contest(model, Calibration.of(data), Scheme.of(scheme), select(model).chosen)
 
 
 def test_the_winner_is_near_the_float_outputs_and_has_the_least_loss():

@@ -415,7 +415,7 @@ def test_quantize_that_fails_after_smoothing_puts_the_weights_back(data, monkeyp
         assert not unchanged(model, before)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(w8a8.model.convert, "build", failing)
+    monkeypatch.setattr(w8a8.QuantLinear, "from_float", failing)
     with pytest.raises(KeyboardInterrupt):
         w8a8.quantize(model, calibration=data, smooth=0.5)
     assert unchanged(model, before)

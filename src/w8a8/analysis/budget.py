@@ -23,7 +23,7 @@ it is named.
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ from w8a8.errors import SchemeError
 from w8a8.evaluation.scores import logits_of, token_kl, token_losses
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear
-from w8a8.model import convert
-from w8a8.model.convert import Schemes, swapped
 from w8a8.model.experts import Experts
+from w8a8.model.selection import Schemes, assign, select
+from w8a8.model.swapping import swapped
 from w8a8.report.records import Choice
 
 OPTIONS = ("w8a8", "w8a8-asym")
@@ -170,8 +170,8 @@ def allocate(
     """
     budget = Budget.of(budget)
     milp_of_scipy()
-    selection = convert.select(model, include, exclude)
-    offered = [convert.assign(selection, option)[1] for option in options]
+    selection = select(model, include, exclude)
+    offered = [assign(selection, option)[1] for option in options]
     _check_options(offered, calibrated=calibration is not None)
     sample = draw(model, text, windows=windows, seq_len=seq_len, seed=seed)
     together = _groups(model, sample, selection.chosen)
@@ -179,9 +179,8 @@ def allocate(
     data = sample.calibration() if calibration is None else Calibration.of(calibration)
     built: dict[str, dict[str, QuantLinear]] = {}
     for scheme in dict.fromkeys(scheme for option in offered for scheme in option.values()):
-        names = tuple(name for group in together if scheme in choices[group] for name in group)
-        part = replace(selection, chosen=names)
-        built[scheme.name] = layers_for(model, part, dict.fromkeys(names, scheme), data, observer)
+        names = [name for group in together if scheme in choices[group] for name in group]
+        built[scheme.name] = layers_for(model, dict.fromkeys(names, scheme), data, observer)
     groups = _costs(model, sample, choices, built, selection.untied, progress)
     float_bytes = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
     fixed = float_bytes - sum(group.bytes[-1] for group in groups)

@@ -24,8 +24,8 @@ from w8a8.errors import ModelError
 from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear, float_operands, is_linear, quant_linears
-from w8a8.model import convert
 from w8a8.model.inputs import evaluating
+from w8a8.model.selection import select
 from w8a8.report.records import Channels, binned
 
 
@@ -109,7 +109,7 @@ def channel_absmax(model: Any, text: Text | Tensor, **options: Any) -> dict[str,
         options: `windows`, `seq_len` and `seed`, as for `sensitivity`.
     """
     sample = draw(model, text, **options)
-    found = channel_ranges(model, convert.select(model).chosen, sample.calibration())
+    found = channel_ranges(model, select(model).chosen, sample.calibration())
     return {name: torch.maximum(-lo, hi) for name, (lo, hi) in found.items()}
 
 

@@ -28,8 +28,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.core.progress import Progress
 from w8a8.evaluation.text import Text
-from w8a8.model import convert
-from w8a8.model.convert import Schemes
+from w8a8.model.selection import Schemes, assign, select
 from w8a8.report.records import Channels, Histogram
 
 TOP = 10
@@ -146,12 +145,10 @@ def sensitivity(
         SchemeError, PatternError, NonFiniteError, CalibrationError: as `w8a8.quantize`.
         ModelError, TextError: as `w8a8.evaluation.perplexity`.
     """
-    selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
+    _, schemes = assign(select(model, include, exclude), scheme)
     sample = draw(model, text, windows=windows, seq_len=seq_len, seed=seed)
     data = sample.calibration()
-    layers = layers_for(
-        model, selection, schemes, data if calibration is None else Calibration.of(calibration), observer
-    )
+    layers = layers_for(model, schemes, data if calibration is None else Calibration.of(calibration), observer)
     names = list(layers)
     ranges = channel_ranges(model, names, data)
     measures = {

@@ -26,8 +26,7 @@ from w8a8.core.progress import Progress
 from w8a8.core.scheme import PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import float_operands
-from w8a8.model import convert
-from w8a8.model.convert import Schemes
+from w8a8.model.selection import Schemes, assign, select
 from w8a8.report.records import Remedy
 
 GROUPED = Scheme(QuantSpec(granularity=PerGroup(32)), QuantSpec(granularity=PerToken()))
@@ -78,10 +77,10 @@ def remedies(
     Raises:
         W8A8Error: as `w8a8.sensitivity` and `w8a8.smooth_`.
     """
-    selection, schemes = convert.assign(convert.select(model, include, exclude), scheme)
+    _, schemes = assign(select(model, include, exclude), scheme)
     sample = draw(model, text, windows=found.windows, seq_len=found.seq_len, seed=found.seed)
     data = sample.calibration() if calibration is None else Calibration.of(calibration)
-    layers = layers_for(model, selection, schemes, data, observer)
+    layers = layers_for(model, schemes, data, observer)
     worst = [layer.name for layer in found.worst(count)]
     trials: dict[tuple[str, str], _Trial] = {}
     for name in worst:
@@ -90,10 +89,9 @@ def remedies(
     for option in map(Scheme.of, options):
         fitting = [name for name in worst if option != schemes[name] and _fits(option, model.get_submodule(name))]
         if fitting:
-            part, given = convert.assign(convert.select(model, fitting), option)
-            made = layers_for(model, part, given, data, observer)
+            made = layers_for(model, dict.fromkeys(fitting, option), data, observer)
             trials |= {(name, option.name): _Trial(layers | {name: made[name]}, (name,)) for name in fitting}
-    groups, reasons = smoothed_groups(model, worst, selection, schemes, data, observer)
+    groups, reasons = smoothed_groups(model, worst, schemes, data, observer)
     trials |= {(name, SMOOTH): _Trial(layers | g.layers, g.changed, g) for name, g in groups.items()}
     costs: dict[tuple[str, str], float] = dict.fromkeys(trials, 0.0)
     total, done = 0.0, 0

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.evaluation.scores import logits_of
-from w8a8.model.convert import swapped
 from w8a8.model.inputs import evaluating
+from w8a8.model.swapping import swapped
 
 
 @dataclass(frozen=True)

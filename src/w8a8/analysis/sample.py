@@ -6,7 +6,7 @@ need no seed, and would be of one document.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from w8a8.errors import CalibrationError
 from w8a8.evaluation.scores import token_kl
 from w8a8.evaluation.text import Text, windows_for
 from w8a8.layers.linear import QuantLinear
-from w8a8.model import convert
 from w8a8.model.kinds import context_length
+from w8a8.model.swapping import build
 
 WINDOWS = 8
 SEQ_LEN = 256
@@ -68,20 +68,17 @@ def draw(
 
 def layers_for(
     model: nn.Module,
-    selection: convert.Selection,
     schemes: Mapping[str, Scheme],
     calibration: Calibration,
     observer: str | Callable[[], Observer] = "absmax",
 ) -> dict[str, QuantLinear]:
-    """The quantised layers of the chosen ones: in integers where they can run so, else simulated."""
+    """A model's layers in their schemes, by name: in integers where they can run so, else simulated."""
     grids = grids_of_schemes(model, schemes, calibration, observer)
     layers: dict[str, QuantLinear] = {}
     for simulated in (False, True):
-        part = tuple(name for name in selection.chosen if _simulated(schemes[name]) is simulated)
-        layers |= convert.build(
-            model, replace(selection, chosen=part), schemes, simulated=simulated, input_params=grids
-        )
-    return {name: layers[name] for name in selection.chosen}
+        part = {name: scheme for name, scheme in schemes.items() if _simulated(scheme) is simulated}
+        layers |= build(model, part, simulated=simulated, input_params=grids)
+    return {name: layers[name] for name in schemes}
 
 
 def divergence(exact: Recording, logits: Tensor) -> float:

@@ -11,7 +11,7 @@ without a copy of the parameters, and blind to what a fold does to a source that
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -21,7 +21,6 @@ from w8a8.calibration.observers import Observer
 from w8a8.core.scheme import Scheme
 from w8a8.dataflow.groups import Dataflow, Group
 from w8a8.layers.linear import QuantLinear
-from w8a8.model import convert
 from w8a8.smoothing.fold import Undo
 from w8a8.smoothing.smoother import Smoother
 
@@ -56,7 +55,6 @@ class SmoothedGroup:
 def smoothed_groups(
     model: nn.Module,
     names: Sequence[str],
-    selection: convert.Selection,
     schemes: Mapping[str, Scheme],
     calibration: Calibration,
     observer: str | Callable[[], Observer] = "absmax",
@@ -65,8 +63,8 @@ def smoothed_groups(
 
     Args:
         model: Float.  Not modified: every fold is undone to the bit, whatever happens.
-        names: The layers, of those in `selection`.
-        selection, schemes: All that is quantised, and how.
+        names: The layers, of those in `schemes`.
+        schemes: All that is quantised, and how.
         calibration: What scales, and static ranges, are made from.
         observer: Of static ranges.
 
@@ -89,17 +87,11 @@ def smoothed_groups(
                 continue
             undo = smoother.as_undo()
             changed = _owners(group)
-            part = tuple(name for name in selection.chosen if name in changed)
+            part = {name: scheme for name, scheme in schemes.items() if name in changed}
             smoothed = SmoothedGroup(
                 readers,
                 report.alpha,
-                layers_for(
-                    model,
-                    replace(selection, chosen=part),
-                    {name: schemes[name] for name in part},
-                    calibration,
-                    observer,
-                ),
+                layers_for(model, part, calibration, observer),
                 changed,
                 Undo(tuple((parameter, parameter.detach().clone()) for parameter, _ in undo.saved)),
                 undo,

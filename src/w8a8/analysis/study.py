@@ -20,7 +20,8 @@ from w8a8.core.scheme import Granularity, PerChannel, PerColumn, PerTensor, PerT
 from w8a8.errors import SchemeError
 from w8a8.evaluation import Evaluation, perplexity
 from w8a8.layers.linear import QuantLinear
-from w8a8.model import convert
+from w8a8.model.selection import select
+from w8a8.model.swapping import build, swapped
 
 _WEIGHTS: tuple[Granularity, ...] = (PerTensor(), PerChannel(), PerColumn())
 _ACTIVATIONS: tuple[Granularity, ...] = (PerTensor(), PerToken(), PerChannel())
@@ -89,14 +90,14 @@ def study(
     schemes = list(grid(bits))
     if not any(scheme.integer_executable for scheme in schemes):
         raise SchemeError(f"bits={tuple(bits)} leaves no cell that integers can run; include a width of at most 8")
-    selection = convert.select(model, include, exclude)
+    chosen = select(model, include, exclude).chosen
     float_model = perplexity(model, ids, seq_len=seq_len)
-    inputs = _layer_inputs(model, selection.chosen, ids[:seq_len])
+    inputs = _layer_inputs(model, chosen, ids[:seq_len])
     cells = []
     for done, scheme in enumerate(schemes, start=1):
-        layers = convert.build(model, selection, scheme, simulated=True)
+        layers = build(model, dict.fromkeys(chosen, scheme), simulated=True)
         sqnr = _mean_sqnr_db(model, layers, inputs)
-        with convert.swapped(model, layers):
+        with swapped(model, layers):
             measured = perplexity(model, ids, seq_len=seq_len)
         cells.append(Cell(scheme, scheme.weights.bits, measured.perplexity.mean, sqnr, scheme.integer_executable))
         if progress is not None:

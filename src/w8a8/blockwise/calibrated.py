@@ -43,9 +43,9 @@ from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, W8A8Error
-from w8a8.model import convert
 from w8a8.model.coverage import Coverage
 from w8a8.model.experts import Experts, taken, unstacked
+from w8a8.model.swapping import swap, swapped
 from w8a8.report.records import GroupReport
 from w8a8.smoothing.report import SmoothReport
 from w8a8.streaming.journal import Journal, locked, write_whole
@@ -125,7 +125,7 @@ def quantize_blocks(
     plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
     model = empty_model(directory, None)
     experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
-    stacks = convert.swap(model, experts)
+    stacks = swap(model, experts)
     walk = BlockWalk(model)
     plan = by_blocks(plan, walk)
     load(walk.model, plan.shards[-1].steps, "")
@@ -221,7 +221,7 @@ class _Job:
         stacks = {name.removeprefix(prefix): stack for name, stack in self.stacks.items() if name.startswith(prefix)}
         for name, stack in stacks.items():  # the layers are views of what smoothing sees
             stack.to_empty(device="cpu")
-            convert.swap(block, {name: Experts(stack, cast(Experts, block.get_submodule(name)).names)})
+            swap(block, {name: Experts(stack, cast(Experts, block.get_submodule(name)).names)})
         load(block, shard.steps, prefix)
         block.requires_grad_(False)
         recorders = {}
@@ -255,7 +255,7 @@ class _Job:
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
         if alpha is not None:
             outside = tuple(name for name in chosen if not taken(self.stacks, [name]))
-            with convert.swapped(self.walk.blocks[number], stacks):
+            with swapped(self.walk.blocks[number], stacks):
                 told = smooth_block(self.walk, number, self.request, outside, plain, read[PLAIN])
             self._keep_report(number, told)
         if not scheme.static:

@@ -38,8 +38,9 @@ from w8a8.core.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.core.scheme import PerGroup, PerTensor, Scheme
 from w8a8.errors import CheckpointError, ModelError, few
 from w8a8.layers.linear import QuantLinear, quant_linears
-from w8a8.model import convert
+from w8a8.model.choice import Choice
 from w8a8.model.roles import heads as heads_of
+from w8a8.model.swapping import build
 
 _LOG = logging.getLogger(__name__)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -96,10 +97,8 @@ def load(
     model, packed = empty_layers(directory, quantization, trust_remote_code=trust_remote_code, **options)
     _fill(model, files, packed)
     if head == "int8" and heads_of(model):  # none where the file's own head is int8
-        selection = convert.select(model, heads_of(model))
-        scheme = _measured_as_it_comes(quantization.groups[0].scheme)
-        convert.swap(model, convert.build(model, selection, scheme, simulated=simulated, kernel=kernel, strict=strict))
-        convert.untie(model, selection)
+        choice = Choice.of(model, _measured_as_it_comes(quantization.groups[0].scheme), heads_of(model))
+        choice.enact(build(model, choice.schemes, simulated=simulated, kernel=kernel, strict=strict))
     model.config.__dict__.pop("quantization_config", None)
     inscribe(inscription(model))
     if (directory / GENERATION_CONFIG).exists():

@@ -11,6 +11,7 @@ is looked at in any case.
 
 import copy
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from w8a8.checkpoint.writer import save
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.layers.linear import quant_linears
-from w8a8.model import convert
-from w8a8.model.experts import unstacked
+from w8a8.model.choice import Choice
+from w8a8.model.swapping import build
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 _VOCABULARY = 8
@@ -77,12 +78,13 @@ def _quantised_stand_in(model: Any, scheme: Scheme, place: Path) -> Any:
             again = type(model)._from_config(type(small.config).from_pretrained(place))
         if again.state_dict().keys() != small.state_dict().keys():
             return f"a {type(model).__name__} of one block is another model when it is read again"
-        convert.swap(small, unstacked(small)[0])
-        layers = convert.build(small, convert.select(small), scheme, input_params=_ones(small, scheme))
+        choice = Choice.of(small, scheme)
+        with choice.unstacked():
+            layers = build(small, choice.schemes, input_params=_ones(choice.schemes, scheme))
     except OTHERS_ERRORS as error:
         said = " ".join(str(error).split())[:200]
         return f"no {type(model).__name__} of one block can be made ({type(error).__name__}: {said})"
-    convert.swap(small, layers)
+    choice.enact(layers)
     assert any(quant_linears(small)), "something was quantised"
     return small
 
@@ -108,10 +110,10 @@ def _stand_in(model: Any) -> Any:
     return small.eval()
 
 
-def _ones(model: Any, scheme: Scheme) -> Any:
+def _ones(names: Iterable[str], scheme: Scheme) -> Any:
     from w8a8.core.affine import QParams
 
     if not scheme.static or scheme.activations is None:
         return None
     zero = None if scheme.activations.symmetric else torch.zeros(1, dtype=torch.int32, device="cpu")
-    return dict.fromkeys(convert.select(model).chosen, QParams(torch.ones(1, dtype=torch.float32, device="cpu"), zero))
+    return dict.fromkeys(names, QParams(torch.ones(1, dtype=torch.float32, device="cpu"), zero))

@@ -30,8 +30,9 @@ from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.layers.linear import QuantLinear, is_linear
-from w8a8.model import convert, ties
+from w8a8.model import ties
 from w8a8.model.experts import Experts, unstacked, usual_names
+from w8a8.model.swapping import swap
 
 OTHERS_ERRORS = (
     ArithmeticError,
@@ -204,13 +205,13 @@ def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.M
         stored: The names of the tensors in the files.
 
     Returns:
-        The stacks that were replaced, by name: `convert.swap` puts them back.
+        The stacks that were replaced, by name: `swap` puts them back.
     """
     stored = list(stored)
     found, _ = unstacked(model, at_most=len(stored))
     if not found:
         return {}
-    old = convert.swap(model, found)
+    old = swap(model, found)
     names = FileNames(model)
     layers: dict[str, set[str]] = {}  # of EXPERTS.NUMBER.LAYER.TENSOR, by the first part
     for name in stored:
@@ -218,9 +219,9 @@ def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.M
         layers.setdefault(experts, set()).update(rest[1:2])
     for name, module in found.items():
         if name not in layers:
-            convert.swap(model, {name: old.pop(name)})
+            swap(model, {name: old.pop(name)})
         elif layers[name] == set(usual_names(module.stacked)) != set(module.names):
-            convert.swap(model, {name: Experts(old[name])})  # as llm-compressor writes Mixtral with transformers 5
+            swap(model, {name: Experts(old[name])})  # as llm-compressor writes Mixtral with transformers 5
     return old
 
 
@@ -340,6 +341,6 @@ def insert_quant_linears(
         raise
     if not groups:
         raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
-    convert.swap(model, layers)
+    swap(model, layers)
     ties.forget(model, groups)
     return {name for name, group in groups.items() if group.packed}

@@ -25,7 +25,9 @@ from w8a8.checkpoint.names import renamed_stacks
 from w8a8.core.packed import in_words
 from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
+from w8a8.model.choice import Choice
 from w8a8.model.roles import ROUTERS
+from w8a8.model.roles import heads as heads_of
 
 VERSION = "0.33.0"
 
@@ -161,17 +163,30 @@ def findings(
     return tuple(found)
 
 
-def foresee_as_it_is(model: nn.Module, packed: Collection[str] | None = None) -> tuple[Finding, ...]:
-    """`findings` of a quantised model, with or without values; `packed` as there."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and (module is output or name.rpartition(".")[2] == "lm_head")
-    ]
-    schemes, transposed, renamed = schemes_of(model), transposed_of(model), renamed_stacks(model)
-    shapes = shapes_of(model)
-    return findings(schemes, heads=heads, transposed=transposed, renamed=renamed, shapes=shapes, packed=packed)
+def foresee(choice: Choice) -> tuple[Finding, ...]:
+    """`findings` of what a choice makes of its model."""
+    with choice.unstacked():
+        return foresee_as_it_is(choice.model, schemes=choice.schemes)
+
+
+def foresee_as_it_is(
+    model: nn.Module, packed: Collection[str] | None = None, *, schemes: Mapping[str, Scheme] | None = None
+) -> tuple[Finding, ...]:
+    """`findings` of a model, with or without values.
+
+    Args:
+        model: Not modified.
+        packed: As for `findings`.
+        schemes: Of float layers that are taken for quantised ones.
+    """
+    return findings(
+        {**schemes_of(model), **(schemes or {})},
+        heads=heads_of(model, quantized=True),
+        transposed=transposed_of(model),
+        renamed=renamed_stacks(model),
+        shapes=shapes_of(model),
+        packed=packed,
+    )
 
 
 def _by_scheme(quantized: Mapping[str, Scheme], packed: Collection[str]) -> list[Finding]:

@@ -71,7 +71,7 @@ def compare_named(
     from w8a8 import evaluation as scoring
     from w8a8.analysis import layer_errors
     from w8a8.checkpoint.files import resolve, tensor_files
-    from w8a8.model.convert import unstack_experts_
+    from w8a8.model.choice import unstack_experts_
     from w8a8.model.experts import holds_experts
     from w8a8.streaming.resources import available_memory
 

@@ -67,15 +67,11 @@ def inspect(
 
 def _what_would_be(model: Any) -> dict[str, str]:
     """What `quantize` without options says of each module of a float model; of stacked experts as one."""
-    from w8a8.model import convert
-    from w8a8.model.experts import taken, unstacked
+    from w8a8.model.choice import Choice
 
-    experts, reasons = unstacked(model)
-    with convert.swapped(model, experts):
-        selection = convert.select(model)
-    reasons |= selection.reasons
-    chosen = [*selection.chosen, *taken(experts, selection.chosen)]
-    return reasons | dict.fromkeys(chosen, "float now; `w8a8 quantize` takes it")
+    choice = Choice.of(model, "w8a8")
+    chosen = [*choice.schemes, *choice.taken]
+    return choice.selection.reasons | dict.fromkeys(chosen, "float now; `w8a8 quantize` takes it")
 
 
 @app.command()

@@ -60,27 +60,25 @@ def layers_of(job: Job, told: Mapping[str, Any], text: str) -> Layers:
     from w8a8.analysis import remedies, sensitivity
     from w8a8.analysis.errors import channel_absmax
     from w8a8.evaluation import encode
-    from w8a8.model import convert
-    from w8a8.model.experts import unstacked
-    from w8a8.pipeline import outside_of
+    from w8a8.model.choice import Choice
+    from w8a8.model.selection import assign, with_head
+    from w8a8.model.swapping import swap, swapped
 
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     ids = encode(opened.tokenizer, content_of(text))
     data = job.calibration(opened.model, opened.tokenizer)
-    patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
-    choice = {"include": patterns, "exclude": job.selection["exclude"]}
-    experts, _ = unstacked(opened.model)
+    include = with_head(opened.model, job.selection["include"], job.selection["head"])
+    patterns = {"include": include, "exclude": job.selection["exclude"]}
+    choice = Choice.of(opened.model, job.scheme, **patterns)
     seed = job.drawn["seed"]
     before, folded = None, _folded(told)
-    with convert.swapped(opened.model, experts):
-        selection = convert.select(opened.model, **choice)
-        _, schemes = convert.assign(selection, _saved_schemes(job, told))
-        if folded:
-            before = channel_absmax(opened.model, ids, seed=seed)
+    _, schemes = assign(choice.selection, _saved_schemes(job, told))
     if folded:
-        _smooth_again(opened.model, data, told["smooth"], folded, outside_of(experts, selection).chosen)
-    convert.swap(opened.model, experts)
-    given = {**choice, "calibration": data, "observer": job.treatment["observer"]}
+        with swapped(opened.model, choice.experts):
+            before = channel_absmax(opened.model, ids, seed=seed)
+        _smooth_again(opened.model, data, told["smooth"], folded, choice.outside)
+    swap(opened.model, choice.experts)
+    given = {**patterns, "calibration": data, "observer": job.treatment["observer"]}
     with progress("measuring layers") as step:
         found = sensitivity(opened.model, ids, schemes, **given, seed=seed, before_smoothing=before, progress=step)
     with progress("measuring remedies") as step:

@@ -40,7 +40,7 @@ def sensitivity(
     from w8a8 import analysis
     from w8a8.core.scheme import Scheme
     from w8a8.evaluation import encode
-    from w8a8.model.convert import unstack_experts_
+    from w8a8.model.choice import unstack_experts_
 
     wanted = Scheme.of(scheme)
     opened = open_named(model, asked=next_tokens("the sensitivity of layers"), dtype=dtype, device=device)

@@ -88,22 +88,24 @@ def in_memory(job: Job) -> dict[str, Any]:
     """Load the model, quantise and save it."""
     from w8a8 import pipeline
     from w8a8.checkpoint.rehearsal import rehearse
+    from w8a8.checkpoint.vllm import foresee
     from w8a8.checkpoint.writer import check_target, save
+    from w8a8.model.choice import Choice
 
     check_target(job.output, overwrite=job.force)
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     check_target(job.output, overwrite=job.force, source=opened.directory)
     data = job.calibration(opened.model, opened.tokenizer)
+    not_rehearsed = rehearse(opened.model, job.scheme, job.output, opened.tokenizer)  # before all that takes long
+    if not_rehearsed is not None:
+        print_note(f"saving was not rehearsed: {not_rehearsed}; what is written is looked at as always")
     chosen, smooth, treatment = None, None, job.treatment
     if job.budget is not None:
         smooth, chosen = _allocated(job, opened, data)
         treatment = {**treatment, "smooth": "none"}  # it is done
     schemes = job.scheme if chosen is None else chosen.schemes
-    foreseen = pipeline.foresee(opened.model, schemes, **job.selection)
+    foreseen = foresee(Choice.of(opened.model, schemes, **job.selection))
     job.check_target(foreseen)
-    not_rehearsed = rehearse(opened.model, job.scheme, job.output, opened.tokenizer)
-    if not_rehearsed is not None:
-        print_note(f"saving was not rehearsed: {not_rehearsed}; what is written is looked at as always")
     with progress("quantising") as step:
         result = pipeline.quantize(opened.model, schemes, **job.selection, calibration=data, **treatment, progress=step)
     save(opened.model, job.output, beside=opened.directory, overwrite=job.force)
@@ -124,29 +126,28 @@ def _allocated(job: Job, opened: Any, data: Any) -> tuple[Any, Any]:
     from w8a8.cli.app import content_of
     from w8a8.core.scheme import Scheme
     from w8a8.evaluation import encode
-    from w8a8.model import convert
-    from w8a8.model.experts import unstacked
-    from w8a8.pipeline import outside_of, smooth_first
+    from w8a8.model.choice import Choice
+    from w8a8.model.selection import with_head
+    from w8a8.model.swapping import swap
+    from w8a8.pipeline import smooth_first
 
     assert job.budget is not None, "asked for"
     wanted = Budget.of(job.budget["limit"])
     ids = encode(opened.tokenizer, content_of(job.budget["text"]))
-    patterns = convert.with_head(opened.model, job.selection["include"], job.selection["head"])
-    choice = {"include": patterns, "exclude": job.selection["exclude"]}
+    include = with_head(opened.model, job.selection["include"], job.selection["head"])
+    patterns = {"include": include, "exclude": job.selection["exclude"]}
     options = [Scheme.of(option) for option in job.budget["options"]]
-    experts, _ = unstacked(opened.model)
-    with convert.swapped(opened.model, experts):
-        selection = outside_of(experts, convert.select(opened.model, **choice))
+    choice = Choice.of(opened.model, options[0], **patterns)
     with progress("smoothing") as step:
-        smooth, _ = smooth_first(opened.model, selection, options[0], data, job.treatment["smooth"], step)
-    convert.swap(opened.model, experts)
+        smooth, _ = smooth_first(opened.model, choice.outside, options[0], data, job.treatment["smooth"], step)
+    swap(opened.model, choice.experts)
     with progress("measuring") as step:
         allocation = allocate(
             opened.model,
             ids,
             wanted,
             options=options,
-            **choice,
+            **patterns,
             seed=job.budget["seed"],
             calibration=data,
             observer=job.treatment["observer"],

@@ -167,7 +167,7 @@ def stacks(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
 
 
 def unstacked(model: nn.Module, *, at_most: int | None = None) -> tuple[dict[str, Experts], dict[str, str]]:
-    """What can take the places of a model's stacked experts (`convert.swap` puts it there), and why others stay.
+    """What can take the places of a model's stacked experts (`swap` puts it there), and why others stay.
 
     Args:
         model: With or without values.  Not modified; the linear layers are views of its parameters.

@@ -5,21 +5,27 @@ from collections.abc import Mapping, Set
 
 from torch import nn
 
-from w8a8.layers.linear import is_conv1d, is_linear
+from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
 from w8a8.model.experts import Experts, expert_counts
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """What models call the layers that weigh experts."""
 
 
-def heads(model: nn.Module) -> list[str]:
-    """The names of the float output heads: `lm_head`, or what the model calls its output embedding."""
+def heads(model: nn.Module, *, quantized: bool = False) -> list[str]:
+    """The names of the float output heads: `lm_head`, or what the model calls its output embedding.
+
+    Args:
+        model: Not modified.
+        quantized: Of those that are quantised already too.
+    """
     output = getattr(model, "get_output_embeddings", None)
     head = output() if callable(output) else None
     return [
         name
         for name, module in model.named_modules()
-        if is_linear(module) and (module is head or name.rpartition(".")[2] == "lm_head")
+        if (is_linear(module) or (quantized and isinstance(module, QuantLinear)))
+        and (module is head or name.rpartition(".")[2] == "lm_head")
     ]
 
 

@@ -28,8 +28,8 @@ from w8a8.calibration.calibrate import static_grids
 from w8a8.calibration.data import Calibration
 from w8a8.core.affine import QParams
 from w8a8.core.scheme import Scheme
-from w8a8.model import convert
 from w8a8.model.inputs import ModelInputs, call, evaluating, seeded, tensors_in
+from w8a8.model.swapping import build, swapped
 
 CANDIDATES = (0.3, 0.5, 0.7, 0.85)
 """Alphas for all groups that compete with the searched ones."""
@@ -70,15 +70,13 @@ class Contest:
     Args:
         model: Float.  Not modified.
         calibration: Its first batches are run.
-        scheme, selection: What is quantised, and how.
+        scheme, chosen: What is quantised, and how.
     """
 
-    def __init__(
-        self, model: nn.Module, calibration: Calibration, scheme: Scheme, selection: convert.Selection
-    ) -> None:
+    def __init__(self, model: nn.Module, calibration: Calibration, scheme: Scheme, chosen: Sequence[str]) -> None:
         self.model = model
         self.scheme = scheme
-        self.selection = selection
+        self.chosen = chosen
         batches = calibration.batches or (calibration.first(model),)
         self._predicts = self._predicts_tokens(batches[0])
         self._compared = _first(batches, COMPARED_TOKENS)
@@ -91,17 +89,16 @@ class Contest:
         Raises:
             SchemeError, NonFiniteError, CalibrationError: as `w8a8.simulate`.
         """
-        layers = convert.build(
+        layers = build(
             self.model,
-            self.selection,
-            self.scheme,
+            dict.fromkeys(self.chosen, self.scheme),
             simulated=not self.scheme.integer_executable,
             input_params=self._grids(),
         )
         distance = self._distance(layers)
         if not self._predicts:
             return Score(distance, None)
-        with convert.swapped(self.model, layers):
+        with swapped(self.model, layers):
             return Score(distance, self._loss_nats())
 
     def _grids(self) -> dict[str, QParams] | None:
@@ -109,7 +106,7 @@ class Contest:
         if not self.scheme.static or activations is None:
             return None
         observer = "absmax" if activations.symmetric else "minmax"
-        return static_grids(self.model, self.selection.chosen, activations, self._data, observer)
+        return static_grids(self.model, self.chosen, activations, self._data, observer)
 
     def _loss_nats(self) -> float:
         """The mean over all predicted tokens of -log p."""
@@ -133,7 +130,7 @@ class Contest:
         distance, size = 0.0, 0.0
         for batch in self._compared:
             exact = self._outputs(batch)
-            with convert.swapped(self.model, layers):
+            with swapped(self.model, layers):
                 outputs = self._outputs(batch)
             for new, old in zip(outputs, exact, strict=True):
                 finite = torch.isfinite(old)

@@ -31,8 +31,8 @@ from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
 from w8a8.dataflow.groups import Dataflow, Refusal
 from w8a8.errors import ModelError
-from w8a8.model import convert
 from w8a8.model.inputs import ModelInputs
+from w8a8.model.selection import select
 from w8a8.report.records import GroupReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, Score, winner
@@ -85,7 +85,7 @@ def smooth_(
         Calibration.of(calibration),
         alpha=alpha,
         scheme=Scheme.of(scheme),
-        selection=convert.select(model, include, exclude),
+        chosen=select(model, include, exclude).chosen,
         rows=rows,
         seed=seed,
         progress=progress,
@@ -98,7 +98,7 @@ def smooth_undoable(
     *,
     alpha: Alpha,
     scheme: Scheme,
-    selection: convert.Selection,
+    chosen: Sequence[str],
     rows: int = ROWS,
     seed: int = 0,
     progress: Progress | None = None,
@@ -114,9 +114,9 @@ def smooth_undoable(
         sampled,
         alpha=alpha,
         scheme=scheme,
-        chosen=frozenset(selection.chosen),
+        chosen=frozenset(chosen),
         description=calibration.description,
-        contest=lambda: Contest(model, calibration, scheme, selection),
+        contest=lambda: Contest(model, calibration, scheme, chosen),
         progress=progress,
     )
 

@@ -1,6 +1,6 @@
 """What becomes of every tensor of a directory, known from headers and config.json alone, before a value is read.
 
-The model is built without memory, and the layers are chosen by `convert.select`, as for a model in memory.  A tensor
+The model is built without memory, and the layers are chosen by `Choice.of`, as for a model in memory.  A tensor
 of the files is found in the model under its own name, or with the model's `base_model_prefix` before it, as some
 files leave it out; the result has the names that `w8a8.save` writes.  Experts that are quantised have layers of their
 own (`w8a8.model.experts`), which files have one by one, as on the hub, or stacked: then each is a range of a tensor's
@@ -24,16 +24,16 @@ from w8a8.checkpoint.describe import config_of, describe
 from w8a8.checkpoint.files import CONFIG, SINGLE, read_quantization, tensor_files
 from w8a8.checkpoint.headers import Entry, Told, in_order, read_header
 from w8a8.checkpoint.layout import to_json
-from w8a8.checkpoint.names import FileNames, renamed_stacks
+from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import check_counts, empty_model, not_saved
-from w8a8.checkpoint.vllm import Finding, findings, schemes_of, shapes_of, transposed_of
+from w8a8.checkpoint.vllm import Finding, foresee_as_it_is
 from w8a8.core.scheme import PerTensor, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, SchemeError, few
 from w8a8.layers.linear import is_conv1d
-from w8a8.model import convert
+from w8a8.model.choice import Choice
 from w8a8.model.coverage import Coverage, coverage
-from w8a8.model.experts import Experts, taken, unstacked
-from w8a8.model.roles import heads as heads_of
+from w8a8.model.experts import Experts
+from w8a8.model.swapping import empty_layer, swap
 
 PIECE = 8 << 20
 """Bytes of the source that are in memory at once, save for tensors that must be seen whole."""
@@ -164,7 +164,9 @@ def make_plan(
         raise SchemeError(f"{source} is quantised already: give the directory of the float model")
     check_counts(source)
     model = empty_model(source, None)
-    selection = _choose(model, convert.with_head(model, include, head), exclude, at_most=_most_experts(source))
+    choice = Choice.of(model, scheme, include, exclude, head=head, at_most=_most_experts(source))
+    swap(model, choice.taken)
+    selection = choice.selection
     names = FileNames(model)
     found, unwanted = _sources(source, model)
     chosen = {f"{name}.weight": name for name in selection.chosen}
@@ -187,38 +189,20 @@ def make_plan(
             file, entry = found[next(alias for alias in shared if alias in found)]
             dtype = dtypes.get(bias, entry.dtype)
             steps.append(_copied(names, bias, dtype, file, entry))
-    layers = {step.place: convert.empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
-    heads = heads_of(model)
-    convert.swap(model, layers)
-    found_by_vllm = findings(
-        schemes_of(model),
-        heads=heads,
-        transposed=transposed_of(model),
-        renamed=renamed_stacks(model),
-        shapes=shapes_of(model),
-    )
-    convert.untie(model, selection)
+    layers = {step.place: empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
+    choice.enact(layers)
     dtype = next((step.dtype for step in steps if step.dtype.is_floating_point), model.dtype)
     config = config_of(model, dtype) | {"quantization_config": to_json(describe(model))}
     shards = _cut(steps, shard_bytes)
     told = coverage(model, selection.reasons)
     kind = type(model).__name__
-    return Plan(source, scheme, shards, config, told, selection.untied, found_by_vllm, kind, unwanted)
+    return Plan(source, scheme, shards, config, told, selection.untied, foresee_as_it_is(model), kind, unwanted)
 
 
 def _most_experts(source: Path) -> int:
     """How many a layer can have: each is a tensor of the files, or one matrix of a stack."""
     entries = [entry for path in tensor_files(source) for entry in read_header(path).values()]
     return max([len(entries), *(entry.shape[0] for entry in entries if len(entry.shape) == 3)])
-
-
-def _choose(model: nn.Module, include: Sequence[str], exclude: Sequence[str], *, at_most: int) -> convert.Selection:
-    """The layers to quantise; the model's experts get layers of their own if one of these is among them."""
-    experts, reasons = unstacked(model, at_most=at_most)
-    with convert.swapped(model, experts):
-        selection = convert.select(model, include, exclude)
-    convert.swap(model, taken(experts, selection.chosen))
-    return replace(selection, reasons=reasons | selection.reasons)
 
 
 def _sources(source: Path, model: Any) -> tuple[dict[str, tuple[Path, Entry]], tuple[str, ...]]:
@@ -372,7 +356,7 @@ def _quantized(
     if entry.dtype not in _FLOATS:
         raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
     linear = model.get_submodule(name)
-    layer = convert.empty_layer(model, name, scheme)
+    layer = empty_layer(model, name, scheme)
     kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
     told = names.of_layer(name)
     outputs = tuple((f"{told}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())

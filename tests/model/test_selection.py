@@ -8,12 +8,13 @@ import w8a8
 from tests import families
 from tests.conftest import gpt2, llama, mixtral, opt, relative_error
 from w8a8 import kernels
-from w8a8.core.scheme import PerGroup, QuantSpec, Scheme
+from w8a8.core.scheme import Scheme
 from w8a8.dataflow.observing import observe
-from w8a8.errors import ModelError, NonFiniteError, PatternError, SchemeError
+from w8a8.errors import ModelError, PatternError, SchemeError
 from w8a8.layers.linear import QuantLinear, quant_linears
-from w8a8.model.convert import assign, build, select, swap, swapped
 from w8a8.model.coverage import coverage
+from w8a8.model.selection import assign, select
+from w8a8.model.swapping import build
 
 W8A8 = Scheme.of("w8a8")
 
@@ -48,7 +49,7 @@ def test_two_linears_that_share_a_weight_are_taken_together():
     found = select(model)
     assert found.chosen == ("0", "1", "2")
     assert found.untied == {}
-    codes = [layer.codes for layer in build(model, found, W8A8).values()]
+    codes = [layer.codes for layer in build(model, dict.fromkeys(found.chosen, W8A8)).values()]
     assert torch.equal(codes[0], codes[2])
 
 
@@ -207,63 +208,12 @@ def test_a_pattern_for_quantised_layers_says_so():
         select(model, include=["0"])
 
 
-def test_a_partly_quantised_model_can_be_quantised_further():
-    model = llama()
-    for pattern, scheme in (("*.mlp.*", "w8a8"), ("*.self_attn.*", "w8a8-asym")):
-        swap(model, build(model, select(model, include=[pattern]), Scheme.of(scheme)))
-    assert {layer.scheme.name for _, layer in quant_linears(model)} == {"w8a8", "w8a8-asym"}
-
-
-def test_a_failure_half_way_leaves_the_model_and_names_the_layer():
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 7] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"nan at index \(3, 7\)") as caught:
-        build(model, select(model), W8A8)
-    assert "while quantising model.layers.1.mlp.up_proj" in caught.value.explain()
-    assert not list(quant_linears(model))
-
-
-def test_groups_that_do_not_divide_name_the_layer():
-    model = llama()
-    with pytest.raises(SchemeError, match="K=100") as caught:
-        build(model, select(model), Scheme(QuantSpec(8, PerGroup(64)), W8A8.activations))
-    assert "down_proj" in caught.value.explain()
-
-
-def test_a_module_with_two_names_is_replaced_under_both():
-    shared = nn.Linear(8, 8)
-    model = nn.ModuleDict({"a": shared, "b": nn.ModuleDict({"c": shared})})
-    found = select(model)
-    assert found.chosen == ("a",)
-    swap(model, build(model, found, W8A8))
-    assert isinstance(model["a"], QuantLinear)
-    assert model["b"]["c"] is model["a"]
-
-
-def test_swapped_puts_everything_back_even_after_an_error():
-    model = opt()
-    before = dict(model.named_modules())
-    layers = build(model, select(model), W8A8)
-    with pytest.raises(RuntimeError, match="inside"), swapped(model, layers):  # noqa: PT012
-        assert len(list(quant_linears(model))) == 12
-        raise RuntimeError("inside")
-    assert dict(model.named_modules()) == before
-
-
 def test_conv1d_models_are_walked():
     assert len(select(gpt2()).chosen) == 8
 
 
 def test_the_router_of_a_mixture_of_experts_is_no_linear():
     assert all("self_attn" in name for name in select(mixtral()).chosen)
-
-
-def test_progress_is_told_layer_by_layer():
-    model, steps = llama(), []
-    build(model, select(model), W8A8, progress=lambda *step: steps.append(step))
-    assert steps[0] == (1, 14, "model.layers.0.self_attn.q_proj")
-    assert steps[-1][:2] == (14, 14)
 
 
 def _named_with_brackets():
@@ -368,7 +318,7 @@ def test_a_layer_whose_tensors_are_of_a_subclass_stays_float_and_says_of_which(p
     held = getattr(model[0], parameter).detach()
     setattr(model[0], parameter, nn.Parameter(Elsewhere(held), requires_grad=False))
     x = torch.randn(3, 8)
-    reason = rf"its {parameter} is a tests\.model\.test_convert\.Elsewhere, a subclass of torch\.Tensor"
+    reason = rf"its {parameter} is a tests\.model\.test_selection\.Elsewhere, a subclass of torch\.Tensor"
     with pytest.raises(SchemeError, match=reason):
         QuantLinear.from_float(model[0])
     with pytest.raises(SchemeError, match=rf"there is nothing to quantise: .* 0: {reason}"):
@@ -376,7 +326,7 @@ def test_a_layer_whose_tensors_are_of_a_subclass_stays_float_and_says_of_which(p
     before = model[0](x)
     result = w8a8.quantize(model, "w8a8")
     assert isinstance(model[1], QuantLinear)
-    assert f"{parameter} is a tests.model.test_convert.Elsewhere" in str(result.coverage)
+    assert f"{parameter} is a tests.model.test_selection.Elsewhere" in str(result.coverage)
     assert torch.equal(model[0](x), before)
 
 

@@ -1,6 +1,6 @@
-"""The walk: find the linear layers of a model, choose among them, and swap them in place.
+"""Choosing among the linear layers of a model by names and patterns, and giving each its scheme.
 
-Choosing.  A pattern is the exact name of a layer, or else a glob over the dotted module names; a `*` crosses dots.  A
+A pattern is the exact name of a layer, or else a glob over the dotted module names; a `*` crosses dots.  A
 pattern that matches no linear layer is an error.  Five kinds of layer are not taken by a glob, only by their exact
 name in `include`:
 
@@ -14,29 +14,19 @@ name in `include`:
 Layers that are tied to one another, and to nothing else, are taken together, each with codes of its own.
 
 And some are never taken, however they are named: `w8a8.model.obstacles`.  All these are reported with the reason.
-
-Swapping.  Every new layer is made before the first old one is replaced, so that a failure half-way leaves
-the model as it was; `swapped` puts the old layers back at its end.
 """
 
-import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
 
-from w8a8 import kernels
-from w8a8.core.affine import QParams
-from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
-from w8a8.errors import ModelError, PatternError, SchemeError, W8A8Error, closest
-from w8a8.layers.linear import QuantLinear, check_materialised, is_linear, quant_linears
-from w8a8.model import ties
-from w8a8.model.experts import unstacked
+from w8a8.errors import ModelError, PatternError, SchemeError, closest
+from w8a8.layers.linear import check_materialised, is_linear, quant_linears
 from w8a8.model.obstacles import obstacles
-from w8a8.model.places import places
 from w8a8.model.roles import adapters_of, heads, routers_of
 from w8a8.model.usage import look
 
@@ -71,8 +61,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
         SchemeError: nothing is left to quantise.
         ModelError: `model` is not a module, or has parameters without a shape.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
+    check_module(model)
     include, exclude = _as_list(include, "include"), _as_list(exclude, "exclude")
     if is_linear(model):
         raise SchemeError(
@@ -172,61 +161,6 @@ def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str,
     return replace(selection, chosen=tuple(found), reasons=reasons, untied=untied, together=together), found
 
 
-def build(
-    model: nn.Module,
-    selection: Selection,
-    schemes: Scheme | Mapping[str, Scheme],
-    *,
-    simulated: bool = False,
-    kernel: str = kernels.AUTO,
-    strict: bool = False,
-    input_params: Mapping[str, QParams] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, QuantLinear]:
-    """Make the new layers.  The model is not modified.
-
-    Args:
-        model, selection: What to quantise.
-        schemes: One for all, or each chosen layer's own, as `assign` gives them.
-        simulated, kernel, strict: As for `QuantLinear`.
-        input_params: The grid of each chosen layer's input whose scheme has static activations.
-        progress: Called after each layer.
-
-    Raises:
-        W8A8Error: as `QuantLinear.from_float`, with a note that names the layer.
-    """
-    layers = {}
-    for done, name in enumerate(selection.chosen, start=1):
-        try:
-            layers[name] = QuantLinear.from_float(
-                model.get_submodule(name),
-                schemes if isinstance(schemes, Scheme) else schemes[name],
-                simulated=simulated,
-                kernel=kernel,
-                strict=strict,
-                input_params=None if input_params is None else input_params.get(name),
-            )
-        except W8A8Error as error:
-            error.add_note(f"while quantising {name}")
-            raise
-        if progress is not None:
-            progress(done, len(selection.chosen), name)
-    return layers
-
-
-def empty_layer(model: nn.Module, name: str, scheme: Scheme) -> QuantLinear:
-    """The layer that is to take the place of one of the model's, without values.  The model is not modified.
-
-    Raises:
-        SchemeError: as `QuantLinear`, with a note that names the layer.
-    """
-    try:
-        return QuantLinear.in_place_of(model.get_submodule(name), scheme)
-    except SchemeError as error:
-        error.add_note(f"while quantising {name}")
-        raise
-
-
 def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
     """The patterns of `include`, and with head="int8" the names of the model's output heads.
 
@@ -244,53 +178,10 @@ def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
     return [*patterns, *names]
 
 
-def untie(model: nn.Module, selection: Selection) -> None:
-    """After a tied layer was quantised: have the model say so, or it would be tied again."""
-    ties.untie(model, selection.untied)
-    ties.forget(model, selection.together)
-
-
-def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put the layers in the places of those of the same names; the model is changed.
-
-    A module that is reached by several names, or held in a list or an attribute too, is replaced in all these places.
-
-    Returns:
-        The old modules under the same names: `swap` them to undo.
-    """
-    old = {name: model.get_submodule(name) for name in layers}
-    replacement = {id(old[name]): layers[name] for name in layers}
-    for place in list(places(model)):
-        if id(place.module) in replacement and place.container is not None:
-            place.container[place.key] = replacement[id(place.module)]
-    return old
-
-
-@contextlib.contextmanager
-def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """`swap` for the length of a `with` block."""
-    old = swap(model, layers)
-    try:
-        yield
-    finally:
-        swap(model, old)
-
-
-def unstack_experts_(model: nn.Module) -> dict[str, str]:
-    """Give stacked experts linear layers of their own, in place, so that all that goes by a layer's name reaches them.
-
-    `w8a8.quantize` does this by itself; here it is for what looks at the float model: `sensitivity`, `allocate`,
-    `collect`.  The weights are the stacks', not copies.
-
-    Args:
-        model: Float.
-
-    Returns:
-        Why other stacks stay as they are, by name.
-    """
-    experts, reasons = unstacked(model)
-    swap(model, experts)
-    return reasons
+def check_module(model: object) -> None:
+    """Raise `ModelError` where a model is no module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
 
 
 def matching(pattern: str, names: Collection[str]) -> set[str]:

@@ -1,0 +1,116 @@
+"""A choice: what becomes of which layer of a float model, decided once and handed on.
+
+    choice = Choice.of(model, "w8a8", exclude=["*.0.*"], head="int8")
+    choice.schemes              the scheme of each layer that is quantised
+    choice.selection            why each other layer stays float, and what is tied to what
+    choice.outside              the layers that smoothing sees: not those of experts
+    with choice.unstacked():    the experts have layers of their own, and at the end lie stacked again
+        layers = build(model, choice.schemes)
+    choice.enact(layers)        for good
+
+Stacked experts have no layers that could be chosen, so it is made while each stack is taken apart.  All are, where a
+layer of any of them is chosen, else none (`taken`).
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from w8a8.core.scheme import Scheme
+from w8a8.layers.linear import QuantLinear
+from w8a8.model import ties
+from w8a8.model.experts import Experts, own_weights, taken, unstacked
+from w8a8.model.selection import Schemes, Selection, assign, check_module, select, with_head
+from w8a8.model.swapping import swap, swapped
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of the layers of a model.
+
+    model: Float, with or without values.  Its stacks are in their places, save in `unstacked` and after `enact`.
+    selection: The layers to quantise, and why others, and stacks that are not taken apart, stay float.
+    schemes: Of the layers to quantise, in the model's order.
+    experts: What can take the places of stacks, by their names, whether or not anything in them is chosen.
+    """
+
+    model: nn.Module
+    selection: Selection
+    schemes: dict[str, Scheme]
+    experts: dict[str, Experts]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        schemes: Schemes = "w8a8",
+        include: Sequence[str] = ("*",),
+        exclude: Sequence[str] = (),
+        *,
+        head: str = "float",
+        at_most: int | None = None,
+    ) -> "Choice":
+        """Choose.
+
+        Args:
+            model: Not modified.
+            schemes: One for all layers, or by pattern, as for `assign`.
+            include, exclude, head: As for `w8a8.quantize`.
+            at_most: Leave stacks of more experts than that.
+
+        Raises:
+            PatternError, SchemeError, ModelError: as `select`, `assign` and `with_head`.
+        """
+        check_module(model)
+        include = with_head(model, include, head)
+        experts, reasons = unstacked(model, at_most=at_most)
+        with swapped(model, experts):
+            selection, by_layer = assign(select(model, include, exclude), schemes)
+        return cls(model, replace(selection, reasons=reasons | selection.reasons), by_layer, experts)
+
+    @property
+    def taken(self) -> dict[str, Experts]:
+        """The experts that get layers of their own."""
+        return taken(self.experts, self.schemes)
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The layers that are no experts', which smoothing sees stacked: so every expert is in one product."""
+        return tuple(name for name in self.schemes if not taken(self.experts, [name]))
+
+    def unstacked(self) -> contextlib.AbstractContextManager[None]:
+        """The experts with layers of their own, for the length of a `with` block."""
+        return swapped(self.model, self.taken)
+
+    def enact(self, layers: Mapping[str, QuantLinear]) -> None:
+        """Put the new layers in their places; the model is changed, its config where a tied layer was quantised.
+
+        Args:
+            layers: By name: for each chosen one what was made of it.
+        """
+        swap(self.model, self.taken)
+        swap(self.model, layers)
+        for parent in dict.fromkeys(name.rsplit(".", 2)[0] for name in layers):
+            if isinstance(experts := self.model.get_submodule(parent), Experts):
+                own_weights(experts)
+        ties.untie(self.model, self.selection.untied)  # or they would be tied again
+        ties.forget(self.model, self.selection.together)
+
+
+def unstack_experts_(model: nn.Module) -> dict[str, str]:
+    """Give stacked experts linear layers of their own, in place, so that all that goes by a layer's name reaches them.
+
+    `w8a8.quantize` does this by itself; here it is for what looks at the float model: `sensitivity`, `allocate`,
+    `collect`.  The weights are the stacks', not copies.
+
+    Args:
+        model: Float.
+
+    Returns:
+        Why other stacks stay as they are, by name.
+    """
+    experts, reasons = unstacked(model)
+    swap(model, experts)
+    return reasons

@@ -1,0 +1,98 @@
+"""Swapping: new layers are made from a model's, and take their places.
+
+Every new layer is made before the first old one is replaced, so that a failure half-way leaves the model as it was;
+`swapped` puts the old layers back at its end.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from w8a8 import kernels
+from w8a8.core.affine import QParams
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
+from w8a8.errors import SchemeError, W8A8Error
+from w8a8.layers.linear import QuantLinear
+from w8a8.model.places import places
+
+
+def build(
+    model: nn.Module,
+    schemes: Mapping[str, Scheme],
+    *,
+    simulated: bool = False,
+    kernel: str = kernels.AUTO,
+    strict: bool = False,
+    input_params: Mapping[str, QParams] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, QuantLinear]:
+    """Make the new layers.  The model is not modified.
+
+    Args:
+        model: It has the layers.
+        schemes: By their names, of those that are quantised.
+        simulated, kernel, strict: As for `QuantLinear`.
+        input_params: The grid of the input of each of them whose scheme has static activations.
+        progress: Called after each layer.
+
+    Raises:
+        W8A8Error: as `QuantLinear.from_float`, with a note that names the layer.
+    """
+    layers = {}
+    for done, (name, scheme) in enumerate(schemes.items(), start=1):
+        try:
+            layers[name] = QuantLinear.from_float(
+                model.get_submodule(name),
+                scheme,
+                simulated=simulated,
+                kernel=kernel,
+                strict=strict,
+                input_params=None if input_params is None else input_params.get(name),
+            )
+        except W8A8Error as error:
+            error.add_note(f"while quantising {name}")
+            raise
+        if progress is not None:
+            progress(done, len(schemes), name)
+    return layers
+
+
+def empty_layer(model: nn.Module, name: str, scheme: Scheme) -> QuantLinear:
+    """The layer that is to take the place of one of the model's, without values.  The model is not modified.
+
+    Raises:
+        SchemeError: as `QuantLinear`, with a note that names the layer.
+    """
+    try:
+        return QuantLinear.in_place_of(model.get_submodule(name), scheme)
+    except SchemeError as error:
+        error.add_note(f"while quantising {name}")
+        raise
+
+
+def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put the layers in the places of those of the same names; the model is changed.
+
+    A module that is reached by several names, or held in a list or an attribute too, is replaced in all these places.
+
+    Returns:
+        The old modules under the same names: `swap` them to undo.
+    """
+    old = {name: model.get_submodule(name) for name in layers}
+    replacement = {id(old[name]): layers[name] for name in layers}
+    for place in list(places(model)):
+        if id(place.module) in replacement and place.container is not None:
+            place.container[place.key] = replacement[id(place.module)]
+    return old
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`swap` for the length of a `with` block."""
+    old = swap(model, layers)
+    try:
+        yield
+    finally:
+        swap(model, old)
