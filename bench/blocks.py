@@ -55,7 +55,6 @@ def job(kind: str, way: str, source: Path, target: Path, windows: int) -> dict[s
     import torch
 
     import w8a8
-    from w8a8.blockwise import quantize_blocks
     from w8a8.calibration.data import Calibration
     from w8a8.checkpoint.opening import open_model
     from w8a8.smoothing import smoother as smoothing
@@ -87,7 +86,7 @@ def job(kind: str, way: str, source: Path, target: Path, windows: int) -> dict[s
         def before(plan: Any, prediction: Any) -> None:
             forecast.append(time.perf_counter())
 
-        done = quantize_blocks(source, target, "w8a8-static", calibration=data, smooth=smooth, before=before)
+        done = w8a8.quantize_directory(source, target, "w8a8-static", calibration=data, smooth=smooth, before=before)
         told = {"predicted": done.prediction.seconds, "after_forecast": time.perf_counter() - forecast[0]}
         told["predicted_peak"] = done.prediction.peak_bytes
     told |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu, "search": searched[0]}

@@ -16,8 +16,8 @@ from w8a8 import kernels
 from w8a8.calibration.observers import OBSERVERS
 from w8a8.core.affine import QParams
 from w8a8.core.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.directories import quantize_directory
 from w8a8.layers.linear import QuantLinear
-from w8a8.streaming import quantize_directory
 
 SOURCE = Path(w8a8.__file__).parent
 FACTORIES = {f.__name__ for f in _device_constructors() if f is not None} - {"Generator"}

@@ -35,15 +35,16 @@ if TYPE_CHECKING:
         QuantSpec,
         Scheme,
     )
+    from w8a8.directories import quantize_directory
     from w8a8.errors import W8A8Error
     from w8a8.hf import W8A8Config, disable, enable, enabled
     from w8a8.layers.linear import QuantLinear, ledger
     from w8a8.model.coverage import Coverage
     from w8a8.pipeline import Result, quantize, simulate
     from w8a8.report.records import Remedy
+    from w8a8.report.smoothed import SmoothReport
     from w8a8.smoothing import outliers
-    from w8a8.smoothing.smooth import SmoothReport, smooth_, smooth_scales
-    from w8a8.streaming import quantize_directory
+    from w8a8.smoothing.smooth import smooth_, smooth_scales
 
 _HOME = {
     "QParams": "core.affine",
@@ -65,7 +66,7 @@ _HOME = {
     "disable": "hf",
     "enable": "hf",
     "enabled": "hf",
-    "quantize_directory": "streaming",
+    "quantize_directory": "directories",
     "collect": "calibration.calibrate",
     "load": "checkpoint",
     "save": "checkpoint",
@@ -92,7 +93,7 @@ _HOME = {
     "PerToken": "core.scheme",
     "QuantSpec": "core.scheme",
     "Scheme": "core.scheme",
-    "SmoothReport": "smoothing.smooth",
+    "SmoothReport": "report.smoothed",
     "smooth_": "smoothing.smooth",
     "smooth_scales": "smoothing.smooth",
 }

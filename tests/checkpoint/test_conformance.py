@@ -18,11 +18,11 @@ from w8a8.checkpoint.layout import check_writable
 from w8a8.checkpoint.names import FileNames
 from w8a8.core.affine import QParams
 from w8a8.core.tokens import fake_quantize_tokens
+from w8a8.directories import quantize_directory
 from w8a8.errors import CheckpointError
 from w8a8.layers.linear import quant_linears
 from w8a8.model.experts import unstacked
 from w8a8.model.swapping import swap
-from w8a8.streaming import quantize_directory
 
 IDS = torch.randint(0, 96, (4, 32), generator=torch.Generator().manual_seed(0))
 SCHEMES = {name: preset.scheme for name, preset in PRESETS.items()} | {

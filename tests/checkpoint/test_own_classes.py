@@ -14,8 +14,8 @@ import w8a8
 from tests.conftest import contents, llama, logits
 from w8a8.cli import main
 from w8a8.demo.run import demo_directory
+from w8a8.directories import quantize_directory
 from w8a8.hf import enabled
-from w8a8.streaming import quantize_directory
 
 CODE = """
 from transformers import OPTConfig, OPTForCausalLM

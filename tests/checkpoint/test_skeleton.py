@@ -18,8 +18,8 @@ from transformers import (
 
 import w8a8
 from tests.conftest import contents, llama, logits
+from w8a8.directories import quantize_directory
 from w8a8.errors import CheckpointError
-from w8a8.streaming import quantize_directory
 
 
 def resnet():

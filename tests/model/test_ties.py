@@ -18,8 +18,8 @@ from transformers import (
 
 import w8a8
 from tests.conftest import ONE_BLOCK, llama, logits, opt
+from w8a8.directories import quantize_directory
 from w8a8.hf import enabled
-from w8a8.streaming import quantize_directory
 
 _TEXT = {**ONE_BLOCK, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.conftest import llama
@@ -12,6 +13,12 @@ def tensors(directory):
 def partial_of(target):
     """Where a result grows."""
     return target.with_name(f".{target.name}.partial")
+
+
+def saved(model, directory, *, dtype=torch.bfloat16, shard="40KB", **options):
+    """The directory of a model, written."""
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard, **options)
+    return directory
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from tests.conftest import mixtral, opt, relative_error
 from w8a8.checkpoint.files import CONFIG, SINGLE
 from w8a8.checkpoint.opening import open_model
 from w8a8.core.scheme import PerColumn, Scheme
+from w8a8.directories import quantize_directory
 from w8a8.errors import CheckpointError, PatternError, SchemeError
 from w8a8.model import experts
-from w8a8.streaming import quantize_directory
 from w8a8.streaming.plan import PIECE, UnplacedError, make_plan
 
 W8A8 = Scheme.of("w8a8")
@@ -182,8 +182,6 @@ def test_files_that_do_not_fit_the_config_are_refused(source, change, message):
 
 
 def test_a_request_that_cannot_be_met_is_refused(source):
-    with pytest.raises(SchemeError, match="static activation scales"):
-        make_plan(source, Scheme.of("w8a8-static"))
     with pytest.raises(PatternError, match="matches none"):
         make_plan(source, W8A8, include=["*.nothing"])
     with pytest.raises(SchemeError, match="per-column weights"):

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from w8a8.blockwise.blocks import State
 from w8a8.errors import ModelError
 from w8a8.streaming.shard import ShardWriter
-
-State = tuple[torch.dtype, tuple[int, ...]]
 
 
 def state_bytes(states: Sequence[State]) -> int:

@@ -72,7 +72,7 @@ class BlockWalk:
         ModelError: it has no list of at least two blocks, or an encoder and a decoder.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.name, self._list = _largest_list(model)
         self.blocks: list[nn.Module] = list(self._list)
@@ -107,7 +107,7 @@ class BlockWalk:
                 hidden = self._passed(inputs)[0]
                 self.states.append((hidden.dtype, tuple(hidden.shape)))
 
-    def _observed_form(self, inputs: Any) -> Callable[[Tensor], Any]:
+    def _observed_form(self, inputs: ModelInputs) -> Callable[[Tensor], Any]:
         for form in _FORMS:
             self.form = form
             with contextlib.suppress(*_WRONG_FORM), evaluating(self.model):
@@ -119,7 +119,7 @@ class BlockWalk:
             "each with what the one before returned, so it cannot be quantised block by block; leave out --stream"
         )
 
-    def _passed(self, inputs: Any) -> list[Tensor]:
+    def _passed(self, inputs: ModelInputs) -> list[Tensor]:
         """What each stand-in was given, up to the last."""
         self._seen = []
         try:
@@ -223,7 +223,7 @@ class BlockWalk:
 
         current = 0
 
-        def loop(model: Any) -> None:
+        def loop(model: nn.Module) -> None:
             nonlocal current
             before = self._given
             handle = self.blocks[number].register_forward_hook(leave) if number < len(self) else None

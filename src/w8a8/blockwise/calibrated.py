@@ -1,4 +1,4 @@
-"""The job with calibration data: each block is loaded, measured, smoothed, quantised, written and dropped in turn.
+"""With data: each block is loaded, measured, smoothed, quantised, written and dropped in turn.
 
     outside of the blocks    mapped from the files: embeddings, the last norm, the head
     block i                  in memory, on what block i - 1 returned (`activations`, on the disk)
@@ -21,10 +21,10 @@ it is recorded; where they are damaged the job goes back to the last that are wh
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -33,172 +33,79 @@ from w8a8.blockwise.blocks import BlockWalk
 from w8a8.blockwise.contents import by_blocks, load, quantized
 from w8a8.blockwise.forecast import predict_blocks
 from w8a8.blockwise.measured import block_grids, smooth_block
-from w8a8.blockwise.request import PLAIN, Request, request_of, told_of
-from w8a8.calibration.data import Calibration
-from w8a8.calibration.observers import Observer
-from w8a8.checkpoint.files import resolve
+from w8a8.blockwise.request import PLAIN, Request, told_of
 from w8a8.checkpoint.skeleton import empty_model
-from w8a8.checkpoint.writer import check_target
 from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress
-from w8a8.core.scheme import Scheme
-from w8a8.errors import CheckpointError, W8A8Error
-from w8a8.model.coverage import Coverage
+from w8a8.errors import W8A8Error
 from w8a8.model.experts import Experts, taken, unstacked
 from w8a8.model.swapping import swap, swapped
 from w8a8.report.records import GroupReport
-from w8a8.smoothing.report import SmoothReport
-from w8a8.streaming.journal import Journal, locked, write_whole
-from w8a8.streaming.plan import Plan, Shard, make_plan
+from w8a8.report.smoothed import SmoothReport
+from w8a8.streaming.job import Work
+from w8a8.streaming.journal import Journal, write_whole
+from w8a8.streaming.plan import Plan, Shard
 from w8a8.streaming.resources import Prediction
-from w8a8.streaming.run import complete, fingerprint
 from w8a8.streaming.shard import write_tensors
-from w8a8.streaming.team import team
+from w8a8.streaming.team import Team
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """What `quantize_blocks` did, or would do.
-
-    smooth: Of all blocks; None where nothing was smoothed.
-    shards, resumed: Files of weights, and how many an earlier run had finished.
-    """
-
-    output: Path
-    scheme: Scheme
-    coverage: Coverage
-    untied: dict[str, str]
-    smooth: SmoothReport | None
-    prediction: Prediction
-    shards: int
-    resumed: int
-
-
-def quantize_blocks(
-    source: str | Path,
-    output: str | Path,
-    scheme: Scheme | str,
-    *,
-    calibration: Calibration,
-    observer: str | Callable[[], Observer] = "absmax",
-    smooth: str | float | None = None,
-    include: Any = ("*",),
-    exclude: Any = (),
-    head: str = "float",
-    overwrite: bool = False,
-    dry_run: bool = False,
-    before: Callable[[Plan, Prediction], None] | None = None,
-    progress: Progress | None = None,
-) -> Calibrated:
-    """Quantise a model with calibration data without ever holding more of it than a block.
+class Blocks(Work):
+    """The blocks of one model, in turn.
 
     Args:
-        source: The directory or hub id of a float model.
-        output: Where to.
-        scheme: A scheme that integers can run, or a weight-only one.
-        calibration: Data of which the batches are known: not a loop.
-        observer: As for `w8a8.quantize`.
-        smooth: "searched" (also for None and "auto", whose contest takes the whole model), an alpha, or "none".
-        include, exclude, head: As for `w8a8.quantize`.
-        overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
-            request.
-        dry_run: Stop before the first byte is written.
-        before: Called with the plan and what the job will take.
-        progress: Called after each block.
+        plan: For a calibrated scheme; its shards are cut anew, one for each block.
+        request: What is asked of every block.
+        decides: As for `Work`; the data and what is done with it come to it.
 
     Raises:
-        SchemeError: there is nothing to calibrate; the data is a loop; as `w8a8.quantize`.
-        ModelError: the model has no blocks that are called one after another; a fold cannot be kept.
-        CalibrationError, NonFiniteError, PatternError: as `w8a8.quantize`.
-        CheckpointError: as `quantize_directory`; several processes.
+        ModelError: the model has no blocks that are called one after another.
+        CalibrationError: a batch does not fit the model.
     """
-    request = request_of(Scheme.of(scheme), calibration, observer, smooth)
-    target = Path(output).absolute()
-    with team() as us:
-        if us.size > 1:
-            raise CheckpointError(
-                f"calibration block by block goes from each block to the next, and {us.size} processes were started: "
-                "run it without torchrun"
-            )
-    directory = resolve(source)
-    check_target(target, overwrite=overwrite, source=directory)
-    plan = make_plan(directory, request.scheme, include=include, exclude=exclude, head=head, calibrated=True)
-    model = empty_model(directory, None)
-    experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
-    stacks = swap(model, experts)
-    walk = BlockWalk(model)
-    plan = by_blocks(plan, walk)
-    load(walk.model, plan.shards[-1].steps, "")
-    walk.model.tie_weights()
-    walk.check(request.calibration)
-    known = fingerprint(plan, {"include": include, "exclude": exclude, "head": head}) | told_of(request)
-    partial = target.with_name(f".{target.name}.partial")
 
-    def predicted(unfinished: int) -> Prediction:
-        found = predict_blocks(plan, walk, target, request, unfinished=unfinished)
-        if before is not None:
-            before(plan, found)
-        found.check(target)
-        return found
-
-    if dry_run:
-        return _result(plan, target, None, predicted(len(walk)), 0)
-    with locked(partial):
-        journal = Journal(partial, known, restart=overwrite)
-        job = _Job(plan, walk, request, journal, stacks)
-        first, finished = job.first(), len(job.done)
-        try:
-            prediction = predicted(len(walk) - first)
-        except W8A8Error:
-            if not finished:
-                journal.clear()
-                partial.rmdir()
-            raise
-        job.run(first, progress)
-        report, lost = job.report(), journal.weight_sqnr_db()
-        complete(plan, partial, target, journal)
-    plan = replace(plan, coverage=plan.coverage.with_weight_sqnr(lost))
-    return _result(plan, target, report, prediction, finished)
-
-
-class _Job:
-    """The blocks of one model, from the first that is not finished."""
-
-    def __init__(
-        self, plan: Plan, walk: BlockWalk, request: Request, journal: Journal, stacks: Mapping[str, nn.Module]
-    ) -> None:
-        self.plan = plan
-        self.walk = walk
+    def __init__(self, plan: Plan, request: Request, decides: Mapping[str, str]) -> None:
+        model = empty_model(plan.source, None)
+        experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
+        self.stacks = swap(model, experts)  # of experts that have layers of their own, by name
+        self.walk = BlockWalk(model)
         self.request = request
-        self.journal = journal
-        self.stacks = stacks  # of experts that have layers of their own, by name
-        self.done = {shard.file for shard in plan.shards if journal.done(shard.file)}  # read again once: hashed
+        plan = by_blocks(plan, self.walk)
+        load(model, plan.shards[-1].steps, "")
+        model.tie_weights()
+        self.walk.check(request.calibration)
         self.outer = tuple(step.place for step in plan.shards[-1].steps if step.spec is not None)
+        self.first = 0  # the first block to be made: not finished, or needed for what enters the first that is not
+        super().__init__(plan, {**decides, **told_of(request)})
 
-    def first(self) -> int:
-        """The first block to be made: not finished, or needed for what enters the first that is not."""
+    def go_on(self, journal: Journal) -> None:
+        super().go_on(journal)
         n = len(self.walk)
         unfinished = next((i for i in range(n) if not self._is_finished(i)), n)
-        if unfinished == n and (self.plan.shards[-1].file in self.done or not self._last_is_read):
-            return n
-        return next(i for i in range(unfinished, -1, -1) if i == 0 or self.journal.done(self._unit(i)))
+        if unfinished == n and (self.plan.shards[-1].file in self.finished or not self._last_is_read):
+            self.first = n
+        else:
+            self.first = next(i for i in range(unfinished, -1, -1) if i == 0 or journal.done(self._unit(i)))
 
     def _is_finished(self, number: int) -> bool:
         told = self.request.alpha is None or self._report_file(number).is_file()
-        return told and self.plan.shards[number].file in self.done
+        return told and self.plan.shards[number].file in self.finished
 
-    def run(self, first: int, progress: Progress | None) -> None:
-        """Make all that is missing."""
+    def predict(self, target: Path, us: Team) -> Prediction:
+        unfinished = len(self.walk) - self.first
+        return predict_blocks(self.plan, self.walk, target, self.request, unfinished=unfinished)
+
+    def make(self, us: Team, progress: Progress | None) -> SmoothReport | None:
         n = len(self.walk)
-        for number in range(first, n):
+        for number in range(self.first, n):
             self._block(number)
             self._forget(number)
             if progress is not None:
                 progress(number + 1, n, self.walk.prefix(number).removesuffix("."))
-        if self.plan.shards[-1].file not in self.done:
+        if self.plan.shards[-1].file not in self.finished:
             self._outside()
+        return self._report()
 
-    def report(self) -> SmoothReport | None:
+    def _report(self) -> SmoothReport | None:
         """What smoothing did to all blocks, also those of an earlier run."""
         if self.request.alpha is None:
             return None
@@ -209,7 +116,7 @@ class _Job:
 
         change, bound = max(t["change"] for t in told), max(t["bound"] for t in told)
         scheme, alpha, described = self.request.scheme.name, self.request.alpha, self.request.calibration.description
-        return SmoothReport(scheme, alpha, described, groups("groups"), groups("refused"), change, bound, {})
+        return SmoothReport(scheme, alpha, described, groups("groups"), groups("refused"), change, bound)
 
     @property
     def _last_is_read(self) -> bool:
@@ -301,19 +208,8 @@ class _Job:
 
     def _keep_report(self, number: int, report: SmoothReport) -> None:
         """On the disk, by the names of the whole model."""
-        prefix = self.walk.prefix(number)
-
-        def full(name: str) -> str:
-            return (prefix + name).removesuffix(".")
-
-        def named(groups: tuple[GroupReport, ...]) -> list[dict[str, Any]]:
-            return [asdict(replace(g, source=full(g.source), readers=tuple(map(full, g.readers)))) for g in groups]
-
-        told = {"groups": named(report.groups), "refused": named(report.refused)}
-        told_all = told | {"change": report.change, "bound": report.bound}
-        write_whole(self._report_file(number), json.dumps(told_all))
-
-
-def _result(plan: Plan, target: Path, smooth: SmoothReport | None, prediction: Prediction, resumed: int) -> Calibrated:
-    shards = len(plan.shards)
-    return Calibrated(target, plan.scheme, plan.coverage, plan.untied, smooth, prediction, shards, resumed)
+        prefix, told = self.walk.prefix(number), asdict(report)
+        for group in (*told["groups"], *told["refused"]):
+            group["source"] = (prefix + group["source"]).removesuffix(".")
+            group["readers"] = [(prefix + name).removesuffix(".") for name in group["readers"]]
+        write_whole(self._report_file(number), json.dumps(told))

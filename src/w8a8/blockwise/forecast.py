@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import psutil
 import torch
 
-from w8a8.blockwise.activations import State, state_bytes
-from w8a8.blockwise.blocks import BlockWalk
+from w8a8.blockwise.activations import state_bytes
+from w8a8.blockwise.blocks import BlockWalk, State
 from w8a8.blockwise.contents import load
 from w8a8.blockwise.request import Request
 from w8a8.calibration.calibrate import checked_observer, collect
@@ -37,6 +37,8 @@ _WIDTHS = 8  # tensors as wide as the widest layer that a block's forward holds 
 _TRIAL_WEIGHTS = 4 << 20  # elements of a weight on which alpha is searched
 _TRIAL_HASH = 4 << 20  # bytes
 _SHORT = 2.0  # seconds: what takes less is timed twice
+
+T = TypeVar("T")
 
 
 def predict_blocks(plan: Plan, walk: BlockWalk, target: Path, request: Request, *, unfinished: int) -> Prediction:
@@ -140,7 +142,7 @@ def _tokens(states: Sequence[State]) -> int:
     return sum(math.prod(shape[:-1]) for _, shape in states)
 
 
-def _least(work: Callable[[], Any]) -> tuple[float, Any]:
+def _least(work: Callable[[], T]) -> tuple[float, T]:
     """How long it takes, and what it gives."""
     seconds = math.inf
     for _ in range(2):

@@ -10,7 +10,7 @@ from w8a8.calibration.calibrate import static_grids
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.sampling import Sample
 from w8a8.core.affine import QParams
-from w8a8.smoothing.report import SmoothReport
+from w8a8.report.smoothed import SmoothReport
 from w8a8.smoothing.smooth import smooth_observed
 from w8a8.smoothing.smoother import cut, observed, samples
 

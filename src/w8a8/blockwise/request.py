@@ -11,9 +11,10 @@ from w8a8.calibration.calibrate import checked_observer
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.core.scheme import Scheme
-from w8a8.errors import SchemeError
+from w8a8.errors import CheckpointError, SchemeError
 from w8a8.smoothing.alpha import check_alpha
 from w8a8.smoothing.smoother import Alpha
+from w8a8.streaming.team import processes
 
 PLAIN, FOLDED = "plain", "folded"  # what the blocks returned before any fold, and after
 
@@ -39,8 +40,13 @@ def request_of(
     """What is asked, checked as far as can be before a file is opened.
 
     Raises:
-        SchemeError: as `quantize_blocks`.
+        SchemeError, CalibrationError, CheckpointError: as `w8a8.quantize_directory`.
     """
+    if processes() > 1:
+        raise CheckpointError(
+            f"calibration block by block goes from each block to the next, and {processes()} processes were started: "
+            "run it without torchrun"
+        )
     if not calibration.batches:
         raise SchemeError(
             f"{calibration.description} is a loop: block by block the batches must be known; give texts, ids or batches"

@@ -166,7 +166,7 @@ def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | No
 
     Empty in the processes that share a job and do not speak.
     """
-    from w8a8.streaming import quantize_directory
+    from w8a8.directories import quantize_directory
     from w8a8.streaming.plan import UnplacedError
 
     found: list[Any] = []
@@ -181,15 +181,15 @@ def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | No
             raise
         print_note(f"not streamed, but in memory: {error}")
         return None
-    return _streamed(job, done, found, None, None) if done.first else {}
+    return _streamed(job, done, found, None) if done.first else {}
 
 
 def by_blocks(job: Job) -> dict[str, Any]:
     """Quantise block by block with calibration data, from files to files."""
-    from w8a8.blockwise import quantize_blocks
     from w8a8.checkpoint.files import resolve
     from w8a8.checkpoint.opening import open_tokenizer
     from w8a8.checkpoint.skeleton import check_counts, empty_model
+    from w8a8.directories import quantize_directory
 
     found: list[Any] = []
     quiet_transformers()
@@ -199,14 +199,14 @@ def by_blocks(job: Job) -> dict[str, Any]:
     if job.treatment["smooth"] in (None, "auto") and not job.quiet:
         print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
     with progress("calibrating") as step:
-        done = quantize_blocks(
+        done = quantize_directory(
             directory, job.output, job.scheme, calibration=data, **job.treatment, **job.running(found, step)
         )
-    return _streamed(job, done, found, done.smooth, data)
+    return _streamed(job, done, found, data)
 
 
-def _streamed(job: Job, done: Any, found: list[Any], smooth: Any, data: Any) -> dict[str, Any]:
-    told = _told(job, done, found, None if job.dry_run else smooth, data)
+def _streamed(job: Job, done: Any, found: list[Any], data: Any) -> dict[str, Any]:
+    told = _told(job, done, found, done.smooth, data)
     if not job.quiet and job.dry_run:
         print_line("Nothing was written.")
     elif not job.quiet:

@@ -18,7 +18,6 @@ measure its grids.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +29,7 @@ from w8a8.core.affine import QParams
 from w8a8.core.scheme import Scheme
 from w8a8.model.inputs import ModelInputs, call, evaluating, seeded, tensors_in
 from w8a8.model.swapping import build, swapped
+from w8a8.report.smoothed import Score
 
 CANDIDATES = (0.3, 0.5, 0.7, 0.85)
 """Alphas for all groups that compete with the searched ones."""
@@ -42,14 +42,6 @@ COMPARED_TOKENS = 4096
 
 NEAR = 1.25
 """How much farther from the float outputs than the nearest way one may be, to be kept for its loss."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One way to smooth, quantised: see the module's docstring.  Infinite where outputs are not finite."""
-
-    distance: float
-    loss_nats: float | None
 
 
 def winner(scores: Mapping[str, Score]) -> str:

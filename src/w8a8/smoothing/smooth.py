@@ -34,10 +34,10 @@ from w8a8.errors import ModelError
 from w8a8.model.inputs import ModelInputs
 from w8a8.model.selection import select
 from w8a8.report.records import GroupReport
+from w8a8.report.smoothed import Score, SmoothReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
-from w8a8.smoothing.contest import CANDIDATES, Contest, Score, winner
+from w8a8.smoothing.contest import CANDIDATES, Contest, winner
 from w8a8.smoothing.fold import Undo, fold_
-from w8a8.smoothing.report import SmoothReport
 from w8a8.smoothing.smoother import Alpha, Smoother, look
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
@@ -153,10 +153,11 @@ def smooth_observed(
     smoother = Smoother(model, flow, probe, sampled, dict.fromkeys(chosen, scheme), progress=progress)
     gate = smoother.gate
     scores: dict[str, Score] = {}
+    kept = None
     try:
         if alpha == "auto":
             assert contest is not None, "'auto' is decided by a contest"
-            scores = _best(smoother, contest())
+            scores, kept = _best(smoother, contest())
         else:
             smoother.smooth(alpha)
         change, bound = gate.whole_change(), gate.whole_bound()
@@ -170,12 +171,13 @@ def smooth_observed(
         smoother.undo()
         raise
     refused = tuple(_refused(refusal) for refusal in flow.refused)
-    report = SmoothReport(scheme.name, alpha, description, tuple(smoother.reports), refused, change, bound, scores)
+    groups = tuple(smoother.reports)
+    report = SmoothReport(scheme.name, alpha, description, groups, refused, change, bound, scores, kept)
     return report, smoother.as_undo()
 
 
-def _best(smoother: Smoother, contest: Contest) -> dict[str, Score]:
-    """Smooth in the way that wins, and tell all scores."""
+def _best(smoother: Smoother, contest: Contest) -> tuple[dict[str, Score], str]:
+    """Smooth in the way that wins, and tell all scores and which it was."""
     ways: dict[str, Alpha | None] = {"none": None, **{str(a): a for a in CANDIDATES}, "searched": "searched"}
     scores = {}
     for name, alpha in ways.items():
@@ -184,7 +186,7 @@ def _best(smoother: Smoother, contest: Contest) -> dict[str, Score]:
     best = winner(scores)
     if best != name:
         smoother.smooth(ways[best])
-    return scores
+    return scores, best
 
 
 def _refused(refusal: Refusal) -> GroupReport:

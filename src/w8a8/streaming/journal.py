@@ -18,13 +18,24 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from w8a8.checkpoint.headers import read_header
 from w8a8.errors import CheckpointError
 
 FINGERPRINT = "fingerprint.json"
 _CHUNK = 8 << 20
+
+
+class _File(TypedDict):
+    bytes: int
+    digest: str
+
+
+class _Line(TypedDict):
+    unit: str
+    files: dict[str, _File]
+    weight_sqnr_db: dict[str, float]
 
 
 class Journal:
@@ -68,8 +79,10 @@ class Journal:
         Raises:
             CheckpointError: the disk is full.
         """
-        told = {name: {"bytes": (self.partial / name).stat().st_size, "digest": d} for name, d in files.items()}
-        line = {"unit": unit, "files": told, "weight_sqnr_db": dict(weight_sqnr_db or {})}
+        told: dict[str, _File] = {
+            name: {"bytes": (self.partial / name).stat().st_size, "digest": digest} for name, digest in files.items()
+        }
+        line: _Line = {"unit": unit, "files": told, "weight_sqnr_db": dict(weight_sqnr_db or {})}
         text = "\n" + json.dumps(line) + "\n"  # the line before may be torn
         try:
             with self._path.open("ab", buffering=0) as file:
@@ -141,11 +154,11 @@ def disk_error(error: OSError, path: Path) -> CheckpointError:
     return CheckpointError(f"{path} cannot be written: {error.strerror}")
 
 
-def _is_still(path: Path, told: Any) -> bool:
+def _is_still(path: Path, told: _File) -> bool:
     if not path.is_file() or path.stat().st_size != told["bytes"]:
         return False
     try:
-        return bool(digest_of(path) == told["digest"])
+        return digest_of(path) == told["digest"]
     except CheckpointError:  # its header is damaged
         return False
 
@@ -157,8 +170,8 @@ def _empty(partial: Path) -> None:
             path.unlink()
 
 
-def _lines(partial: Path) -> dict[str, Any]:
-    found = {}
+def _lines(partial: Path) -> dict[str, _Line]:
+    found: dict[str, _Line] = {}
     for path in sorted(partial.glob("journal-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # blank, or killed while it was written

@@ -38,6 +38,9 @@ from w8a8.model.swapping import empty_layer, swap
 PIECE = 8 << 20
 """Bytes of the source that are in memory at once, save for tensors that must be seen whole."""
 
+SHARD_BYTES = 1 << 30
+"""Of a file of the result, and so what a kill loses at most for each process."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -138,8 +141,7 @@ def make_plan(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     head: str = "float",
-    shard_bytes: int = 1 << 30,
-    calibrated: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """Decide what becomes of every tensor.
 
@@ -147,19 +149,13 @@ def make_plan(
         source: The directory of a float model.
         scheme, include, exclude, head: As for `w8a8.quantize`.
         shard_bytes: Files of the result are not larger, save for a tensor that is.
-        calibrated: Static activation scales will be there.
 
     Raises:
         UnplacedError: the files hold tensors that have no place of their own in the model, or lack some of it.
         CheckpointError: the files are torn or missing.
-        SchemeError: the scheme needs calibration, cannot be executed, or nothing is left to quantise.
+        SchemeError: the scheme cannot be executed, or nothing is left to quantise.
         PatternError, ModelError: as `w8a8.quantize`.
     """
-    if scheme.static and not calibrated:
-        raise SchemeError(
-            f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
-            "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
-        )
     if read_quantization(source) is not None:
         raise SchemeError(f"{source} is quantised already: give the directory of the float model")
     check_counts(source)

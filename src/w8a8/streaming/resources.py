@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,23 +123,19 @@ def _held(step: Step) -> int:
     return step.entry.bytes + cast + 2 * step.bytes
 
 
-def _largest(plan: Plan, *, quantized: bool) -> tuple[Path, int, int] | None:
-    """File and ends of a piece of the largest tensor."""
-    steps = [step for step in plan.steps if (step.spec is not None or not quantized) and step.entry.bytes]
-    if not steps:
-        return None
-    step = max(steps, key=lambda s: s.entry.bytes)
-    return step.file, *next(iter(step.pieces()))
+def _largest(steps: Sequence[Step]) -> Step | None:
+    """The step that reads most; None where none reads anything."""
+    return max((step for step in steps if step.entry.bytes), key=lambda step: step.entry.bytes, default=None)
 
 
 def _reading(plan: Plan) -> float:
-    """Seconds per byte."""
-    found = _largest(plan, quantized=False)
-    if found is None:
+    """Seconds per byte, in a piece of the largest tensor."""
+    step = _largest(plan.steps)
+    if step is None:
         return 0.0
-    path, begin, end = found
+    begin, end = next(step.pieces())
     start = time.perf_counter()
-    with path.open("rb") as file:
+    with step.file.open("rb") as file:
         file.seek(begin)
         count = len(file.read(min(end - begin, PIECE)))
     return (time.perf_counter() - start) / max(count, 1)
@@ -146,10 +143,9 @@ def _reading(plan: Plan) -> float:
 
 def _quantising(plan: Plan) -> float:
     """Seconds per byte of the source."""
-    steps = [step for step in plan.steps if step.spec is not None and step.entry.bytes]
-    if not steps:
+    step = _largest([step for step in plan.steps if step.spec is not None])
+    if step is None:
         return 0.0
-    step = max(steps, key=lambda s: s.entry.bytes)
     assert step.spec is not None, "chosen so"
     width = step.entry.shape[1]
     sample = torch.randn(

@@ -61,22 +61,26 @@ class Team:
         return self.together(step)
 
 
+def processes() -> int:
+    """How many share the job: those that torchrun started, or one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def team() -> Iterator[Team]:
     """The processes that torchrun started, or this one alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if processes() == 1:
         yield Team()
         return
-    if dist.is_initialized():
-        yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        return
-    with _stdout_to_stderr():  # gloo greets there with torch 2.8, in the middle of --json
-        dist.init_process_group("gloo")
+    ours = not dist.is_initialized()
+    if ours:
+        with _stdout_to_stderr():  # gloo greets there with torch 2.8, in the middle of --json
+            dist.init_process_group("gloo")
     try:
         yield Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From files to files: the same bytes as in memory, whoever kills it and however many share it."""
+"""From files to files: whoever kills it and however many share it, the result is the same."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,179 +15,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import w8a8
-from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen2_moe, qwen3_moe
-from tests.streaming.conftest import partial_of, tensors
+from tests.conftest import contents, llama, mixtral
+from tests.streaming.conftest import partial_of, saved, tensors
 from w8a8.checkpoint.headers import read_header
-from w8a8.checkpoint.opening import open_model
-from w8a8.core.scheme import PerGroup, QuantSpec, Scheme
+from w8a8.core.scheme import Scheme
+from w8a8.directories import quantize_directory
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
-from w8a8.streaming import quantize_directory, run
+from w8a8.streaming import job, pieces
 from w8a8.streaming.plan import UnplacedError, make_plan
 from w8a8.streaming.resources import Prediction
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def saved(model, directory, *, dtype=torch.bfloat16, shard="40KB", **options):
-    model.to(dtype).save_pretrained(directory, max_shard_size=shard, **options)
-    return directory
-
-
-def in_memory(source, target, **options):
-    model = open_model(source).model
-    w8a8.quantize(model, **options)
-    w8a8.save(model, target)
-    return target
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("make", [llama, opt, gpt2], ids=lambda make: make.__name__)
-def test_the_result_is_that_of_the_model_in_memory(tmp_path, make, dtype):
-    source = saved(make(), tmp_path / "source", dtype=dtype)
-    streamed = quantize_directory(source, tmp_path / "streamed", shard_bytes=20_000)
-    found, wanted = tensors(tmp_path / "streamed"), tensors(in_memory(source, tmp_path / "memory"))
-    assert set(found) == set(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].dtype is tensor.dtype
-        assert torch.equal(found[name], tensor)
-    assert streamed.shards == len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
-    ids = torch.arange(12)[None]
-    logits = [w8a8.load(tmp_path / name)(ids).logits for name in ("streamed", "memory")]
-    assert torch.equal(*logits)
-
-
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a16"])
-@pytest.mark.parametrize("make", [llama, opt, gpt2, mixtral, qwen3_moe], ids=lambda make: make.__name__)
-def test_a_result_of_one_file_has_the_bytes_that_save_writes(tmp_path, make, scheme):
-    source = saved(make(), tmp_path / "source", dtype=torch.bfloat16)
-    quantize_directory(source, tmp_path / "streamed", scheme, head="int8")
-    model = open_model(source).model
-    w8a8.quantize(model, scheme, head="int8")
-    w8a8.save(model, tmp_path / "memory")
-    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
-
-
-@pytest.mark.parametrize("include", [["*"], ["*.3.*"]], ids=str)
-@pytest.mark.parametrize("split", [True, False], ids=["as on the hub", "stacked"])
-@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe, nemotron_h], ids=lambda make: make.__name__)
-def test_experts_become_what_they_become_in_memory(tmp_path, make, split, include):
-    source = saved(make(), tmp_path / "source", save_original_format=split)
-    streamed = quantize_directory(source, tmp_path / "streamed", shard_bytes=20_000, include=include)
-    memory = in_memory(source, tmp_path / "memory", include=include)
-    found, wanted = tensors(tmp_path / "streamed"), tensors(memory)
-    assert set(found) == set(wanted)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert {name: t.dtype for name, t in found.items()} == {name: t.dtype for name, t in wanted.items()}
-    told = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "memory")]
-    assert told[0]["quantization_config"] == told[1]["quantization_config"]
-    assert sum(".experts." in m.name for m in streamed.coverage.quantized) > 0
-    ids = torch.arange(12)[None]
-    logits = [w8a8.load(tmp_path / name)(ids).logits for name in ("streamed", "memory")]
-    assert torch.equal(*logits)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"scheme": "w8a8-asym"},
-        {"scheme": "w8a8-o1"},
-        {"scheme": "w8a16"},
-        {"scheme": Scheme(QuantSpec(granularity=PerGroup(4)))},
-        {"head": "int8"},
-        {"include": ["*.mlp.*"], "exclude": ["*.1.*"]},
-    ],
-    ids=str,
-)
-def test_every_option_does_what_it_does_in_memory(tmp_path, options):
-    source = saved(llama(tie_word_embeddings=True), tmp_path / "source")
-    done = quantize_directory(source, tmp_path / "streamed", **options)
-    model = open_model(source).model
-    result = w8a8.quantize(model, **options)
-    w8a8.save(model, tmp_path / "memory")
-    found, wanted = tensors(tmp_path / "streamed"), tensors(tmp_path / "memory")
-    assert set(found) == set(wanted)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    pairs = zip(done.coverage.modules, result.coverage.modules, strict=True)
-    assert all(replace(a, bytes=0) == replace(b, bytes=0) for a, b in pairs)  # in memory codes are packed and padded
-    assert done.untied == result.untied
-    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("streamed", "memory")]
-    for key in ("quantization_config", "tie_word_embeddings"):
-        assert configs[0][key] == configs[1][key]
-
-
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-@pytest.mark.parametrize("make", [llama, gpt2], ids=lambda make: make.__name__)
-def test_a_weight_of_many_pieces_is_the_same(tmp_path, monkeypatch, make, scheme):
-    source = saved(make(), tmp_path / "source", dtype=torch.float32)
-    quantize_directory(source, tmp_path / "whole", scheme)
-    monkeypatch.setattr("w8a8.streaming.plan.PIECE", 1000)
-    quantize_directory(source, tmp_path / "pieces", scheme)
-    assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
-
-
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"])
-@pytest.mark.parametrize("make", [llama, gpt2, mixtral, qwen3_moe], ids=lambda make: make.__name__)
-def test_what_weights_lost_is_what_they_lose_in_memory(tmp_path, monkeypatch, make, scheme):
-    source = saved(make(), tmp_path / "source")
-    result = w8a8.quantize(open_model(source).model, scheme)
-    monkeypatch.setattr("w8a8.streaming.plan.PIECE", 1000)  # of several rows each
-    done = quantize_directory(source, tmp_path / "out", scheme, shard_bytes=20_000)
-    wanted = {m.name: m.weight_sqnr_db for m in result.coverage.quantized}
-    found = {m.name: m.weight_sqnr_db for m in done.coverage.quantized}
-    assert found == pytest.approx(wanted, rel=1e-9)
-    assert all(30 < db < 60 for db in found.values())
-    assert all(m.weight_sqnr_db is None for m in done.coverage.left)
-    dry = quantize_directory(source, tmp_path / "dry", scheme, dry_run=True)
-    assert all(m.weight_sqnr_db is None for m in dry.coverage.modules)
-
-
-def test_names_without_the_base_models_prefix_are_found(tmp_path):
-    source = saved(gpt2(), tmp_path / "source", shard="1GB")
-    (path,) = source.glob("*.safetensors")
-    without = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
-    save_file(without, path, metadata={"format": "pt"})
-    quantize_directory(source, tmp_path / "streamed")
-    assert tensors(tmp_path / "streamed").keys() == tensors(in_memory(source, tmp_path / "memory")).keys()
-
-
-def test_what_lies_beside_goes_along_and_pickles_do_not(tmp_path):
-    source = saved(llama(), tmp_path / "source")
-    for name in ("tokenizer.json", "chat_template.jinja", "merges.txt"):
-        (source / name).write_text("{}")
-    for name in ("pytorch_model.bin", "modeling_x.py"):
-        (source / name).write_text("never read")
-    quantize_directory(source, tmp_path / "streamed")
-    names = {path.name for path in (tmp_path / "streamed").iterdir()}
-    beside = {"tokenizer.json", "chat_template.jinja", "merges.txt", "generation_config.json", "modeling_x.py"}
-    assert beside <= names  # code is kept, and run only where it is trusted
-    assert "pytorch_model.bin" not in names
-
-
-def test_a_link_that_leads_out_is_not_followed(tmp_path):
-    source = saved(llama(), tmp_path / "source")
-    (tmp_path / "secret").write_text("secret")
-    (source / "notes.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(CheckpointError, match=r"notes\.txt is a link to .*secret, outside"):
-        quantize_directory(source, tmp_path / "streamed")
-    assert not (tmp_path / "streamed").exists()
-
-
-def test_a_hub_snapshot_of_links_is_followed(tmp_path):
-    real = saved(llama(), tmp_path / "models--x" / "blobs")
-    snapshot = tmp_path / "models--x" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    for path in real.iterdir():
-        (snapshot / path.name).symlink_to(path)
-    quantize_directory(snapshot, tmp_path / "streamed")
-    assert w8a8.load(tmp_path / "streamed")(torch.arange(5)[None]).logits.isfinite().all()
-
-
 class TestRefusals:
-    def test_static_schemes_need_calibration(self, tmp_path):
-        source = saved(llama(), tmp_path / "source")
-        with pytest.raises(SchemeError, match="measured on calibration data"):
-            quantize_directory(source, tmp_path / "out", "w8a8-static")
-
     def test_a_quantised_source(self, tmp_path):
         source = saved(llama(), tmp_path / "source")
         quantize_directory(source, tmp_path / "out")
@@ -243,7 +83,7 @@ class TestRefusals:
         source = saved(llama(), tmp_path / "source")
         held = {"peak_bytes": 10, "memory_bytes": 100, "output_bytes": 10, "free_bytes": 100, "source_bytes": 1}
         small = Prediction(**{**held, name: 1}, seconds=1.0)
-        monkeypatch.setattr("w8a8.streaming.run.predict", lambda *a, **k: small)
+        monkeypatch.setattr("w8a8.streaming.pieces.predict", lambda *a, **k: small)
         with pytest.raises(CheckpointError, match=message):
             quantize_directory(source, tmp_path / "out")
         assert not (tmp_path / "out").exists()
@@ -274,7 +114,7 @@ class TestResuming:
             return write_shard(shard, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr("w8a8.streaming.run.write_shard", failing)
+            patch.setattr("w8a8.streaming.pieces.write_shard", failing)
             with pytest.raises(CheckpointError, match="pulled the plug"):
                 quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         times = {name: (partial_of(tmp_path / "out") / name).stat().st_mtime_ns for name in written}
@@ -290,7 +130,7 @@ class TestResuming:
         source = saved(llama(), tmp_path / "source")
         quantize_directory(source, tmp_path / "whole", shard_bytes=20_000)
         with monkeypatch.context() as patch:
-            patch.setattr("w8a8.streaming.run.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            patch.setattr("w8a8.streaming.job.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
             with pytest.raises(CheckpointError, match="stop"):
                 quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         victim = sorted(partial_of(tmp_path / "out").glob("*.safetensors"))[1]
@@ -315,7 +155,7 @@ class TestResuming:
     def test_another_request_or_source_does_not_go_on(self, tmp_path, monkeypatch, change, told):
         source = saved(llama(), tmp_path / "source")
         with monkeypatch.context() as patch:
-            patch.setattr("w8a8.streaming.run.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
+            patch.setattr("w8a8.streaming.job.complete", lambda *a: (_ for _ in ()).throw(CheckpointError("stop")))
             with pytest.raises(CheckpointError, match="stop"):
                 quantize_directory(source, tmp_path / "out", shard_bytes=20_000)
         before = contents(partial_of(tmp_path / "out"))
@@ -365,7 +205,8 @@ def whole(large):
 # The job as the command does it, slowed down so that a kill falls between any two of its writes, some 150.
 SLOW = """
 import sys, time
-from w8a8.streaming import shard, quantize_directory
+from w8a8.directories import quantize_directory
+from w8a8.streaming import shard
 put, begun = shard.ShardWriter._put, []
 def slow(self, data, position):
     if not begun:
@@ -470,13 +311,15 @@ def test_the_plan_is_the_same_whatever_the_number_of_processes(large):
 
 def test_patterns_in_a_tuple_or_a_list_are_one_request(large):
     plan = make_plan(large, Scheme.of("w8a8"))
-    assert run.fingerprint(plan, {"include": ("*",)}) == run.fingerprint(plan, {"include": ["*"]})
-    assert run.fingerprint(plan, {"include": ("*",)}) != run.fingerprint(plan, {"include": ["*", "lm_head"]})
+    assert job.fingerprint(plan, job.options(include=("*",))) == job.fingerprint(plan, job.options(include=["*"]))
+    assert job.fingerprint(plan, job.options(include=("*",))) != job.fingerprint(
+        plan, job.options(include=["*", "lm_head"])
+    )
 
 
 def test_force_goes_on_with_the_same_request_and_throws_another_away(tmp_path, monkeypatch):
     source, target = saved(llama(), tmp_path / "source"), tmp_path / "out"
-    finished, write = [], run.write_shard
+    finished, write = [], pieces.write_shard
 
     def stop_after_two(shard, *rest):
         if len(finished) == 2:
@@ -484,7 +327,7 @@ def test_force_goes_on_with_the_same_request_and_throws_another_away(tmp_path, m
         finished.append(shard.file)
         return write(shard, *rest)
 
-    monkeypatch.setattr(run, "write_shard", stop_after_two)
+    monkeypatch.setattr(pieces, "write_shard", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         quantize_directory(source, target, shard_bytes=20_000, overwrite=True)
     monkeypatch.undo()
@@ -493,7 +336,7 @@ def test_force_goes_on_with_the_same_request_and_throws_another_away(tmp_path, m
     assert quantize_directory(source, target, shard_bytes=20_000, overwrite=True, dry_run=True).resumed == 0
     assert quantize_directory(source, target, shard_bytes=20_000, overwrite=True).resumed == 2
     finished.clear()
-    monkeypatch.setattr(run, "write_shard", stop_after_two)
+    monkeypatch.setattr(pieces, "write_shard", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
         quantize_directory(source, target, shard_bytes=20_000, overwrite=True)
     monkeypatch.undo()

@@ -1,12 +1,19 @@
 """What smoothing tells: plain records, as JSON and as a table."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from w8a8.errors import few
 from w8a8.report.records import GroupReport
-from w8a8.smoothing.contest import Score, winner
+
+
+@dataclass(frozen=True)
+class Score:
+    """One way to smooth, quantised: see `w8a8.smoothing.contest`.  Infinite where outputs are not finite."""
+
+    distance: float
+    loss_nats: float | None
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,8 @@ class SmoothReport:
     refused: Sources that cannot be folded, each with its reason.
     change: The relative change of the model's float output on the probe.
     bound: What it may have been.
-    scores: Of the contest, see `w8a8.contest`: "none", an alpha or "searched", and its score.  Empty without contest.
+    scores: Of the contest: "none", an alpha or "searched", and its score.  Empty without contest.
+    kept: What won it; None where there was none.
     """
 
     scheme: str
@@ -30,12 +38,8 @@ class SmoothReport:
     refused: tuple[GroupReport, ...]
     change: float
     bound: float
-    scores: dict[str, Score]
-
-    @property
-    def kept(self) -> str | None:
-        """What won the contest; None where there was none."""
-        return winner(self.scores) if self.scores else None
+    scores: dict[str, Score] = field(default_factory=dict)
+    kept: str | None = None
 
     @property
     def smoothed(self) -> tuple[GroupReport, ...]:
@@ -44,7 +48,7 @@ class SmoothReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"kept": self.kept}
+        return asdict(self)
 
     def __str__(self) -> str:
         lines = [

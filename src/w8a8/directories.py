@@ -1,0 +1,103 @@
+"""A directory of a float model quantised into another, without the model in memory: one call, with data or without.
+
+Without data a piece of a tensor at a time (`streaming.pieces`), with data block by block (`blockwise.calibrated`); the
+life-cycle of the job is the same (`streaming.job`).  What calibration and smoothing need is imported where there is
+data.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from w8a8.core.progress import Progress
+from w8a8.core.scheme import Scheme
+from w8a8.errors import SchemeError
+from w8a8.streaming.job import Streamed, Work, options, run
+from w8a8.streaming.pieces import Pieces
+from w8a8.streaming.plan import SHARD_BYTES, Plan, make_plan
+from w8a8.streaming.resources import Prediction
+
+if TYPE_CHECKING:
+    from w8a8.calibration.observers import Observer
+
+
+def quantize_directory(
+    source: str | Path,
+    output: str | Path,
+    scheme: Scheme | str = "w8a8",
+    *,
+    calibration: Any = None,
+    observer: "str | Callable[[], Observer]" = "absmax",
+    smooth: str | float | None = None,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    head: str = "float",
+    shard_bytes: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    before: Callable[[Plan, Prediction], None] | None = None,
+    progress: Progress | None = None,
+) -> Streamed:
+    """Quantise a model from files to files, without ever holding more of it than a block, or without data a piece.
+
+    Killed at any time, the same call goes on.  Under `torchrun` the processes share the work without data; the
+    directories must be common to them.
+
+    Args:
+        source: The directory or hub id of a float model.
+        output: Where to.  Its parent must be on the disk that is to hold the result.
+        scheme: A scheme that integers can run, or a weight-only one.
+        calibration: As for `w8a8.quantize`, but no loop: for static scales, for smoothing, or for both.
+        observer: As for `w8a8.quantize`.
+        smooth: With data "searched" (also for None and "auto", whose contest takes the whole model), an alpha, or
+            "none"; without data nothing is smoothed.
+        include, exclude, head: As for `w8a8.quantize`.
+        shard_bytes: Of a file of the result, by default 1 GiB; with data each block is a file.
+        overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
+            request.
+        dry_run: Stop before the first byte is written.
+        before: Called with the plan and what the job will take, by the first process.
+        progress: Called after each tensor, or with data after each block.
+
+    Raises:
+        CheckpointError: the source is torn or cannot be placed; the target exists; memory or disk will not do; the
+            disk became full (the same call goes on); an unfinished result of another request is in the way; several
+            processes are to share a job with data.
+        SchemeError: there is nothing to do with the data, or no data for what is asked; as `w8a8.quantize`.
+        ModelError: with data: the model has no blocks that are called one after another, or a fold cannot be kept; as
+            `w8a8.quantize`.
+        CalibrationError, PatternError, NonFiniteError: as `w8a8.quantize`.
+    """
+    wanted, request = Scheme.of(scheme), None
+    if calibration is None:
+        _check_without_data(wanted, smooth)
+    elif shard_bytes is not None:
+        raise SchemeError(f"shard_bytes={shard_bytes} was given with calibration data: then each block is a file")
+    else:
+        from w8a8.blockwise.calibrated import Blocks
+        from w8a8.blockwise.request import request_of
+        from w8a8.calibration.data import Calibration
+
+        request = request_of(wanted, Calibration.of(calibration), observer, smooth)
+    size = SHARD_BYTES if shard_bytes is None else shard_bytes
+
+    def work_on(directory: Path) -> Work:
+        plan = make_plan(directory, wanted, include=include, exclude=exclude, head=head, shard_bytes=size)
+        asked = options(include=include, exclude=exclude, head=head)
+        return Pieces(plan, asked | options(shard_bytes=size)) if request is None else Blocks(plan, request, asked)
+
+    return run(source, output, work_on, overwrite=overwrite, dry_run=dry_run, before=before, progress=progress)
+
+
+def _check_without_data(scheme: Scheme, smooth: str | float | None) -> None:
+    """Raise `SchemeError` where what is asked for needs data."""
+    if scheme.static:
+        raise SchemeError(
+            f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
+            "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
+        )
+    if smooth not in (None, "none"):
+        raise SchemeError(
+            f"smooth={smooth!r} was asked for, which needs calibration data to see the outliers of activations: "
+            "give calibration=, or smooth='none'"
+        )
