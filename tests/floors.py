@@ -54,7 +54,7 @@ INSIDE = {
     ],
     "dataflow": ["tracing", "products", "commuting", "groups", "observing"],
     "calibration": ["summaries", "observers", "reservoir", "sampling", "sources", "data", "calibrate"],
-    "smoothing": ["fold", "alpha", "gate", "contest", "smoother", "smooth", "outliers"],
+    "smoothing": ["fold", "alpha", "way", "gate", "contest", "smoother", "smooth", "outliers"],
     "checkpoint": [
         "headers",
         "matcher",

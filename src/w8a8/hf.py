@@ -41,11 +41,12 @@ from w8a8.checkpoint.skeleton import insert_quant_linears, unstack_as_stored
 from w8a8.core.packed import SHAPE, in_words
 from w8a8.core.row_sample import weight_sqnr_db
 from w8a8.core.scheme import Scheme
-from w8a8.errors import CheckpointError, ModelError, SchemeError, W8A8Error
+from w8a8.errors import CheckpointError, SchemeError, W8A8Error
 from w8a8.kernels.weights import quantize_weight
 from w8a8.layers.linear import QuantLinear, quant_linears
 from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, stacks_experts, taken
+from w8a8.model.roles import Head
 from w8a8.model.selection import select
 from w8a8.model.swapping import build, empty_layer, swap
 
@@ -79,9 +80,7 @@ class W8A8Config(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.checkpoint: dict[str, Any] | None = None  # what a file says; then nothing else counts
         self.scheme = Scheme.of(scheme)
-        self.include, self.exclude, self.head = list(include), list(exclude), head
-        if head not in ("float", "int8"):
-            raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
+        self.include, self.exclude, self.head = list(include), list(exclude), Head.of(head)
         if self.scheme.static:
             raise SchemeError(
                 f"the scheme {self.scheme.name} has static activation scales, which are measured on calibration data: "
@@ -104,7 +103,7 @@ class W8A8Config(QuantizationConfigMixin):
             "scheme": str(self.scheme),
             "include": self.include,
             "exclude": self.exclude,
-            "head": self.head,
+            "head": self.head.value,
         }
 
 
@@ -203,8 +202,8 @@ class W8A8Quantizer(HfQuantizer):
                 layer.arriving = False
                 layer.set_codes(layer.codes)
                 layer.in_words = in_words(layer.scheme)
-        if self.quantization_config.head == "int8":
-            choice = Choice.of(model, self.quantization_config.scheme, [], head="int8")
+        if self.quantization_config.head is Head.INT8:
+            choice = Choice.of(model, self.quantization_config.scheme, [], head=Head.INT8)
             choice.enact(build(model, choice.schemes))
         self.quantization_config.checkpoint = to_json(describe(model))
         remember(model)

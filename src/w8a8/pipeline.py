@@ -21,6 +21,7 @@ from w8a8.model.coverage import Coverage, coverage
 from w8a8.model.selection import Schemes
 from w8a8.model.swapping import build, swapped
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
+from w8a8.smoothing.way import AUTO, NONE, Smoothing
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def quantize(
     strict: bool = False,
     calibration: Any = None,
     observer: str | Callable[[], Observer] = "absmax",
-    smooth: str | float | None = None,
+    smooth: Smoothing | str | float | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Turn the linear layers of a model into int8 layers, in place.
@@ -122,7 +123,7 @@ def simulate(
     exclude: Sequence[str] = (),
     calibration: Any = None,
     observer: str | Callable[[], Observer] = "absmax",
-    smooth: str | float | None = None,
+    smooth: Smoothing | str | float | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Show what any scheme costs, in float arithmetic, in place.
@@ -159,7 +160,7 @@ def _convert(
     strict: bool,
     calibration: Any,
     observer: str | Callable[[], Observer],
-    smooth: str | float | None,
+    smooth: Smoothing | str | float | None,
     progress: Progress | None,
 ) -> Result:
     kernels.check_name(kernel)
@@ -197,7 +198,7 @@ def smooth_first(
     chosen: Sequence[str],
     scheme: Scheme,
     calibration: Calibration | None,
-    smooth: str | float | None,
+    smooth: Smoothing | str | float | None,
     progress: Progress | None,
 ) -> tuple[SmoothReport | None, Callable[[], None]]:
     """Smooth the float weights, in place, where it is asked for, and say how to take it back.
@@ -212,18 +213,16 @@ def smooth_first(
         SchemeError, CalibrationError, NonFiniteError, ModelError: as `quantize`.
     """
     if smooth is None:
-        smooth = "none" if calibration is None else "auto"
-    if smooth == "none":
+        smooth = NONE if calibration is None else AUTO
+    way = Smoothing.of(smooth)
+    if way == NONE:
         return None, lambda: None
-    if isinstance(smooth, str) and smooth not in ("auto", "searched"):
-        raise SchemeError(f"smooth={smooth!r} is unknown; use 'auto', 'searched', an alpha in 0..1, or 'none'")
     if calibration is None:
         raise SchemeError(
-            f"smooth={smooth!r} was asked for, which needs calibration data to see the outliers of activations: "
+            f"smooth={way.told!r} was asked for, which needs calibration data to see the outliers of activations: "
             "give calibration=, or smooth='none'"
         )
-    alpha: Any = smooth
-    return smooth_undoable(model, calibration, alpha=alpha, scheme=scheme, chosen=chosen, progress=progress)
+    return smooth_undoable(model, calibration, way=way, scheme=scheme, chosen=chosen, progress=progress)
 
 
 def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:

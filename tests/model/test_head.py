@@ -54,5 +54,6 @@ def test_a_head_that_cannot_be_had_is_refused(tmp_path):
     llama().save_pretrained(tmp_path / "float")
     with pytest.raises(ModelError, match="holds a float model; quantise it first"):
         open_model(tmp_path / "float", head="int8")
-    with pytest.raises(ModelError, match="head='int4' is unknown"):
-        w8a8.load(tmp_path / "float", head="int4")
+    for opening in (w8a8.load, open_model):
+        with pytest.raises(ModelError, match="head='int4' is unknown"):
+            opening(tmp_path / "float", head="int4")

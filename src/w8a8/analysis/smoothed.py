@@ -23,6 +23,7 @@ from w8a8.dataflow.groups import Dataflow, Group
 from w8a8.layers.linear import QuantLinear
 from w8a8.smoothing.fold import Undo
 from w8a8.smoothing.smoother import Smoother
+from w8a8.smoothing.way import SEARCHED
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def smoothed_groups(
     for group in smoother.groups:
         readers = tuple(dict.fromkeys(reader.module for reader in group.readers))
         try:
-            smoother.smooth("searched", [group])
+            smoother.smooth(SEARCHED, [group])
             (report,) = smoother.reports
             if report.reason is not None or report.alpha is None:
                 reasons |= {name: str(report.reason) for name in names if name in readers}

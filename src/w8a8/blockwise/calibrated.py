@@ -42,6 +42,7 @@ from w8a8.model.experts import Experts, taken, unstacked
 from w8a8.model.swapping import swap, swapped
 from w8a8.report.records import GroupReport
 from w8a8.report.smoothed import SmoothReport
+from w8a8.smoothing.way import NONE
 from w8a8.streaming.job import Work
 from w8a8.streaming.journal import Journal, write_whole
 from w8a8.streaming.plan import Plan, Shard
@@ -87,7 +88,7 @@ class Blocks(Work):
             self.first = next(i for i in range(unfinished, -1, -1) if i == 0 or journal.done(self._unit(i)))
 
     def _is_finished(self, number: int) -> bool:
-        told = self.request.alpha is None or self._report_file(number).is_file()
+        told = self.request.smoothing == NONE or self._report_file(number).is_file()
         return told and self.plan.shards[number].file in self.finished
 
     def predict(self, target: Path, us: Team) -> Prediction:
@@ -107,7 +108,7 @@ class Blocks(Work):
 
     def _report(self) -> SmoothReport | None:
         """What smoothing did to all blocks, also those of an earlier run."""
-        if self.request.alpha is None:
+        if self.request.smoothing == NONE:
             return None
         told = [json.loads(self._report_file(i).read_text(encoding="utf-8")) for i in range(len(self.walk))]
 
@@ -115,8 +116,8 @@ class Blocks(Work):
             return tuple(GroupReport(**{**g, "readers": tuple(g["readers"])}) for t in told for g in t[key])
 
         change, bound = max(t["change"] for t in told), max(t["bound"] for t in told)
-        scheme, alpha, described = self.request.scheme.name, self.request.alpha, self.request.calibration.description
-        return SmoothReport(scheme, alpha, described, groups("groups"), groups("refused"), change, bound)
+        scheme, way, data = self.request.scheme.name, self.request.smoothing.told, self.request.calibration.description
+        return SmoothReport(scheme, way, data, groups("groups"), groups("refused"), change, bound)
 
     @property
     def _last_is_read(self) -> bool:
@@ -156,11 +157,11 @@ class Blocks(Work):
         self, number: int, chosen: tuple[str, ...], stacks: Mapping[str, nn.Module], recorders: Mapping[str, Recorder]
     ) -> dict[str, QParams] | None:
         """Smooth a block, and measure what its layers read."""
-        scheme, alpha = self.request.scheme, self.request.alpha
+        scheme = self.request.scheme
         record = {chain: recorder.put for chain, recorder in recorders.items()}
         read = {chain: self._reader(number, chain) for chain in self.request.chains}
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
-        if alpha is not None:
+        if self.request.smoothing != NONE:
             outside = tuple(name for name in chosen if not taken(self.stacks, [name]))
             with swapped(self.walk.blocks[number], stacks):
                 told = smooth_block(self.walk, number, self.request, outside, plain, read[PLAIN])

@@ -25,9 +25,10 @@ from w8a8.blockwise.request import Request
 from w8a8.calibration.calibrate import checked_observer, collect
 from w8a8.calibration.data import Calibration
 from w8a8.layers.linear import float_operands
-from w8a8.smoothing.alpha import GRID, Product, search
+from w8a8.smoothing.alpha import Product, search
 from w8a8.smoothing.gate import Gate
 from w8a8.smoothing.smoother import cut, observed, samples
+from w8a8.smoothing.way import NONE
 from w8a8.streaming.plan import Plan
 from w8a8.streaming.resources import Prediction, predict
 
@@ -64,7 +65,7 @@ def predict_blocks(plan: Plan, walk: BlockWalk, target: Path, request: Request, 
     one_batch = max((state_bytes([state]) for state in walk.states), default=0)
     steps = [step for shard in blocks for step in shard.steps if step.spec is not None]
     widest = max((max(s.entry.shape) / min(s.entry.shape) for s in steps), default=1.0)
-    copies = largest + min(_COPY, 8 * numbers) if request.alpha is not None else largest // 2
+    copies = largest + min(_COPY, 8 * numbers) if request.smoothing != NONE else largest // 2
     held = psutil.Process().memory_info().rss
     kept = state_bytes(walk.states)
     found = replace(
@@ -91,7 +92,7 @@ def _trial(plan: Plan, walk: BlockWalk, number: int, request: Request) -> float:
         data = walk.calibration(one, number, None)
         batches = _tokens(walk.states) / max(1, _tokens(walk.states[:1]))
         seconds = 0.0
-        if request.alpha is not None:
+        if request.smoothing != NONE:
             seconds += _smoothing(walk, number, request, names, data, batches)
         if request.scheme.static:
             spec = request.scheme.activations
@@ -126,9 +127,8 @@ def _smoothing(
     name = max(tried, key=lambda n: tried[n].numel())
     weight = tried[name][: max(1, _TRIAL_WEIGHTS // tried[name].shape[1])]
     product = Product(seen[name], weight, torch.arange(weight.shape[1], dtype=torch.int64, device="cpu"), reads=True)
-    alphas = GRID if isinstance(request.alpha, str) else (float(request.alpha or 0.0),)
-    forced = request.alpha != "searched"
-    searched, _ = _least(lambda: search([product], weight.shape[1], request.scheme, alphas, forced=forced))
+    way, channels = request.smoothing, weight.shape[1]
+    searched, _ = _least(lambda: search([product], channels, request.scheme, way.alphas, forced=way.forced))
     return seconds + searched * sum(w.numel() for w in weights) / weight.numel()
 
 

@@ -13,6 +13,7 @@ from w8a8.core.affine import QParams
 from w8a8.report.smoothed import SmoothReport
 from w8a8.smoothing.smooth import smooth_observed
 from w8a8.smoothing.smoother import cut, observed, samples
+from w8a8.smoothing.way import NONE
 
 
 def smooth_block(
@@ -39,7 +40,7 @@ def smooth_block(
     Returns:
         By names within the block.
     """
-    assert request.alpha is not None, "smoothing was asked for"
+    assert request.smoothing != NONE, "smoothing was asked for"
     block, prefix = walk.blocks[number], walk.prefix(number)
     first = None if enters is None else enters(0)
     inputs = request.calibration.batches[0]
@@ -55,7 +56,7 @@ def smooth_block(
         observed(block, probe, lambda: walk.arguments(number, inputs, first)),
         probe,
         sampled,
-        alpha=request.alpha,
+        way=request.smoothing,
         scheme=request.scheme,
         chosen=frozenset(name.removeprefix(prefix) for name in chosen),
         description=data.description,

@@ -12,8 +12,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, SchemeError
-from w8a8.smoothing.alpha import check_alpha
-from w8a8.smoothing.smoother import Alpha
+from w8a8.smoothing.way import AUTO, NONE, SEARCHED, Smoothing
 from w8a8.streaming.team import processes
 
 PLAIN, FOLDED = "plain", "folded"  # what the blocks returned before any fold, and after
@@ -21,17 +20,17 @@ PLAIN, FOLDED = "plain", "folded"  # what the blocks returned before any fold, a
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of every block.  `alpha`: None where nothing is smoothed."""
+    """What is asked of every block."""
 
     scheme: Scheme
     calibration: Calibration
     observer: str | Callable[[], Observer]
-    alpha: Alpha | None
+    smoothing: Smoothing
 
     @property
     def chains(self) -> tuple[str, ...]:
         """The kinds of activations that pass from block to block."""
-        return (PLAIN, FOLDED) if self.alpha is not None and self.scheme.static else (PLAIN,)
+        return (PLAIN, FOLDED) if self.smoothing != NONE and self.scheme.static else (PLAIN,)
 
 
 def request_of(
@@ -51,23 +50,17 @@ def request_of(
         raise SchemeError(
             f"{calibration.description} is a loop: block by block the batches must be known; give texts, ids or batches"
         )
-    if isinstance(smooth, str) and smooth not in ("auto", "searched", "none"):
-        raise SchemeError(f"smooth={smooth!r} is unknown; use 'searched', an alpha in 0..1, or 'none'")
-    alpha: Alpha | None = "searched"
-    if smooth == "none":
-        alpha = None
-    elif isinstance(smooth, float | int):
-        check_alpha(float(smooth))
-        alpha = float(smooth)
+    way = AUTO if smooth is None else Smoothing.of(smooth)
+    way = SEARCHED if way == AUTO else way
     if scheme.static:
         assert scheme.activations is not None, "a static scheme has activations"
         checked_observer(observer, scheme.activations)
-    elif alpha is None:
+    elif way == NONE:
         raise SchemeError(
             f"the scheme {scheme.name} without smoothing does not use calibration data: leave --calib out, and it is "
             "streamed tensor by tensor"
         )
-    return Request(scheme, calibration, observer, alpha)
+    return Request(scheme, calibration, observer, way)
 
 
 def told_of(request: Request) -> dict[str, str]:
@@ -83,7 +76,7 @@ def told_of(request: Request) -> dict[str, str]:
     return {
         "calibration": f"{request.calibration.description}, digest {data.hexdigest()[:16]}",
         "observer": observer,
-        "smoothing": str(request.alpha),
+        "smoothing": str(None if request.smoothing == NONE else request.smoothing.told),
         "arithmetic": f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"{torch.backends.cpu.get_cpu_capability()}",
     }

@@ -11,6 +11,7 @@ import transformers
 from w8a8.checkpoint.files import read_quantization, resolve
 from w8a8.checkpoint.reader import load, load_float
 from w8a8.errors import ModelError
+from w8a8.model.roles import Head
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def open_model(
     directory = resolve(source, trust_remote_code=trust_remote_code)
     quantized = read_quantization(directory) is not None
     wanted = _dtype(dtype)
-    if not quantized and head != "float":
+    if Head.of(head) is Head.INT8 and not quantized:
         raise ModelError(f"head={head!r} was asked for, but {directory} holds a float model; quantise it first")
     if quantized:
         model = load(directory, head=head, trust_remote_code=trust_remote_code)

@@ -39,6 +39,7 @@ from w8a8.core.scheme import PerGroup, PerTensor, Scheme
 from w8a8.errors import CheckpointError, ModelError, few
 from w8a8.layers.linear import QuantLinear, quant_linears
 from w8a8.model.choice import Choice
+from w8a8.model.roles import Head
 from w8a8.model.roles import heads as heads_of
 from w8a8.model.swapping import build
 
@@ -83,12 +84,11 @@ def load(
         ModelError: `head` is neither "float" nor "int8", or int8 for a float model.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
-    if head not in ("float", "int8"):
-        raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
+    wanted = Head.of(head)
     directory = resolve(source, trust_remote_code=trust_remote_code)
     quantization = read_quantization(directory)
     if quantization is None:
-        if head == "int8":
+        if wanted is Head.INT8:
             raise ModelError(f"head='int8' was asked for, but {directory} holds a float model; quantise it first")
         return load_float(directory, trust_remote_code=trust_remote_code)
     files = tensor_files(directory)
@@ -96,7 +96,7 @@ def load(
     options = {"simulated": simulated, "kernel": kernel, "strict": strict}
     model, packed = empty_layers(directory, quantization, trust_remote_code=trust_remote_code, **options)
     _fill(model, files, packed)
-    if head == "int8" and heads_of(model):  # none where the file's own head is int8
+    if wanted is Head.INT8 and heads_of(model):  # none where the file's own head is int8
         choice = Choice.of(model, _measured_as_it_comes(quantization.groups[0].scheme), heads_of(model))
         choice.enact(build(model, choice.schemes, simulated=simulated, kernel=kernel, strict=strict))
     model.config.__dict__.pop("quantization_config", None)

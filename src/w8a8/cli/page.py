@@ -123,13 +123,13 @@ def _smooth_again(
     """
     from w8a8.core.scheme import Scheme
     from w8a8.smoothing.smoother import Smoother
+    from w8a8.smoothing.way import Smoothing
 
     def key(group: Any) -> tuple[str, ...]:
         return (group.source.module, *dict.fromkeys(reader.module for reader in group.readers))
 
     smoother = Smoother.of(model, data, dict.fromkeys(chosen, Scheme.of(told["scheme"])))
-    way = told["kept"] or told["alpha"]
-    smoother.smooth(way if way == "searched" else float(way), [g for g in smoother.groups if key(g) in folded])
+    smoother.smooth(Smoothing.of(told["kept"] or told["alpha"]), [g for g in smoother.groups if key(g) in folded])
     again = {(report.source, *report.readers): report for report in smoother.reports}
     for name, (alpha, error) in folded.items():
         report = again.get(name)

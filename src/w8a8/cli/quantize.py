@@ -144,7 +144,7 @@ def quantize(
         selection={"include": include, "exclude": exclude, "head": head},
         calib=calib,
         drawn={"samples": calib_samples, "length": calib_length, "seed": seed},
-        treatment={"observer": observer, "smooth": _alpha(smooth)},
+        treatment={"observer": observer, "smooth": smooth},
         budget=None if budget is None else {"limit": budget, "text": text, "options": option, "seed": seed},
         target=target,
         force=force,
@@ -224,11 +224,3 @@ def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | 
             show_sensitivity(model, found.sensitivity)
         if not job.quiet:
             print_line(f"The page is {report}.")
-
-
-def _alpha(smooth: str | None) -> str | float | None:
-    """The option --smooth as `pipeline.quantize` takes it, which also refuses other words."""
-    try:
-        return smooth if smooth is None else float(smooth)
-    except ValueError:
-        return smooth

@@ -22,6 +22,7 @@ from w8a8.core.scheme import Scheme
 from w8a8.layers.linear import QuantLinear
 from w8a8.model import ties
 from w8a8.model.experts import Experts, own_weights, taken, unstacked
+from w8a8.model.roles import Head
 from w8a8.model.selection import Schemes, Selection, assign, check_module, select, with_head
 from w8a8.model.swapping import swap, swapped
 
@@ -49,7 +50,7 @@ class Choice:
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         *,
-        head: str = "float",
+        head: Head | str = Head.FLOAT,
         at_most: int | None = None,
     ) -> "Choice":
         """Choose.

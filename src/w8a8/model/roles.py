@@ -1,15 +1,36 @@
 """What some linear layers are for: output heads, routers of mixtures, adapters.  By default they stay float."""
 
+import enum
 from collections import Counter
 from collections.abc import Mapping, Set
 
 from torch import nn
 
+from w8a8.errors import ModelError
 from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
 from w8a8.model.experts import Experts, expert_counts
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """What models call the layers that weigh experts."""
+
+
+class Head(str, enum.Enum):
+    """What an output head is to be."""
+
+    FLOAT = "float"
+    INT8 = "int8"
+
+    @classmethod
+    def of(cls, head: "Head | str") -> "Head":
+        """The one that is written so.
+
+        Raises:
+            ModelError: there is none.
+        """
+        try:
+            return cls(head)
+        except ValueError:
+            raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'") from None
 
 
 def heads(model: nn.Module, *, quantized: bool = False) -> list[str]:

@@ -27,7 +27,7 @@ from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError, PatternError, SchemeError, closest
 from w8a8.layers.linear import check_materialised, is_linear, quant_linears
 from w8a8.model.obstacles import obstacles
-from w8a8.model.roles import adapters_of, heads, routers_of
+from w8a8.model.roles import Head, adapters_of, heads, routers_of
 from w8a8.model.usage import look
 
 Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
@@ -161,17 +161,15 @@ def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str,
     return replace(selection, chosen=tuple(found), reasons=reasons, untied=untied, together=together), found
 
 
-def with_head(model: nn.Module, include: Sequence[str], head: str) -> list[str]:
+def with_head(model: nn.Module, include: Sequence[str], head: Head | str) -> list[str]:
     """The patterns of `include`, and with head="int8" the names of the model's output heads.
 
     Raises:
         ModelError: `head` is neither "float" nor "int8", or the model has no head to quantise.
     """
     patterns = _as_list(include, "include")
-    if head == "float":
+    if Head.of(head) is Head.FLOAT:
         return patterns
-    if head != "int8":
-        raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'")
     names = heads(model)
     if not names:
         raise ModelError(f"head='int8' was asked for, and {type(model).__name__} has no float output head to quantise")

@@ -38,7 +38,8 @@ from w8a8.report.smoothed import Score, SmoothReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, winner
 from w8a8.smoothing.fold import Undo, fold_
-from w8a8.smoothing.smoother import Alpha, Smoother, look
+from w8a8.smoothing.smoother import Smoother, look
+from w8a8.smoothing.way import AUTO, NONE, SEARCHED, Smoothing
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
 
@@ -47,7 +48,7 @@ def smooth_(
     model: nn.Module,
     calibration: Any,
     *,
-    alpha: Alpha = "auto",
+    alpha: float | str = "auto",
     scheme: Scheme | str = "w8a8",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -80,10 +81,12 @@ def smooth_(
         NonFiniteError: an activation or a weight is not finite.
         ModelError: the folds together change the model's output by more than the bound.
     """
+    if alpha not in (AUTO.told, SEARCHED.told):
+        check_alpha(alpha)
     return smooth_undoable(
         model,
         Calibration.of(calibration),
-        alpha=alpha,
+        way=Smoothing.of(alpha),
         scheme=Scheme.of(scheme),
         chosen=select(model, include, exclude).chosen,
         rows=rows,
@@ -96,7 +99,7 @@ def smooth_undoable(
     model: nn.Module,
     calibration: Calibration,
     *,
-    alpha: Alpha,
+    way: Smoothing,
     scheme: Scheme,
     chosen: Sequence[str],
     rows: int = ROWS,
@@ -104,15 +107,13 @@ def smooth_undoable(
     progress: Progress | None = None,
 ) -> tuple[SmoothReport, Undo]:
     """`smooth_`, and what takes it back: for a caller that has more to do, and may fail."""
-    if alpha not in ("auto", "searched"):
-        check_alpha(alpha)
     flow, probe, sampled = look(model, calibration, rows=rows, seed=seed, progress=progress)
     return smooth_observed(
         model,
         flow,
         probe,
         sampled,
-        alpha=alpha,
+        way=way,
         scheme=scheme,
         chosen=frozenset(chosen),
         description=calibration.description,
@@ -127,7 +128,7 @@ def smooth_observed(
     probe: ModelInputs,
     sampled: Callable[[Sequence[str]], dict[str, Sample]],
     *,
-    alpha: Alpha,
+    way: Smoothing,
     scheme: Scheme,
     chosen: frozenset[str],
     description: str,
@@ -141,7 +142,7 @@ def smooth_observed(
         flow: Its groups.
         probe: What it is called with to be compared.
         sampled: Called once with names of modules in it, for what they read.
-        alpha: "auto" needs a `contest`.
+        way: `AUTO` needs a `contest`.
         scheme, progress: As `smooth_`.
         chosen: The linears that will be quantised.
         description: Of the data.
@@ -155,11 +156,11 @@ def smooth_observed(
     scores: dict[str, Score] = {}
     kept = None
     try:
-        if alpha == "auto":
+        if way == AUTO:
             assert contest is not None, "'auto' is decided by a contest"
             scores, kept = _best(smoother, contest())
         else:
-            smoother.smooth(alpha)
+            smoother.smooth(way)
         change, bound = gate.whole_change(), gate.whole_bound()
         if change > bound:
             raise ModelError(
@@ -172,16 +173,16 @@ def smooth_observed(
         raise
     refused = tuple(_refused(refusal) for refusal in flow.refused)
     groups = tuple(smoother.reports)
-    report = SmoothReport(scheme.name, alpha, description, groups, refused, change, bound, scores, kept)
+    report = SmoothReport(scheme.name, way.told, description, groups, refused, change, bound, scores, kept)
     return report, smoother.as_undo()
 
 
 def _best(smoother: Smoother, contest: Contest) -> tuple[dict[str, Score], str]:
     """Smooth in the way that wins, and tell all scores and which it was."""
-    ways: dict[str, Alpha | None] = {"none": None, **{str(a): a for a in CANDIDATES}, "searched": "searched"}
+    ways = {str(way.told): way for way in (NONE, *map(Smoothing.of, CANDIDATES), SEARCHED)}
     scores = {}
-    for name, alpha in ways.items():
-        smoother.smooth(alpha)
+    for name, way in ways.items():
+        smoother.smooth(way)
         scores[name] = contest.score()
     best = winner(scores)
     if best != name:

@@ -8,7 +8,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,10 @@ from w8a8.errors import NonFiniteError
 from w8a8.layers.linear import float_operands
 from w8a8.model.inputs import ModelInputs, check_inputs, copied
 from w8a8.report.records import GroupReport
-from w8a8.smoothing.alpha import GRID, Choice, Product, search
+from w8a8.smoothing.alpha import Choice, Product, search
 from w8a8.smoothing.fold import Undo, fold_, touched
 from w8a8.smoothing.gate import Gate, Unrounded
-
-Alpha: TypeAlias = float | Literal["auto", "searched"]
+from w8a8.smoothing.way import Smoothing
 
 PROBE_TOKENS = 128
 """Tokens in the probe that the gate runs, where it is token ids."""
@@ -103,11 +102,11 @@ class Smoother:
         flow, probe, sampled = look(model, calibration, rows=rows, seed=seed, progress=progress)
         return cls(model, flow, probe, sampled, schemes, readers=readers, progress=progress)
 
-    def smooth(self, alpha: "Alpha | None", groups: Sequence[Group] | None = None) -> None:
-        """Undo what was smoothed, then smooth every group with one alpha, the best of its own ("searched"), or none.
+    def smooth(self, way: Smoothing, groups: Sequence[Group] | None = None) -> None:
+        """Undo what was smoothed, then smooth every group.
 
         Args:
-            alpha: None smooths nothing, and measures the error.
+            way: With one alpha, the best of each group's own, or none, which measures the error.
             groups: Some of `groups`; all of them by default.
 
         What stops it, an interrupt too, leaves some groups folded: call `undo` then.
@@ -119,21 +118,21 @@ class Smoother:
             together.setdefault(self.gate.block(work.group), []).append(work)
         told: dict[int, GroupReport] = {}
         for works in together.values():
-            for work, report in zip(works, self._smooth_together(works, alpha), strict=True):
+            for work, report in zip(works, self._smooth_together(works, way), strict=True):
                 told[id(work)] = report
                 if self._progress is not None:
                     self._progress(len(told), len(chosen), work.group.source.module)
         self.reports = [told[id(work)] for work in chosen]
 
-    def _smooth_together(self, works: Sequence["_Work"], alpha: "Alpha | None") -> list[GroupReport]:
+    def _smooth_together(self, works: Sequence["_Work"], way: Smoothing) -> list[GroupReport]:
         """The groups of one block, which are compared together; where that fails, each alone."""
         trial = _Trial(self.gate, self._originals)
-        reports = [_smooth_group(work, self._samples, trial, alpha) for work in works]
+        reports = [_smooth_group(work, self._samples, trial, way) for work in works]
         trial.compare()
         if trial.failure is not None:
             trial.undo()
             if len(trial.folded) > 1:
-                return [report for work in works for report in self._smooth_together([work], alpha)]
+                return [report for work in works for report in self._smooth_together([work], way)]
         return [trial.told(work.group, report) for work, report in zip(works, reports, strict=True)]
 
     def undo(self) -> None:
@@ -323,7 +322,7 @@ class _Trial:
         Undo(tuple(self._saved.values()))()
 
 
-def _smooth_group(work: _Work, samples: dict[str, Sample], trial: _Trial, alpha: Alpha | None) -> GroupReport:
+def _smooth_group(work: _Work, samples: dict[str, Sample], trial: _Trial, way: Smoothing) -> GroupReport:
     """Search and fold."""
     group = work.group
 
@@ -344,9 +343,8 @@ def _smooth_group(work: _Work, samples: dict[str, Sample], trial: _Trial, alpha:
     reason = trial.gate.why_not(group)
     if reason is not None:
         return report(None, reason)
-    alphas = () if alpha is None else GRID if alpha == "searched" else (float(alpha),)
-    choice = search(work.products(samples), group.source.channels, work.scheme, alphas, forced=alpha != "searched")
-    if alpha is None:
+    choice = search(work.products(samples), group.source.channels, work.scheme, way.alphas, forced=way.forced)
+    if not way.alphas:
         return report(choice, "nothing is better for the quantised model as a whole than no smoothing")
     if choice.scales is None:
         return report(choice, "no alpha has a smaller error than none")
