@@ -7,7 +7,7 @@ OLDEST := .venv-oldest
 TORCH := $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-all test-oldest fuzz check docs-check models bench bench-smoothing-peer bench-vllm package clean
+.PHONY: demo test test-all test-oldest fuzz check docs docs-check models bench bench-smoothing-peer bench-vllm package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
@@ -60,9 +60,18 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_layers.py
 
-# every Python block of the README and of docs/ runs; tables made by bench/ are those of its results
+# the README and docs/ as a site, out/site; a link or an anchor that leads nowhere fails
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# every Python block of the README and of docs/ runs, the slow ones too, and every command; the tutorial is gone through
+# word for word; tables made by bench/ are those of its results
 docs-check: $(VENV)/.installed
-	$(BIN)/pytest tests/test_docs.py
+	$(BIN)/pytest tests/test_docs.py --numprocesses=logical --maxprocesses=4
 
 # every model type of transformers that can be built here, small and random: docs/models.md, under an hour on two cores.
 # Stopped, it goes on where it was

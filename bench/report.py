@@ -1,4 +1,4 @@
-"""Make docs/performance.md, and the tables of the README and of docs/checkpoints.md, from bench/results/.
+"""Make docs/performance.md, and the tables of the README and of docs/explanation/evidence.md, from bench/results/.
 
 python bench/report.py
 """
@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "performance.md"
 TABLES = (
     (ROOT / "README.md", demo),
     (ROOT / "README.md", model),
-    (ROOT / "docs" / "checkpoints.md", vllm_peer),
+    (ROOT / "docs" / "explanation" / "evidence.md", vllm_peer),
 )
 """Pages written by hand, and whose table is in each."""
 _HEAD = """# Performance

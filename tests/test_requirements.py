@@ -8,7 +8,7 @@ from packaging.version import Version
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no parser of TOML")
 ROOT = Path(__file__).parents[1]
-TOOLS = ("bench", "test")
+TOOLS = ("bench", "docs", "test")
 """Extras of which only a part is pinned: nothing of w8a8 rests on an old version of the rest."""
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from w8a8.errors import W8A8Error
     from w8a8.hf import W8A8Config, disable, enable, enabled
     from w8a8.layers.linear import QuantLinear, ledger
+    from w8a8.model.choice import unstack_experts_
     from w8a8.model.coverage import Coverage
     from w8a8.pipeline import Result, quantize, simulate
     from w8a8.report.records import Remedy
