@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from w8a8.calibration.data import Calibration
     from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
     from w8a8.calibration.reservoir import Reservoir
-    from w8a8.checkpoint import load, save
+    from w8a8.checkpoint import load, push_to_hub, save
     from w8a8.core.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
     from w8a8.core.scheme import (
         PRESETS,
@@ -70,6 +70,7 @@ _HOME = {
     "quantize_directory": "directories",
     "collect": "calibration.calibrate",
     "load": "checkpoint",
+    "push_to_hub": "checkpoint",
     "save": "checkpoint",
     "unstack_experts_": "model.choice",
     "Coverage": "model.coverage",
@@ -151,6 +152,7 @@ __all__ = [
     "load",
     "observers",
     "outliers",
+    "push_to_hub",
     "qparams",
     "quantize",
     "quantize_directory",

@@ -58,6 +58,12 @@ class CheckpointError(W8A8Error, OSError):
     __str__ = Exception.__str__
 
 
+class HubError(W8A8Error, OSError):
+    """A repository of the hub that could not be pushed to."""
+
+    __str__ = Exception.__str__
+
+
 class FormatError(CheckpointError):
     """A directory in a format that is not run here, though it may be in order: other programs may read it."""
 

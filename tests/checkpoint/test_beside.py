@@ -69,6 +69,11 @@ def tree(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
+def kept(files):
+    """What is kept, by the names that it then has: the card of the float model makes room for that of the result."""
+    return {"README.source.md" if name == "README.md" else name: held for name, held in files.items()}
+
+
 def without_weights(files):
     return {name: held for name, held in files.items() if not name.startswith("model")}
 
@@ -82,8 +87,16 @@ def test_what_is_kept_and_what_is_not(source):
 def test_a_copy_has_the_same_bytes(source, tmp_path):
     (tmp_path / "target").mkdir()
     copy_companions(source, tmp_path / "target")
-    kept = {str(path.relative_to(source)) for path in companions(source)}
-    assert tree(tmp_path / "target") == {name: held for name, held in tree(source).items() if name in kept}
+    names = {str(path.relative_to(source)) for path in companions(source)}
+    assert tree(tmp_path / "target") == kept({name: held for name, held in tree(source).items() if name in names})
+
+
+def test_a_taken_name_of_the_float_models_card_is_told(source):
+    write(source, {"README.source.md": "# Of something else"})
+    with pytest.raises(
+        CheckpointError, match=r"README\.md, which is to be kept as README\.source\.md, and that is there"
+    ):
+        companions(source)
 
 
 @pytest.mark.parametrize("name", ["secret.json", "1_Pooling/secret.json"])
@@ -130,7 +143,8 @@ class TestEveryWayOfTheCommand:
             (source / "generation_config.json").unlink()
         streamed = run(tmp_path / "streamed")
         assert run(tmp_path / "memory", "--no-stream") == streamed
-        assert {name: held.decode() for name, held in streamed.items() if name in KEPT} == KEPT
+        assert {name: held.decode() for name, held in streamed.items() if name in kept(KEPT)} == kept(KEPT)
+        assert b"[README.source.md](README.source.md)" in streamed["README.md"]
         assert not set(LEFT) & set(streamed)
         assert ("generation_config.json" in streamed) is generation
 
@@ -138,7 +152,7 @@ class TestEveryWayOfTheCommand:
         options = ["--calib", text, "--calib-samples", "2", "--calib-length", "16", "--smooth", "0.5"]
         blocks = run(tmp_path / "blocks", "--stream", *options)
         assert without_weights(run(tmp_path / "memory", *options)) == without_weights(blocks)
-        assert set(KEPT) <= set(blocks)
+        assert {"README.md", *kept(KEPT)} <= set(blocks)
 
 
 class Sentences(nn.Module):

@@ -4,6 +4,10 @@ Everything in the directory and below it but config.json, which is written anew,
 format, and hidden files: tokenizers, processors, chat templates, Python files, licences.  A sub-folder that holds
 weights is another form of the same model (onnx/, original/) and stays behind, unless modules.json names it:
 sentence-transformers keeps the modules that follow the model so, pooling and dense layers.
+
+One file gets another name: the model card, README.md, is that of the float model, and the result has one of its own
+(`w8a8.checkpoint.card`).  It is kept beside, to the byte; a section in the new card was the alternative, and would have
+mixed two texts, two front matters and what a reader takes for whose word.
 """
 
 import json
@@ -13,6 +17,10 @@ from pathlib import Path
 
 from w8a8.checkpoint.files import CONFIG, WEIGHTS, inside
 from w8a8.errors import CheckpointError
+
+README = "README.md"
+SOURCE_README = "README.source.md"
+"""Where the card of the float model is kept."""
 
 _MODULES = "modules.json"
 
@@ -24,8 +32,13 @@ def companions(directory: Path) -> list[Path]:
         directory: Of a model, with modules of sentence-transformers or without.
 
     Raises:
-        CheckpointError: one of them is a link that leads elsewhere, or a folder that is one; modules.json is torn.
+        CheckpointError: one of them is a link that leads elsewhere, or a folder that is one; modules.json is torn; the
+            name that the card is kept under is taken.
     """
+    if (directory / README).exists() and (directory / SOURCE_README).exists():
+        raise CheckpointError(
+            f"{directory} has a {README}, which is to be kept as {SOURCE_README}, and that is there too: rename it"
+        )
     named = _modules(directory)
     found = [path for path in _visible(directory) if path.is_file() and path.name != CONFIG and not _is_weight(path)]
     for folder in (path for path in _visible(directory) if path.is_dir()):
@@ -38,12 +51,15 @@ def companions(directory: Path) -> list[Path]:
 def copy_companions(source: Path, target: Path) -> None:
     """Copy the files that are kept into a directory, in which those of the same names are replaced.
 
+    The model card gets the name `SOURCE_README`.
+
     Raises:
         CheckpointError: as `companions`.
         OSError: one cannot be read or written.
     """
     for path in companions(source):
-        place = target / path.relative_to(source)
+        name = path.relative_to(source)
+        place = target / (SOURCE_README if str(name) == README else name)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
 

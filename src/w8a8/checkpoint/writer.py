@@ -15,11 +15,17 @@ from typing import Any
 
 from torch import nn
 
-from w8a8.checkpoint.beside import companions, copy_companions
+from w8a8.checkpoint import hub
+from w8a8.checkpoint.about import card_of
+from w8a8.checkpoint.beside import README, SOURCE_README, companions, copy_companions
 from w8a8.checkpoint.describe import check_storable, describe, transformers_models, write_description
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG
 from w8a8.checkpoint.verify import verify_values
+from w8a8.checkpoint.vllm import foresee_as_it_is
 from w8a8.errors import CheckpointError, ModelError
+from w8a8.layers.linear import quant_linears
+from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.roles import heads
 
 
 def save(
@@ -28,9 +34,12 @@ def save(
     tokenizer: Any = None,
     *,
     beside: str | os.PathLike[str] | None = None,
+    covered: Coverage | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     verify: bool = True,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
 ) -> None:
     """Write a model that transformers, vLLM and `w8a8.load` read.
 
@@ -42,9 +51,12 @@ def save(
         tokenizer: Or a processor: saved beside the model where given.
         beside: The directory that the float model came from: everything in it but weights and config.json is copied,
             as the command does it (`checkpoint.beside` has the rule).
+        covered: `Result.coverage`, from which the model card has why each layer stayed float.
         overwrite: Replace a checkpoint that is there already.
         max_shard_size: Files larger than this are split; of a transformers model.
         verify: Read the files again before they get their name, and compare them with the model, bit for bit.
+        push_to_hub: A repository, OWNER/NAME, that the directory is uploaded to when it is whole.
+        private: Of a new repository, see `w8a8.push_to_hub`.
 
     Raises:
         ModelError: not a transformers model, and none in it or several; nothing in it is quantised; a tensor that
@@ -52,6 +64,7 @@ def save(
         SchemeError: the file format has no word for a layer's scheme.
         CheckpointError: the directory exists and may not be overwritten; what was written is not what the model holds;
             a file of `beside` is a link that leads elsewhere.
+        HubError: as `w8a8.push_to_hub`; what needs no network is checked first, and the directory stays.
     """
     target = Path(directory)
     whole: Any = model
@@ -61,8 +74,12 @@ def save(
     if beside is not None:
         companions(Path(beside))
     check_target(target, overwrite=overwrite)
+    if push_to_hub is not None:
+        hub.check_push(push_to_hub)
     with _appearing(target) as partial:
         whole.save_pretrained(str(partial), **({"max_shard_size": max_shard_size} if inner is whole else {}))
+        if (partial / README).exists():  # sentence-transformers writes one
+            (partial / README).rename(partial / SOURCE_README)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if beside is not None:
@@ -70,8 +87,20 @@ def save(
             copy_companions(Path(beside), partial)
         place = _place_of_the_model(partial)
         write_description(inner, place)
+        told = card_of(
+            partial,
+            coverage(whole, dict.fromkeys(heads(whole), "an output head")) if covered is None else covered,
+            foresee_as_it_is(inner),
+            conv1d=any(layer.was_conv1d for _, layer in quant_linears(inner)),
+            source=None if beside is None else Path(beside),
+            name=getattr(inner, "name_or_path", None),
+            weights=place,
+        )
+        (partial / README).write_text(told, encoding="utf-8")
         if verify:
             verify_values(place, inner)
+    if push_to_hub is not None:
+        hub.push_to_hub(target, push_to_hub, private=private)
 
 
 def _one_model(model: Any) -> Any:

@@ -104,6 +104,11 @@ def quantize(
     target: Annotated[
         str | None, typer.Option("--target", metavar="vllm", help="Stop where vLLM would refuse the result.")
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="OWNER/NAME", help="Upload the result to this repository of the hub."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint that is there already.")] = False,
     dtype: Dtype = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -111,9 +116,15 @@ def quantize(
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
     from w8a8.calibration.observers import observer_of
+    from w8a8.checkpoint.hub import check_push
+    from w8a8.checkpoint.hub import push_to_hub as push
     from w8a8.core.scheme import Scheme
 
     wanted = Scheme.of(scheme)
+    if push_to_hub is not None:
+        check_push(push_to_hub)
+    elif private:
+        raise SchemeError("--private is of a new repository on the hub: give --push-to-hub OWNER/NAME, or leave it out")
     if target not in (None, "vllm"):
         raise SchemeError(f"--target {target} is unknown; use vllm, or leave it out")
     observer_of(observer)
@@ -170,8 +181,12 @@ def quantize(
         try:
             _look(job, told, eval_text, report)
         except W8A8Error as error:
-            error.add_note(f"{output} is whole all the same")
+            error.add_note(f"{output} is whole all the same" + (", and not pushed" if push_to_hub is not None else ""))
             raise
+        if push_to_hub is not None:
+            told["pushed"] = push(output, push_to_hub, private=private or None)
+            if not as_json:
+                print_line(f"Pushed to {told['pushed']}.")
     if as_json:
         print_json(told)
 
@@ -201,6 +216,8 @@ def _check_kind(
 
 def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | None) -> None:
     """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
+    from w8a8.checkpoint.about import add_measured
+    from w8a8.evaluation.summary import summary
     from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, way_out
 
     output, model, seen = str(job.output), job.model, False
@@ -210,6 +227,7 @@ def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | 
         compare = compare_named if kind in PREDICTS_TOKENS else compare_outputs_named
         compared: Any = compare(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
         told["evaluation"], seen = compared.told(), compared.why_not is None
+        add_measured(job.output, summary(compared.both, Path(eval_text).name))
         if not job.quiet:
             compared.show(output, model)
     if not job.quiet and not seen:

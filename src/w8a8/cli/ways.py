@@ -108,7 +108,7 @@ def in_memory(job: Job) -> dict[str, Any]:
     job.check_target(foreseen)
     with progress("quantising") as step:
         result = pipeline.quantize(opened.model, schemes, **job.selection, calibration=data, **treatment, progress=step)
-    save(opened.model, job.output, beside=opened.directory, overwrite=job.force)
+    save(opened.model, job.output, beside=opened.directory, covered=result.coverage, overwrite=job.force)
     told = _told(job, result, foreseen, smooth or result.smooth, data)
     if not job.quiet:
         if chosen is not None:

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from w8a8._version import __version__
-from w8a8.checkpoint.beside import companions, copy_companions
+from w8a8.checkpoint.about import card_of
+from w8a8.checkpoint.beside import README, companions, copy_companions
 from w8a8.checkpoint.files import CONFIG, INDEX, resolve, tensor_files
 from w8a8.checkpoint.headers import read_header
 from w8a8.checkpoint.verify import verify_structure
@@ -136,11 +137,12 @@ def run(
                 raise
             smooth = us.together(lambda: work.make(us, progress))
             lost = us.together(journal.weight_sqnr_db)
-            us.together(_only_first(us, lambda: complete(plan, partial, target, journal)))
-        return told(prediction, plan.coverage.with_weight_sqnr(lost), smooth)
+            covered = plan.coverage.with_weight_sqnr(lost)
+            us.together(_only_first(us, lambda: complete(plan, covered, partial, target, journal)))
+        return told(prediction, covered, smooth)
 
 
-def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
+def complete(plan: Plan, covered: Coverage, partial: Path, target: Path, journal: Journal) -> None:
     """Write what is beside the weights, look at the whole, and give it its name."""
     try:
         copy_companions(plan.source, partial)
@@ -152,6 +154,9 @@ def complete(plan: Plan, partial: Path, target: Path, journal: Journal) -> None:
     if len(plan.shards) > 1:
         write_whole(partial / INDEX, json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n")
     verify_structure(partial)
+    conv1d = any(step.transposed for step in plan.steps)
+    card = card_of(partial, covered, plan.findings, conv1d=conv1d, source=plan.source)
+    write_whole(partial / README, card)
     journal.clear()
     for path in partial.glob(".*"):  # what was growing when it was killed, and what passes between blocks
         path.unlink()

@@ -1,0 +1,151 @@
+"""The facts of a directory that is about to get its name, for its card (`w8a8.checkpoint.card`)."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import transformers
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from w8a8._version import __version__
+from w8a8.checkpoint.beside import README, SOURCE_README
+from w8a8.checkpoint.card import Facts, Measured, Origin, Told, card, with_measured
+from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE, read_json, tensor_files
+from w8a8.checkpoint.headers import read_header
+from w8a8.checkpoint.vllm import Finding
+from w8a8.errors import CheckpointError
+from w8a8.model.coverage import Coverage
+
+_RESTS_ON = ("torch", "transformers", "safetensors")
+_FENCE = "---"
+_LONGEST = 1 << 20
+"""Characters of a card in which its front matter is looked for."""
+
+
+def card_of(
+    directory: Path,
+    coverage: Coverage,
+    findings: tuple[Finding, ...],
+    *,
+    conv1d: bool,
+    source: Path | None,
+    name: str | None = None,
+    weights: Path | None = None,
+) -> str:
+    """The card of a directory.
+
+    Args:
+        directory: Whole but for its card.
+        coverage: Of the model in it.
+        findings: What vLLM would make of it.
+        conv1d: Whether `Conv1D` layers are among the quantised.
+        source: That of the float model, where it is known.
+        name: What the float model was loaded by, where that is known.
+        weights: Where in it config.json and the weights are; in its root by default.
+
+    Raises:
+        CheckpointError: config.json or a header cannot be read.
+    """
+    place = directory if weights is None else weights
+    config = read_json(place / CONFIG)
+    model = str(next(iter(config.get("architectures") or []), config.get("model_type")))
+    return card(
+        Facts(
+            coverage=coverage,
+            model=model,
+            of_transformers=hasattr(transformers, model),
+            conv1d=conv1d,
+            findings=findings,
+            bytes=_tensor_bytes(place) or 0,
+            versions={"w8a8": __version__} | {package: version(package) for package in _RESTS_ON},
+            origin=_origin(directory, source, name),
+        )
+    )
+
+
+def add_measured(directory: Path, measured: Measured) -> None:
+    """Put what was measured of a saved model into its card.
+
+    Raises:
+        CheckpointError: there is no card, or none that was made here.
+    """
+    path = directory / README
+    try:
+        text = with_measured(path.read_text(encoding="utf-8"), measured)
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+            return
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"what was measured was to go into {path}, which cannot be read and written: {error}; "
+            "save the model again for a new card"
+        ) from error
+    raise CheckpointError(
+        f"what was measured was to go into {path}, which has no section for it: it was written by hand, or elsewhere; "
+        "save the model again for a card of w8a8's"
+    )
+
+
+def _origin(directory: Path, source: Path | None, name: str | None) -> Origin:
+    readme = directory / SOURCE_README
+    told: Told = {}
+    unread = None
+    if readme.is_file():
+        try:
+            told = front_matter_of(readme)
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            unread = type(error).__name__
+    repository, commit = _on_hub(source) if source is not None else (None, None)
+    if repository is None and name is not None and _is_cached(name):
+        repository = name
+    size = None if source is None else _tensor_bytes(source)
+    return Origin(repository, commit, size, told, readme.is_file(), unread)
+
+
+def front_matter_of(path: Path) -> Told:
+    """The fields of a card that are text, or lists of text; nothing where it has no front matter.
+
+    Everything in it is taken as text: `no` is a language, not a truth value.
+
+    Raises:
+        OSError, ValueError, YAMLError, RecursionError: it cannot be read, or is no mapping.
+    """
+    with path.open(encoding="utf-8") as file:
+        first, *rest = file.read(_LONGEST).lstrip("\ufeff").split("\n")
+    lines = [line.rstrip() for line in rest]
+    if first.rstrip() != _FENCE or _FENCE not in lines:
+        return {}
+    fields = yaml.load("\n".join(lines[: lines.index(_FENCE)]), Loader=yaml.BaseLoader)  # makes strings only
+    if not isinstance(fields, dict):
+        raise ValueError(f"front matter is a {type(fields).__name__}, expected a mapping")
+    return {
+        key: value
+        for key, value in fields.items()
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+    }
+
+
+def _on_hub(directory: Path) -> tuple[str, str] | tuple[None, None]:
+    """Repository and commit of a snapshot in the hub's cache, whose folder has both in its name."""
+    path = directory.absolute()
+    if path.parent.name != "snapshots" or not path.parents[1].name.startswith("models--"):
+        return None, None
+    return path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a name is a repository's that was loaded from: a directory may have such a name too."""
+    if Path(name).exists():
+        return False
+    try:
+        return isinstance(try_to_load_from_cache(name, CONFIG), str)
+    except HFValidationError:
+        return False
+
+
+def _tensor_bytes(directory: Path) -> int | None:
+    """Of all tensors, whatever files they are in; None where there are no safetensors files."""
+    if not ((directory / SINGLE).exists() or (directory / INDEX).exists()):
+        return None
+    return sum(entry.bytes for path in tensor_files(directory) for entry in read_header(path).values())
