@@ -167,6 +167,11 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def model_files(directory: Path) -> dict[str, bytes]:
+    """`contents` but for the model card, which `w8a8.save` writes and transformers' `save_pretrained` does not."""
+    return {name: held for name, held in contents(directory).items() if name != "README.md"}
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 3 MB."""

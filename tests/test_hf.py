@@ -19,7 +19,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
-from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen3_moe
+from tests.conftest import gpt2, llama, mixtral, model_files, nemotron_h, opt, qwen3_moe
 from tests.core.test_packed import SCHEMES as PACKABLE
 from tests.core.test_packed import packed_directory
 from w8a8 import QuantLinear, W8A8Config, hf
@@ -206,7 +206,7 @@ class TestEnable:
         found = opened(tmp_path / "d")
         assert torch.equal(found(IDS).logits, w8a8.load(tmp_path / "d")(IDS).logits)
         found.save_pretrained(tmp_path / "again", save_original_format=False)
-        assert contents(tmp_path / "again") == contents(tmp_path / "d")
+        assert model_files(tmp_path / "again") == model_files(tmp_path / "d")
 
     def test_scales_in_the_shapes_and_dtypes_of_others_are_taken_as_load_takes_them(self, tmp_path):
         w8a8.save(w8a8.quantize(llama()).model, tmp_path / "d")
@@ -367,12 +367,12 @@ class TestSaving:
         config = json.loads((tmp_path / "wanted/config.json").read_text())
         assert config["quantization_config"]["format"] == "pack-quantized"
         model.save_pretrained(tmp_path / "loading")
-        assert contents(tmp_path / "loading") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "loading") == model_files(tmp_path / "wanted")
         w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded")
-        assert contents(tmp_path / "loaded") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "loaded") == model_files(tmp_path / "wanted")
         w8a8.enable()
         opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled")
-        assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "enabled") == model_files(tmp_path / "wanted")
 
     def test_models_of_both_formats_come_back(self, tmp_path):
         model = quantized(demo_directory(), {"*.self_attn.*": "w8a8", "*": "w8a16"})
@@ -381,7 +381,7 @@ class TestSaving:
         found = opened(tmp_path / "wanted")
         assert torch.equal(found(IDS).logits, model(IDS).logits)
         found.save_pretrained(tmp_path / "enabled")
-        assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "enabled") == model_files(tmp_path / "wanted")
 
     @pytest.mark.parametrize("options", [{}, {"head": "int8"}], ids=str)
     def test_save_pretrained_writes_what_save_writes(self, source, tmp_path, options):
@@ -390,30 +390,30 @@ class TestSaving:
         model = opened(source, quantization_config=W8A8Config(**options))
         w8a8.save(quantized(source, **options), tmp_path / "wanted")
         model.save_pretrained(tmp_path / "loading")
-        assert contents(tmp_path / "loading") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "loading") == model_files(tmp_path / "wanted")
         w8a8.save(model, tmp_path / "ours")
-        assert contents(tmp_path / "ours") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "ours") == model_files(tmp_path / "wanted")
         w8a8.enable()
         opened(tmp_path / "wanted").save_pretrained(tmp_path / "enabled")
-        assert contents(tmp_path / "enabled") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "enabled") == model_files(tmp_path / "wanted")
 
     def test_after_quantize_and_load_save_pretrained_writes_it_too(self, source, tmp_path):
         model = quantized(source)
         w8a8.save(model, tmp_path / "wanted")
         model.save_pretrained(tmp_path / "quantized")
-        assert contents(tmp_path / "quantized") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "quantized") == model_files(tmp_path / "wanted")
         w8a8.load(tmp_path / "wanted").save_pretrained(tmp_path / "loaded")
-        assert contents(tmp_path / "loaded") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "loaded") == model_files(tmp_path / "wanted")
 
     def test_dense_models_need_no_option(self, tmp_path):
         model = opened(demo_directory(), quantization_config=W8A8Config())
         model.save_pretrained(tmp_path / "plain")
         w8a8.save(model, tmp_path / "wanted")
-        assert contents(tmp_path / "plain") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "plain") == model_files(tmp_path / "wanted")
         shutil.rmtree(tmp_path / "plain")
         w8a8.enable()
         opened(tmp_path / "wanted").save_pretrained(tmp_path / "plain")
-        assert contents(tmp_path / "plain") == contents(tmp_path / "wanted")
+        assert model_files(tmp_path / "plain") == model_files(tmp_path / "wanted")
 
 
 def test_an_opt_without_tied_head_keeps_it_float(tmp_path):

@@ -47,8 +47,9 @@ def registered(monkeypatch):
 
 def test_a_registered_class_is_saved_loaded_and_streamed(tmp_path, registered, tokens):
     registered.save_pretrained(tmp_path / "float")
-    wanted = logits(w8a8.quantize(registered).model, tokens)
-    w8a8.save(registered, tmp_path / "saved")
+    result = w8a8.quantize(registered)
+    wanted = logits(registered, tokens)
+    w8a8.save(registered, tmp_path / "saved", beside=tmp_path / "float", covered=result.coverage)
     loaded = w8a8.load(tmp_path / "saved")
     assert type(loaded) is RegisteredModel
     assert torch.equal(logits(loaded, tokens), wanted)

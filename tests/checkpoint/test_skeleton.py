@@ -110,7 +110,8 @@ class TestBuffersOfEveryDtype:
 def test_what_the_class_does_not_save_is_made_anew(tmp_path):
     model = marian()
     model.save_pretrained(tmp_path / "float")
-    w8a8.save(w8a8.quantize(model).model, tmp_path / "model")
+    result = w8a8.quantize(model)
+    w8a8.save(model, tmp_path / "model", beside=tmp_path / "float", covered=result.coverage)
     loaded = w8a8.load(tmp_path / "model")
     found, wanted = (m.model.encoder.embed_positions.weight for m in (loaded, model))
     assert torch.equal(found, wanted)

@@ -47,8 +47,8 @@ def test_a_result_of_one_file_has_the_bytes_that_save_writes(tmp_path, make, sch
     source = saved(make(), tmp_path / "source", dtype=torch.bfloat16)
     quantize_directory(source, tmp_path / "streamed", scheme, head="int8")
     model = open_model(source).model
-    w8a8.quantize(model, scheme, head="int8")
-    w8a8.save(model, tmp_path / "memory")
+    result = w8a8.quantize(model, scheme, head="int8")
+    w8a8.save(model, tmp_path / "memory", beside=source, covered=result.coverage)
     assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
 
 
