@@ -124,7 +124,7 @@ def arithmetic(layers: int) -> float:
     import torch
 
     from w8a8.core.scheme import Scheme
-    from w8a8.kernels.weights import quantize_weight
+    from w8a8.layers.weights import quantize_weight
 
     spec = Scheme.of("w8a8").weights
     names = [(name, shape) for name, shape in shapes(1).items() if "_proj" in name]

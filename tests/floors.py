@@ -34,7 +34,8 @@ FLOORS = [
 # in a room, the order in which its files may import one another
 INSIDE = {
     "core": ["scheme", "progress", "affine", "packed", "tokens", "row_sample"],
-    "layers": ["saving", "straight_through", "weight", "buffers", "linear"],
+    "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "select", "ops"],
+    "layers": ["saving", "straight_through", "weight", "weights", "buffers", "linear"],
     "model": [
         "kinds",
         "inputs",

@@ -38,12 +38,11 @@ from w8a8.checkpoint.layout import from_json, runs_here, to_json
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, stored_keys
 from w8a8.checkpoint.skeleton import insert_quant_linears, unstack_as_stored
-from w8a8.core.packed import SHAPE, in_words
-from w8a8.core.row_sample import weight_sqnr_db
+from w8a8.core.packed import SHAPE
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
-from w8a8.kernels.weights import quantize_weight
 from w8a8.layers.linear import QuantLinear, quant_linears
+from w8a8.layers.weights import make_weight
 from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, stacks_experts, taken
 from w8a8.model.roles import Head
@@ -180,10 +179,8 @@ class W8A8Quantizer(HfQuantizer):
         self._unstacked = holds_experts(model)
         layers = {name: empty_layer(model, name, config.scheme) for name in chosen}
         for layer in layers.values():
-            layer.in_words = False  # the files have float weights under that name
             # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
-            layer._buffers["weight"] = layer.codes.to(dtype or torch.get_default_dtype())
-            layer.arriving = True
+            layer.as_stored({"weight": layer.codes.to(dtype or torch.get_default_dtype())})
         swap(model, layers)
         self._quantized = set(layers)
 
@@ -194,14 +191,14 @@ class W8A8Quantizer(HfQuantizer):
         self._arriving.clear()
         if not self.pre_quantized:
             for name, layer in quant_linears(model):
-                if layer.codes.is_floating_point():  # nothing came
+                came = layer.arrived()
+                if came["weight"].is_floating_point():  # nothing came
                     raise CheckpointError(
                         f"{name} is to be quantised while the model is loaded, and its weight is not in the files; "
                         f"give the whole model, or exclude=['{name}'] to have transformers initialise the layer"
                     )
-                layer.arriving = False
-                layer.set_codes(layer.codes)
-                layer.in_words = in_words(layer.scheme)
+                for key, tensor in came.items():
+                    layer.take(key, tensor)
         if self.quantization_config.head is Head.INT8:
             choice = Choice.of(model, self.quantization_config.scheme, [], head=Head.INT8)
             choice.enact(build(model, choice.schemes))
@@ -227,16 +224,13 @@ class _Arriving:
     def __init__(self, layer: QuantLinear, found: Mapping[str, tuple[Path, Entry]], *, packed: bool) -> None:
         self.layer, self.packed = layer, packed
         self._where = {key: f"{path}: {entry.name}" for key, (path, entry) in sorted(found.items())}
-        self._empty = dict(layer._buffers)
-        layer.arriving = True
-        del layer._buffers["weight"]
-        layer.in_words = False  # until then its buffers are the file's
+        layer.as_stored(
+            {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, (_, entry) in found.items()}
+        )
         if packed:  # GPT-2 initialises anew what it finds under that name, where a tied head is missing in the files
             placeholder: Any = torch.empty(0, dtype=torch.float32, device="cpu")
             placeholder._is_hf_initialized = True
             layer.__dict__["weight"] = placeholder
-        for key, (_, entry) in found.items():
-            layer._buffers[key] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def take(self) -> None:
         """Check what came, and pack it for the kernel.
@@ -245,17 +239,9 @@ class _Arriving:
             CheckpointError: it is not what the layer holds, or makes no sense; file and tensor are named.
         """
         self.layer.__dict__.pop("weight", None)
-        self.layer.arriving = False
-        buffers = self.layer._buffers
-        came = {key: buffers[key] for key in self._where}
-        bias = buffers["bias"]
-        buffers.clear()
-        buffers.update(self._empty | {"bias": bias})
-        self.layer.in_words = in_words(self.layer.scheme)
+        came = self.layer.arrived()
         for key, where in self._where.items():
-            tensor = came.pop(key)
-            assert tensor is not None, "transformers keeps what is in the files"
-            place_tensor(self.layer, key, tensor, where, packed=self.packed)
+            place_tensor(self.layer, key, came.pop(key), where, packed=self.packed)
 
 
 def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list[_Arriving]:
@@ -317,18 +303,15 @@ class _Quantize(ConversionOps):
         weight = weight if self.hf_quantizer._dtype is None else weight.to(self.hf_quantizer._dtype)
         try:
             weight = weight.t() if layer.was_conv1d else weight
-            q = quantize_weight(weight, layer.scheme.weights)
+            made = make_weight(weight, layer.scheme.weights)
         except W8A8Error as error:
             error.add_note(f"while quantising {name}")
             raise
-        layer.weight_sqnr_db = weight_sqnr_db(weight, q)
-        shape = layer.weight_scale.shape
-        made = {f"{name}.weight": q.codes, f"{name}.weight_scale": q.scale.reshape(shape)}
-        if q.zero_point is not None:
-            made[f"{name}.weight_zero_point"] = q.zero_point.reshape(shape)
-        for key in made:
+        layer.weight_sqnr_db = made.sqnr_db
+        named = {f"{name}.{key}": tensor for key, tensor in made.named().items()}
+        for key in named:
             kwargs["missing_keys"].discard(key)
-        return made
+        return named
 
 
 def enable() -> None:

@@ -28,7 +28,7 @@ import atheris
 import torch
 import transformers
 
-import w8a8.kernels.weights  # what is imported before is not instrumented
+import w8a8.layers.weights  # what is imported before is not instrumented
 import w8a8.model.choice
 
 with atheris.instrument_imports(include=["w8a8"]):

@@ -5,8 +5,14 @@ import pytest
 import torch
 
 from w8a8.core.affine import dequantize, fake_quantize, quantize, sqnr_db
-from w8a8.core.row_sample import ROWS, RowSample, weight_sqnr_db
+from w8a8.core.row_sample import ROWS, RowSample
 from w8a8.core.scheme import PerChannel, PerColumn, PerGroup, PerTensor, QuantSpec
+
+
+def sampled(weight, made):
+    sample = RowSample(len(weight))
+    sample.take(weight, made)
+    return sample.sqnr_db
 
 
 def by_hand(weight, values):
@@ -25,13 +31,13 @@ def by_hand(weight, values):
 def test_the_figure_is_the_one_computed_by_hand(granularity, symmetric, shape):
     weight = torch.randn(shape).to(torch.bfloat16)
     q = quantize(weight, QuantSpec(8, granularity, symmetric))
-    assert weight_sqnr_db(weight, q) == pytest.approx(by_hand(weight, dequantize(q)), rel=1e-9)
+    assert sampled(weight, q) == pytest.approx(by_hand(weight, dequantize(q)), rel=1e-9)
 
 
 def test_of_few_rows_it_is_the_sqnr_of_the_whole_weight():
     weight = torch.randn(ROWS, 33)
     q = quantize(weight, QuantSpec(8, PerChannel()))
-    assert weight_sqnr_db(weight, q) == pytest.approx(sqnr_db(weight, dequantize(q)), rel=1e-9)
+    assert sampled(weight, q) == pytest.approx(sqnr_db(weight, dequantize(q)), rel=1e-9)
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 299, 300])
@@ -40,26 +46,26 @@ def test_pieces_of_a_weight_tell_what_the_whole_tells(piece):
     sample = RowSample(300)
     for part in weight.split(piece):
         sample.take(part, quantize(part, spec))
-    assert sample.sqnr_db == pytest.approx(weight_sqnr_db(weight, quantize(weight, spec)), rel=1e-9)
+    assert sample.sqnr_db == pytest.approx(sampled(weight, quantize(weight, spec)), rel=1e-9)
 
 
 def test_a_grid_wider_than_codes_is_told_by_its_values():
     weight = torch.randn(100, 33)
     values = fake_quantize(weight, QuantSpec(16, PerChannel()))
-    assert weight_sqnr_db(weight, values) == pytest.approx(by_hand(weight, values), rel=1e-9)
-    assert weight_sqnr_db(weight, values) > 80
+    assert sampled(weight, values) == pytest.approx(by_hand(weight, values), rel=1e-9)
+    assert sampled(weight, values) > 80
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(5, 4), torch.arange(-127.0, 128)[None], torch.empty(0, 4)])
 def test_what_loses_nothing_is_infinite(weight):
-    assert weight_sqnr_db(weight, quantize(weight, QuantSpec(8, PerChannel()))) == math.inf
+    assert sampled(weight, quantize(weight, QuantSpec(8, PerChannel()))) == math.inf
 
 
 def test_neither_the_weight_nor_its_codes_are_modified():
     weight = torch.randn(100, 8)
     values = fake_quantize(weight, QuantSpec(16, PerChannel()))
     before = weight.clone(), values.clone()
-    weight_sqnr_db(weight, values)
+    sampled(weight, values)
     assert torch.equal(weight, before[0])
     assert torch.equal(values, before[1])
 
@@ -70,7 +76,7 @@ def looked_at(rows):
     for row in range(rows):
         values = weight.clone()
         values[row] = 0.0
-        if weight_sqnr_db(weight, values) < math.inf:
+        if sampled(weight, values) < math.inf:
             found.append(row)
     return found
 

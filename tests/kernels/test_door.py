@@ -16,8 +16,8 @@ from w8a8.core.affine import QParams, quantize
 from w8a8.core.scheme import PerChannel, PerTensor, QuantSpec, Scheme
 from w8a8.errors import KernelError, SchemeError, W8A8Error
 from w8a8.kernels import compiled, native
-from w8a8.kernels.weights import quantize_weight
 from w8a8.layers.linear import QuantLinear
+from w8a8.layers.weights import quantize_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:kernel 'native' cannot run")  # what it refuses, another may run
 

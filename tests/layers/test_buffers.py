@@ -100,6 +100,26 @@ def test_a_float_state_dict_is_refused_instead_of_truncated():
     assert torch.equal(q.codes, before)
 
 
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"])
+def test_a_layer_that_others_fill_holds_what_the_file_has_and_then_its_own(scheme):
+    made = QuantLinear.from_float(nn.Linear(9, 4), scheme)
+    layer = QuantLinear.in_place_of(nn.Linear(9, 4, device="meta"), made.scheme)
+    layer.as_stored({"weight": torch.empty(4, 9, dtype=torch.int8, device="meta")})
+    assert set(layer.state_dict()) == {"weight", "weight_scale", "bias"}
+    assert isinstance(layer.weight, torch.Tensor)
+    layer.weight, layer.weight_scale, layer.bias = made.codes, made.weight_scale, made.bias
+    came = layer.arrived()
+    assert list(layer._buffers) == list(made._buffers)
+    assert layer.codes.is_meta
+    assert layer.weight_scale.is_meta
+    assert came.keys() == {"weight", "weight_scale"}
+    for key, tensor in came.items():
+        layer.take(key, tensor)
+    assert not isinstance(layer.weight, torch.Tensor)
+    assert set(layer.state_dict()) == set(made.state_dict())
+    assert torch.equal(layer(torch.ones(2, 9)), made(torch.ones(2, 9)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_cast_of_the_model_leaves_the_grid_alone(dtype):
     model = nn.Sequential(QuantLinear.from_float(nn.Linear(100, 33), "w8a8"))

@@ -230,18 +230,16 @@ def place_tensor(layer: Any, key: str, tensor: Tensor, where: str, *, packed: bo
     n, k, spec = layer.out_features, layer.in_features, layer.scheme.weights
     if packed and key == WORDS:
         _check_words(tensor, (n, words(k, spec.bits)), where)
-        layer.set_codes(unpack_rows(tensor, spec.bits, k))
+        layer.take("weight", unpack_rows(tensor, spec.bits, k))
     elif packed and key == SHAPE:
         if tensor.is_floating_point() or tensor.tolist() != [n, k]:
             raise CheckpointError(f"{where} is {str(tensor.tolist())[:80]}, expected {[n, k]}")
     elif packed and key == "weight_zero_point" and not isinstance(spec.granularity, PerTensor):  # words run along N
         _check_words(tensor, (words(n, spec.bits), layer.weight_scale.shape[1]), where)
         codes = unpack_rows(tensor.t().contiguous(), spec.bits, n).t().contiguous()
-        layer._buffers[key] = _checked_tensor(layer, key, codes, where)
-    elif key == "weight":
-        layer.set_codes(_checked_tensor(layer, key, tensor, where))
+        layer.take(key, _checked_tensor(layer, key, codes, where))
     else:
-        layer._buffers[key] = _checked_tensor(layer, key, tensor, where)
+        layer.take(key, _checked_tensor(layer, key, tensor, where))
 
 
 def _check_words(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:

@@ -60,18 +60,6 @@ class RowSample:
         return decibels(self._signal, self._noise)
 
 
-def weight_sqnr_db(weight: Tensor, made: QTensor | Tensor) -> float:
-    """The SQNR of a whole weight in decibels, on its sampled rows; +inf where they lost nothing.
-
-    Args:
-        weight: (N, K) float.  Not modified.
-        made: As for `RowSample.take`.
-    """
-    sample = RowSample(len(weight))
-    sample.take(weight, made)
-    return sample.sqnr_db
-
-
 def _rows_of(q: QTensor, rows: slice) -> QTensor:
     """Some rows with their scales, which may be shared by all rows: then there is one row of them."""
 

@@ -29,22 +29,12 @@ from torch import Tensor, nn
 from w8a8 import kernels
 from w8a8.core.affine import QParams
 from w8a8.core.packed import SHAPE, WORDS, as_words, in_words, unpack_rows, words
-from w8a8.core.scheme import (
-    CODE_REACH,
-    MAX_CODE_BITS,
-    Granularity,
-    PerChannel,
-    PerColumn,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    Scheme,
-    largest_k,
-)
+from w8a8.core.scheme import CODE_REACH, MAX_CODE_BITS, PerGroup, Scheme, largest_k
 from w8a8.errors import SchemeError
 from w8a8.kernels import native
 from w8a8.layers import saving
 from w8a8.layers.weight import Weight
+from w8a8.layers.weights import LayerWeight, scale_shape
 
 
 class LinearBuffers(nn.Module):
@@ -59,12 +49,10 @@ class LinearBuffers(nn.Module):
         kernel: The kernel to run, or "auto".
         device: Where the empty buffers are made; "meta" makes none.
         dtype: Of the float weight, which `weight` tells and `.to(dtype)` changes.
-
-    `arriving` is set while transformers fills the layer from files: `weight` is then the buffer of that name.
     """
 
     weight: Weight
-    arriving = False
+    _empty: dict[str, Tensor | None] | None = None
     weight_scale: Tensor
     weight_sum: Tensor
     packed_weight: Tensor | None
@@ -92,20 +80,19 @@ class LinearBuffers(nn.Module):
         self.out_features = out_features
         self.scheme = scheme
         self._kernel = kernel
-        self.in_words = in_words(scheme)  # what the state dict has of the codes
         self._integer = integer
         spec, activations = scheme.weights, scheme.activations
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        scale_shape = _scale_shape(spec.granularity, out_features, in_features)
+        of_scale = scale_shape(spec.granularity, out_features, in_features)
         has_codes = spec.bits <= MAX_CODE_BITS
         static = activations is not None and not activations.dynamic
         buffers = {
             "weight": empty(torch.int8 if has_codes else torch.float32, out_features, in_features),
-            "weight_scale": empty(torch.float32, *scale_shape) if has_codes else None,
-            "weight_zero_point": empty(torch.int32, *scale_shape) if has_codes and not spec.symmetric else None,
+            "weight_scale": empty(torch.float32, *of_scale) if has_codes else None,
+            "weight_zero_point": empty(torch.int32, *of_scale) if has_codes and not spec.symmetric else None,
             "bias": None if bias is None else empty(bias, out_features),
             "input_scale": empty(torch.float32, 1) if static else None,
             "input_zero_point": (
@@ -114,7 +101,7 @@ class LinearBuffers(nn.Module):
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
-        groups = scale_shape[1] if isinstance(spec.granularity, PerGroup) else 1
+        groups = of_scale[1] if isinstance(spec.granularity, PerGroup) else 1
         self.register_buffer("weight_sum", empty(torch.int32, out_features, groups), persistent=False)
         self.register_buffer("packed_weight", None, persistent=False)
 
@@ -142,6 +129,59 @@ class LinearBuffers(nn.Module):
         """Take what a copy or a pickle holds; what was laid out for another machine or process is laid out anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lay_out()
+
+    @property
+    def in_words(self) -> bool:
+        """Whether the state dict has the codes in int32 words."""
+        return not self.arriving and in_words(self.scheme)
+
+    @property
+    def arriving(self) -> bool:
+        """Whether others fill the layer now, see `as_stored`."""
+        return self._empty is not None
+
+    def as_stored(self, stored: Mapping[str, Tensor]) -> None:
+        """Hold what a file has of the layer as it lies there, for others to fill, until `arrived`.
+
+        Args:
+            stored: A tensor on the meta device for each of the file's, by its name, of the file's dtype and shape.
+                `weight` is until then the buffer of that name.
+        """
+        self._empty = dict(self._buffers)
+        del self._buffers["weight"]
+        self._buffers.update(stored)
+
+    def arrived(self) -> dict[str, Tensor]:
+        """End `as_stored`: what was filled, by name; the layer is empty again but for its bias."""
+        assert self._empty is not None, "it was stored before"
+        bias = self._buffers["bias"]
+        kept = self._buffers.keys() - self._non_persistent_buffers_set - {"bias"}
+        came = {key: tensor for key, tensor in self._buffers.items() if key in kept and tensor is not None}
+        self._buffers.clear()
+        self._buffers.update(self._empty | {"bias": bias})
+        self._empty = None
+        return came
+
+    def take(self, key: str, tensor: Tensor) -> None:
+        """Take one of the tensors that the module's docstring lists, which fits: codes are laid out for the kernel.
+
+        Raises:
+            SchemeError: as `set_codes`.
+        """
+        if key == "weight":
+            self.set_codes(tensor)
+        else:
+            self._buffers[key] = tensor
+
+    def take_weight(self, made: LayerWeight) -> None:
+        """Take a weight from where it was made.
+
+        Raises:
+            SchemeError: as `set_codes`.
+        """
+        for key, tensor in made.named().items():
+            self.take(key, tensor)
+        self.weight_sqnr_db = made.sqnr_db
 
     def set_codes(self, codes: Tensor) -> None:
         """Take a weight: derive its sums, and pack it where the native kernel is to run the layer.
@@ -342,15 +382,3 @@ def _sums(codes: Tensor) -> Tensor:
         return codes.sum(-1, dtype=torch.int32)
     # 6.5 GB/s where torch, which makes an int32 copy of the weight first, reads 0.24 GB/s (torch 2.13, one layer)
     return torch.from_numpy(np.add.reduce(codes.numpy(), axis=-1, dtype=np.int32))
-
-
-def _scale_shape(granularity: Granularity, n: int, k: int) -> tuple[int, ...]:
-    match granularity:
-        case PerTensor():
-            return (1,)
-        case PerColumn():
-            return (1, k)
-        case PerGroup(size):
-            return (n, k // size)
-        case PerChannel() | PerToken():
-            return (n, 1)

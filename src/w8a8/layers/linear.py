@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w8a8 import kernels
-from w8a8.core.affine import QParams, QTensor, dequantize, fake_quantize
-from w8a8.core.row_sample import weight_sqnr_db
+from w8a8.core.affine import QParams, QTensor, dequantize
 from w8a8.core.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme, largest_k
 from w8a8.core.tokens import fake_quantize_tokens
 from w8a8.errors import ModelError, SchemeError
 from w8a8.kernels import native, reference
-from w8a8.kernels.weights import quantize_weight
 from w8a8.layers.buffers import LinearBuffers
 from w8a8.layers.straight_through import straight_through
+from w8a8.layers.weights import make_weight
 
 _LAYER_NUMBERS = itertools.count()
 
@@ -149,18 +148,7 @@ class QuantLinear(LinearBuffers):
         scheme = Scheme.of(scheme)
         weight, bias = float_operands(linear)
         layer = cls.in_place_of(linear, scheme, simulated=simulated, kernel=kernel, strict=strict)
-        spec = scheme.weights
-        if spec.bits > MAX_CODE_BITS:
-            values = fake_quantize(weight.to(torch.float32), spec)
-            layer.weight_sqnr_db = weight_sqnr_db(weight, values)
-            layer.set_codes(values)
-        else:
-            q = quantize_weight(weight, spec)
-            layer.weight_sqnr_db = weight_sqnr_db(weight, q)
-            layer.set_codes(q.codes)
-            layer.weight_scale = q.scale.reshape(layer.weight_scale.shape)
-            if q.zero_point is not None:
-                layer.weight_zero_point = q.zero_point.reshape(layer.weight_scale.shape)
+        layer.take_weight(make_weight(weight, scheme.weights))
         layer.bias = None if bias is None else bias.detach().clone()
         layer.set_input_params(input_params)
         return layer.train(linear.training)

@@ -47,7 +47,7 @@ from w8a8.core.scheme import PerGroup, PerTensor, QuantSpec, Scheme
 from w8a8.core.tokens import fake_quantize_tokens, quantize_tokens
 from w8a8.errors import NonFiniteError, SchemeError
 from w8a8.kernels.torch_cpu import int8_product
-from w8a8.kernels.weights import quantize_weight
+from w8a8.layers.weights import quantize_weight
 from w8a8.smoothing.fold import reader_scales
 
 GRID = tuple(round(i / 20, 2) for i in range(21))

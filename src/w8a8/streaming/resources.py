@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from w8a8.errors import CheckpointError
-from w8a8.kernels.weights import quantize_weight
+from w8a8.layers.weights import quantize_weight
 from w8a8.streaming.plan import PIECE, Plan, Step
 
 _TRIAL = 16 << 20  # bytes written in the trial

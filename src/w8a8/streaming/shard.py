@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from w8a8.checkpoint.headers import Told, header_of, in_order
-from w8a8.core.affine import QTensor
 from w8a8.core.packed import SHAPE, WORDS, pack_rows
 from w8a8.core.row_sample import RowSample
 from w8a8.errors import CheckpointError, W8A8Error
-from w8a8.kernels.weights import quantize_weight
+from w8a8.layers.weights import make_weight
 from w8a8.streaming.journal import disk_error, sync_directory
 from w8a8.streaming.plan import PIECE, Shard, Step
 from w8a8.streaming.source import Room
@@ -202,24 +201,18 @@ def _made(step: Step, values: Tensor, sample: RowSample | None, *, last: bool) -
     values = values.to(step.dtype)
     if step.spec is None:
         return [(step.name, values)]
-    assert sample is not None, "each weight that is quantised has one"
     weight = values.t() if step.transposed else values
     try:
-        q: QTensor = quantize_weight(weight, step.spec)
+        made = make_weight(weight, step.spec, sample).named()
     except W8A8Error as error:
         error.add_note(f"while quantising {step.name} of {step.file}")
         raise
-    sample.take(weight, q)
-    made = {"weight_scale": q.scale, "weight_zero_point": q.zero_point}
     if step.in_words:
-        shape = step.entry.shape[::-1] if step.transposed else step.entry.shape
-        made |= {
-            WORDS: pack_rows(q.codes),
-            SHAPE: torch.tensor(shape, dtype=torch.int64, device="cpu") if last else None,
-        }
-    else:
-        made["weight"] = q.codes
-    return [(f"{step.name}.{key}", t.contiguous()) for key, t in made.items() if t is not None]
+        made[WORDS] = pack_rows(made.pop("weight"))
+        if last:
+            shape = step.entry.shape[::-1] if step.transposed else step.entry.shape
+            made[SHAPE] = torch.tensor(shape, dtype=torch.int64, device="cpu")
+    return [(f"{step.name}.{key}", t.contiguous()) for key, t in made.items()]
 
 
 def _memory(values: Tensor) -> memoryview:
