@@ -67,14 +67,14 @@ def main() -> None:
     linear, x = nn.Linear(64, 32, bias=False), torch.randn(1, 1, 64)
     layer = QuantLinear.from_float(linear)
     packed, scale, sums = layer.packed_weight, layer.weight_scale, layer.weight_sum
-    buffers, call, operands = layer._buffers, layer._call, layer._operands(x)
+    buffers, call, request = layer._buffers, layer._call, layer._request(x)
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         compiled, custom = cpp_op(Path(name)), custom_op(layer)
         ways: dict[str, Callable[[], Tensor]] = {
             "QuantLinear.forward": lambda: layer(x),
             "direct": lambda: native.direct(x, buffers, call),
             "an op that C++ registers": lambda: compiled(x, packed, scale, sums, 32),
-            "our op, through the dispatcher": lambda: ops._op(*operands, "auto", False, 0),
+            "our op, through the dispatcher": lambda: ops._op(*request, "auto", False, 0),
             "torch.library.custom_op": lambda: custom(x),
             "nn.Linear, float32": lambda: linear(x),
         }

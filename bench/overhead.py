@@ -87,11 +87,11 @@ def calls() -> dict[str, float]:
     """Microseconds of a call whose product is next to nothing."""
     linear, x = nn.Linear(64, 32), torch.randn(1, 1, 64)
     layer = QuantLinear.from_float(linear)
-    operands = layer._operands(x)
+    request = layer._request(x)
     return {
         "QuantLinear.forward": microseconds(layer, x),
-        "the op through the dispatcher": microseconds(lambda x: ops._op(x, *operands[1:], "auto", False, 0), x),
-        "the op directly": microseconds(lambda x: ops._int8_linear(x, *operands[1:], "auto", False, 0), x),
+        "the op through the dispatcher": microseconds(lambda x: ops._op(*request, "auto", False, 0), x),
+        "the op directly": microseconds(lambda x: ops._int8_linear(request, "auto", False, 0), x),
         "nn.Linear, float32": microseconds(linear, x),
     }
 

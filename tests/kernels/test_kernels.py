@@ -42,7 +42,7 @@ def runs(kernel, scheme):
 def oracle(q: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """The contract in Python's integers and single float32 operations."""
     f32 = np.float32
-    request = kernels.LinearRequest(x.reshape(-1, x.shape[-1]), *q._operands(x)[1:-1])
+    request = q._request(x.reshape(-1, x.shape[-1]))
     tokens = request.quantize_input()
     qx, sx = tokens.codes.numpy().astype(object), tokens.scale.numpy()
     zx = (
@@ -290,7 +290,7 @@ def test_the_exact_product_is_exact_at_its_bound():
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-tensor"])
 def test_opcheck_passes(name):
     q = layer(name)
-    results = torch.library.opcheck(ops._op, (*q._operands(torch.randn(2, 3, 100)), "auto", False, 0))
+    results = torch.library.opcheck(ops._op, (*q._request(torch.randn(2, 3, 100)), "auto", False, 0))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -410,7 +410,7 @@ def test_the_signed_product_is_used_where_only_that_is_exact(monkeypatch):
 
 def test_torch_cpu_refuses_what_is_not_on_the_cpu():
     q = layer("w8a8").to("meta")
-    request = kernels.LinearRequest(*q._operands(torch.empty(2, 100, device="meta"))[:-1])
+    request = q._request(torch.empty(2, 100, device="meta"))
     assert "on meta" in torch_cpu.TORCH_CPU.refuses(request)
 
 

@@ -159,35 +159,24 @@ def direct(x: Tensor, buffers: Mapping[str, Tensor | None], call: Call) -> Tenso
     return y
 
 
-def below(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bits: int,
-    per_token: bool,
-    symmetric: bool,
-) -> Tensor | None:
-    """The same from below the dispatcher, which has seen the call already; the operands are those of the op."""
+def below(x: Tensor, request: LinearRequest) -> Tensor | None:
+    """The same from below the dispatcher, which has seen the call already; `x` stands for the request's own."""
     buffers = {
-        "packed_weight": weight,
-        "weight_scale": weight_scale,
-        "weight_sum": weight_sum,
-        "bias": bias,
-        "input_scale": input_scale,
-        "input_zero_point": input_zero_point,
+        "packed_weight": request.weight,
+        "weight_scale": request.weight_scale,
+        "weight_sum": request.weight_sum,
+        "bias": request.bias,
+        "input_scale": request.input_scale,
+        "input_zero_point": request.input_zero_point,
     }
     call = call_of(
-        weight_sum.shape[0],
-        x.shape[-1],
-        per_channel=weight_scale.ndim != 1,
-        bits=bits,
-        per_token=per_token,
-        static=input_scale is not None,
-        symmetric=symmetric,
+        request.out_features,
+        request.in_features,
+        per_channel=request.weight_scale.ndim != 1,
+        bits=request.bits,
+        per_token=request.per_token,
+        static=request.input_scale is not None,
+        symmetric=request.symmetric,
     )
     y: Tensor | None = loaded().linear(x, buffers, *call, False)
     return y
@@ -195,18 +184,7 @@ def below(
 
 def _linear(request: LinearRequest) -> Tensor:
     x = request.x if request.x.dtype in DTYPES else request.x.to(torch.float32)  # where the contract begins
-    y = below(
-        x if x.stride(1) == 1 else x.contiguous(),
-        request.weight,
-        request.weight_scale,
-        request.weight_sum,
-        request.bias,
-        request.input_scale,
-        request.input_zero_point,
-        request.bits,
-        request.per_token,
-        request.symmetric,
-    )
+    y = below(x if x.stride(1) == 1 else x.contiguous(), request)
     assert y is not None, "what the kernel refuses it refuses before"
     return y.to(request.x.dtype)
 

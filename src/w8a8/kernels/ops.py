@@ -10,6 +10,7 @@ Inference only: asking for a derivative, in reverse or in forward mode, is an er
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ _LIBRARY.define(
 )
 
 _TENSORS = 8  # the first operands, of which some may be None
-_IN_FEATURES = 7  # its place after weight_sum
+_OPERANDS = len(LinearRequest._fields)  # the schema has these, and then who is to run them
 _NO_GRADIENT = (
     "a gradient was asked of an integer layer, which has none; run it under torch.no_grad(), or train the float model "
     "and quantise it afterwards; w8a8.simulate has the straight-through gradient"
@@ -53,57 +54,34 @@ def forget(layer: int) -> None:
     _LEDGER.pop(layer, None)
 
 
-def _int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    weight_zero_point: Tensor | None,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    bits: int,
-    per_token: bool,
-    symmetric: bool,
-    in_features: int,
-    kernel: str,
-    strict: bool,
-    layer: int,
-) -> Tensor:
+def _int8_linear(request: LinearRequest, kernel: str, strict: bool, layer: int) -> Tensor:
+    x = request.x
     if type(x) is not Tensor:  # a subclass that left the op to us: its values are its own memory
         x = x.as_subclass(Tensor)
-    check_input(x, weight_sum.shape[0], in_features)
+    check_input(x, request.out_features, request.in_features)
     if x.device.type == "cpu" and x.numel() and x.data_ptr() == 0:  # torch's own operations would read there
         raise SchemeError(f"the input is {describe(x)}, and its storage has no bytes; fill it first")
     x = x.resolve_neg()  # of a conjugate's imaginary part the memory holds the negatives
-    grid = (bits, per_token, symmetric)
-    if native.takes(weight, kernel):
-        found = native.below(x, weight, weight_scale, weight_sum, bias, input_scale, input_zero_point, *grid)
+    if native.takes(request.weight, kernel):
+        found = native.below(x, request)
         if found is not None:
             count(layer, native.NATIVE.name)
             return found
-    request = LinearRequest(
-        x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), in_features),
-        weight,
-        weight_scale,
-        weight_sum,
-        weight_zero_point,
-        bias,
-        input_scale,
-        input_zero_point,
-        *grid,
-    )
-    if request.x.shape[0] == 0:
+    rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), request.in_features)
+    if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], request.out_features))
+    if rows is not request.x:
+        request = request._replace(x=rows)
     chosen = select(kernel, request, strict=strict)
     y = chosen.linear(request)
     count(layer, chosen.name)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], request.out_features)
 
 
-def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, weight_sum: Tensor, *rest: Any) -> Tensor:
-    check_input(x, weight_sum.shape[0], rest[_IN_FEATURES])
-    return x.new_empty((*x.shape[:-1], weight_sum.shape[0]))
+def _fake(*given: Any) -> Tensor:
+    request, *_ = _split(given)
+    check_input(request.x, request.out_features, request.in_features)
+    return request.x.new_empty((*request.x.shape[:-1], request.out_features))
 
 
 def check_input(x: Tensor, out_features: int, in_features: int) -> None:
@@ -129,32 +107,39 @@ def _no_gradient(ctx: Any, gradient: Tensor) -> Tensor:
     raise SchemeError(_NO_GRADIENT)
 
 
-def _one_by_one(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> tuple[Tensor, int]:
+def _split(given: Sequence[Any]) -> tuple[LinearRequest, str, bool, int]:
+    """What the schema has one after the other, as `int8_linear` takes it."""
+    kernel, strict, layer = given[_OPERANDS:]
+    return LinearRequest(*given[:_OPERANDS]), kernel, strict, layer
+
+
+def _one_by_one(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Tensor, int]:
     """`torch.vmap`: the layer is called for each entry, whose tokens may share a scale with one another only."""
-    outputs = [
-        int8_linear(*(a if d is None else a.select(d, i) for a, d in zip(operands, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
+    outputs = []
+    for i in range(info.batch_size):
+        entry = [a if d is None else a.select(d, i) for a, d in zip(given, in_dims, strict=True)]
+        outputs.append(int8_linear(*_split(entry)))
     return torch.stack(outputs), 0
 
 
-_LIBRARY.impl("int8_linear", _int8_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("int8_linear", lambda *given: _int8_linear(*_split(given)), "CompositeExplicitAutograd")
 torch.library.register_fake("w8a8::int8_linear", _fake, lib=_LIBRARY)
 torch.library.register_autograd("w8a8::int8_linear", _no_gradient, setup_context=_no_setup, lib=_LIBRARY)
 torch.library.register_vmap("w8a8::int8_linear", _one_by_one, lib=_LIBRARY)
 
-_op = torch.ops.w8a8.int8_linear.default
+_op: Callable[..., Tensor] = torch.ops.w8a8.int8_linear.default
 
 
-def int8_linear(x: Tensor, *operands: Any) -> Tensor:
+def int8_linear(request: LinearRequest, kernel: str, strict: bool, layer: int) -> Tensor:
     """Run the op: directly in eager inference, through PyTorch's dispatcher wherever that has something to do.
 
     The dispatcher takes about half as long again (bench/overhead.py).  It is needed where somebody looks on: under
     `torch.compile`, tracing and dispatch modes, for subclasses and functorch's wrappers, and to refuse a gradient.
 
     Args:
-        x: (..., K), any float dtype and strides.
-        operands: The rest of the schema, in its order.
+        request: With x (..., K), any float dtype and strides.
+        kernel, strict: The kernel that is asked for, and whether no other may run.
+        layer: Its number in the ledger.
 
     Returns:
         (..., N) in the dtype of `x`.
@@ -164,8 +149,8 @@ def int8_linear(x: Tensor, *operands: Any) -> Tensor:
             gradients are recorded unasked, `backward` raises it.
     """
     if torch.compiler.is_compiling():
-        return _through(x, operands)
-    tensors = [t for t in (x, *operands[: _TENSORS - 1]) if t is not None]
+        return _op(*request, kernel, strict, layer)
+    tensors = [t for t in request[:_TENSORS] if t is not None]
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if (gradient and transformed) or _has_tangent(tensors):
@@ -177,15 +162,12 @@ def int8_linear(x: Tensor, *operands: Any) -> Tensor:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
-    return _through(x, operands) if watched else _int8_linear(x, *operands)
+    if watched:
+        return _op(*request, kernel, strict, layer)
+    return _int8_linear(request, kernel, strict, layer)
 
 
-def _through(x: Tensor, operands: tuple[Any, ...]) -> Tensor:
-    y: Tensor = _op(x, *operands)
-    return y
-
-
-def _has_tangent(tensors: list[Tensor]) -> bool:
+def _has_tangent(tensors: list[Any]) -> bool:
     """Whether a derivative in forward mode goes with one of the operands: the op would drop it.
 
     Of what `torch.vmap` has wrapped, each entry is asked, in `_one_by_one`.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,10 @@ from w8a8.core.scheme import PerTensor, PerToken, QuantSpec
 from w8a8.core.tokens import quantize_tokens
 
 
-@dataclass(slots=True)  # not frozen: that would make it four times as slow to make, and one is made per call
-class LinearRequest:
-    """The operands of one call, checked by the op before a kernel sees them.
+class LinearRequest(NamedTuple):
+    """The operands of one call, in the order of the op's schema; checked by the op before a kernel sees them.
 
-    x: (M, K) float, M > 0, any strides.
+    x: (M, K) float, M > 0, any strides.  The op itself takes (..., K).
     weight: (N, K) int8, row-major, as in the file; or (P, S, 32, g), packed (`w8a8.kernels.native`).
     weight_scale: (1,), (N, 1) or (N, G) float32.
     weight_sum: (N, G) int32, the sums of the codes along K (G = 1 without groups): what the shift to
@@ -24,6 +24,7 @@ class LinearRequest:
     bias: (N,) any float dtype, or None.
     input_scale, input_zero_point: one element each, for a static activation grid; else None.
     bits, per_token, symmetric: the activation's `QuantSpec`.
+    in_features: K.
     """
 
     x: Tensor
@@ -37,6 +38,7 @@ class LinearRequest:
     bits: int
     per_token: bool
     symmetric: bool
+    in_features: int
 
     @property
     def is_packed(self) -> bool:
@@ -52,7 +54,7 @@ class LinearRequest:
         """The weight as (N, K): itself, or a copy that is made for this call."""
         if not self.is_packed:
             return self.weight
-        return unpack(self.weight, self.out_features, self.x.shape[1])
+        return unpack(self.weight, self.out_features, self.in_features)
 
     @property
     def groups(self) -> int:
@@ -93,7 +95,7 @@ class LinearRequest:
         Returns:
             (M, N) in the dtype of `x`: each product and sum rounded on its own in float32, one cast.
         """
-        size = self.x.shape[1] // self.groups
+        size = self.in_features // self.groups
         y: Tensor | None = None
         for g in range(self.groups):
             acc = accumulate(g, slice(g * size, (g + 1) * size))

@@ -173,7 +173,7 @@ class QuantLinear(LinearBuffers):
                 if y is not None:
                     kernels.count(self._number, native.NATIVE.name)
                     return y
-            return kernels.int8_linear(*self._operands(x), self._kernel, self.strict, self._number)
+            return kernels.int8_linear(self._request(x), self._kernel, self.strict, self._number)
         kernels.check_input(x, self.out_features, self.in_features)
         if self.mode is Mode.WEIGHT_ONLY:
             return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
@@ -213,11 +213,11 @@ class QuantLinear(LinearBuffers):
             symmetric=symmetric,
         )
 
-    def _operands(self, x: Tensor) -> tuple[Any, ...]:
+    def _request(self, x: Tensor) -> kernels.LinearRequest:
         """The op's operands, past `nn.Module.__getattr__`, which would take longer than a small layer's product."""
         buffers = self._buffers
         packed = buffers["packed_weight"]
-        return (
+        return kernels.LinearRequest(
             x,
             buffers["weight"] if packed is None else packed,
             buffers["weight_scale"],
@@ -234,8 +234,7 @@ class QuantLinear(LinearBuffers):
         """What the simulated layer computes: exact where integers could run the scheme, ordinary float32 elsewhere."""
         rows = x.reshape(x.shape[:-1].numel(), self.in_features)
         if self.scheme.integer_executable:
-            request = kernels.LinearRequest(rows, *self._operands(x)[1:-1])
-            y = reference.linear(request)
+            y = reference.linear(self._request(rows))
         else:
             spec = self.scheme.activations
             static = None if self.input_scale is None else QParams(self.input_scale, self.input_zero_point)
