@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 .PHONY: demo test test-all test-oldest fuzz check docs docs-check models bench bench-smoothing-peer bench-vllm package clean
 
 # torch first and by its exact pin, so that no other requirement brings another build of it
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/*)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard src/w8a8/kernels/csrc/* src/w8a8/kernels/csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
@@ -36,7 +36,7 @@ test-all: test
 	$(MAKE) fuzz
 
 # the tests with the oldest versions that pyproject.toml allows, in an environment of its own; torch 2.8 takes gigabytes
-$(OLDEST)/.installed: pyproject.toml setup.py constraints-oldest.txt $(wildcard src/w8a8/kernels/csrc/*)
+$(OLDEST)/.installed: pyproject.toml setup.py constraints-oldest.txt $(wildcard src/w8a8/kernels/csrc/* src/w8a8/kernels/csrc/*/*)
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-oldest.txt)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[test]'

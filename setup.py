@@ -14,8 +14,9 @@ setup(
     ext_modules=[
         Extension(
             "w8a8.kernels._native",
-            sources=sorted(str(path) for path in CSRC.glob("*.cpp")),
-            depends=sorted(str(path) for path in CSRC.glob("*.h")),
+            sources=sorted(str(path) for path in CSRC.rglob("*.cpp")),
+            depends=sorted(str(path) for path in CSRC.rglob("*.h")),
+            include_dirs=[str(CSRC)],
             # the contract has no fused multiply-add and no shortcut through a reciprocal
             extra_compile_args=[
                 "-std=c++17",

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from w8a8.errors import KernelError
 from w8a8.kernels.request import describe
 
-ABI = 5  # of csrc/w8a8.h
+ABI = 6  # of csrc/w8a8.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 

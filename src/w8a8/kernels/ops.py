@@ -150,7 +150,7 @@ def int8_linear(request: LinearRequest, kernel: str, strict: bool, layer: int) -
     """
     if torch.compiler.is_compiling():
         return _op(*request, kernel, strict, layer)
-    tensors = [t for t in request[:_TENSORS] if t is not None]
+    tensors: list[Any] = [t for t in request[:_TENSORS] if t is not None]
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if (gradient and transformed) or _has_tangent(tensors):

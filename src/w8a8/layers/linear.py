@@ -95,7 +95,8 @@ class QuantLinear(LinearBuffers):
         self.mode = mode
         self.strict = strict
         self.was_conv1d = was_conv1d
-        self._grid = () if scheme.activations is None else _grid(scheme.activations)
+        if scheme.activations is not None:
+            self._grid = _grid(scheme.activations)
         if mode is Mode.INTEGER:
             self._call = self._native_call()
         self._take_number()
@@ -215,7 +216,7 @@ class QuantLinear(LinearBuffers):
 
     def _request(self, x: Tensor) -> kernels.LinearRequest:
         """The op's operands, past `nn.Module.__getattr__`, which would take longer than a small layer's product."""
-        buffers = self._buffers
+        buffers: dict[str, Any] = self._buffers
         packed = buffers["packed_weight"]
         return kernels.LinearRequest(
             x,

@@ -151,11 +151,6 @@ int w8a8_isa_use(const char *name) {
   return W8A8_OK;
 }
 
-int w8a8_isa_use_env(void) {
-  const char *name = std::getenv("W8A8_ISA");
-  return w8a8_isa_use(name);
-}
-
 int w8a8_abi(void) { return W8A8_ABI; }
 
 }  // extern "C"

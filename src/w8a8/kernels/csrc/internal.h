@@ -141,6 +141,17 @@ struct Tiles {
   void (*run)(const TileBlock &block);
 };
 
+#if defined(W8A8_X86)
+// What the compilers' __builtin_cpu_supports does not know by name (f16c in clang 14, avxvnni in GCC 12) is asked of the
+// CPU directly; that the operating system saves the ymm registers is part of "avx2".
+struct Cpuid {
+  unsigned a, b, c, d;
+  Cpuid(unsigned leaf, unsigned subleaf) : a(leaf), b(0), c(subleaf), d(0) {
+    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  }
+};
+#endif
+
 struct Isa {
   const char *name;
   bool (*usable)();

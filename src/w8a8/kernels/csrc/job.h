@@ -20,7 +20,6 @@ struct Workspace {
 
 struct Job {
   const w8a8_layer *const *layers;
-  int count;
   int dtype;
   void *const *y;
   const int64_t *ldy;
@@ -45,7 +44,6 @@ struct Job {
   int64_t tasks() const { return groups * blocks; }
 
   struct Panel {
-    const w8a8_layer *layer;
     const int8_t *data;
     int64_t n0;      // its first column
     int cols;
@@ -64,7 +62,7 @@ struct Job {
     const int l = layer_of(panel);
     const w8a8_layer &layer = *layers[l];
     const int64_t n0 = (panel - panel_begin[l]) * kPanel;
-    return {&layer, data_of(panel), n0, static_cast<int>(std::min<int64_t>(kPanel, layer.n - n0)),
+    return {data_of(panel), n0, static_cast<int>(std::min<int64_t>(kPanel, layer.n - n0)),
             {&layer, q.sx, q.zx, q.offset, dtype, y[l], ldy[l]}};
   }
 };

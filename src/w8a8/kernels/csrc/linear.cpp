@@ -81,7 +81,7 @@ extern "C" int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, 
   const w8a8_layer &first = *layers[0];
 
   Job job;
-  job.layers = layers, job.count = count, job.dtype = dtype, job.y = y, job.ldy = ldy;
+  job.layers = layers, job.dtype = dtype, job.y = y, job.ldy = ldy;
   job.space = &space;
   job.panel_bytes = panel_bytes(first.k);
   job.panel_begin[0] = 0;
@@ -142,49 +142,30 @@ extern "C" int w8a8_quantize_rows(const void *x, int32_t dtype, int64_t m, int64
   if (!valid(dtype, mode, bits, x_scale, x_zero_point) || m < 0 || k < 0 || (offset != 0 && offset != 128))
     return W8A8_BAD_ARGUMENT;
   if (m == 0) return W8A8_OK;
-  struct Rows {
-    Quantize q;
-    Shares measure, quantize;
-    std::atomic<int> workers{0};
-    uint8_t *codes;
-    int64_t ldq;
-  };
-  const std::unique_ptr<Rows> rows(new (std::nothrow) Rows);
-  if (!rows) return W8A8_NO_MEMORY;
-  Quantize &q = rows->q;
-  q = Quantize{&isa(), x, dtype, mode, bits, x_scale, x_zero_point, m, k, ldx, Left::kU8, offset, nullptr, 0,
-               scale, zero_point, nullptr};
+  Quantize q = {&isa(), x, dtype, mode, bits, x_scale, x_zero_point, m, k, ldx, Left::kU8, offset, nullptr, 0,
+                scale, zero_point, nullptr};
+  if (m * k <= kSerialQuantize) threads = 1;
   std::unique_ptr<RowRange[]> ranges;
   if (q.shared_dynamic()) {
     ranges.reset(new (std::nothrow) RowRange[static_cast<size_t>(m)]);
     if (!ranges) return W8A8_NO_MEMORY;
     q.ranges = ranges.get();
+    for_each(m, threads, [&](int64_t row) { measure_row(q, row); });
   }
-  rows->codes = codes, rows->ldq = ldq;
-  if (threads <= 0) threads = default_threads();
-  if (m * k <= kSerialQuantize) threads = 1;
-  rows->measure.reset(q.shared_dynamic() ? m : 0, threads);
-  rows->quantize.reset(m, threads);
-  run_on_threads(
-      [](void *data) {
-        Rows &r = *static_cast<Rows *>(data);
-        const DefaultFloat contract;
-        const int me = r.workers.fetch_add(1, std::memory_order_relaxed);
-        for (int64_t t; (t = r.measure.take(me)) >= 0; r.measure.done()) measure_row(r.q, t);
-        r.measure.wait();
-        const Grid shared = shared_grid(r.q);
-        // The kernels write whole vectors; the caller's rows end at k.
-        static thread_local Scratch scratch;
-        char *room = scratch.get(round_up(r.q.k, 64) + 64);
-        for (int64_t t; (t = r.quantize.take(me)) >= 0; r.quantize.done()) {
-          Quantize one = r.q;
-          one.codes = room - t * one.ld_bytes;
-          quantize_row(one, t, shared);
-          if (r.q.k > 0) std::memcpy(r.codes + t * r.ldq, room, static_cast<size_t>(r.q.k));
-        }
-      },
-      rows.get(), threads);
-  return W8A8_OK;
+  const DefaultFloat contract;
+  const Grid shared = shared_grid(q);
+  std::atomic<bool> starved{false};
+  for_each(m, threads, [&](int64_t row) {
+    // The kernels write whole vectors; the caller's rows end at k.
+    static thread_local Scratch scratch;
+    Quantize one = q;
+    char *room = scratch.get(round_up(k, 64) + 64);
+    if (!room) return starved.store(true, std::memory_order_relaxed);
+    one.codes = room - row * one.ld_bytes;
+    quantize_row(one, row, shared);
+    if (k > 0) std::memcpy(codes + row * ldq, room, static_cast<size_t>(k));
+  });
+  return starved.load(std::memory_order_relaxed) ? W8A8_NO_MEMORY : W8A8_OK;
 }
 
 extern "C" int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t lda, int64_t m, int32_t offset,
@@ -192,36 +173,15 @@ extern "C" int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t 
                            int32_t threads) {
   if (dtype < W8A8_F32 || dtype > W8A8_F16 || m < 0 || layer->n < 0) return W8A8_BAD_ARGUMENT;
   if (m == 0 || layer->n == 0) return W8A8_OK;
-  struct Rows {
-    Finish f;
-    const Isa *isa;
-    const int32_t *acc;
-    int64_t lda, m, step;
-    Shares shares;
-    std::atomic<int> workers{0};
-  };
-  const std::unique_ptr<Rows> rows(new (std::nothrow) Rows);
-  if (!rows) return W8A8_NO_MEMORY;
-  rows->f = Finish{layer, scale, zero_point, offset, dtype, y, ldy};
-  rows->isa = &isa(), rows->acc = acc, rows->lda = lda, rows->m = m;
-  rows->step = std::max<int64_t>(1, 16384 / layer->n);
-  if (threads <= 0) threads = default_threads();
-  if (m * layer->n <= kSerialQuantize) threads = 1;
-  rows->shares.reset(div_up(m, rows->step), threads);
-  run_on_threads(
-      [](void *data) {
-        Rows &r = *static_cast<Rows *>(data);
-        const DefaultFloat contract;
-        const int me = r.workers.fetch_add(1, std::memory_order_relaxed);
-        for (int64_t t; (t = r.shares.take(me)) >= 0;) {
-          const int64_t m0 = t * r.step, m1 = std::min(r.m, m0 + r.step);
-          const int64_t n = r.f.layer->n;
-          for (int64_t row = m0; row < m1; ++row)   // by rows, in pieces of int range
-            for (int64_t n0 = 0; n0 < n; n0 += 1 << 20)
-              r.isa->finish(r.f, r.acc + row * r.lda + n0, r.lda, row, 1, n0,
-                            static_cast<int>(std::min<int64_t>(1 << 20, n - n0)));
-        }
-      },
-      rows.get(), threads);
+  const Finish f{layer, scale, zero_point, offset, dtype, y, ldy};
+  const Isa &use = isa();
+  const int64_t n = layer->n, step = std::max<int64_t>(1, 16384 / n);
+  if (m * n <= kSerialQuantize) threads = 1;
+  for_each(div_up(m, step), threads, [&](int64_t task) {
+    const int64_t end = std::min(m, (task + 1) * step);
+    for (int64_t row = task * step; row < end; ++row)   // by rows, in pieces of int range
+      for (int64_t n0 = 0; n0 < n; n0 += 1 << 20)
+        use.finish(f, acc + row * lda + n0, lda, row, 1, n0, static_cast<int>(std::min<int64_t>(1 << 20, n - n0)));
+  });
   return W8A8_OK;
 }

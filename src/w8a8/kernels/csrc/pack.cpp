@@ -1,40 +1,12 @@
-// Weights from the file's layout to panels and back, and their column sums.
+// Weights from the file's layout to panels, and their column sums.
 //
 // A panel is 32 output columns by all of K: [K / kGroup][32][kGroup] (internal.h).  A group of consecutive k of a column
 // is what one product instruction adds up; 32 of them are whole cache lines, and a panel is read from beginning to end.
-#include <algorithm>
-
-#include "internal.h"
 #include "parallel.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
-
-namespace w8a8 {
-namespace {
-
-constexpr int64_t kLine = 64;
-
-template <class Fn>
-void for_each_panel(int64_t panels, int threads, const Fn &fn) {
-  struct Loop {
-    const Fn *fn;
-    std::atomic<int64_t> next{0};
-    int64_t panels;
-  } loop;
-  loop.fn = &fn, loop.panels = panels;
-  if (threads <= 0) threads = default_threads();
-  run_on_threads(
-      [](void *data) {
-        Loop &l = *static_cast<Loop *>(data);
-        for (int64_t p; (p = l.next.fetch_add(1, std::memory_order_relaxed)) < l.panels;) (*l.fn)(p);
-      },
-      &loop, static_cast<int>(std::min<int64_t>(threads, panels)));
-}
-
-}  // namespace
-}  // namespace w8a8
 
 using namespace w8a8;
 
@@ -47,8 +19,9 @@ extern "C" int32_t w8a8_panel_group(void) { return kGroup; }
 extern "C" int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int8_t *packed, int32_t *colsum,
                          int32_t threads) {
   if (n < 0 || k < 0 || (n > 1 && ldw < k)) return W8A8_BAD_ARGUMENT;
+  constexpr int64_t kLine = 64;
   const int64_t bytes_of_panel = panel_bytes(k);
-  for_each_panel(div_up(n, kPanel), threads, [=](int64_t p) {
+  for_each(div_up(n, kPanel), threads, [=](int64_t p) {
     int8_t *panel = packed + p * bytes_of_panel;
     const int columns = static_cast<int>(std::min<int64_t>(kPanel, n - p * kPanel));
     const int8_t *rows = w + p * kPanel * ldw;
@@ -69,23 +42,6 @@ extern "C" int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int
       }
     }
     for (int c = 0; c < columns; ++c) colsum[p * kPanel + c] = static_cast<int32_t>(sums[c]);
-  });
-  return W8A8_OK;
-}
-
-extern "C" int w8a8_unpack(const int8_t *packed, int64_t n, int64_t k, int8_t *w, int64_t ldw, int32_t threads) {
-  if (n < 0 || k < 0 || (n > 1 && ldw < k)) return W8A8_BAD_ARGUMENT;
-  const int64_t bytes_of_panel = panel_bytes(k);
-  for_each_panel(div_up(n, kPanel), threads, [=](int64_t p) {
-    const int64_t end = std::min<int64_t>(n, (p + 1) * kPanel);
-    for (int64_t col = p * kPanel; col < end; ++col) {
-      const int8_t *from = packed + p * bytes_of_panel + kGroup * (col % kPanel);
-      int8_t *to = w + col * ldw;
-      const int64_t groups = k / kGroup;
-      for (int64_t s = 0; s < groups; ++s) std::memcpy(to + kGroup * s, from + s * kPanelStep, kGroup);
-      if (k % kGroup)
-        std::memcpy(to + kGroup * groups, from + groups * kPanelStep, static_cast<size_t>(k % kGroup));
-    }
   });
   return W8A8_OK;
 }

@@ -16,7 +16,6 @@
 #include <pthread.h>
 #include <sched.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <system_error>
@@ -74,11 +73,6 @@ struct Runtime {
 
 Runtime find_runtime() {
   Runtime r;
-  const char *off = std::getenv("W8A8_OPENMP");
-  if (off && std::strcmp(off, "0") == 0) {
-    r.name = "threads";
-    return r;
-  }
 #ifdef __linux__
   Found found;
   dl_iterate_phdr(look_at, &found);
@@ -104,9 +98,7 @@ std::atomic<bool> in_forked_child{false};
 thread_local bool inside = false;   // a worker of ours: a loop inside a loop runs on the one thread
 
 const Runtime &runtime() {
-  static const Runtime r = [] {
-    return find_runtime();
-  }();
+  static const Runtime r = find_runtime();
   return r;
 }
 

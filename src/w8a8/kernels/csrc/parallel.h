@@ -1,8 +1,10 @@
 // A parallel loop on threads that somebody else owns.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
-#include <cstdint>
+
+#include "internal.h"
 
 namespace w8a8 {
 
@@ -60,5 +62,26 @@ class Shares {
   int workers_ = 1;
   int64_t total_ = 0;
 };
+
+// Calls fn(i) for every i of [0, count), on at most `threads` threads, in the arithmetic of the contract.
+template <class Fn>
+void for_each(int64_t count, int threads, const Fn &fn) {
+  struct Loop {
+    const Fn &fn;
+    Shares shares;
+    std::atomic<int> workers{0};
+  } loop{fn, {}, {}};
+  if (threads <= 0) threads = default_threads();
+  threads = static_cast<int>(std::min<int64_t>(threads, count));
+  loop.shares.reset(count, threads);
+  run_on_threads(
+      [](void *data) {
+        Loop &l = *static_cast<Loop *>(data);
+        const DefaultFloat contract;
+        const int me = l.workers.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t i; (i = l.shares.take(me)) >= 0;) l.fn(i);
+      },
+      &loop, threads);
+}
 
 }  // namespace w8a8

@@ -1,4 +1,4 @@
-// The product on matrix tiles, written once for whatever executes them: the CPU (amx.cpp), or a software model of the
+// The product on matrix tiles, written once for whatever executes them: the CPU (isa/amx.cpp), or a software model of the
 // instructions (tests/native/tile_model.h), so that it is tested where there are none.
 //
 // A tile holds 16 rows of 64 bytes.  One instruction multiplies a tile of codes (rows x 64 k) by a tile of weights

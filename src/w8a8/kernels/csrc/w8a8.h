@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 5       /* raised whenever a struct or a signature changes, below or in python.cpp */
+#define W8A8_ABI 6       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
@@ -60,7 +60,8 @@ typedef struct w8a8_layer {
   float x_scale;           /* STATIC_* only */
 } w8a8_layer;
 
-/* y[i] = x @ layer[i].T for `count` layers that read the same x in the same mode; x is quantised once.
+/* y[i] = x @ layer[i].T for `count` layers that read the same x in the same mode (q, k and v; gate and up); x is quantised
+ * once.  Nothing calls it with more than one layer yet but its test.
  * x: (M, K), row stride ldx in elements, inner stride 1.  y[i]: (M, N_i), row stride ldy[i], the dtype of x.
  * threads: how many to use at most; 0 asks the OpenMP runtime (omp_get_max_threads of the calling thread). */
 W8A8_API int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, const void *x, int32_t dtype, int64_t m,
@@ -78,7 +79,6 @@ W8A8_API int64_t w8a8_packed_bytes(int64_t n, int64_t k);
 W8A8_API int32_t w8a8_panel_group(void);
 W8A8_API int w8a8_pack(const int8_t *w, int64_t ldw, int64_t n, int64_t k, int8_t *packed, int32_t *colsum,
                        int32_t threads);
-W8A8_API int w8a8_unpack(const int8_t *packed, int64_t n, int64_t k, int8_t *w, int64_t ldw, int32_t threads);
 
 /* Asks the system for large pages under freshly allocated memory, before anything is written there: worth it for packed
  * weights of 2 MiB and more (one row then runs 1.05 to 1.2 times as fast on Zen 4).  A wish: returns 0 where it was taken. */
@@ -100,14 +100,13 @@ W8A8_API int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t ld
 /* Which instruction set runs.  Names: portable, avx2, avxvnni, avx512vnni256, avx512vnni, amx, neon_dot, neon_i8mm.
  * By a table of least sizes (dispatch.cpp), or the one in the environment variable W8A8_ISA where that is set and possible.
  * w8a8_isa_use(name) switches the whole process; null or "" goes back to the table.  Returns W8A8_BAD_ARGUMENT for a
- * name that is unknown or that this CPU cannot run.  w8a8_isa_use_env() reads W8A8_ISA again. */
+ * name that is unknown or that this CPU cannot run. */
 W8A8_API const char *w8a8_isa_name(void);               /* the forced one, or the first of the table */
 W8A8_API int w8a8_isa_count(void);
 W8A8_API const char *w8a8_isa_at(int i, int *usable);   /* all that were compiled in, best last */
 W8A8_API const char *w8a8_isa_why_not(int i);           /* null where it can be used */
 W8A8_API uint64_t w8a8_isa_runs(int i);                 /* how many products it has run in this process */
 W8A8_API int w8a8_isa_use(const char *name);
-W8A8_API int w8a8_isa_use_env(void);
 
 /* How far ahead the weights of a product of a few rows are prefetched here. */
 W8A8_API const char *w8a8_stream_name(void);

@@ -52,24 +52,16 @@ using Product = TileProduct<Hardware>;
 
 void configure(int tile_rows, bool one_tile) { Hardware::configure(TileConfig::of(tile_rows, one_tile)); }
 
-void cpuid(unsigned leaf, unsigned subleaf, unsigned (&r)[4]) {
-  r[0] = leaf, r[2] = subleaf;
-  __asm__("cpuid" : "+a"(r[0]), "=b"(r[1]), "+c"(r[2]), "=d"(r[3]));
-}
-
 bool advertised() {
-  unsigned r[4];
-  cpuid(0, 0, r);
-  if (r[0] < 0x1d) return false;
-  cpuid(1, 0, r);
-  if (!(r[2] >> 27 & 1)) return false;   // xgetbv is not there to be asked
+  if (Cpuid(0, 0).a < 0x1d) return false;
+  if (!(Cpuid(1, 0).c >> 27 & 1)) return false;   // xgetbv is not there to be asked
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if ((low >> 17 & 3) != 3) return false;   // the system does not save the tiles
-  cpuid(7, 0, r);
-  if (!(r[3] >> 24 & 1) || !(r[3] >> 25 & 1)) return false;   // AMX-TILE, AMX-INT8
-  cpuid(0x1d, 1, r);   // palette 1: bytes of a row, and tiles and rows
-  return (r[1] & 0xffff) >= 64 && r[1] >> 16 >= 8 && (r[2] & 0xffff) >= kTileRows;
+  const unsigned has = Cpuid(7, 0).d;
+  if (!(has >> 24 & 1) || !(has >> 25 & 1)) return false;   // AMX-TILE, AMX-INT8
+  const Cpuid palette(0x1d, 1);   // bytes of a row, and tiles and rows
+  return (palette.b & 0xffff) >= 64 && palette.b >> 16 >= 8 && (palette.c & 0xffff) >= kTileRows;
 }
 
 thread_local sigjmp_buf fault;

@@ -1,8 +1,5 @@
-// 256-bit x86: AVX2 alone, AVX2 with VNNI in its own encoding (AVX-VNNI: Alder Lake, Sierra Forest, Zen 5), and the same
-// instruction in AVX-512's encoding, which exists so that the AVX-VNNI tile can be tested where only AVX-512 is.
-//
-// Plain AVX2 has vpmaddubsw for u8 x s8, but that saturates the sum of two products at 32767 (255 * 127 * 2 = 64770).
-// So both sides are widened to 16 bits and vpmaddwd adds pairs into int32, exactly, at half the speed.
+// AVX2 alone: vpmaddubsw takes u8 x s8, but saturates the sum of two products at 32767 (255 * 127 * 2 = 64770).  So both
+// sides are widened to 16 bits and vpmaddwd adds pairs into int32, exactly, at half the speed.
 #include "internal.h"
 
 #ifdef W8A8_X86
@@ -11,23 +8,8 @@
 namespace w8a8 {
 namespace {
 
-// What the compilers' __builtin_cpu_supports does not know by name (f16c in clang 14, avxvnni in GCC 12) is asked of the
-// CPU directly; that the operating system saves the ymm registers is part of "avx2".
-struct Cpuid {
-  unsigned a, b, c, d;
-  Cpuid(unsigned leaf, unsigned subleaf) : a(leaf), b(0), c(subleaf), d(0) {
-    __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  }
-};
-
-bool usable_avx2() {
+bool usable() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && ((Cpuid(1, 0).c >> 29) & 1);
-}
-
-bool usable_avxvnni() { return usable_avx2() && Cpuid(7, 0).a >= 1 && ((Cpuid(7, 1).a >> 4) & 1); }
-
-bool usable_avx512vnni256() {
-  return usable_avx2() && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
 W8A8_TARGET_BEGIN(W8A8_AVX2)
@@ -168,8 +150,8 @@ namespace {
 // --- AVX2: 16-bit pairs.  A register holds four columns, two partial sums each; a pass takes 4 V columns. -------------
 
 template <int MR, int V>
-void tile_avx2(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, int32_t *sums, const int8_t *ahead,
-               int ahead_lines) {
+void tile(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, int32_t *sums, const int8_t *ahead,
+          int ahead_lines) {
   constexpr int kPasses = kPanel / (4 * V);
   const char *left = static_cast<const char *>(left_);
   for (int pass = 0; pass < kPasses; ++pass) {
@@ -229,7 +211,7 @@ void tile_avx2(const void *left_, int64_t ld, const int8_t *panel, int64_t kstep
   }
 }
 
-double peak_avx2(int64_t rounds) {
+double peak(int64_t rounds) {
   __m256i acc[12], a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
 #pragma GCC unroll 12
   for (int i = 0; i < 12; ++i) acc[i] = _mm256_setzero_si256();
@@ -246,94 +228,11 @@ double peak_avx2(int64_t rounds) {
 
 W8A8_TARGET_END
 
-// --- VNNI on 256 bits, once per encoding: V registers of eight columns in a pass, U sets of sums taking turns ------------
-
-#define W8A8_TILE_256(NAME, DPBUSD)                                                                                   \
-  template <int MR, int V, int U>                                                                                     \
-  void tile_##NAME(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, int32_t *sums,                 \
-                   const int8_t *ahead, int ahead_lines) {                                                            \
-    constexpr int kPasses = kPanel / (8 * V);                                                                         \
-    const char *left = static_cast<const char *>(left_);                                                              \
-    for (int pass = 0; pass < kPasses; ++pass) {                                                                      \
-      __m256i acc[U][MR][V];                                                                                          \
-      W8A8_PRAGMA(GCC unroll 4)                                                                                       \
-      for (int u = 0; u < U; ++u)                                                                                     \
-        W8A8_PRAGMA(GCC unroll 8)                                                                                     \
-        for (int r = 0; r < MR; ++r)                                                                                  \
-          W8A8_PRAGMA(GCC unroll 4)                                                                                   \
-          for (int v = 0; v < V; ++v) acc[u][r][v] = _mm256_setzero_si256();                                          \
-      const int8_t *b = panel + 32 * V * pass;                                                                        \
-      const char *a = left;                                                                                           \
-      Ahead fetch(ahead, ahead_lines, ksteps, kPasses, pass);                                                         \
-      auto step = [&](int u) {                                                                                        \
-        __m256i bv[V];                                                                                                \
-        W8A8_PRAGMA(GCC unroll 4)                                                                                     \
-        for (int v = 0; v < V; ++v) bv[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(b + 32 * v));        \
-        W8A8_PRAGMA(GCC unroll 8)                                                                                     \
-        for (int r = 0; r < MR; ++r) {                                                                                \
-          int32_t four;                                                                                               \
-          std::memcpy(&four, a + r * ld, 4);                                                                          \
-          const __m256i av = _mm256_set1_epi32(four);                                                                 \
-          W8A8_PRAGMA(GCC unroll 4)                                                                                   \
-          for (int v = 0; v < V; ++v) acc[u][r][v] = DPBUSD(acc[u][r][v], av, bv[v]);                                 \
-        }                                                                                                             \
-        a += 4, b += kPanelStep;                                                                                      \
-      };                                                                                                              \
-      int64_t s = 0;                                                                                                  \
-      for (; s + 4 <= ksteps; s += 4) {                                                                               \
-        W8A8_PRAGMA(GCC unroll 4)                                                                                     \
-        for (int u = 0; u < 4; ++u) fetch.step(s + u), step(u % U);                                                   \
-      }                                                                                                               \
-      for (; s < ksteps; ++s) step(0);                                                                                \
-      W8A8_PRAGMA(GCC unroll 8)                                                                                       \
-      for (int r = 0; r < MR; ++r)                                                                                    \
-        W8A8_PRAGMA(GCC unroll 4)                                                                                     \
-        for (int v = 0; v < V; ++v) {                                                                                 \
-          __m256i sum = acc[0][r][v];                                                                                 \
-          W8A8_PRAGMA(GCC unroll 4)                                                                                   \
-          for (int u = 1; u < U; ++u) sum = _mm256_add_epi32(sum, acc[u][r][v]);                                      \
-          _mm256_storeu_si256(reinterpret_cast<__m256i *>(sums + r * kPanel + 8 * (V * pass + v)), sum);              \
-        }                                                                                                             \
-    }                                                                                                                 \
-  }                                                                                                                   \
-  double peak_##NAME(int64_t rounds) {                                                                                \
-    __m256i acc[12], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);                                                \
-    W8A8_PRAGMA(GCC unroll 12)                                                                                        \
-    for (int i = 0; i < 12; ++i) acc[i] = _mm256_setzero_si256();                                                     \
-    for (int64_t n = 0; n < rounds; ++n) {                                                                            \
-      W8A8_PRAGMA(GCC unroll 12)                                                                                      \
-      for (int i = 0; i < 12; ++i) {                                                                                  \
-        acc[i] = DPBUSD(acc[i], a, b);                                                                                \
-        __asm__ volatile("" : "+x"(acc[i]));                                                                          \
-      }                                                                                                               \
-    }                                                                                                                 \
-    return static_cast<double>(rounds) * 12 * 32 * 2;                                                                 \
-  }
-
-W8A8_TARGET_BEGIN("avx2,fma,f16c,avxvnni")
-W8A8_TILE_256(avxvnni, _mm256_dpbusd_avx_epi32)
-W8A8_TARGET_END
-
-W8A8_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512vl,avx512vnni")
-W8A8_TILE_256(avx512vnni256, _mm256_dpbusd_epi32)
-W8A8_TARGET_END
-
 }  // namespace
 
-const Isa kAvx2 = {"avx2", usable_avx2, Left::kS16, 6, 1,
-                   {nullptr, tile_avx2<1, 8>, tile_avx2<2, 4>, tile_avx2<3, 2>, tile_avx2<4, 2>, tile_avx2<5, 2>,
-                    tile_avx2<6, 2>},
-                   avx2_range, avx2_codes, avx2_finish, peak_avx2};
-
-const Isa kAvxVnni = {"avxvnni", usable_avxvnni, Left::kU8, 6, 2,
-                      {nullptr, tile_avxvnni<1, 4, 2>, tile_avxvnni<2, 4, 1>, tile_avxvnni<3, 2, 1>, tile_avxvnni<4, 2, 1>,
-                       tile_avxvnni<5, 2, 1>, tile_avxvnni<6, 2, 1>},
-                      avx2_range, avx2_codes, avx2_finish, peak_avxvnni};
-
-const Isa kAvx512Vnni256 = {"avx512vnni256", usable_avx512vnni256, Left::kU8, 6, 2,
-                            {nullptr, tile_avx512vnni256<1, 4, 2>, tile_avx512vnni256<2, 4, 1>, tile_avx512vnni256<3, 2, 1>,
-                             tile_avx512vnni256<4, 2, 1>, tile_avx512vnni256<5, 2, 1>, tile_avx512vnni256<6, 2, 1>},
-                            avx2_range, avx2_codes, avx2_finish, peak_avx512vnni256};
+const Isa kAvx2 = {"avx2", usable, Left::kS16, 6, 1,
+                   {nullptr, tile<1, 8>, tile<2, 4>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>},
+                   avx2_range, avx2_codes, avx2_finish, peak};
 
 }  // namespace w8a8
 #endif
