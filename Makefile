@@ -26,10 +26,12 @@ test: $(VENV)/.installed
 	  $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=95)
 	$(BIN)/python -m tests.preferences
 
-# the slow tests too; the C++ kernels without Python: plain, under the sanitizers, and for AArch64 under qemu; and damaged
-# directories, each an error of ours or the model that was saved: 10,000 from a seed, 10,000 guided by coverage
+# the slow tests too; the suite under each thing that a process may set for all of PyTorch; the C++ kernels without
+# Python: plain, under the sanitizers, and for AArch64 under qemu; and damaged directories, each an error of ours or the
+# model that was saved: 10,000 from a seed, 10,000 guided by coverage
 test-all: test
 	$(BIN)/pytest -m slow --numprocesses=logical --maxprocesses=4
+	$(BIN)/python -m tests.defaults
 	$(MAKE) -C tests/native check sanitize arm
 	$(MAKE) -C tests/native door PYTHON=$(CURDIR)/$(BIN)/python
 	$(BIN)/python -m tests.checkpoint.fuzz --cases 10000

@@ -31,6 +31,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from tests.ambient import leave_out
 from w8a8.core.scheme import PerToken, QuantSpec
 from w8a8.kernels import available
 
@@ -45,6 +46,10 @@ def needs(kernel: str) -> pytest.MarkDecorator:
     """A mark: the test is about this kernel, and skips where it cannot run."""
     reason = available()[kernel]
     return pytest.mark.skipif(reason is not None, reason=f"the kernel {kernel} cannot run here: {reason}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_out(items)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._device import _device_constructors
 
 import w8a8
+from tests import ambient
 from tests.conftest import llama, mixtral
 from w8a8 import kernels
 from w8a8.calibration.observers import OBSERVERS
@@ -18,6 +19,8 @@ from w8a8.core.affine import QParams
 from w8a8.core.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.directories import quantize_directory
 from w8a8.layers.linear import QuantLinear
+
+pytestmark = pytest.mark.not_under(*ambient.SETTINGS, reason="the tests set them, and compare with what is without")
 
 SOURCE = Path(w8a8.__file__).parent
 FACTORIES = {f.__name__ for f in _device_constructors() if f is not None} - {"Generator"}
@@ -49,42 +52,19 @@ def test_the_check_itself_finds_them():
     assert list(unnamed(tree)) == ["1: torch.empty without device, dtype", "4: torch.arange without device"]
 
 
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
+# the default device as a process sets it, once and for all; `ambient` enters and leaves it
 @contextlib.contextmanager
 def default_device(device):
-    before = torch.get_default_device()
     torch.set_default_device(device)
     try:
         yield
     finally:
-        torch.set_default_device(before if before.type != "cpu" else None)
-
-
-@contextlib.contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_default_device(None)
 
 
 SETTINGS = {
-    "bfloat16": lambda: default_dtype(torch.bfloat16),
-    "float16": lambda: default_dtype(torch.float16),
-    "float64": lambda: default_dtype(torch.float64),
+    **{name: setting.set for name, setting in ambient.SETTINGS.items()},
     "meta": lambda: default_device("meta"),
-    "deterministic": deterministic,
-    "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,
 }
 SCHEMES = [
