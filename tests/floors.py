@@ -16,7 +16,7 @@ BEGIN, END = "<!-- floors: python -m tests.floors -->\n", "<!-- end of floors --
 
 # the rooms, from the ground up
 FLOORS = [
-    {"errors", "forking", "_version"},
+    {"errors", "forking", "defaults", "_version"},
     {"core", "report"},
     {"kernels", "functional"},
     {"layers"},

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import copy
+import inspect
 from pathlib import Path
 
 import pytest
@@ -12,30 +13,43 @@ from torch.utils._device import _device_constructors
 
 import w8a8
 from tests import ambient
+from tests.checkpoint.test_skeleton import codegen, marian
 from tests.conftest import llama, mixtral
 from w8a8 import kernels
 from w8a8.calibration.observers import OBSERVERS
+from w8a8.checkpoint.reader import load_float
 from w8a8.core.affine import QParams
 from w8a8.core.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.demo.run import demo_model, time_layer
 from w8a8.directories import quantize_directory
+from w8a8.evaluation.generation import continue_text
 from w8a8.layers.linear import QuantLinear
 
 pytestmark = pytest.mark.not_under(*ambient.SETTINGS, reason="the tests set them, and compare with what is without")
 
 SOURCE = Path(w8a8.__file__).parent
-FACTORIES = {f.__name__ for f in _device_constructors() if f is not None} - {"Generator"}
+
+
+def takes_a_device(kind):
+    return "device" in inspect.signature(kind).parameters
+
+
+FACTORIES = {
+    "torch": {f.__name__ for f in _device_constructors() if f is not None} - {"Generator"},
+    "nn": {name for name, kind in vars(nn).items() if inspect.isclass(kind) and takes_a_device(kind)},
+}
 
 
 def unnamed(tree):
-    """Calls of torch's factories that leave the dtype or the device to the process: line and what is missing."""
+    """Calls of torch's factories and layers that leave the dtype or the device to the process, and what is missing."""
     for call in ast.walk(tree):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
             continue
         owner = call.func.value
-        if isinstance(owner, ast.Name) and owner.id == "torch" and call.func.attr in FACTORIES:
-            named = {keyword.arg for keyword in call.keywords}
-            if not {"dtype", "device"} <= named:
-                yield f"{call.lineno}: torch.{call.func.attr} without {', '.join(sorted({'dtype', 'device'} - named))}"
+        if isinstance(owner, ast.Name) and call.func.attr in FACTORIES.get(owner.id, ()):
+            missing = sorted({"dtype", "device"} - {keyword.arg for keyword in call.keywords})
+            if missing:
+                yield f"{call.lineno}: {owner.id}.{call.func.attr} without {', '.join(missing)}"
 
 
 def test_every_new_tensor_names_its_dtype_and_device():
@@ -48,8 +62,14 @@ def test_every_new_tensor_names_its_dtype_and_device():
 
 
 def test_the_check_itself_finds_them():
-    tree = ast.parse("torch.empty(3)\nx.new_empty(3)\ntorch.ones(2, dtype=d, device=e)\ntorch.arange(3, dtype=d)")
-    assert list(unnamed(tree)) == ["1: torch.empty without device, dtype", "4: torch.arange without device"]
+    tree = ast.parse(
+        "torch.empty(3)\nx.new_empty(3)\ntorch.ones(2, dtype=d, device=e)\ntorch.arange(3, dtype=d)\nnn.Linear(2, 3)"
+    )
+    assert list(unnamed(tree)) == [
+        "1: torch.empty without device, dtype",
+        "4: torch.arange without device",
+        "5: nn.Linear without device, dtype",
+    ]
 
 
 # the default device as a process sets it, once and for all; `ambient` enters and leaves it
@@ -159,6 +179,45 @@ def test_streaming_writes_the_same_bytes(setting, tmp_path):
     assert (tmp_path / "found" / "model.safetensors").read_bytes() == (
         tmp_path / "wanted" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_float_model_is_loaded_the_same_and_what_others_wrote_makes_it(setting, tmp_path):
+    llama().save_pretrained(tmp_path)
+    wanted = dict(load_float(tmp_path).state_dict())
+    with setting():
+        found = dict(load_float(tmp_path).state_dict())
+    same(found, wanted)
+
+
+@pytest.mark.parametrize("make", [marian, codegen])
+def test_tables_that_a_class_makes_itself_are_the_same(setting, tmp_path, make):
+    model = make()
+    w8a8.quantize(model)
+    w8a8.save(model, tmp_path / "directory")
+
+    def held():
+        loaded = w8a8.load(tmp_path / "directory")
+        return {**loaded.state_dict(), **dict(loaded.named_buffers())}
+
+    wanted = held()
+    with setting():
+        found = held()
+    same(found, wanted)
+
+
+def test_text_goes_on_the_same(setting):
+    opened = demo_model()
+    wanted = continue_text(opened, "Return a new", max_new_tokens=6).text
+    with setting():
+        found = continue_text(opened, "Return a new", max_new_tokens=6).text
+    assert found == wanted
+
+
+def test_a_layer_can_be_timed(setting):
+    with setting():
+        found = time_layer(64, rows=(2,), rounds=2)
+    assert found.features == 64
+    assert found.times[0].kernel in kernels.KERNELS
 
 
 @pytest.mark.parametrize("name", OBSERVERS)

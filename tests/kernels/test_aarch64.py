@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.ambient import SETTINGS
+
 ROOT = Path(__file__).parents[2]
 TOOLS = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
@@ -14,9 +16,10 @@ TOOLS = {
 }  # Debian's packages
 MISSING = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
 
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"AArch64 is not tried here: Debian's {MISSING} are not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"AArch64 is not tried here: Debian's {MISSING} are not installed"),
+    pytest.mark.not_under(*SETTINGS, reason="the driver is a program without PyTorch"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.ambient import SETTINGS
 from w8a8.kernels import compiled
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("g++") is None or shutil.which("make") is None, reason="the driver takes g++ and make"
-)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None or shutil.which("make") is None, reason="it takes g++ and make"),
+    pytest.mark.not_under(*SETTINGS, reason="the driver is a program without PyTorch"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
 from w8a8.core.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.core.scheme import PerGroup, PerTensor, Scheme
+from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, ModelError, few
 from w8a8.layers.linear import QuantLinear, quant_linears
 from w8a8.model.choice import Choice
@@ -125,14 +126,15 @@ def load_float(directory: Path, *, dtype: torch.dtype | str = "auto", trust_remo
     check_size(directory, files, quantized=False, trust_remote_code=trust_remote_code)
     kind, _ = architecture(directory, trust_remote_code=trust_remote_code)
     try:
-        model, told = kind.from_pretrained(
-            directory,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told of below, shorter
-            trust_remote_code=trust_remote_code,
-        )
+        with usual_defaults():
+            model, told = kind.from_pretrained(
+                directory,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told of below, shorter
+                trust_remote_code=trust_remote_code,
+            )
     except OTHERS_ERRORS as error:
         raise ModelError(f"{directory}: transformers cannot open it: {error}") from error
     for key, what in (

@@ -21,6 +21,7 @@ from accelerate import init_empty_weights
 from w8a8.checkpoint.skeleton import OTHERS_ERRORS
 from w8a8.checkpoint.writer import save
 from w8a8.core.scheme import Scheme
+from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.layers.linear import quant_linears
 from w8a8.model.choice import Choice
@@ -74,7 +75,7 @@ def _quantised_stand_in(model: Any, scheme: Scheme, place: Path) -> Any:
     try:
         small = _stand_in(model)
         small.config.save_pretrained(place)
-        with init_empty_weights(include_buffers=False):
+        with usual_defaults(), init_empty_weights(include_buffers=False):
             again = type(model)._from_config(type(small.config).from_pretrained(place))
         if again.state_dict().keys() != small.state_dict().keys():
             return f"a {type(model).__name__} of one block is another model when it is read again"
@@ -100,7 +101,7 @@ def _stand_in(model: Any) -> Any:
         for name in depths:
             setattr(part, name, 1)
         part.vocab_size, part.pad_token_id = _VOCABULARY, None
-    with torch.device("cpu"), init_empty_weights(include_buffers=False):
+    with usual_defaults(), init_empty_weights(include_buffers=False):
         small = type(model)._from_config(config, dtype=model.dtype)
     small.to_empty(device="cpu")
     with torch.no_grad():

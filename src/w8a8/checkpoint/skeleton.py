@@ -28,6 +28,7 @@ from w8a8.checkpoint.files import CONFIG, header, read_json, tensor_files
 from w8a8.checkpoint.headers import Entry
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
+from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.layers.linear import QuantLinear, is_linear
 from w8a8.model import ties
@@ -135,7 +136,7 @@ def empty_layers(
     else:  # it was written from this very config
         kind, config = type(like), type(like.config).from_pretrained(directory)
     try:
-        with torch.device("cpu"):  # buffers have values, whatever the device that models are made on
+        with usual_defaults():  # buffers have values, whatever the device that models are made on
             with init_empty_weights(include_buffers=False):
                 model = kind._from_config(config)  # in the dtype that the config states
             _fill_what_no_file_holds(model)
@@ -243,7 +244,7 @@ def check_size(
     check_counts(directory)
     kind, config = architecture(directory, trust_remote_code=trust_remote_code)
     try:
-        with torch.device("meta"):
+        with usual_defaults(), torch.device("meta"):
             model = kind._from_config(config)
     except OTHERS_ERRORS as error:
         if "meta tensor" in str(error):  # a class that looks at values while it is made is compared later

@@ -183,7 +183,7 @@ def time_layer(features: int = 4096, *, rows: tuple[int, ...] = (1, 128), rounds
         rows: Tokens at once: one as in decoding, many as in reading a prompt.
         rounds: Of which the medians are told; one more comes before them.
     """
-    linear = nn.Linear(features, features)
+    linear = nn.Linear(features, features, dtype=torch.float32, device="cpu")
     layer = QuantLinear.from_float(linear)
     times = []
     for m in rows:

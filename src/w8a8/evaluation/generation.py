@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from w8a8.checkpoint.opening import OpenedModel
+from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError
 from w8a8.evaluation import context_length
 
@@ -42,7 +43,8 @@ def continue_text(
     """
     if opened.tokenizer is None:
         raise ModelError(f"{opened.directory} has no tokenizer, so a prompt cannot be read; save one beside the model")
-    inputs = opened.tokenizer(prompt, return_tensors="pt")
+    with usual_defaults():
+        inputs = opened.tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
     limit = context_length(opened.model)
     if length == 0 or (limit is not None and length >= limit):
@@ -55,7 +57,7 @@ def continue_text(
         pad_token_id=_first(opened.tokenizer.pad_token_id, opened.tokenizer.eos_token_id, 0),
         eos_token_id=opened.tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng(), torch.inference_mode(), usual_defaults():
         torch.manual_seed(seed)
         start = time.perf_counter()
         out = opened.model.generate(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, closest
 
 
@@ -46,11 +47,12 @@ def run_tasks(
     for task in tasks:
         if task not in known.all_tasks:
             raise ModelError(f"the harness knows no task {task!r} ({closest(task, known.all_tasks)})")
-    found = harness.simple_evaluate(
-        model=wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=known,
-    )
+    with usual_defaults():
+        found = harness.simple_evaluate(
+            model=wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=known,
+        )
     return {task: dict(metrics) for task, metrics in found["results"].items()}

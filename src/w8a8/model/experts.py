@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from w8a8.defaults import usual_defaults
 from w8a8.layers.linear import quant_linears
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -222,7 +223,7 @@ def _stacked(stack: nn.Module) -> tuple[str, str]:
 
 def _linear(weight: Tensor, *, requires_grad: bool) -> nn.Linear:
     """Around a weight, which is not copied."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
     return linear
 
@@ -246,7 +247,7 @@ def _why_not(stack: Any, own: dict[str, nn.Parameter]) -> str | None:
         return f"its weights are {own['down_proj'].dtype}"
     if any((stack._forward_hooks, stack._forward_pre_hooks, stack._backward_hooks, stack._backward_pre_hooks)):
         return "it has hooks, which would be dropped; remove them first"
-    with torch.device("cpu"):  # a caller may be making models on the meta device
+    with usual_defaults():  # a caller may be making models on the meta device
         return _difference(stack, {e: 4, h: 12, i: 8})
 
 

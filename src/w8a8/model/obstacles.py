@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from w8a8.defaults import usual_defaults
 from w8a8.layers.linear import is_conv1d, not_plain
 from w8a8.model.experts import OTHER_KIND
 from w8a8.model.places import places
@@ -80,7 +81,7 @@ def _of_layer(linear: nn.Module) -> str | None:
     if attached is not None:
         return attached
     if type(linear) is not nn.Linear and not is_conv1d(linear):
-        with torch.device("cpu"):  # a caller may be making models on the meta device
+        with usual_defaults():  # a caller may be making models on the meta device
             why = _differs(linear)
         if why is not None:
             return f"{type(linear).__name__} is a subclass of nn.Linear that {why}"

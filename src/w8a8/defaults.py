@@ -1,0 +1,24 @@
+"""Code of others makes tensors for us as it was written: in float32 and on the CPU, whatever the process has set.
+
+What the package makes names its dtype and device.  A model's class, a tokenizer or a loop of generation does not: they
+take what `torch.set_default_dtype` and `torch.set_default_device` left.  Where such code is run for the package's own
+ends (a model to be filled from files, a small trial, token ids), that would be another model, or one without values.
+A model of the caller's that is called is left as the caller would call it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def usual_defaults() -> Iterator[None]:
+    """float32 and the CPU for what is made without saying so; afterwards what it was."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
