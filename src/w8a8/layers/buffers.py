@@ -71,7 +71,7 @@ class LinearBuffers(nn.Module):
         bias: torch.dtype | None,
         integer: bool,
         kernel: str,
-        device: torch.device | str | None,
+        device: torch.device | str,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()

@@ -56,7 +56,7 @@ class QuantLinear(LinearBuffers):
         simulated: Ask for float arithmetic, see `Mode`.
         kernel: The kernel to run, or "auto": the first one that can.
         strict: Raise where the kernel that was asked for cannot run, instead of running another.
-        device: Where the empty buffers are made; "meta" makes none.
+        device: Where the empty buffers are made, whatever the process's default is; "meta" makes none.
         was_conv1d: The float layer was transformers' `Conv1D`, which other loaders do not take for linear.
         dtype: Of the float weight; `weight.dtype` tells it.
 
@@ -76,7 +76,7 @@ class QuantLinear(LinearBuffers):
         simulated: bool = False,
         kernel: str = kernels.AUTO,
         strict: bool = False,
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
         was_conv1d: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
