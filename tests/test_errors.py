@@ -15,6 +15,7 @@ from w8a8.errors import W8A8Error, closest
         (errors.KernelError, RuntimeError),
         (errors.CheckpointError, OSError),
         (errors.TextError, OSError),
+        (errors.HubError, OSError),
     ],
 )
 def test_every_error_is_a_w8a8_error_and_the_builtin_it_resembles(kind, builtin):

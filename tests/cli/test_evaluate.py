@@ -76,6 +76,10 @@ def test_quantize_scores_its_result_where_a_text_is_given(call, tmp_path, demo_d
     code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", "--eval-text", text)
     assert code == 0
     assert "Perplexity: " in out
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "on text.txt: " in card
+    assert "| KL(float, this), nats per token, mean |" in card
+    assert "Not measured" not in card
     code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "more", "--eval-text", text, "--json")
     assert code == 0
     assert json.loads(out)["evaluation"]["verdict"]

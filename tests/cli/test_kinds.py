@@ -138,3 +138,4 @@ def test_quantize_shows_what_an_encoder_lost(call, models, text, tmp_path):  # n
     assert code == 0, err
     assert "||model - reference|| / ||reference||" in out
     assert "cosine of a row" in out
+    assert "| cosine of a row with the float one, mean |" in (tmp_path / "out" / "README.md").read_text()
