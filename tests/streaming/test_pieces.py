@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import w8a8
@@ -50,6 +51,34 @@ def test_a_result_of_one_file_has_the_bytes_that_save_writes(tmp_path, make, sch
     result = w8a8.quantize(model, scheme, head="int8")
     w8a8.save(model, tmp_path / "memory", beside=source, covered=result.coverage)
     assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+
+
+def flava():
+    """Its heads have biases that are those of their decoders, whose weights are their own."""
+    part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    config = transformers.FlavaConfig(
+        image_config={**part, "image_size": 16, "patch_size": 8, "vocab_size": 40},
+        text_config={**part, "vocab_size": 96, "max_position_embeddings": 64},
+        multimodal_config=part,
+        image_codebook_config={"num_groups": 2, "hidden_size": 8, "vocab_size": 40, "num_blocks_per_group": 1},
+        hidden_size=32,
+        projection_dim=16,
+    )
+    return transformers.FlavaForPreTraining(config).eval()
+
+
+@pytest.mark.parametrize("include", [["*"], ["mim_head.decoder", "mlm_head.transform.dense"]], ids=str)
+def test_a_bias_that_was_that_of_another_module_is_there_twice_where_one_of_the_two_is_quantised(tmp_path, include):
+    model = flava()
+    with torch.no_grad():
+        for head in (model.mim_head, model.mlm_head, model.mmm_image_head, model.mmm_text_head):
+            head.bias.normal_()
+    source = saved(model, tmp_path / "source")
+    quantize_directory(source, tmp_path / "streamed", include=include)
+    assert contents(tmp_path / "streamed") == contents(in_memory(source, tmp_path / "memory", include=include))
+    found = tensors(tmp_path / "streamed")
+    assert torch.equal(found["mim_head.bias"], model.mim_head.bias)
+    assert torch.equal(found["mim_head.decoder.bias"], model.mim_head.bias)
 
 
 @pytest.mark.parametrize("include", [["*"], ["*.3.*"]], ids=str)

@@ -179,14 +179,13 @@ def make_plan(
         others = selection.together.get(name) or (selection.untied[name],)
         file, entry = next(found[f"{other}.weight"] for other in others if f"{other}.weight" in found)
         steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
-        bias = f"{name}.bias"
-        shared = _aliases(model).get(bias, [])
-        if shared and bias not in found:  # BERT's head has that of another module
-            file, entry = found[next(alias for alias in shared if alias in found)]
-            dtype = dtypes.get(bias, entry.dtype)
-            steps.append(_copied(names, bias, dtype, file, entry))
     layers = {step.place: empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
+    aliases = _aliases(model)
     choice.enact(layers)
+    there = {f"{step.place}.weight" if step.place in layers else step.place for step in steps}
+    for name in _apart(model, aliases, there):
+        file, entry = found[next(alias for alias in aliases[name] if alias in found)]
+        steps.append(_copied(names, name, dtypes.get(name, entry.dtype), file, entry))
     dtype = next((step.dtype for step in steps if step.dtype.is_floating_point), model.dtype)
     config = config_of(model, dtype) | {"quantization_config": to_json(describe(model))}
     shards = _cut(steps, shard_bytes)
@@ -331,6 +330,26 @@ def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
         file_b.seek(b.begin)
         sizes = [min(PIECE, a.bytes - start) for start in range(0, a.bytes, PIECE)]
         return all(file.read(size) == file_b.read(size) for size in sizes)
+
+
+def _apart(model: nn.Module, aliases: Mapping[str, list[str]], there: set[str]) -> Iterator[str]:
+    """What has several names in the files' model, and is written under none of those that it still has: one of these.
+
+    A quantised layer's bias is its own (BERT's head has that of another module, FLAVA's modules that of their heads).
+
+    Args:
+        model: With quantised layers in their places.
+        aliases: Of the float model.
+        there: The names in the model that are written already.
+    """
+    left_out = not_saved(model)
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in aliases and name not in left_out:
+            groups.setdefault(id(tensor), []).append(name)
+    for names in groups.values():
+        if there.isdisjoint(names):
+            yield names[0]
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
