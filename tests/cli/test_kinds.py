@@ -58,6 +58,7 @@ def models(tmp_path_factory):
         ("sensitivity", ["--text", "TEXT"]),
         ("bench", ["--seconds", "0"]),
         ("eval", ["--tasks", "wikitext"]),
+        ("serve", ["--port", "0"]),
         ("quantize", ["-o", "OUT", "--budget", "1MB", "--text", "TEXT"]),
         ("quantize", ["-o", "OUT", "--eval-text", "TEXT", "--report", "OUT.html"]),
     ],

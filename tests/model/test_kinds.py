@@ -5,7 +5,7 @@ import transformers as t
 
 from tests.conftest import llama
 from w8a8.errors import ModelError
-from w8a8.model.kinds import READS_TEXT, Kind, check_kind, context_length, kind_of, kind_of_model
+from w8a8.model.kinds import READS_TEXT, Kind, check_kind, check_served, context_length, kind_of, kind_of_model
 
 CLASSES = [
     (t.LlamaForCausalLM, t.LlamaConfig, Kind.CAUSAL),
@@ -45,6 +45,28 @@ def test_what_is_asked_of_another_kind_is_an_error_with_the_way_out():
         r"in Python, w8a8\.evaluation\.outputs\.compare_outputs",
     ):
         check_kind("a perplexity", {Kind.CAUSAL}, t.ViTModel, t.ViTConfig())
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (t.LlamaForCausalLM, t.LlamaConfig),
+        (t.LlavaForConditionalGeneration, t.LlavaConfig),
+        (t.Blip2ForConditionalGeneration, t.Blip2Config),  # told by its pictures, asked by text
+        (t.WhisperForConditionalGeneration, t.WhisperConfig),  # writes down what it hears
+    ],
+)
+def test_what_writes_text_is_served(kind, config):
+    check_served(kind, config())
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(t.BertForMaskedLM, t.BertConfig), (t.T5ForConditionalGeneration, t.T5Config), (t.ViTModel, t.ViTConfig)],
+)
+def test_what_does_not_is_no_model_for_a_server(kind, config):
+    with pytest.raises(ModelError, match=f"^serving was asked for, and {kind.__name__} is a"):
+        check_served(kind, config())
 
 
 def test_the_context_of_a_nested_config_is_that_of_its_text():

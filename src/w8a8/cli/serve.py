@@ -27,9 +27,11 @@ def serve(context: typer.Context, model: Model, trust_remote_code: TrustRemoteCo
     from w8a8.checkpoint.files import read_quantization, resolve
     from w8a8.checkpoint.skeleton import architecture
     from w8a8.kernels import compiled, native
+    from w8a8.model.kinds import check_served
 
     directory = resolve(model, trust_remote_code=trust_remote_code)
     kind, config = architecture(directory, trust_remote_code=trust_remote_code)  # told now, not at the first request
+    check_served(kind, config)
     if not hasattr(transformers, config.architectures[0]):  # where the server of 5.23 looks, code of its own or not
         setattr(transformers, config.architectures[0], kind)
     quantized = read_quantization(directory) is not None

@@ -10,7 +10,11 @@ import inspect
 from collections.abc import Set
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from w8a8.errors import ModelError
 
@@ -93,6 +97,18 @@ def check_kind(asked: str, kinds: Set[Kind], kind: Any, config: Any) -> Kind:
             f"{' or '.join(sorted(each.value for each in kinds))}; {way_out(found)}"
         )
     return found
+
+
+def check_served(kind: Any, config: Any) -> None:
+    """Raise `ModelError` where transformers' server has no answer from a model: it writes text, or writes down sound.
+
+    Args:
+        kind: The class.
+        config: Of the model.
+    """
+    others = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+    if not any(kind.__name__ in names.values() for names in others):
+        check_kind("serving", {Kind.CAUSAL}, kind, config)
 
 
 def way_out(kind: Kind) -> str:
