@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import w8a8
-from tests.conftest import llama, logits, mixtral, opt, relative_error
+from tests.conftest import contents, llama, logits, mixtral, opt, relative_error
 from tests.model.test_ties import qwen2_vl
 from w8a8.core.scheme import PerColumn, QuantSpec, Scheme
-from w8a8.errors import SchemeError
+from w8a8.errors import ModelError, SchemeError
 from w8a8.hf import enabled
 from w8a8.layers.linear import quant_linears
 
@@ -100,3 +100,43 @@ def test_a_float_model_is_saved_as_ever(tmp_path):
     llama().save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     assert not any("scale" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+class TestTheStateDictIsGiven:
+    @pytest.mark.parametrize("part", [*PARTS.values(), lambda model: model], ids=[*PARTS, "all"])
+    @pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+    def test_it_is_written_as_if_it_were_not(self, tmp_path, part, scheme):
+        model = llama()
+        w8a8.quantize(part(model), scheme)
+        model.save_pretrained(tmp_path / "asked")
+        model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+        model.save_pretrained(tmp_path / "another", state_dict=dict(model.state_dict()))
+        assert contents(tmp_path / "given") == contents(tmp_path / "asked") == contents(tmp_path / "another")
+
+    def test_what_is_loaded_computes_the_same(self, tmp_path, tokens):
+        model = mixtral()
+        w8a8.quantize(model.model.layers)
+        model.save_pretrained(tmp_path, state_dict=model.state_dict())
+        assert torch.equal(logits(w8a8.load(tmp_path), tokens), logits(model, tokens))
+
+    def test_float_weights_in_it_are_refused_before_any_is_written(self, tmp_path):
+        model, name = llama(), "model.layers.0.self_attn.q_proj.weight"
+        given = {key: value.clone() for key, value in model.state_dict().items()}
+        w8a8.quantize(model)
+        with pytest.raises(ModelError, match=rf"{name} is float32 of shape \(64, 64\), and .* holds int8 of shape"):
+            model.save_pretrained(tmp_path, state_dict=given)
+        assert not list(tmp_path.glob("*.safetensors"))
+
+    def test_a_scale_that_is_not_in_it_is_missed(self, tmp_path):
+        model, name = llama(), "model.layers.1.self_attn.q_proj.weight_scale"
+        w8a8.quantize(model)
+        given = model.state_dict()
+        del given[name]
+        with pytest.raises(ModelError, match=f"{name} is missing"):
+            model.save_pretrained(tmp_path, state_dict=given)
+
+    def test_a_part_of_it_without_quantised_layers_is_written(self, tmp_path):
+        model = llama()
+        w8a8.quantize(model)
+        model.save_pretrained(tmp_path, state_dict={"lm_head.weight": model.lm_head.weight})
+        assert list(load_file(tmp_path / "model.safetensors")) == ["lm_head.weight"]

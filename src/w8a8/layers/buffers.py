@@ -324,6 +324,11 @@ class LinearBuffers(nn.Module):
             self.set_codes(self.codes)
         return self
 
+    @property
+    def _tied_weights_keys(self) -> None:
+        """Nothing is tied; transformers asks each module that it saves, also where the state dict is given to it."""
+        saving.check_given(self, LinearBuffers)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         saving.tell(destination)
         if self.packed_weight is not None:
