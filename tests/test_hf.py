@@ -14,8 +14,11 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    MixtralForCausalLM,
+    initialization,
     pipeline,
 )
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
@@ -29,7 +32,7 @@ from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpe
 from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, FormatError, ModelError, PatternError, SchemeError
 from w8a8.layers.linear import quant_linears
-from w8a8.model.experts import holds_experts
+from w8a8.model.experts import Experts, holds_experts
 
 FIXTURES = Path(__file__).parent / "data" / "llmcompressor"
 IDS = torch.arange(3, 20)[None]
@@ -137,7 +140,31 @@ class TestQuantisingWhileLoading:
         assert type(left.get_submodule("model.decoder.layers.2.fc1")) is torch.nn.Linear
 
 
+class Asking(MixtralForCausalLM):
+    """Initialises experts through the module above them, as Qwen3-Omni's thinker does."""
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MixtralSparseMoeBlock):
+            initialization.normal_(module.experts.gate_up_proj)
+            initialization.normal_(module.experts.down_proj)
+
+
 class TestEnable:
+    def test_a_model_that_asks_experts_for_a_stack_while_it_is_initialised_is_loaded(self, tmp_path):
+        model = Asking(mixtral().config).eval()
+        model.save_pretrained(tmp_path / "float")
+        w8a8.quantize(model)
+        w8a8.save(model, tmp_path / "saved")
+        w8a8.enable()
+        found = Asking.from_pretrained(tmp_path / "saved")
+        assert torch.equal(found(IDS).logits, model(IDS).logits)
+        found = Asking.from_pretrained(tmp_path / "float", quantization_config=W8A8Config())
+        assert torch.equal(found(IDS).logits, model(IDS).logits)
+        for experts in (module for module in found.modules() if isinstance(module, Experts)):
+            with pytest.raises(AttributeError, match="down_proj"):
+                experts.down_proj  # noqa: B018 - it is there while the model is loaded only
+
     def test_a_directory_of_ours_runs_in_integers(self, source, tmp_path):
         model = quantized(source)
         w8a8.save(model, tmp_path / "saved")

@@ -44,7 +44,7 @@ from w8a8.errors import CheckpointError, SchemeError, W8A8Error
 from w8a8.layers.linear import QuantLinear, quant_linears
 from w8a8.layers.weights import make_weight
 from w8a8.model.choice import Choice
-from w8a8.model.experts import holds_experts, stacks_experts, taken
+from w8a8.model.experts import holds_experts, mark_arriving, stacks_experts, taken
 from w8a8.model.roles import Head
 from w8a8.model.selection import select
 from w8a8.model.swapping import build, empty_layer, swap
@@ -171,6 +171,7 @@ class W8A8Quantizer(HfQuantizer):
             self._quantized = {name for name, _ in quant_linears(model)}
             self._arriving = _arriving(model, [Path(file) for file in checkpoint_files or []], packed)
             self._unstacked = holds_experts(model)
+            mark_arriving(model, arriving=True)
             return
         config = self.quantization_config
         chosen = _untied(model, select(model, config.include, config.exclude).chosen, config.include)
@@ -182,6 +183,7 @@ class W8A8Quantizer(HfQuantizer):
             # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
             layer.as_stored({"weight": layer.codes.to(dtype or torch.get_default_dtype())})
         swap(model, layers)
+        mark_arriving(model, arriving=True)
         self._quantized = set(layers)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -189,6 +191,7 @@ class W8A8Quantizer(HfQuantizer):
         for arriving in self._arriving:
             arriving.take()
         self._arriving.clear()
+        mark_arriving(model, arriving=False)
         if not self.pre_quantized:
             for name, layer in quant_linears(model):
                 came = layer.arrived()

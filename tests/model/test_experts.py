@@ -1,5 +1,8 @@
 """Stacked experts taken apart: the same function, the same memory, and all or nothing."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import transformers as t
@@ -32,6 +35,11 @@ def granite():
     return t.GraniteMoeForCausalLM(t.GraniteMoeConfig(**_MOE, num_local_experts=4)).eval()
 
 
+def lfm2():
+    layers = {"layer_types": ["full_attention", "conv"], "num_dense_layers": 1, "num_experts": 4}
+    return t.Lfm2MoeForCausalLM(t.Lfm2MoeConfig(**_MOE, **layers)).eval()
+
+
 TAKEN = {
     "mixtral": (mixtral, ("w1", "w3", "w2")),
     "qwen3": (qwen3_moe, ("gate_proj", "up_proj", "down_proj")),
@@ -41,6 +49,7 @@ TAKEN = {
     "phimoe": (phimoe, ("w1", "w3", "w2")),
     "granite": (granite, ("gate_proj", "up_proj", "down_proj")),
     "nemotron_h": (nemotron_h, ("up_proj", "down_proj")),  # no gate
+    "lfm2": (lfm2, ("w1", "w3", "w2")),  # a function for an activation
 }
 
 
@@ -136,9 +145,113 @@ class Clamped(MixtralExperts):
         return super().forward(hidden_states.clamp(-50, 50), top_k_index, top_k_weights)
 
 
-class Gated(MixtralExperts):
+class Weighed(MixtralExperts):
     def _apply_gate(self, gate_up):
-        return gate_up.chunk(2, dim=-1)[1]
+        return gate_up.chunk(2, dim=-1)[1] * self.down_proj.mean()
+
+
+class Looped(MixtralExperts):
+    """Token by token, and as its gate says."""
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        out = torch.zeros_like(hidden_states)
+        for token, x in enumerate(hidden_states):
+            for number, weight in zip(top_k_index[token].tolist(), top_k_weights[token], strict=True):
+                out[token] += weight * self.expert(number, x)
+        return out
+
+    def expert(self, number, x):
+        return self.down_proj[number] @ self._apply_gate(self.gate_up_proj[number] @ x)
+
+
+class Clamping(Looped):
+    limit = 0.02
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.clamp(max=self.limit).chunk(2, dim=-1)
+        return (up + 1) * self.act_fn(gate)
+
+
+class WithoutActivation(Looped):
+    def __init__(self, config):
+        super().__init__(config)
+        del self.act_fn
+
+    def _apply_gate(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * nn.functional.silu(gate)
+
+
+class WithAFunction(Looped):
+    def __init__(self, config):
+        super().__init__(config)
+        del self.act_fn
+        self.act_fn = nn.functional.gelu
+
+
+class Turned(Looped):
+    """As Aria's."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate_up_proj = nn.Parameter(self.gate_up_proj.detach().mT.contiguous())
+        self.down_proj = nn.Parameter(self.down_proj.detach().mT.contiguous())
+
+    def expert(self, number, x):
+        return self._apply_gate(x @ self.gate_up_proj[number]) @ self.down_proj[number]
+
+
+def mixtral_with(kind):
+    """A Mixtral whose experts are of this class."""
+    model = mixtral()
+    for layer in model.model.layers:
+        stack = kind(model.config).eval()
+        for parameter in stack.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        layer.mlp.experts = stack
+    return model
+
+
+OTHER_STACKS = [Clamping, WithoutActivation, WithAFunction, Turned]
+
+
+@pytest.mark.parametrize("kind", OTHER_STACKS)
+class TestOtherStacksThatAreTaken:
+    def test_the_model_computes_what_it_did(self, kind, tokens):
+        model = mixtral_with(kind)
+        expected = logits(model, tokens)
+        experts, reasons = unstacked(model)
+        assert reasons == {}
+        with swapped(model, experts):
+            assert relative_error(logits(model, tokens), expected) < 1e-5
+            again = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # noqa: S301 - made here
+            assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+    def test_integers_are_the_simulation_and_are_saved(self, kind, tokens, tmp_path):
+        model, simulated = mixtral_with(kind), mixtral_with(kind)
+        simulated.load_state_dict(model.state_dict())
+        before = logits(model, tokens)
+        w8a8.quantize(model)
+        w8a8.simulate(simulated)
+        after = logits(model, tokens)
+        assert torch.equal(after, logits(simulated, tokens))
+        assert 0 < relative_error(after, before) < 0.1
+        again = mixtral_with(kind)
+        w8a8.quantize(again)
+        again.load_state_dict(model.state_dict())
+        assert torch.equal(logits(again, tokens), after)
+
+
+class Another(MixtralExperts):
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.Identity()
+
+
+class Counting(MixtralExperts):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("counts", torch.zeros(4), persistent=False)
 
 
 class CalledOtherwise(MixtralExperts):
@@ -157,8 +270,10 @@ class TestLeavingAlone:
         [
             (Doubled, r"Doubled computes something else \(relative difference 5\.0e-01"),
             (Clamped, "Clamped computes something else"),
-            (Gated, "Gated has a gate of its own"),
-            (CalledOtherwise, r"CalledOtherwise is called in another way \(TypeError\)"),
+            (Weighed, r"Weighed cannot be called as experts are \(AttributeError: 'Weighed' object has no attribute"),
+            (CalledOtherwise, r"CalledOtherwise cannot be called as experts are \(TypeError: .*takes 2 positional arg"),
+            (Another, "it also has norm, which would be dropped"),
+            (Counting, "it also has counts, which would be dropped"),
         ],
     )
     def test_another_forward(self, kind, message, tokens):

@@ -31,6 +31,18 @@ def hooked():
     return layer
 
 
+def hooked_when_it_is_saved():
+    layer = nn.Linear(16, 16)
+    layer.register_state_dict_post_hook(lambda *_: None)
+    return layer
+
+
+def hooked_when_it_is_loaded():
+    layer = nn.Linear(16, 16)
+    layer.register_load_state_dict_pre_hook(lambda *_: None)
+    return layer
+
+
 def with_parameter():
     layer = nn.Linear(16, 16)
     layer.register_buffer("shift", torch.ones(16))
@@ -52,6 +64,8 @@ ATTACHED = {
     "orthogonal": (lambda: parametrizations.orthogonal(nn.Linear(16, 16)), "(_Orthogonal)"),
     "an instance's forward": (own_forward, "it has a forward of its own, set on it"),
     "a hook": (hooked, "it has hooks"),
+    "a hook of its state dict": (hooked_when_it_is_saved, "it has hooks"),
+    "a hook of loading": (hooked_when_it_is_loaded, "it has hooks"),
     "a buffer": (with_parameter, "it also has shift, which a swap would drop"),
 }
 

@@ -300,6 +300,11 @@ def not_plain(linear: nn.Module) -> str | None:
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something was registered to run when a module is called, differentiated, saved or loaded."""
+    return any(held for key, held in vars(module).items() if key.startswith("_") and key.endswith("_hooks"))
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' `Conv1D` (GPT-2), told without importing transformers."""
     kind = type(module)

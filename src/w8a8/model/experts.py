@@ -5,22 +5,25 @@ transformers 5 keeps the experts of a layer in two parameters,
     gate_up_proj (E, 2 I, H), down_proj (E, H, I):    y_e = down_e (act(gate_e x) * up_e x),    E experts
     up_proj (E, I, H), down_proj (E, H, I):           y_e = down_e act(up_e x),                 Nemotron-H's, no gate
 
-which no walk over linear layers finds.  `Experts` has the same weights as 3 E or 2 E `nn.Linear`, views of the stack,
-under the names that a model's files have (`experts.3.gate_proj`, Mixtral's `experts.3.w1`): these come from
-transformers' own conversion mapping.  Whatever works by a layer's name then works for experts.
+or the first two transposed (Aria's), which no walk over linear layers finds.  `Experts` has the same weights as 3 E or
+2 E `nn.Linear`, views of the stack, under the names that a model's files have (`experts.3.gate_proj`, Mixtral's
+`experts.3.w1`): these come from transformers' own conversion mapping.  Whatever works by a layer's name then works for
+experts.
 
-A stack is taken by what it is and does, not by a list of models: it has two such parameters and an activation, and the
-forward of its class, run on a small random instance, gives what `Experts` gives with the same weights.  Biases,
-transposed or interleaved stacks and gates of another kind do not, and stay as they are with that reason.
+A stack is taken by what it is and does, not by a list of models: it has two such parameters, and an activation or a
+gate of its class's own (DeepSeek-V4 clamps in it), which is then called as it is; and the forward of its class, run on
+a small random instance, gives what `Experts` gives with the same weights.  Biases and interleaved stacks do not, and
+stay as they are with that reason.
 
 Not taken: one int8 product over a stack of codes.  It would need a second kind of layer in each place that knows
 linear ones, and files that nobody else reads; the price is a call per expert that is hit.
 """
 
 import copy
+import functools
 import inspect
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +33,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from w8a8.defaults import usual_defaults
-from w8a8.layers.linear import quant_linears
+from w8a8.layers.linear import has_hooks, quant_linears
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 """Of an expert's layers, where transformers has no conversion that says how the files call them; without a gate, the
@@ -55,20 +58,24 @@ class Experts(nn.Module):
     Children are the experts by number, each with its layers, and the activation.
 
     stacked: The names of the two parameters: of what reads a token, and of what writes.
+    arriving: Set while transformers fills the model: some of its models initialise the stack's parameters by their
+        names where they do not know the parent to be initialised (Qwen3-Omni's), and find them done.
     """
+
+    arriving = False
 
     def __init__(self, stack: Any, names: tuple[str, ...] | None = None) -> None:
         super().__init__()
         self.stacked = _stacked(stack)
         names = names or usual_names(self.stacked)
-        self.num_experts, self.hidden_dim = stack.down_proj.shape[0], stack.down_proj.shape[1]
-        self.intermediate_dim = stack.down_proj.shape[2]
+        reading, writing = _upright(*(stack.get_parameter(parameter) for parameter in self.stacked))
+        self.num_experts, self.hidden_dim, self.intermediate_dim = writing.shape
         self.names = names
-        self.act_fn = stack.act_fn
+        self.act_fn = getattr(stack, "act_fn", None)
+        self.own_gate = _own_gate(stack)
         for number in range(self.num_experts):
             expert = nn.Module()
-            inner, down = (stack.get_parameter(parameter)[number] for parameter in self.stacked)
-            weights = (*inner.split(self.intermediate_dim), down)
+            weights = (*reading[number].split(self.intermediate_dim), writing[number])
             for name, weight in zip(names, weights, strict=True):
                 expert.add_module(name, _linear(weight.detach(), requires_grad=stack.down_proj.requires_grad))
             self.add_module(str(number), expert)
@@ -102,8 +109,17 @@ class Experts(nn.Module):
 
     def _expert(self, number: int, x: Tensor) -> Tensor:
         *inner, down = (self._modules[str(number)]._modules[name] for name in self.names)  # type: ignore[union-attr]
+        if self.own_gate is not None:
+            return down(self.own_gate(torch.cat([layer(x) for layer in inner], -1)))  # type: ignore[misc, no-any-return]
         active = self.act_fn(inner[0](x))  # type: ignore[misc]
         return down(active * inner[1](x) if len(inner) > 1 else active)  # type: ignore[misc, no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        if self.arriving and name in self.stacked:
+            done: Any = torch.empty(0, dtype=torch.float32, device="cpu")
+            done._is_hf_initialized = True
+            return done
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}"
@@ -199,12 +215,20 @@ def own_weights(experts: Experts) -> None:
         return
     for module in experts.modules():
         if isinstance(module, nn.Linear):
-            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=module.weight.requires_grad)
+            own = module.weight.detach().clone(memory_format=torch.contiguous_format)
+            module.weight = nn.Parameter(own, requires_grad=module.weight.requires_grad)
 
 
 def holds_experts(model: nn.Module) -> bool:
     """Whether a model has experts with layers of their own."""
     return any(isinstance(module, Experts) for module in model.modules())
+
+
+def mark_arriving(model: nn.Module, *, arriving: bool) -> None:
+    """Set `arriving` of all experts of a model."""
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.arriving = arriving
 
 
 def usual_names(stacked: tuple[str, str]) -> tuple[str, ...]:
@@ -221,6 +245,26 @@ def _stacked(stack: nn.Module) -> tuple[str, str]:
     return _GATED if _GATED[0] in stack._parameters else _PLAIN
 
 
+def _upright(reading: Tensor, writing: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parameters as (E, N, K), views where they lie transposed: what reads a token has N = 2 I with a gate."""
+    (_, n, k), (_, n2, k2) = reading.shape, writing.shape
+    lies_so = n == 2 * k2 and k == n2
+    return (reading, writing) if lies_so or (k, n) != (2 * n2, k2) else (reading.mT, writing.mT)
+
+
+def _own_gate(stack: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What the class of a stack makes of (M, 2 I), the outputs of gate and up, where it says so itself.
+
+    It is called with the stack's numbers and activation, and without its parameters.
+    """
+    gate = getattr(type(stack), "_apply_gate", None)
+    if gate is None or gate.__name__ == "_default_apply_gate":  # transformers gives each class that has none this one
+        return None
+    bare = copy.copy(stack)
+    bare._parameters = {}
+    return functools.partial(gate, bare)
+
+
 def _linear(weight: Tensor, *, requires_grad: bool) -> nn.Linear:
     """Around a weight, which is not copied."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device="meta")
@@ -234,18 +278,21 @@ def _why_not(stack: Any, own: dict[str, nn.Parameter]) -> str | None:
         return f"its parameters are {', '.join(sorted(own))}, known are {known}"
     stacked = _stacked(stack)
     shapes = [tuple(own[name].shape) for name in stacked]
-    (e, inner, h), (e2, h2, i) = shapes if all(len(shape) == 3 for shape in shapes) else ((0,) * 3, (1,) * 3)
     times, told = (2, "2 I") if stacked == _GATED else (1, "I")
+    matrices = _upright(*(own[name] for name in stacked)) if all(len(shape) == 3 for shape in shapes) else ()
+    (e, inner, h), (e2, h2, i) = (each.shape for each in matrices) if matrices else ((0,) * 3, (1,) * 3)
     if (e, inner, h) != (e2, times * i, h2):
         return f"{stacked[0]} {shapes[0]} and down_proj {shapes[1]} are not (E, {told}, H) and (E, H, I)"
-    if not isinstance(getattr(stack, "act_fn", None), nn.Module) or len(list(stack.children())) > 1:
-        return "it has other children than act_fn"
-    gate = getattr(type(stack), "_apply_gate", None)  # transformers gives each class that has none this one
-    if gate is not None and gate.__name__ != "_default_apply_gate":
-        return f"{type(stack).__name__} has a gate of its own"
+    act = getattr(stack, "act_fn", None)
+    beside = [name for name, child in stack.named_children() if child is not act]
+    beside += [name for name, buffer in stack._buffers.items() if buffer is not None]
+    if beside:
+        return f"it also has {', '.join(beside)}, which would be dropped"
+    if not callable(act) and _own_gate(stack) is None:
+        return "it has neither an act_fn nor a gate"
     if not all(parameter.is_floating_point() for parameter in own.values()):
         return f"its weights are {own['down_proj'].dtype}"
-    if any((stack._forward_hooks, stack._forward_pre_hooks, stack._backward_hooks, stack._backward_pre_hooks)):
+    if has_hooks(stack):
         return "it has hooks, which would be dropped; remove them first"
     with usual_defaults():  # a caller may be making models on the meta device
         return _difference(stack, {e: 4, h: 12, i: 8})
@@ -259,18 +306,21 @@ def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
         stack: Not modified, its values not looked at.
         sizes: Of the instance, by those of the stack: E, H and I.
     """
-    e, h, i = (sizes[size] for size in (*stack.down_proj.shape,))
+    first, second = _stacked(stack)
+    reading, writing = (stack.get_parameter(name) for name in (first, second))
+    upright = _upright(reading, writing)[1]
+    e, h, i = (sizes[size] for size in upright.shape)
     draw = torch.Generator().manual_seed(0)
     small = copy.copy(stack)
     for key, value in stack.__dict__.items():
         if type(value) is int and value in sizes:
             small.__dict__[key] = sizes[value]
-    first, second = _stacked(stack)
     shapes = {first: (e, 2 * i if first == _GATED[0] else i, h), second: (e, h, i)}
-    small._parameters = {
-        name: nn.Parameter(torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu"))
-        for name, shape in shapes.items()
+    drawn = {
+        name: torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") for name, shape in shapes.items()
     }
+    lies_so = upright is writing
+    small._parameters = {name: nn.Parameter(each if lies_so else each.mT) for name, each in drawn.items()}
     sizes_of_x = torch.logspace(-2, 2, 7, dtype=torch.float32, device="cpu")[:, None]  # a gate that clamps shows it
     x, weights = (
         torch.randn(7, h, generator=draw, dtype=torch.float32, device="cpu") * sizes_of_x,
@@ -282,7 +332,8 @@ def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
         want = eager(small, x, index, weights)
         error = float(((Experts(small)(x, index, weights) - want).norm(dim=-1) / want.norm(dim=-1)).max())
     except OTHER_KIND as failure:
-        return f"{type(stack).__name__} is called in another way ({type(failure).__name__})"
+        told = str(failure).partition("\n")[0]
+        return f"{type(stack).__name__} cannot be called as experts are ({type(failure).__name__}: {told})"
     if error <= _BOUND:
         return None
     return f"{type(stack).__name__} computes something else (relative difference {error:.1e} on random weights)"

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from w8a8.defaults import usual_defaults
-from w8a8.layers.linear import is_conv1d, not_plain
+from w8a8.layers.linear import has_hooks, is_conv1d, not_plain
 from w8a8.model.experts import OTHER_KIND
 from w8a8.model.places import places
 from w8a8.model.usage import Usage
@@ -107,8 +107,7 @@ def _attached(linear: nn.Module) -> Iterator[str]:
         )
     if own - {"weight", "bias"}:
         yield f"it also has {', '.join(sorted(own - {'weight', 'bias'}))}, which a swap would drop"
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    if any(hooks) or hasattr(linear, "_hf_hook"):
+    if has_hooks(linear) or hasattr(linear, "_hf_hook"):
         yield "it has hooks, which a swap would drop; remove them first"
     if "forward" in linear.__dict__:
         yield "it has a forward of its own, set on it and not on its class, which a swap would drop"
