@@ -4,7 +4,4 @@ A test holds it to bench/results/models.json: what passes has to leave it, and w
 why a type that is added here needs a reason that somebody reads.
 """
 
-FAILS: dict[str, str] = {
-    "flava": "streaming finds no file tensor for mim_head.bias, which is tied to a layer's bias",
-    "qwen3_omni_moe_thinker": "transformers' initialisation asks the experts for a stack while `enable` loads them",
-}
+FAILS: dict[str, str] = {}
