@@ -75,7 +75,9 @@ def test_a_bias_that_was_that_of_another_module_is_there_twice_where_one_of_the_
             head.bias.normal_()
     source = saved(model, tmp_path / "source")
     quantize_directory(source, tmp_path / "streamed", include=include)
-    assert contents(tmp_path / "streamed") == contents(in_memory(source, tmp_path / "memory", include=include))
+    in_memory(source, tmp_path / "memory", include=include)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "streamed" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
     found = tensors(tmp_path / "streamed")
     assert torch.equal(found["mim_head.bias"], model.mim_head.bias)
     assert torch.equal(found["mim_head.decoder.bias"], model.mim_head.bias)
