@@ -212,6 +212,14 @@ def test_the_page_of_names_has_every_public_one():
     assert {name for name in w8a8.__all__ if name not in shown} == elsewhere
 
 
+def test_the_page_of_errors_has_every_one():
+    from w8a8 import errors
+
+    shown = re.findall(r"^::: w8a8\.errors\.(\w+)$", (DOCS / "reference/errors.md").read_text(), re.M)
+    family = [name for name, it in vars(errors).items() if isinstance(it, type) and issubclass(it, errors.W8A8Error)]
+    assert sorted(shown) == sorted(family)
+
+
 def test_tables_are_the_benchs_results():
     report = importlib.import_module("report")
     assert len(report.TABLES) == 3

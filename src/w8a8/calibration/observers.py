@@ -156,7 +156,7 @@ class Percentile(Observer):
     Symmetric: up to the p-th percentile of the magnitudes.  Asymmetric: up to the p-th percentile of the values, and
     down to that of the negated values.  The p-th percentile of N values is the ceil(p / 100 * N)-th smallest.
 
-    It is read from a histogram, as the upper edge of its bin.  With q exact and d = 2**-9 per tensor, 2**-5 per
+    It is read from a histogram, as the upper edge of its bin.  With q exact and `d = 2**-9` per tensor, `2**-5` per
     channel, the range v is
 
         q <= v <= (1 + d) * max(q, absmax * 2**-16)

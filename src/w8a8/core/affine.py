@@ -218,7 +218,7 @@ def l2_error(x: Tensor, y: Tensor) -> float:
 
 
 def sqnr_db(x: Tensor, y: Tensor) -> float:
-    """Signal to quantisation noise: 10 log10(sum x**2 / sum (x - y)**2), in decibels.
+    """Signal to quantisation noise: `10 log10(sum x**2 / sum (x - y)**2)`, in decibels.
 
     Args:
         x: The exact values.
