@@ -103,9 +103,8 @@ def quantize(
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
-    return _convert(
+    return carry_out(
         Choice.of(model, scheme, include, exclude, head=head),
-        simulated=False,
         kernel=kernel,
         strict=strict,
         calibration=calibration,
@@ -140,11 +139,9 @@ def simulate(
     Raises:
         SchemeError, PatternError, NonFiniteError, CalibrationError: as `quantize`.
     """
-    return _convert(
+    return carry_out(
         Choice.of(model, scheme, include, exclude),
         simulated=True,
-        kernel=kernels.AUTO,
-        strict=False,
         calibration=calibration,
         observer=observer,
         smooth=smooth,
@@ -152,17 +149,27 @@ def simulate(
     )
 
 
-def _convert(
+def carry_out(
     choice: Choice,
     *,
-    simulated: bool,
-    kernel: str,
-    strict: bool,
-    calibration: Any,
-    observer: str | Callable[[], Observer],
-    smooth: Smoothing | str | float | None,
-    progress: Progress | None,
+    simulated: bool = False,
+    kernel: str = kernels.AUTO,
+    strict: bool = False,
+    calibration: Any = None,
+    observer: str | Callable[[], Observer] = "absmax",
+    smooth: Smoothing | str | float | None = None,
+    progress: Progress | None = None,
 ) -> Result:
+    """`quantize`, or `simulate`, of what was chosen.
+
+    Args:
+        choice: Its model is changed.
+        simulated: In float arithmetic.
+        kernel, strict, calibration, observer, smooth, progress: As for `quantize`.
+
+    Raises:
+        SchemeError, CalibrationError, NonFiniteError, KernelError: as `quantize`.
+    """
     kernels.check_name(kernel)
     model, schemes = choice.model, choice.schemes
     counted = Counter(schemes.values())

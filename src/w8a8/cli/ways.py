@@ -86,11 +86,11 @@ class Job:
 
 def in_memory(job: Job) -> dict[str, Any]:
     """Load the model, quantise and save it."""
-    from w8a8 import pipeline
     from w8a8.checkpoint.rehearsal import rehearse
     from w8a8.checkpoint.vllm import foresee
     from w8a8.checkpoint.writer import check_target, save
     from w8a8.model.choice import Choice
+    from w8a8.pipeline import carry_out
 
     check_target(job.output, overwrite=job.force)
     opened = open_named(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
@@ -104,10 +104,11 @@ def in_memory(job: Job) -> dict[str, Any]:
         smooth, chosen = _allocated(job, opened, data)
         treatment = {**treatment, "smooth": "none"}  # it is done
     schemes = job.scheme if chosen is None else chosen.schemes
-    foreseen = foresee(Choice.of(opened.model, schemes, **job.selection))
+    choice = Choice.of(opened.model, schemes, **job.selection)
+    foreseen = foresee(choice)
     job.check_target(foreseen)
     with progress("quantising") as step:
-        result = pipeline.quantize(opened.model, schemes, **job.selection, calibration=data, **treatment, progress=step)
+        result = carry_out(choice, calibration=data, **treatment, progress=step)
     save(opened.model, job.output, beside=opened.directory, covered=result.coverage, overwrite=job.force)
     told = _told(job, result, foreseen, smooth or result.smooth, data)
     if not job.quiet:
