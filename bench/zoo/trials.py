@@ -166,7 +166,7 @@ class _Trial:
         result = w8a8.quantize(quantized)
         self.row["share"], self.row["left"] = _share(result.coverage)
         self.after = self.call(quantized)
-        self.quantized, self.simulated = quantized, simulated
+        self.quantized, self.simulated, self.coverage = quantized, simulated, result.coverage
         calls = {name: sum(kernels.values()) for name, kernels in result.ledger().items()}
         never = [name for name, count in calls.items() if not count]
         self.row["layers"] = len(calls)
@@ -179,7 +179,8 @@ class _Trial:
         return YES
 
     def _loaded(self) -> str:
-        w8a8.save(self.quantized, self.directory / "memory")
+        beside = self.float_directory if self.from_files else None  # with the card that goes with a directory
+        w8a8.save(self.quantized, self.directory / "memory", beside=beside, covered=self.coverage)
         return same(self.after, self.call(w8a8.load(self.directory / "memory"))) or YES
 
     def _enabled(self) -> str:
