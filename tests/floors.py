@@ -89,7 +89,7 @@ INSIDE = {
         "generation",
     ],
     "streaming": ["plan", "journal", "resources", "source", "shard", "team", "job", "pieces"],
-    "blockwise": ["blocks", "contents", "activations", "request", "measured", "forecast", "calibrated"],
+    "blockwise": ["blocks", "contents", "activations", "request", "forecast", "calibrated"],
     "report": ["records", "smoothed", "numbers", "png", "markup", "plots", "layers", "sections", "page", "collect"],
     "analysis": [
         "replay",

@@ -10,7 +10,9 @@ import w8a8
 from tests.conftest import contents, llama
 from w8a8.calibration.data import Calibration
 from w8a8.directories import quantize_directory
-from w8a8.errors import CalibrationError, CheckpointError, SchemeError
+from w8a8.errors import CalibrationError, CheckpointError, ModelError, SchemeError
+from w8a8.model.roles import Head
+from w8a8.smoothing.way import NONE, SEARCHED, Smoothing
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 
@@ -21,6 +23,9 @@ IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
         ({"scheme": "w8a8-static"}, "static activation scales, which are measured on calibration data"),
         ({"smooth": 0.5}, "smooth=0.5 was asked for, which needs calibration data"),
         ({"smooth": "searched"}, "smooth='searched' was asked for, which needs calibration data"),
+        ({"smooth": SEARCHED}, "smooth='searched' was asked for, which needs calibration data"),
+        ({"smooth": "loud"}, "smooth='loud' is unknown"),
+        ({"calibration": IDS, "smooth": NONE}, "does not use calibration data"),
         ({"calibration": IDS, "smooth": "none"}, "does not use calibration data"),
         ({"calibration": IDS, "smooth": "loud"}, "smooth='loud' is unknown"),
         ({"calibration": IDS, "smooth": 1.5}, "1.5"),
@@ -36,6 +41,27 @@ def test_what_cannot_be_done_is_refused_before_a_file_is_opened(tmp_path, option
 def test_an_unknown_observer_is_refused_before_a_file_is_opened(tmp_path):
     with pytest.raises(CalibrationError, match="unknown observer 'most'"):
         quantize_directory(tmp_path / "nowhere", tmp_path / "out", "w8a8-static", calibration=IDS, observer="most")
+
+
+def test_an_unknown_head_is_refused_before_a_file_is_opened(tmp_path):
+    with pytest.raises(ModelError, match="head='float16' is unknown"):
+        quantize_directory(tmp_path / "nowhere", tmp_path / "out", head="float16")
+
+
+@pytest.mark.parametrize(
+    "made", [{}, {"calibration": IDS, "scheme": "w8a8-static", "smooth": 0.5}], ids=["without", "with"]
+)
+def test_an_unfinished_result_is_gone_on_with_whether_modes_are_words_or_types(tmp_path, made):
+    llama().save_pretrained(tmp_path / "source")
+
+    def stop(done, total, name):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_directory(tmp_path / "source", tmp_path / "out", **made, head="int8", progress=stop)
+    typed = made | ({"smooth": Smoothing.of(0.5)} if made else {"smooth": NONE})
+    done = quantize_directory(tmp_path / "source", tmp_path / "out", **typed, head=Head.INT8)
+    assert done.resumed == (1 if made else 0)
 
 
 def test_several_processes_do_not_share_a_job_with_data(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
+from w8a8.model.roles import Head
 from w8a8.streaming.job import Streamed, Work, options, run
 from w8a8.streaming.pieces import Pieces
 from w8a8.streaming.plan import SHARD_BYTES, Plan, make_plan
@@ -19,6 +20,7 @@ from w8a8.streaming.resources import Prediction
 
 if TYPE_CHECKING:
     from w8a8.calibration.observers import Observer
+    from w8a8.smoothing.way import Smoothing
 
 
 def quantize_directory(
@@ -28,10 +30,10 @@ def quantize_directory(
     *,
     calibration: Any = None,
     observer: "str | Callable[[], Observer]" = "absmax",
-    smooth: str | float | None = None,
+    smooth: "Smoothing | str | float | None" = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    head: str = "float",
+    head: Head | str = Head.FLOAT,
     shard_bytes: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -68,7 +70,7 @@ def quantize_directory(
             `w8a8.quantize`.
         CalibrationError, PatternError, NonFiniteError: as `w8a8.quantize`.
     """
-    wanted, request = Scheme.of(scheme), None
+    wanted, head, request = Scheme.of(scheme), Head.of(head).value, None
     if calibration is None:
         _check_without_data(wanted, smooth)
     elif shard_bytes is not None:
@@ -89,15 +91,20 @@ def quantize_directory(
     return run(source, output, work_on, overwrite=overwrite, dry_run=dry_run, before=before, progress=progress)
 
 
-def _check_without_data(scheme: Scheme, smooth: str | float | None) -> None:
+def _check_without_data(scheme: Scheme, smooth: "Smoothing | str | float | None") -> None:
     """Raise `SchemeError` where what is asked for needs data."""
     if scheme.static:
         raise SchemeError(
             f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
             "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
         )
-    if smooth not in (None, "none"):
+    if smooth is None or smooth == "none":
+        return
+    from w8a8.smoothing.way import NONE, Smoothing
+
+    way = Smoothing.of(smooth)
+    if way != NONE:
         raise SchemeError(
-            f"smooth={smooth!r} was asked for, which needs calibration data to see the outliers of activations: "
+            f"smooth={way.told!r} was asked for, which needs calibration data to see the outliers of activations: "
             "give calibration=, or smooth='none'"
         )

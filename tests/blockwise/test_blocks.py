@@ -38,7 +38,7 @@ def walked_outputs(model, calibration, tmp_path):
     for number in range(len(walk)):
         recorder = Recorder(tmp_path / f"{number}.safetensors", walk.states)
         with walk.only(number, None):
-            walk.calibration(calibration, number, read, recorder.put).run(model)
+            walk.calibration(calibration, number, read, recorder.take).run(model)
         recorder.finish()
         read = Reader(recorder.path)
     found = []

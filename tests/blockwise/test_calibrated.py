@@ -16,6 +16,8 @@ from tests import families
 from tests.blockwise.conftest import data, saved
 from tests.conftest import contents, gpt2, llama, opt, qwen3_moe
 from tests.streaming.conftest import partial_of, tensors
+from w8a8.blockwise import calibrated
+from w8a8.blockwise.activations import Recorder
 from w8a8.calibration.data import Calibration
 from w8a8.checkpoint.opening import open_model
 from w8a8.directories import quantize_directory
@@ -234,6 +236,18 @@ def test_other_calibration_data_is_not_gone_on_with(tmp_path, four_blocks):
         quantize_directory(source, tmp_path / "out", "w8a8-static", calibration=other, smooth=0.5)
     with pytest.raises(CheckpointError, match=r"smoothing: was 0.5, is searched"):
         quantize_directory(source, tmp_path / "out", "w8a8-static", calibration=data())
+
+
+def test_where_one_record_cannot_be_begun_nothing_of_the_other_is_left(tmp_path, four_blocks, monkeypatch):
+    def full(path, states):
+        if path.name.endswith("folded.safetensors"):
+            raise CheckpointError("the disk is full")
+        return Recorder(path, states)
+
+    monkeypatch.setattr(calibrated, "Recorder", full)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        resumed(four_blocks[0], tmp_path / "out")
+    assert {path.name for path in partial_of(tmp_path / "out").iterdir()} == {"fingerprint.json", "lock-0"}
 
 
 FILES = ("model-", ".activations-", ".smooth-", "journal-", "lock-", "fingerprint.json", "config.json", "generation_")

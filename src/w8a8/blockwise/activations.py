@@ -24,16 +24,14 @@ def state_bytes(states: Sequence[State]) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in states)
 
 
-class Recorder:
-    """Writes one file.  `put` as a calibration's `record`, then `finish`."""
+class Recorder(ShardWriter):
+    """Writes one file.  `take` as a calibration's `record`, then `finish`."""
 
     def __init__(self, path: Path, states: Sequence[State]) -> None:
-        self.path = path
         self._states = list(states)
-        self._seen = 0
-        self._writer = ShardWriter(path, [(_name(i), dtype, shape) for i, (dtype, shape) in enumerate(states)])
+        super().__init__(path, [(_name(i), dtype, shape) for i, (dtype, shape) in enumerate(states)])
 
-    def put(self, batch: int, values: Tensor) -> None:
+    def take(self, batch: int, values: Tensor) -> None:
         """Take in what left the block on a batch; each batch once.
 
         Raises:
@@ -46,17 +44,7 @@ class Recorder:
                 f"a block made {found} of {self._states[batch]}: blocks that change shape or dtype cannot be walked "
                 "one by one; quantise the model in memory: leave out --stream"
             )
-        self._writer.put(_name(batch), values.detach().contiguous())
-        self._seen += 1
-
-    def finish(self) -> str:
-        """Have it on the disk under its name; the digest."""
-        assert self._seen == len(self._states), f"{self._seen} of {len(self._states)} batches were recorded"
-        return self._writer.finish()
-
-    def abandon(self) -> None:
-        """Remove what is there of it."""
-        self._writer.abandon()
+        self.put(_name(batch), values.detach().contiguous())
 
 
 class Reader:

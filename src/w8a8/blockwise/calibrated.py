@@ -21,7 +21,7 @@ it is recorded; where they are damaged the job goes back to the last that are wh
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -32,8 +32,10 @@ from w8a8.blockwise.activations import Reader, Recorder
 from w8a8.blockwise.blocks import BlockWalk
 from w8a8.blockwise.contents import by_blocks, load, quantized
 from w8a8.blockwise.forecast import predict_blocks
-from w8a8.blockwise.measured import block_grids, smooth_block
 from w8a8.blockwise.request import PLAIN, Request, told_of
+from w8a8.calibration.calibrate import static_grids
+from w8a8.calibration.data import Calibration
+from w8a8.calibration.sampling import Sample
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress
@@ -42,6 +44,8 @@ from w8a8.model.experts import Experts, taken, unstacked
 from w8a8.model.swapping import swap, swapped
 from w8a8.report.records import GroupReport
 from w8a8.report.smoothed import SmoothReport
+from w8a8.smoothing.smooth import smooth_observed
+from w8a8.smoothing.smoother import cut, observed, samples
 from w8a8.smoothing.way import NONE
 from w8a8.streaming.job import Work
 from w8a8.streaming.journal import Journal, write_whole
@@ -132,11 +136,11 @@ class Blocks(Work):
             swap(block, {name: Experts(stack, cast(Experts, block.get_submodule(name)).names)})
         load(block, shard.steps, prefix)
         block.requires_grad_(False)
-        recorders = {}
-        if number + 1 < len(self.walk) or self._last_is_read:
-            paths = {chain: self._activations(number + 1, chain) for chain in self.request.chains}
-            recorders = {chain: Recorder(path, self.walk.states) for chain, path in paths.items()}
+        recorders: dict[str, Recorder] = {}
         try:
+            if number + 1 < len(self.walk) or self._last_is_read:
+                for chain in self.request.chains:
+                    recorders[chain] = Recorder(self._activations(number + 1, chain), self.walk.states)
             grids = self._measured(number, chosen, stacks, recorders)
             tensors, lost = quantized(block, shard.steps, prefix, self.request.scheme, grids)
             digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
@@ -158,14 +162,13 @@ class Blocks(Work):
     ) -> dict[str, QParams] | None:
         """Smooth a block, and measure what its layers read."""
         scheme = self.request.scheme
-        record = {chain: recorder.put for chain, recorder in recorders.items()}
+        record = {chain: recorder.take for chain, recorder in recorders.items()}
         read = {chain: self._reader(number, chain) for chain in self.request.chains}
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
         if self.request.smoothing != NONE:
             outside = tuple(name for name in chosen if not taken(self.stacks, [name]))
             with swapped(self.walk.blocks[number], stacks):
-                told = smooth_block(self.walk, number, self.request, outside, plain, read[PLAIN])
-            self._keep_report(number, told)
+                self._keep_report(number, self._smoothed(number, outside, plain, read[PLAIN]))
         if not scheme.static:
             return None
         chain = self.request.chains[-1]
@@ -174,7 +177,40 @@ class Blocks(Work):
             if not chosen:  # the pass is made all the same, for what it returns
                 calibration.run(self.walk.model)
                 return None
-            return block_grids(self.walk, chosen, self.request, calibration)
+            return self._grids(chosen, calibration)
+
+    def _smoothed(self, number: int, chosen: Sequence[str], data: Calibration, enters: Reader | None) -> SmoothReport:
+        """Smooth a block as if it were all; what was done, by names within it.
+
+        It is called alone, with what the model calls it with on some tokens of the first batch: to see its groups, and
+        to compare.  The samples come from the calls of the model, as in calibration of the whole.
+        """
+        walk, block, prefix = self.walk, self.walk.blocks[number], self.walk.prefix(number)
+        first = None if enters is None else enters(0)
+        inputs = self.request.calibration.batches[0]
+        probe = walk.arguments(number, cut(inputs), first)
+
+        def sampled(names: Sequence[str]) -> dict[str, Sample]:
+            with walk.only(number, None):
+                found = samples(walk.model, data, [prefix + name for name in names])
+            return {name.removeprefix(prefix): sample for name, sample in found.items()}
+
+        return smooth_observed(
+            block,
+            observed(block, probe, lambda: walk.arguments(number, inputs, first)),
+            probe,
+            sampled,
+            way=self.request.smoothing,
+            scheme=self.request.scheme,
+            chosen=frozenset(name.removeprefix(prefix) for name in chosen),
+            description=data.description,
+        )[0]
+
+    def _grids(self, names: Sequence[str], data: Calibration) -> dict[str, QParams]:
+        """The static grids of what these layers read, by their names in the model."""
+        activations = self.request.scheme.activations
+        assert activations is not None, "a static scheme has activations"
+        return static_grids(self.walk.model, names, activations, data, self.request.observer)
 
     def _outside(self) -> None:
         """What lies outside of the blocks: the layers there are measured on what the last block returned."""
@@ -182,7 +218,7 @@ class Blocks(Work):
         if self._last_is_read:
             reader = self._reader(n, self.request.chains[-1])
             calibration = self.walk.calibration(self.request.calibration, n, reader)
-            grids = block_grids(self.walk, self.outer, self.request, calibration)
+            grids = self._grids(self.outer, calibration)
         self._keep(shard, *quantized(self.walk.model, shard.steps, "", self.request.scheme, grids))
 
     def _keep(self, shard: Shard, tensors: Mapping[str, Tensor], lost: Mapping[str, float]) -> None:

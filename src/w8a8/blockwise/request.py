@@ -34,7 +34,10 @@ class Request:
 
 
 def request_of(
-    scheme: Scheme, calibration: Calibration, observer: str | Callable[[], Observer], smooth: str | float | None
+    scheme: Scheme,
+    calibration: Calibration,
+    observer: str | Callable[[], Observer],
+    smooth: Smoothing | str | float | None,
 ) -> Request:
     """What is asked, checked as far as can be before a file is opened.
 

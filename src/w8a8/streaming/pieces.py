@@ -1,5 +1,6 @@
 """Without data: the shards are made a piece of a tensor at a time, and shared among the processes of the job."""
 
+from itertools import count
 from pathlib import Path
 
 from w8a8.core.progress import Progress
@@ -20,14 +21,12 @@ class Pieces(Work):
     def make(self, us: Team, progress: Progress | None) -> None:
         missing = [shard for shard in self.plan.shards if shard.file not in self.finished]
         mine = missing[us.rank :: us.size]
-        total, done = sum(len(shard.steps) for shard in mine), 0
+        total, done = sum(len(shard.steps) for shard in mine), count(1)
+
+        def told(step: Step) -> None:
+            if progress is not None:
+                progress(next(done), total, step.name)
+
         for shard in mine:
-
-            def told(step: Step) -> None:
-                nonlocal done
-                done += 1
-                if progress is not None:
-                    progress(done, total, step.name)
-
             written = write_shard(shard, self.journal.partial, told)
             self.journal.record(shard.file, {shard.file: written.digest}, written.weight_sqnr_db)
