@@ -150,7 +150,7 @@ def test_the_result_loads_and_has_nothing_else_in_it(tmp_path):
     assert not partial_of(tmp_path / "streamed").exists()
     names = {path.name for path in (tmp_path / "streamed").iterdir()}
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
-    assert names == {"config.json", "generation_config.json", "model.safetensors.index.json", *shards}
+    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json", *shards}
     model = w8a8.load(tmp_path / "streamed")
     with torch.no_grad():
         assert bool(torch.isfinite(model(**data().batches[0]).logits).all())
