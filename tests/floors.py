@@ -64,6 +64,8 @@ INSIDE = {
         "names",
         "describe",
         "files",
+        "architecture",
+        "directory",
         "beside",
         "skeleton",
         "reader",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from w8a8.checkpoint.directory import Directory
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def quantize_directory(
-    source: str | Path,
+    source: str | Path | Directory,
     output: str | Path,
     scheme: Scheme | str = "w8a8",
     *,
@@ -46,7 +47,7 @@ def quantize_directory(
     directories must be common to them.
 
     Args:
-        source: The directory or hub id of a float model.
+        source: The directory or hub id of a float model; or one that is open.
         output: Where to.  Its parent must be on the disk that is to hold the result.
         scheme: A scheme that integers can run, or a weight-only one.
         calibration: As for `w8a8.quantize`, but no loop: for static scales, for smoothing, or for both.
@@ -83,7 +84,7 @@ def quantize_directory(
         request = request_of(wanted, Calibration.of(calibration), observer, smooth)
     size = SHARD_BYTES if shard_bytes is None else shard_bytes
 
-    def work_on(directory: Path) -> Work:
+    def work_on(directory: Directory) -> Work:
         plan = make_plan(directory, wanted, include=include, exclude=exclude, head=head, shard_bytes=size)
         asked = options(include=include, exclude=exclude, head=head)
         return Pieces(plan, asked | options(shard_bytes=size)) if request is None else Blocks(plan, request, asked)

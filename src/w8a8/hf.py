@@ -32,8 +32,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from w8a8.checkpoint.describe import describe
-from w8a8.checkpoint.files import mapped
-from w8a8.checkpoint.headers import Entry, read_header
+from w8a8.checkpoint.files import CONFIG, mapped
+from w8a8.checkpoint.headers import Entry, each_once, read_header
 from w8a8.checkpoint.layout import from_json, runs_here, to_json
 from w8a8.checkpoint.names import FileNames, remember
 from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, stored_keys
@@ -161,15 +161,16 @@ class W8A8Quantizer(HfQuantizer):
     ) -> None:
         """Put empty `QuantLinear` in their places."""
         self._dtype = dtype
-        stored = [name for file in checkpoint_files or () for name in read_header(Path(file))]
+        files = [Path(file) for file in checkpoint_files or ()]
+        stored = each_once(pair for file in files for pair in read_header(file).items())
         stacks = unstack_as_stored(model, stored)
         if self.quantization_config.checkpoint is not None:
-            where = str(Path(checkpoint_files[0]).parent / "config.json") if checkpoint_files else "quantization_config"
+            where = str(files[0].parent / CONFIG) if files else "quantization_config"
             quantization = from_json(self.quantization_config.checkpoint, where)
             another = bool(stored) and type(model).__name__ not in (model.config.architectures or ())
             packed = insert_quant_linears(model, quantization, where, stored, of_another=another)
             self._quantized = {name for name, _ in quant_linears(model)}
-            self._arriving = _arriving(model, [Path(file) for file in checkpoint_files or []], packed)
+            self._arriving = _arriving(model, stored, packed)
             self._unstacked = holds_experts(model)
             mark_arriving(model, arriving=True)
             return
@@ -220,15 +221,15 @@ class _Arriving:
 
     Args:
         layer: Empty; changed until `take`.
-        found: File and place of each tensor by its key.
+        found: Each tensor of the files by its key.
         packed: The codes lie in words.
     """
 
-    def __init__(self, layer: QuantLinear, found: Mapping[str, tuple[Path, Entry]], *, packed: bool) -> None:
+    def __init__(self, layer: QuantLinear, found: Mapping[str, Entry], *, packed: bool) -> None:
         self.layer, self.packed = layer, packed
-        self._where = {key: f"{path}: {entry.name}" for key, (path, entry) in sorted(found.items())}
+        self._where = {key: entry.where for key, entry in sorted(found.items())}
         layer.as_stored(
-            {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, (_, entry) in found.items()}
+            {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in found.items()}
         )
         if packed:  # GPT-2 initialises anew what it finds under that name, where a tied head is missing in the files
             placeholder: Any = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -247,7 +248,7 @@ class _Arriving:
             place_tensor(self.layer, key, came.pop(key), where, packed=self.packed)
 
 
-def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list[_Arriving]:
+def _arriving(model: nn.Module, stored: Mapping[str, Entry], packed: set[str]) -> list[_Arriving]:
     """Every layer of the model, whose tensors are all in the files, once, which hold nothing else of it.
 
     Nor do they hold scales of a layer that is not quantised.
@@ -255,24 +256,19 @@ def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list
     Raises:
         CheckpointError: that is not so.
     """
-    if not files:
+    if not stored:
         raise CheckpointError(
             "quantised layers are filled from safetensors files, and none are given: load a directory"
         )
     names = FileNames(model)
-    found: dict[str, tuple[Path, Entry]] = {}
-    for file in files:
-        for in_file, entry in read_header(file).items():
-            name = names.in_model(in_file)
-            if name in found:
-                raise CheckpointError(f"{file}: {in_file} is in {found[name][0].name} too: two values for one tensor")
-            found[name] = file, entry
+    found = names.placed(stored)
     arriving, taken = [], set()
     for name, layer in quant_linears(model):
         keys = stored_keys(layer, packed=name in packed)
         missing = [f"{name}.{key}" for key in sorted(keys - {SHAPE}) if f"{name}.{key}" not in found]
         if missing:
-            raise CheckpointError(f"{files[0].parent}: {missing[0]} is missing; copy the model again")
+            folder = next(iter(stored.values())).file.parent
+            raise CheckpointError(f"{folder}: {missing[0]} is missing; copy the model again")
         taken |= {f"{name}.{key}" for key in keys}
         here = {key: found[f"{name}.{key}"] for key in keys if f"{name}.{key}" in found}
         arriving.append(_Arriving(layer, here, packed=name in packed))
@@ -282,8 +278,7 @@ def _arriving(model: nn.Module, files: Sequence[Path], packed: set[str]) -> list
         module = modules.get(prefix)
         unasked = isinstance(module, QuantLinear) and (key != "bias" or module.bias is None)
         if module is not None and (key in QUANTIZED or unasked):
-            path, entry = found[name]
-            check_superfluous(names, module, name, mapped(path, entry), f"{path}: {entry.name}")
+            check_superfluous(names, module, name, mapped(found[name]), found[name].where)
     return arriving
 
 

@@ -10,6 +10,7 @@ from tests.conftest import gpt2, llama
 from w8a8.checkpoint import about
 from w8a8.checkpoint.about import add_measured, front_matter_of
 from w8a8.checkpoint.card import Measured
+from w8a8.checkpoint.directory import Tensors
 from w8a8.errors import CheckpointError
 
 MEASURED = Measured("On a text.", (("perplexity", "12.5", "12.1 to 12.9"),))
@@ -83,7 +84,7 @@ class TestWhereItCameFrom:
 
     def test_the_size_is_of_tensors_not_of_files(self, tmp_path):
         save_file({"a": torch.ones(3, 5), "b": torch.ones(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-        assert about._tensor_bytes(tmp_path) == 62
+        assert about._tensor_bytes(Tensors(tmp_path)) == 62
 
 
 def test_a_coverage_that_is_given_has_the_reasons(tmp_path):

@@ -43,9 +43,9 @@ def test_every_dtype_and_shape_is_read_where_the_library_wrote_it(tmp_path):
 
 def test_a_header_of_ours_is_read_by_the_library(tmp_path):
     wanted = {"b": torch.randn(3, 5), "a": torch.arange(7, dtype=torch.int8), "c": torch.randn(2).to(torch.bfloat16)}
-    text, entries = header_of([(name, t.dtype, tuple(t.shape)) for name, t in wanted.items()])
-    data = b"".join(t.view(torch.uint8).numpy().tobytes() for t in wanted.values())
     path = tmp_path / "x.safetensors"
+    text, entries = header_of([(name, t.dtype, tuple(t.shape)) for name, t in wanted.items()], path)
+    data = b"".join(t.view(torch.uint8).numpy().tobytes() for t in wanted.values())
     path.write_bytes(text + data)
     assert read_header(path) == entries
     assert min(e.begin for e in entries.values()) % 8 == 0

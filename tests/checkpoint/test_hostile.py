@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import w8a8
 from tests.checkpoint.mutations import MUTATIONS, outcome
 from tests.conftest import llama
-from w8a8.checkpoint.files import MAX_JSON, resolve, tensor_files
+from w8a8.checkpoint.files import MAX_JSON
 from w8a8.checkpoint.opening import open_model
 from w8a8.cli import main
 from w8a8.core.scheme import PerChannel, PerToken, QuantSpec, Scheme
@@ -209,4 +209,4 @@ def test_names_that_are_too_long_for_a_file_are_missing_files(directory):
     index = {"weight_map": {"a": "x" * 5000 + ".safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="which is missing"):
-        tensor_files(resolve(directory))
+        w8a8.load(directory)

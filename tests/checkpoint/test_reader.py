@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import w8a8
 from tests.conftest import THEIRS, gpt2, llama, logits, mixtral, needs, opt, qwen2_moe, qwen3_moe, relative_error
 from w8a8.checkpoint import reader
-from w8a8.checkpoint.files import read_quantization, tensor_files
+from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import empty_layers
 from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
@@ -316,9 +316,10 @@ def test_no_second_copy_of_a_weight_is_made(tmp_path):
     """Loading allocates what the packed weights take, and less than one weight more; the files' pages are let go."""
     model = llama(hidden_size=512, intermediate_size=2048, num_attention_heads=8)
     w8a8.save(w8a8.quantize(model).model, tmp_path / "out")
-    empty, packed = empty_layers(tmp_path / "out", read_quantization(tmp_path / "out"), kernel="native")
+    directory = Directory.of(tmp_path / "out")
+    empty, packed = empty_layers(directory, kernel="native")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        reader._fill(empty, tensor_files(tmp_path / "out"), packed)
+        reader._fill(empty, directory, packed)
     allocated = sum(e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0)
     held = sum(layer.packed_weight.numel() for _, layer in quant_linears(empty))
     assert held > 7 << 20

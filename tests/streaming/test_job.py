@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import w8a8
 from tests.conftest import contents, llama, mixtral
 from tests.streaming.conftest import partial_of, saved, tensors
+from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.headers import read_header
 from w8a8.core.scheme import Scheme
 from w8a8.directories import quantize_directory
@@ -306,11 +307,12 @@ def test_two_jobs_do_not_write_one_result(tmp_path):
 
 
 def test_the_plan_is_the_same_whatever_the_number_of_processes(large):
-    assert make_plan(large, w8a8.Scheme.of("w8a8")).shards == make_plan(large, w8a8.Scheme.of("w8a8")).shards
+    plan = make_plan(Directory.of(large), Scheme.of("w8a8"))
+    assert plan.shards == make_plan(Directory.of(large), Scheme.of("w8a8")).shards
 
 
 def test_patterns_in_a_tuple_or_a_list_are_one_request(large):
-    plan = make_plan(large, Scheme.of("w8a8"))
+    plan = make_plan(Directory.of(large), Scheme.of("w8a8"))
     assert job.fingerprint(plan, job.options(include=("*",))) == job.fingerprint(plan, job.options(include=["*"]))
     assert job.fingerprint(plan, job.options(include=("*",))) != job.fingerprint(
         plan, job.options(include=["*", "lm_head"])

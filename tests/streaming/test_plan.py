@@ -20,6 +20,7 @@ from transformers import (
 
 import w8a8
 from tests.conftest import mixtral, opt, relative_error
+from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import CONFIG, SINGLE
 from w8a8.checkpoint.opening import open_model
 from w8a8.core.scheme import PerColumn, Scheme
@@ -85,7 +86,7 @@ def test_what_an_architecture_keeps_in_float32_stays(tmp_path):
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "source")
     reconfigure(tmp_path / "source", dtype="float16")
     model = open_model(tmp_path / "source").model
-    plan = make_plan(tmp_path / "source", W8A8)
+    plan = make_plan(Directory.of(tmp_path / "source"), W8A8)
     dtypes = {step.place if step.spec is None else f"{step.place}.weight": step.dtype for step in plan.steps}
     held = model.state_dict()
     assert dtypes == {name: held[name].dtype for name in dtypes}
@@ -102,7 +103,7 @@ def test_a_second_copy_of_a_tied_weight_is_dropped(tmp_path, tied):
 def test_tied_weights_that_differ_are_left_to_transformers(tied):
     rewrite(tied, lambda held: held.update({HEAD: held[EMBEDDING] + 1}))
     with pytest.raises(UnplacedError, match=r"lm_head\.weight and .*embed_tokens\.weight are one weight by config"):
-        make_plan(tied, W8A8)
+        make_plan(Directory.of(tied), W8A8)
 
 
 def test_a_tied_head_that_is_named_is_quantised_whichever_name_the_files_have(tmp_path, tied):
@@ -120,19 +121,19 @@ def test_a_tied_head_that_is_named_is_quantised_whichever_name_the_files_have(tm
 def test_experts_that_are_to_stay_stacked_are_an_error_that_names_one(tmp_path):
     mixtral().save_pretrained(tmp_path / "source")  # under the names of the hub: an expert each
     with pytest.raises(UnplacedError, match=r"tensors have no place .*experts.*--no-stream"):
-        make_plan(tmp_path / "source", W8A8, exclude=["*.experts.*"])
+        make_plan(Directory.of(tmp_path / "source"), W8A8, exclude=["*.experts.*"])
     mixtral().save_pretrained(tmp_path / "stacked", save_original_format=False)
-    plan = make_plan(tmp_path / "stacked", W8A8, exclude=["*.experts.*"])
+    plan = make_plan(Directory.of(tmp_path / "stacked"), W8A8, exclude=["*.experts.*"])
     assert "model.layers.0.mlp.experts.down_proj" in {step.name for step in plan.steps}
 
 
 def test_a_stack_of_experts_is_ranges_of_its_bytes(tmp_path):
     model = mixtral()
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
-    steps = {step.place: step for step in make_plan(tmp_path / "stacked", W8A8).steps}
+    steps = {step.place: step for step in make_plan(Directory.of(tmp_path / "stacked"), W8A8).steps}
     step = steps["model.layers.0.mlp.experts.2.w3"]
     assert (step.name, step.entry.shape) == ("model.layers.0.block_sparse_moe.experts.2.w3", (40, 32))
-    octets = step.file.read_bytes()[step.entry.begin : step.entry.end]
+    octets = step.entry.file.read_bytes()[step.entry.begin : step.entry.end]
     want = model.model.layers[0].mlp.experts.gate_up_proj[2, 40:].detach().numpy().tobytes()
     assert octets == want
 
@@ -142,7 +143,7 @@ def test_a_stack_of_another_shape_is_refused(tmp_path):
     stack = "model.layers.0.mlp.experts.gate_up_proj"
     rewrite(tmp_path / "source", lambda held: held.update({stack: held[stack][:3].clone()}))
     with pytest.raises(UnplacedError, match=r"gate_up_proj has shape \(3, 80, 32\), config.json says \(4, 80, 32\)"):
-        make_plan(tmp_path / "source", W8A8)
+        make_plan(Directory.of(tmp_path / "source"), W8A8)
 
 
 def test_an_expert_that_is_missing_or_there_twice_is_told(tmp_path):
@@ -150,10 +151,10 @@ def test_an_expert_that_is_missing_or_there_twice_is_told(tmp_path):
     one = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
     rewrite(tmp_path / "source", lambda held: held.update({one.replace("block_sparse_moe", "mlp"): held[one] + 1}))
     with pytest.raises(CheckpointError, match=r"experts\.2\.w2.*two values for one tensor"):
-        make_plan(tmp_path / "source", W8A8)
+        make_plan(Directory.of(tmp_path / "source"), W8A8)
     rewrite(tmp_path / "source", lambda held: [held.pop(name) for name in list(held) if "experts.2.w2" in name])
     with pytest.raises(CheckpointError, match=r"1 tensors are missing: model\.layers\.0\.mlp\.experts\.2\.w2\.weight"):
-        make_plan(tmp_path / "source", W8A8)
+        make_plan(Directory.of(tmp_path / "source"), W8A8)
 
 
 @pytest.mark.parametrize(
@@ -178,28 +179,30 @@ def test_an_expert_that_is_missing_or_there_twice_is_told(tmp_path):
 def test_files_that_do_not_fit_the_config_are_refused(source, change, message):
     rewrite(source, change)
     with pytest.raises(CheckpointError, match=message):
-        make_plan(source, W8A8)
+        make_plan(Directory.of(source), W8A8)
 
 
 def test_a_request_that_cannot_be_met_is_refused(source):
     with pytest.raises(PatternError, match="matches none"):
-        make_plan(source, W8A8, include=["*.nothing"])
+        make_plan(Directory.of(source), W8A8, include=["*.nothing"])
     with pytest.raises(SchemeError, match="per-column weights"):
-        make_plan(source, replace(W8A8, weights=replace(W8A8.weights, granularity=PerColumn())))
+        make_plan(Directory.of(source), replace(W8A8, weights=replace(W8A8.weights, granularity=PerColumn())))
 
 
 def test_a_quantised_directory_is_refused(tmp_path, source):
     quantize_directory(source, tmp_path / "out")
     with pytest.raises(SchemeError, match="is quantised already"):
-        make_plan(tmp_path / "out", W8A8)
+        make_plan(Directory.of(tmp_path / "out"), W8A8)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 5_000, 10**9])
 def test_shards_hold_every_tensor_once_and_no_more_than_they_may(source, shard_bytes):
-    plan = make_plan(source, W8A8, shard_bytes=shard_bytes)
+    plan = make_plan(Directory.of(source), W8A8, shard_bytes=shard_bytes)
     names = [name for shard in plan.shards for name, _, _ in shard.outputs]
     assert len(names) == len(set(names))
-    assert [step.name for step in plan.steps] == [s.name for s in make_plan(source, W8A8, shard_bytes=10**9).steps]
+    assert [step.name for step in plan.steps] == [
+        s.name for s in make_plan(Directory.of(source), W8A8, shard_bytes=10**9).steps
+    ]
     for shard in plan.shards:
         assert sum(step.bytes for step in shard.steps) <= shard_bytes or len(shard.steps) == 1
 
@@ -214,7 +217,7 @@ def test_tensors_lie_aligned_in_the_files(tmp_path, source):
 
 
 def test_pieces_are_whole_rows_and_make_up_the_tensor(source):
-    for step in make_plan(source, W8A8).steps:
+    for step in make_plan(Directory.of(source), W8A8).steps:
         wide = replace(step, entry=replace(step.entry, end=step.entry.begin + step.entry.bytes * 1000))
         pieces = list(wide.pieces())
         assert pieces[0][0] == wide.entry.begin
@@ -232,10 +235,10 @@ def test_a_file_that_cannot_hold_so_many_experts_is_refused_before_any_is_made(t
     made, linear = [], experts._linear
     monkeypatch.setattr(experts, "_linear", lambda *args, **options: made.append(1) or linear(*args, **options))
     with pytest.raises(CheckpointError, match="num_local_experts is 1000000, more than the files of this model can"):
-        make_plan(tmp_path / "source", W8A8)
+        make_plan(Directory.of(tmp_path / "source"), W8A8)
     reconfigure(tmp_path / "source", num_local_experts=90)  # fewer than the vocabulary's rows, more than tensors
     with pytest.raises(CheckpointError):
-        make_plan(tmp_path / "source", W8A8)
+        make_plan(Directory.of(tmp_path / "source"), W8A8)
     assert len(made) <= 3 * 4  # of the small instance that the class is tried on
 
 
@@ -257,7 +260,7 @@ class TestNamesThatTransformersRenames:
     def test_what_the_class_does_without_is_told(self, source, monkeypatch):
         rewrite(source, lambda held: held.update({"mtp.0.weight": torch.ones(2)}))
         monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^mtp\."])
-        assert make_plan(source, W8A8).unwanted == ("mtp.0.weight",)
+        assert make_plan(Directory.of(source), W8A8).unwanted == ("mtp.0.weight",)
 
 
 OLD = {"bert.embeddings.position_ids": torch.arange(64)[None]}

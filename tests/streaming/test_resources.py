@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from tests.conftest import gpt2, llama
+from w8a8.checkpoint.directory import Directory
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError
 from w8a8.streaming import resources
@@ -39,7 +40,7 @@ def prediction(**changes):
 
 
 def test_bytes_of_the_result_are_those_of_the_plan(source, tmp_path):
-    plan = make_plan(source, Scheme.of("w8a8"))
+    plan = make_plan(Directory.of(source), Scheme.of("w8a8"))
     found = predict(plan, tmp_path / "out")
     weights = sum(m.parameters for m in plan.coverage.quantized)
     rows = sum(m.shape[0] for m in plan.coverage.quantized)
@@ -53,7 +54,7 @@ def test_bytes_of_the_result_are_those_of_the_plan(source, tmp_path):
 def test_processes_share_the_time_and_only_those_here_the_memory(source, tmp_path, monkeypatch):
     for trial in ("_reading", "_quantising", "_writing"):
         monkeypatch.setattr(resources, trial, lambda *_: 1e-9)
-    plan = make_plan(source, Scheme.of("w8a8"))
+    plan = make_plan(Directory.of(source), Scheme.of("w8a8"))
     one = predict(plan, tmp_path / "out")
     eight = predict(plan, tmp_path / "out", processes=8, here=2)
     assert eight.seconds == pytest.approx(one.seconds / 8)
@@ -61,7 +62,7 @@ def test_processes_share_the_time_and_only_those_here_the_memory(source, tmp_pat
 
 
 def test_what_is_finished_is_not_predicted_again(source, tmp_path):
-    plan = make_plan(source, Scheme.of("w8a8"))
+    plan = make_plan(Directory.of(source), Scheme.of("w8a8"))
     whole = predict(plan, tmp_path / "out")
     assert predict(plan, tmp_path / "out", finished_bytes=whole.output_bytes // 2).output_bytes == (
         whole.output_bytes - whole.output_bytes // 2
@@ -73,13 +74,13 @@ def test_what_is_finished_is_not_predicted_again(source, tmp_path):
 def test_a_tensor_that_must_be_seen_whole_counts_with_its_codes_twice(tmp_path, make, scheme, monkeypatch):
     monkeypatch.setattr(resources, "_PIECES", 0)
     make().save_pretrained(tmp_path / "source")
-    plan = make_plan(tmp_path / "source", Scheme.of(scheme))
+    plan = make_plan(Directory.of(tmp_path / "source"), Scheme.of(scheme))
     largest = max((step for step in plan.steps if step.whole), key=lambda step: step.entry.bytes)
     assert max(map(resources._held, plan.steps)) == largest.entry.bytes + 2 * largest.bytes
 
 
 def test_other_tensors_count_by_the_piece(source):
-    plan = make_plan(source, Scheme.of("w8a8"))
+    plan = make_plan(Directory.of(source), Scheme.of("w8a8"))
     assert {resources._held(step) for step in plan.steps} == {4 * PIECE}
 
 
@@ -107,7 +108,7 @@ def test_too_little_disk_or_memory_is_refused_with_the_numbers(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_told(source, tmp_path, monkeypatch):
-    plan = make_plan(source, Scheme.of("w8a8"))
+    plan = make_plan(Directory.of(source), Scheme.of("w8a8"))
 
     def refuse(**_):
         raise PermissionError(13, "Permission denied")

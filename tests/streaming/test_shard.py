@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import llama
+from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.headers import read_header
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, NonFiniteError
@@ -22,7 +23,7 @@ from w8a8.streaming.shard import ShardWriter, write_shard
 @pytest.fixture
 def plan(tmp_path):
     llama().save_pretrained(tmp_path / "source")
-    return make_plan(tmp_path / "source", Scheme.of("w8a8"))
+    return make_plan(Directory.of(tmp_path / "source"), Scheme.of("w8a8"))
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_each_tensor_is_told_when_it_is_done(place, plan):
 
 def test_tensors_that_must_be_whole_are_read_one_at_a_time(tmp_path, place, monkeypatch):
     llama().save_pretrained(tmp_path / "source")
-    plan = make_plan(tmp_path / "source", Scheme.of("w8a8-o1"))
+    plan = make_plan(Directory.of(tmp_path / "source"), Scheme.of("w8a8-o1"))
     events = []
     read, made = writing._read, writing._made
     monkeypatch.setattr(writing, "_read", lambda step, *ends: (events.append(("read", step)), read(step, *ends))[1])
@@ -108,7 +109,7 @@ def test_a_disk_that_fails_leaves_no_file_and_says_why(place, plan, monkeypatch,
 
 
 def test_a_source_that_became_shorter_is_told(place, plan):
-    path = plan.steps[-1].file
+    path = plan.steps[-1].entry.file
     size = path.stat().st_size
     os.truncate(path, size - 10)
     with pytest.raises(CheckpointError, match="it became shorter meanwhile"):
@@ -118,10 +119,10 @@ def test_a_source_that_became_shorter_is_told(place, plan):
 
 def test_a_value_that_is_not_finite_names_the_layer(place, plan):
     step = next(step for step in plan.steps if step.spec is not None)
-    with step.file.open("r+b") as file:
-        file.seek(read_header(step.file)[step.entry.name].begin)
+    with step.entry.file.open("r+b") as file:
+        file.seek(read_header(step.entry.file)[step.entry.name].begin)
         file.write(torch.tensor([torch.inf]).numpy().tobytes())
     with pytest.raises(NonFiniteError, match=r"at index \(0, 0\)") as caught:
         write_shard(plan.shards[0], place)
-    assert f"while quantising {step.name} of {step.file}" in caught.value.explain()
+    assert f"while quantising {step.name} of {step.entry.file}" in caught.value.explain()
     assert not list(place.iterdir())

@@ -103,8 +103,8 @@ def test_what_is_not_in_the_page_cache_is_read_past_it(file, monkeypatch):
 @pytest.fixture
 def weights(tmp_path):
     """A file of tensors with other sizes, and its header."""
-    told, _ = header_of([(f"t{i}", torch.int8, (size,)) for i, size in enumerate([0, 1, 4096, 4097, 40_000])])
     path = tmp_path / "w.safetensors"
+    told, _ = header_of([(f"t{i}", torch.int8, (size,)) for i, size in enumerate([0, 1, 4096, 4097, 40_000])], path)
     path.write_bytes(told + os.urandom(48_194))
     return path, [*read_header(path).values()]
 
@@ -134,7 +134,7 @@ def test_a_glance_does_not_see_what_lies_beside_its_4_kib(weights):
 
 
 def test_a_glance_is_at_no_more_than_256_tensors(tmp_path, monkeypatch):
-    told, entries = header_of([(f"t{i}", torch.int8, (8,)) for i in range(600)])
+    told, entries = header_of([(f"t{i}", torch.int8, (8,)) for i in range(600)], tmp_path / "w")
     (tmp_path / "w").write_bytes(told + bytes(4800))
     reads = []
     pread = os.pread

@@ -69,7 +69,7 @@ class Blocks(Work):
     """
 
     def __init__(self, plan: Plan, request: Request, decides: Mapping[str, str]) -> None:
-        model = empty_model(plan.source, None)
+        model = empty_model(plan.source)
         experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
         self.stacks = swap(model, experts)  # of experts that have layers of their own, by name
         self.walk = BlockWalk(model)
@@ -148,7 +148,7 @@ class Blocks(Work):
             for recorder in recorders.values():
                 recorder.abandon()
             if isinstance(error, W8A8Error):
-                error.add_note(f"while quantising {prefix.removesuffix('.')} of {self.plan.source}")
+                error.add_note(f"while quantising {prefix.removesuffix('.')} of {self.plan.source.path}")
             raise
         if digests:
             self.journal.record(self._unit(number + 1), digests)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from w8a8.blockwise.blocks import BlockWalk
@@ -47,7 +46,7 @@ def load(root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
     """Put the values of the files into the model: a block's as copies, since they will be changed; else mapped."""
     for step in steps:
         _, module, key = _place(root, step, prefix)
-        values = _values(step).to(step.dtype, copy=bool(prefix))
+        values = mapped(step.entry).to(step.dtype, copy=bool(prefix))
         held = module._parameters.get(key)
         if held is not None and not held.is_meta:  # a layer of an expert: a view of a stack that is there
             held.copy_(values)
@@ -55,15 +54,6 @@ def load(root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
             module._parameters[key] = nn.Parameter(values, requires_grad=False)
         else:
             module._buffers[key] = values
-
-
-def _values(step: Step) -> Tensor:
-    """Of the file, mapped: a tensor, or a layer's range of a stack of experts."""
-    with safe_open(step.file, framework="pt", device="cpu") as file:
-        if tuple(file.get_slice(step.entry.name).get_shape()) == step.entry.shape:
-            tensor: Tensor = file.get_tensor(step.entry.name)
-            return tensor
-    return mapped(step.file, step.entry)
 
 
 def quantized(

@@ -11,8 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from w8a8._version import __version__
 from w8a8.checkpoint.beside import README, SOURCE_README
 from w8a8.checkpoint.card import Facts, Measured, Origin, Told, card, with_measured
-from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE, read_json, tensor_files
-from w8a8.checkpoint.headers import read_header
+from w8a8.checkpoint.directory import Directory, Tensors
+from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE
 from w8a8.checkpoint.vllm import Finding
 from w8a8.errors import CheckpointError
 from w8a8.model.coverage import Coverage
@@ -25,31 +25,29 @@ _LONGEST = 1 << 20
 
 def card_of(
     directory: Path,
+    written: Directory,
     coverage: Coverage,
     findings: tuple[Finding, ...],
     *,
     conv1d: bool,
-    source: Path | None,
+    source: Tensors | None,
     name: str | None = None,
-    weights: Path | None = None,
 ) -> str:
     """The card of a directory.
 
     Args:
         directory: Whole but for its card.
+        written: What config.json and the weights in it are.
         coverage: Of the model in it.
         findings: What vLLM would make of it.
         conv1d: Whether `Conv1D` layers are among the quantised.
-        source: That of the float model, where it is known.
+        source: The weights of the float model, where they are known.
         name: What the float model was loaded by, where that is known.
-        weights: Where in it config.json and the weights are; in its root by default.
 
     Raises:
-        CheckpointError: config.json or a header cannot be read.
+        CheckpointError: a header cannot be read.
     """
-    place = directory if weights is None else weights
-    config = read_json(place / CONFIG)
-    model = str(next(iter(config.get("architectures") or []), config.get("model_type")))
+    model = str(next(iter(written.config.get("architectures") or []), written.config.get("model_type")))
     return card(
         Facts(
             coverage=coverage,
@@ -57,7 +55,7 @@ def card_of(
             of_transformers=hasattr(transformers, model),
             conv1d=conv1d,
             findings=findings,
-            bytes=_tensor_bytes(place) or 0,
+            bytes=_tensor_bytes(written) or 0,
             versions={"w8a8": __version__} | {package: version(package) for package in _RESTS_ON},
             origin=_origin(directory, source, name),
         )
@@ -87,7 +85,7 @@ def add_measured(directory: Path, measured: Measured) -> None:
     )
 
 
-def _origin(directory: Path, source: Path | None, name: str | None) -> Origin:
+def _origin(directory: Path, source: Tensors | None, name: str | None) -> Origin:
     readme = directory / SOURCE_README
     told: Told = {}
     unread = None
@@ -96,7 +94,7 @@ def _origin(directory: Path, source: Path | None, name: str | None) -> Origin:
             told = front_matter_of(readme)
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             unread = type(error).__name__
-    repository, commit = _on_hub(source) if source is not None else (None, None)
+    repository, commit = _on_hub(source.path) if source is not None else (None, None)
     if repository is None and name is not None and _is_cached(name):
         repository = name
     size = None if source is None else _tensor_bytes(source)
@@ -144,8 +142,8 @@ def _is_cached(name: str) -> bool:
         return False
 
 
-def _tensor_bytes(directory: Path) -> int | None:
+def _tensor_bytes(weights: Tensors) -> int | None:
     """Of all tensors, whatever files they are in; None where there are no safetensors files."""
-    if not ((directory / SINGLE).exists() or (directory / INDEX).exists()):
+    if not any((weights.path / name).exists() for name in (SINGLE, INDEX)):
         return None
-    return sum(entry.bytes for path in tensor_files(directory) for entry in read_header(path).values())
+    return sum(entry.bytes for entries in weights.files.values() for entry in entries.values())

@@ -16,11 +16,12 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
+from torch import Tensor
 
 from w8a8.errors import CheckpointError
 
@@ -79,18 +80,47 @@ _FIRST = [
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file.  `begin` and `end` are positions in the file, in bytes."""
+    """One tensor of a file.
+
+    begin, end: Positions in the file, in bytes.
+    file: Not in the representation: a header reads alike wherever its file lies, and so does a job's fingerprint.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
     end: int
+    file: Path = field(repr=False)
 
     @property
     def bytes(self) -> int:
         """What it takes in the file."""
         return self.end - self.begin
+
+    @property
+    def where(self) -> str:
+        """File and name, for messages."""
+        return f"{self.file}: {self.name}"
+
+
+def described(t: Entry | Tensor) -> str:
+    """Dtype and shape in words."""
+    return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}"
+
+
+def each_once(found: Iterable[tuple[str, Entry]]) -> dict[str, Entry]:
+    """Tensors of several files by the names under which they are found.
+
+    Raises:
+        CheckpointError: two have one name.
+    """
+    entries: dict[str, Entry] = {}
+    for name, entry in found:
+        other = entries.setdefault(name, entry)
+        if other is not entry:
+            raise CheckpointError(f"{entry.where} is in {other.file.name} too: two values for one tensor")
+    return entries
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -118,8 +148,8 @@ def in_order(tensors: Iterable[Told]) -> list[Told]:
     return sorted(tensors, key=lambda tensor: (_FIRST.index(NAMES[tensor[1]]), tensor[0]))
 
 
-def header_of(tensors: list[Told]) -> tuple[bytes, dict[str, Entry]]:
-    """The first bytes of a file that holds these tensors in this order, and where each lies.
+def header_of(tensors: list[Told], path: Path) -> tuple[bytes, dict[str, Entry]]:
+    """The first bytes of the file that is to hold these tensors in this order, and where each lies.
 
     The header is padded with spaces so that the tensors begin at a multiple of eight.
     """
@@ -132,10 +162,10 @@ def header_of(tensors: list[Told]) -> tuple[bytes, dict[str, Entry]]:
     text = json.dumps(told, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    entries = {
-        name: Entry(name, dtype, shape, *(start + offset for offset in told[name]["data_offsets"]))
-        for name, dtype, shape in tensors
-    }
+    entries = {}
+    for name, dtype, shape in tensors:
+        begin, end = told[name]["data_offsets"]
+        entries[name] = Entry(name, dtype, shape, start + begin, start + end, path)
     return len(text).to_bytes(8, "little") + text, entries
 
 
@@ -196,7 +226,7 @@ def _entry(name: str, told: Any, start: int, path: Path) -> Entry:
             f"{path}: {name} is {dtype} of shape {shape}, which takes {wanted:,} bytes, and has "
             f"{offsets[1] - offsets[0]:,}; copy the file again"
         )
-    return Entry(name, DTYPES[dtype], tuple(shape), start + offsets[0], start + offsets[1])
+    return Entry(name, DTYPES[dtype], tuple(shape), start + offsets[0], start + offsets[1], path)
 
 
 def _counts(value: Any) -> bool:

@@ -13,7 +13,7 @@ error is left out here too (`ignored`).
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
+from w8a8.checkpoint.headers import Entry, each_once
 from w8a8.layers.linear import QuantLinear, is_linear
 from w8a8.model.experts import holds_experts, stack_names, stacks_experts
 
@@ -69,6 +70,14 @@ class FileNames:
         if self._prefix and self._has(self._prefix + renamed):
             return self._prefix + renamed
         return renamed
+
+    def placed(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        """Tensors of the files by their names in the model, in the same order.
+
+        Raises:
+            CheckpointError: two have one name there.
+        """
+        return each_once((self.in_model(name), entry) for name, entry in entries.items())
 
     def in_file(self, name: str) -> str:
         """Of a tensor of the model."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from w8a8.checkpoint.files import read_quantization, resolve
+from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.reader import load, load_float
 from w8a8.errors import ModelError
 from w8a8.model.roles import Head
@@ -25,7 +25,7 @@ class OpenedModel:
 
 
 def open_model(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Directory,
     *,
     dtype: str = "auto",
     device: str = "cpu",
@@ -35,7 +35,7 @@ def open_model(
     """Open a model, float or quantised, in the class that its config names, from a directory or the hub.
 
     Args:
-        source: A local directory or a hub id.
+        source: A local directory or a hub id; or one that is open.
         dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
         device: Where the model goes.
         head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
@@ -46,20 +46,18 @@ def open_model(
         ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that
             transformers can open, or its files lack weights.
     """
-    directory = resolve(source, trust_remote_code=trust_remote_code)
-    quantized = read_quantization(directory) is not None
+    directory = Directory.of(source, trust_remote_code=trust_remote_code)
+    quantized = directory.quantization is not None
     wanted = _dtype(dtype)
     if Head.of(head) is Head.INT8 and not quantized:
-        raise ModelError(f"head={head!r} was asked for, but {directory} holds a float model; quantise it first")
+        raise ModelError(f"head={head!r} was asked for, but {directory.path} holds a float model; quantise it first")
     if quantized:
-        model = load(directory, head=head, trust_remote_code=trust_remote_code)
+        model = load(directory, head=head)
         if wanted is not None:
             model.to(wanted)
     else:
-        chosen = dtype if wanted is None else wanted
-        model = load_float(directory, dtype=chosen, trust_remote_code=trust_remote_code)
-    tokenizer = open_tokenizer(directory, trust_remote_code=trust_remote_code)
-    return OpenedModel(_moved(model.eval(), device), tokenizer, directory, quantized)
+        model = load_float(directory, dtype=dtype if wanted is None else wanted)
+    return OpenedModel(_moved(model.eval(), device), open_tokenizer(directory), directory.path, quantized)
 
 
 def _moved(model: Any, device: str) -> Any:
@@ -69,14 +67,15 @@ def _moved(model: Any, device: str) -> Any:
         raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def open_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+def open_tokenizer(directory: Directory) -> Any:
     """The tokenizer, or None where the directory has none."""
-    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    path = directory.path
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=directory.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{directory}: transformers cannot read its tokenizer: {error}; copy it again") from error
+        raise ModelError(f"{path}: transformers cannot read its tokenizer: {error}; copy it again") from error
 
 
 def _dtype(name: str) -> torch.dtype | None:

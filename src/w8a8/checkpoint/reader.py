@@ -11,9 +11,9 @@ tensor has the shape and dtype that the config promises, none is missing and non
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,19 +21,13 @@ import transformers
 from torch import Tensor, nn
 
 from w8a8 import kernels
+from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.describe import inscribe, inscription
-from w8a8.checkpoint.files import (
-    CONFIG,
-    GENERATION_CONFIG,
-    header,
-    mapped,
-    opened,
-    read_quantization,
-    resolve,
-    tensor_files,
-)
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG, mapped, opened
+from w8a8.checkpoint.headers import described
 from w8a8.checkpoint.names import FileNames
-from w8a8.checkpoint.skeleton import OTHERS_ERRORS, architecture, check_size, empty_layers
+from w8a8.checkpoint.skeleton import check_size, empty_layers
 from w8a8.core.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.core.scheme import PerGroup, PerTensor, Scheme
 from w8a8.defaults import usual_defaults
@@ -55,7 +49,7 @@ QUANTIZED = (*_SCALES, *_ZERO_POINTS)
 
 
 def load(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Directory,
     *,
     head: str = "float",
     simulated: bool = False,
@@ -66,7 +60,7 @@ def load(
     """A model from a directory: a compressed-tensors one runs in int8, a float one is a float model.
 
     Args:
-        source: A local directory, or the id of a repository on the Hugging Face hub.
+        source: A local directory, or the id of a repository on the Hugging Face hub; or one that is open.
         head: "int8" quantises the output head as it is loaded, in the scheme of the file's first group, whatever the
             file holds; a tied head becomes a copy of its own.  Where that scheme is static its activations are
             dynamic here, since the head's input was never measured.  "float" leaves it as the file has it.
@@ -86,70 +80,66 @@ def load(
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
     wanted = Head.of(head)
-    directory = resolve(source, trust_remote_code=trust_remote_code)
-    quantization = read_quantization(directory)
-    if quantization is None:
+    directory = Directory.of(source, trust_remote_code=trust_remote_code)
+    if directory.quantization is None:
         if wanted is Head.INT8:
-            raise ModelError(f"head='int8' was asked for, but {directory} holds a float model; quantise it first")
-        return load_float(directory, trust_remote_code=trust_remote_code)
-    files = tensor_files(directory)
-    check_size(directory, files, quantized=True, trust_remote_code=trust_remote_code)
-    options = {"simulated": simulated, "kernel": kernel, "strict": strict}
-    model, packed = empty_layers(directory, quantization, trust_remote_code=trust_remote_code, **options)
-    _fill(model, files, packed)
+            raise ModelError(f"head='int8' was asked for, but {directory.path} holds a float model; quantise it first")
+        return load_float(directory)
+    check_size(directory)
+    model, packed = empty_layers(directory, simulated=simulated, kernel=kernel, strict=strict)
+    _fill(model, directory, packed)
     if wanted is Head.INT8 and heads_of(model):  # none where the file's own head is int8
-        choice = Choice.of(model, _measured_as_it_comes(quantization.groups[0].scheme), heads_of(model))
+        scheme = _measured_as_it_comes(directory.quantization.groups[0].scheme)
+        choice = Choice.of(model, scheme, heads_of(model))
         choice.enact(build(model, choice.schemes, simulated=simulated, kernel=kernel, strict=strict))
     model.config.__dict__.pop("quantization_config", None)
     inscribe(inscription(model))
-    if (directory / GENERATION_CONFIG).exists():
+    generation = directory.path / GENERATION_CONFIG
+    if generation.exists():
         try:
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory.path)
         except OTHERS_ERRORS as error:
-            raise CheckpointError(f"{directory / GENERATION_CONFIG}: transformers cannot read it: {error}") from error
+            raise CheckpointError(f"{generation}: transformers cannot read it: {error}") from error
     return model.eval()
 
 
-def load_float(directory: Path, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False) -> Any:
+def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> Any:
     """The float model of a directory, in evaluation mode, all of whose weights are in its safetensors files.
 
     Args:
-        directory: From `resolve`.
+        directory: Of a float model.
         dtype: Of the result; "auto" is the file's.
-        trust_remote_code: As for `load`.
 
     Raises:
         CheckpointError: the files are missing, torn or untruthful, or the model needs code of its own.
         ModelError: transformers cannot open it; weights are missing, left over, or of another shape.
     """
-    files = tensor_files(directory)
-    check_size(directory, files, quantized=False, trust_remote_code=trust_remote_code)
-    kind, _ = architecture(directory, trust_remote_code=trust_remote_code)
+    check_size(directory)
+    kind, _ = directory.architecture
     try:
         with usual_defaults():
             model, told = kind.from_pretrained(
-                directory,
+                directory.path,
                 dtype=dtype,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told of below, shorter
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=directory.trust_remote_code,
             )
     except OTHERS_ERRORS as error:
-        raise ModelError(f"{directory}: transformers cannot open it: {error}") from error
+        raise ModelError(f"{directory.path}: transformers cannot open it: {error}") from error
     for key, what in (
         ("missing_keys", "are not in the files and would be random"),
         ("mismatched_keys", "have another shape in the files"),
         ("unexpected_keys", "are in the files and have no place"),
     ):
-        names = sorted(str(name) for name in told[key])
-        if names:
+        keys = sorted(str(name) for name in told[key])
+        if keys:
             raise ModelError(
-                f"{directory}: {len(names)} weights of {kind.__name__} {what}: {few(names)}; copy it again"
+                f"{directory.path}: {len(keys)} weights of {kind.__name__} {what}: {few(keys)}; copy it again"
             )
-    file_names = FileNames(model)
-    stored = (name for path, promised in files.items() for name in header(path, promised))
-    tell_unwanted(file_names.model, [name for name in stored if file_names.unwanted(file_names.in_model(name))])
+    names = FileNames(model)
+    tell_unwanted(names.model, [name for name in directory.entries if names.unwanted(names.in_model(name))])
     return model.eval()
 
 
@@ -160,46 +150,41 @@ def _measured_as_it_comes(scheme: Scheme) -> Scheme:
     return replace(scheme, activations=replace(scheme.activations, dynamic=True))
 
 
-def _fill(model: Any, files: Mapping[Path, set[str] | None], packed: set[str]) -> None:
+def _fill(model: Any, directory: Directory, packed: set[str]) -> None:
     """Map every tensor into its place, then see that none is missing.
 
     Args:
         model: Without values; changed.
-        files: From `tensor_files`.
+        directory: What the values are taken from.
         packed: The layers whose weights the files have in words.
     """
     modules = dict(model.named_modules())
     wanted = set(model.state_dict())
     stored = {name: stored_keys(layer, packed=name in packed) for name, layer in quant_linears(model)}
     names = FileNames(model)
-    seen: dict[str, Path] = {}
+    found = names.placed(directory.entries)
     unwanted: list[str] = []
-    for path, promised in files.items():
-        entries = header(path, promised)
-        with opened(path, promised) as file:
-            for in_file in sorted(entries):
-                name = names.in_model(in_file)
-                if name in seen:
-                    raise CheckpointError(f"{path}: {in_file} is in {seen[name].name} too: two values for one tensor")
-                seen[name] = path
+    for path, of_file in groupby(found.items(), key=lambda each: each[1].file):
+        with opened(path) as file:
+            for name, entry in sorted(of_file, key=lambda each: each[1].name):
                 prefix, _, key = name.rpartition(".")
-                module, where = modules.get(prefix), f"{path}: {in_file}"
+                module = modules.get(prefix)
                 if key in stored.get(prefix, ()):
-                    read = mapped(path, entries[in_file]) if key in _CODES else file.get_tensor(in_file)
-                    place_tensor(modules[prefix], key, read, where, packed=prefix in packed)
+                    read = mapped(entry) if key in _CODES else file.get_tensor(entry.name)
+                    place_tensor(modules[prefix], key, read, entry.where, packed=prefix in packed)
                 elif name in wanted and (prefix not in stored or key == "bias"):
-                    _place(modules[prefix], key, file.get_tensor(in_file), where)
+                    _place(modules[prefix], key, file.get_tensor(entry.name), entry.where)
                 else:
-                    check_superfluous(names, module, name, file.get_tensor(in_file), where)
-                    unwanted += [in_file] if names.unwanted(name) else []
+                    check_superfluous(names, module, name, file.get_tensor(entry.name), entry.where)
+                    unwanted += [entry.name] if names.unwanted(name) else []
     tell_unwanted(names.model, unwanted)
-    model.tie_weights(missing_keys=wanted - seen.keys(), recompute_mapping=False)  # not what the files have twice
+    model.tie_weights(missing_keys=wanted - found.keys(), recompute_mapping=False)  # not what the files have twice
     tensors = [*model.named_parameters(), *model.named_buffers()]
     missing = [name for name, t in tensors if t.is_meta and not name.endswith(_DERIVED)]
     missing = [f"{name}_packed" if name.removesuffix(".weight") in packed else name for name in missing]
     if missing:
         raise CheckpointError(
-            f"{', '.join(str(path) for path in files)}: {len(missing)} tensors are missing: {few(missing, 4)}"
+            f"{', '.join(map(str, directory.files))}: {len(missing)} tensors are missing: {few(missing, 4)}"
         )
 
 
@@ -246,7 +231,7 @@ def place_tensor(layer: Any, key: str, tensor: Tensor, where: str, *, packed: bo
 
 def _check_words(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
     if tensor.dtype is not torch.int32 or tensor.shape != shape:
-        raise CheckpointError(f"{where} is {_describe(tensor)}, expected int32 of shape {shape}")
+        raise CheckpointError(f"{where} is {described(tensor)}, expected int32 of shape {shape}")
 
 
 def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
@@ -255,7 +240,7 @@ def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
     floats = want.dtype in _FLOATS
     if tensor.shape != want.shape or not (tensor.dtype in _FLOATS if floats else tensor.dtype is want.dtype):
         kind = "float values" if floats else str(want.dtype).removeprefix("torch.")
-        raise CheckpointError(f"{where} is {_describe(tensor)}, expected {kind} of shape {tuple(want.shape)}")
+        raise CheckpointError(f"{where} is {described(tensor)}, expected {kind} of shape {tuple(want.shape)}")
     if key in module._parameters:
         module._parameters[key] = nn.Parameter(tensor, requires_grad=want.requires_grad)
     else:
@@ -267,22 +252,22 @@ def _checked_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str) ->
     want = getattr(layer, key)
     if key == "weight":
         if tensor.dtype is not torch.int8 or tensor.shape != want.shape:
-            raise CheckpointError(f"{where} is {_describe(tensor)}, expected int8 of shape {tuple(want.shape)}")
+            raise CheckpointError(f"{where} is {described(tensor)}, expected int8 of shape {tuple(want.shape)}")
         return tensor
     # (N,) and (1, 1) are written too; groups have one order only
     loose = key.startswith("input") or not isinstance(layer.scheme.weights.granularity, PerGroup)
     if tensor.shape != want.shape and not (loose and tensor.numel() == want.numel()):
-        raise CheckpointError(f"{where} is {_describe(tensor)}, expected shape {tuple(want.shape)}")
+        raise CheckpointError(f"{where} is {described(tensor)}, expected shape {tuple(want.shape)}")
     if key in _ZERO_POINTS:
         if tensor.is_floating_point() or tensor.is_complex():
-            raise CheckpointError(f"{where} is {_describe(tensor)}, expected an integer zero point")
+            raise CheckpointError(f"{where} is {described(tensor)}, expected an integer zero point")
         spec = layer.scheme.weights if key == "weight_zero_point" else layer.scheme.activations
         assert spec is not None, "activations without a grid have no zero point"
         if bool(((tensor < spec.qmin) | (tensor > spec.qmax)).any()):
             raise CheckpointError(f"{where} holds a zero point outside {spec.qmin}..{spec.qmax}")
         return tensor.to(torch.int32).reshape(want.shape)
     if not tensor.is_floating_point():
-        raise CheckpointError(f"{where} is {_describe(tensor)}, expected a float scale")
+        raise CheckpointError(f"{where} is {described(tensor)}, expected a float scale")
     scale = tensor.to(torch.float32).reshape(want.shape)
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CheckpointError(f"{where} holds a scale that is not positive and finite")
@@ -308,7 +293,3 @@ def check_superfluous(names: FileNames, module: nn.Module | None, name: str, ten
         raise CheckpointError(f"{where} belongs to a layer that is float by {CONFIG}")
     if not names.ignored(name):
         raise CheckpointError(f"{where} has no place in {names.model}")
-
-
-def _describe(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}"

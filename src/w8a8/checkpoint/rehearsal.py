@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from w8a8.checkpoint.skeleton import OTHERS_ERRORS
+from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.writer import save
 from w8a8.core.scheme import Scheme
 from w8a8.defaults import usual_defaults

@@ -1,9 +1,5 @@
 """The model of a directory without its values: the class that config.json names, on the meta device.
 
-Nothing of a repository is executed unless it is asked for: where transformers has no class for a model and its config
-names code of its own (`auto_map`), that is an error.  Where transformers does have a class it is taken, whatever code
-lies beside it.
-
 The sizes in a config are believed only as far as the files bear them out (`check_size`): a model cannot have more
 layers than its files have tensors, nor a shape that they do not have.  Modules are built on the meta device first,
 where no size costs memory, and compared; then again with real buffers, as they hold values that no file has.
@@ -11,21 +7,16 @@ where no size costs memory, and compared; then again with real buffers, as they 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto import modeling_auto
 
-from w8a8.checkpoint.files import CONFIG, header, read_json, tensor_files
-from w8a8.checkpoint.headers import Entry
+from w8a8.checkpoint.architecture import OTHERS_ERRORS
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.files import CONFIG
+from w8a8.checkpoint.headers import Entry, described
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
 from w8a8.defaults import usual_defaults
@@ -35,106 +26,32 @@ from w8a8.model import ties
 from w8a8.model.experts import Experts, unstacked, usual_names
 from w8a8.model.swapping import swap
 
-OTHERS_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
-)
-"""What transformers raises over a config that makes no sense: whatever its code stumbles on."""
-
 _COUNT = re.compile(r"(\w+_)?(layers?|experts|blocks|depth)")
 
 
-def architecture(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """The model class that config.json names, and the config.
-
-    Args:
-        directory: Of the model.
-        trust_remote_code: Import the classes that `auto_map` names from Python files of the directory, where
-            transformers has none of its own.
-
-    Raises:
-        CheckpointError: config.json is not one that transformers reads, names no class that it has, or needs code of
-            the repository.
-    """
-    stated = read_json(directory / CONFIG)
-    own = stated.get("auto_map")
-    if own and not trust_remote_code and stated.get("model_type") not in CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{directory / CONFIG}: transformers {transformers.__version__} has no model_type "
-            f"{stated.get('model_type')!r}; the repository brings code of its own ({str(own)[:200]}), which is not "
-            "run: read that code, then allow it with trust_remote_code=True (--trust-remote-code)"
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except OTHERS_ERRORS as error:
-        raise CheckpointError(f"{directory / CONFIG}: transformers cannot read it: {error}") from error
-    names = config.architectures or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{directory / CONFIG}: architectures is {names!r}, expected a list of names")
-    found = (getattr(transformers, name, None) for name in names)
-    kind: Any = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
-    if kind is None:
-        kind = next((c for c in _registered(config) if c.__name__ in names), None)
-    if kind is None and trust_remote_code and isinstance(own, dict):
-        reference = own.get("AutoModelForCausalLM") or own.get("AutoModel")
-        if isinstance(reference, str):
-            kind = get_class_from_dynamic_module(reference, directory)
-    if kind is None:
-        raise CheckpointError(
-            f"{directory / CONFIG}: architectures is {names}, transformers {transformers.__version__} has none of them"
-        )
-    return kind, config
-
-
-def _registered(config: Any) -> Iterator[type]:
-    """The classes of models that a caller has registered with transformers' Auto classes for a config."""
-    for auto in vars(modeling_auto).values():
-        own = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {})
-        kinds = own.get(type(config), ())
-        yield from kinds if isinstance(kinds, tuple) else (kinds,)
-
-
-def empty_model(directory: Path, quantization: QuantizationConfig | None, **options: Any) -> Any:
+def empty_model(directory: Directory, **options: Any) -> Any:
     """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
 
     Args:
-        directory: Of the model.
-        quantization: From its config.json; None leaves the model float.
-        options: trust_remote_code, as for `architecture`; `like`, a model whose class and whose config's class are
-            taken instead of those that config.json names; others as for `QuantLinear`.
+        directory: Float or quantised.
+        options: `like`, a model whose class and whose config's class are taken instead of those that config.json
+            names; others as for `QuantLinear`.
 
     Raises:
         CheckpointError: config.json names no architecture that transformers has, or targets that match nothing.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
-    return empty_layers(directory, quantization, **options)[0]
+    return empty_layers(directory, **options)[0]
 
 
-def empty_layers(
-    directory: Path,
-    quantization: QuantizationConfig | None,
-    *,
-    like: Any = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> tuple[Any, set[str]]:
+def empty_layers(directory: Directory, *, like: Any = None, **options: Any) -> tuple[Any, set[str]]:
     """`empty_model`, and the names of the layers whose weights the files have in words."""
-    if quantization is not None:
+    if directory.quantization is not None:
         check_counts(directory)
     if like is None:
-        kind, config = architecture(directory, trust_remote_code=trust_remote_code)
+        kind, config = directory.architecture
     else:  # it was written from this very config
-        kind, config = type(like), type(like.config).from_pretrained(directory)
+        kind, config = type(like), type(like.config).from_pretrained(directory.path)
     try:
         with usual_defaults():  # buffers have values, whatever the device that models are made on
             with init_empty_weights(include_buffers=False):
@@ -143,12 +60,12 @@ def empty_layers(
             _widen(model)
         model.tie_weights()
     except OTHERS_ERRORS as error:
-        raise CheckpointError(f"{directory / CONFIG}: {kind.__name__} cannot be made of it: {error}") from error
-    if quantization is None:
+        raise CheckpointError(f"{directory.config_file}: {kind.__name__} cannot be made of it: {error}") from error
+    if directory.quantization is None:
         return model, set()
-    stored = [name for path, promised in tensor_files(directory).items() for name in header(path, promised)]
-    unstack_as_stored(model, stored)
-    return model, insert_quant_linears(model, quantization, str(directory / CONFIG), stored, **options)
+    unstack_as_stored(model, directory.entries)
+    where = str(directory.config_file)
+    return model, insert_quant_linears(model, directory.quantization, where, directory.entries, **options)
 
 
 @torch.no_grad()
@@ -226,63 +143,50 @@ def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.M
     return old
 
 
-def check_size(
-    directory: Path, files: Mapping[Path, set[str] | None], *, quantized: bool, trust_remote_code: bool = False
-) -> None:
+def check_size(directory: Directory) -> None:
     """Raise `CheckpointError` where config.json and the headers of the files tell of different models.
 
     Takes no memory, whatever sizes are told.  A float model may have integers in its buffers only: transformers would
     convert the others without a word.
     """
-    found: dict[str, tuple[Path, Entry]] = {}
-    for path, promised in files.items():
-        for name, entry in header(path, promised).items():
-            if name in found:
-                raise CheckpointError(f"{path}: {name} is in {found[name][0].name} too: two values for one tensor")
-            found[name] = path, entry
-    where = directory / CONFIG
     check_counts(directory)
-    kind, config = architecture(directory, trust_remote_code=trust_remote_code)
+    kind, config = directory.architecture
     try:
         with usual_defaults(), torch.device("meta"):
             model = kind._from_config(config)
     except OTHERS_ERRORS as error:
         if "meta tensor" in str(error):  # a class that looks at values while it is made is compared later
             return
-        raise CheckpointError(f"{where}: {kind.__name__} cannot be made of it: {error}") from error
-    if not quantized:
-        _check_floats(model, found)
+        raise CheckpointError(f"{directory.config_file}: {kind.__name__} cannot be made of it: {error}") from error
+    if directory.quantization is None:
+        _check_floats(model, directory.entries)
     for name, parameter in model.named_parameters():
-        if name not in found:  # of another name in the files, or missing: told when they are read
+        entry, wanted = directory.entries.get(name), tuple(parameter.shape)
+        if entry is None:  # of another name in the files, or missing: told when they are read
             continue
-        path, entry = found[name]
-        wanted = tuple(parameter.shape)
         if entry.shape not in (wanted, wanted[::-1]):  # a quantised Conv1D is stored as a Linear
-            held = f"{str(entry.dtype).removeprefix('torch.')} of shape {entry.shape}"
-            raise CheckpointError(f"{path}: {name} is {held}, expected shape {wanted} by {CONFIG}")
+            raise CheckpointError(f"{entry.where} is {described(entry)}, expected shape {wanted} by {CONFIG}")
 
 
-def check_counts(directory: Path) -> None:
+def check_counts(directory: Directory) -> None:
     """Raise `CheckpointError` where config.json tells of more layers, experts and so on than there can be.
 
     A model has no more of them than its files have tensors, or rows of one.  Asked before any of them is made.
     """
-    where = directory / CONFIG
-    entries = [entry for path, promised in tensor_files(directory).items() for entry in header(path, promised).values()]
-    most = max([len(entries), *(size for entry in entries for size in entry.shape)])
-    for key, value in _numbers(read_json(where)):
+    most = max([len(directory.entries), *(size for entry in directory.entries.values() for size in entry.shape)])
+    for key, value in _numbers(directory.config):
         limit = most if _COUNT.fullmatch(key) else 2**63 - 1
         if value > limit:
+            where = directory.config_file
             raise CheckpointError(f"{where}: {key} is {value}, more than the files of this model can hold ({limit})")
 
 
-def _check_floats(model: Any, found: Mapping[str, tuple[Path, Entry]]) -> None:
+def _check_floats(model: Any, found: Mapping[str, Entry]) -> None:
     buffers, names = {name for name, _ in model.named_buffers()}, FileNames(model)
-    for name, (path, entry) in found.items():
+    for name, entry in found.items():
         place = names.in_model(name)
         if not (entry.dtype.is_floating_point or place in buffers or names.ignored(place)):
-            held = str(entry.dtype).removeprefix("torch.")
-            raise CheckpointError(f"{path}: {name} is {held} of shape {entry.shape}, expected float values")
+            raise CheckpointError(f"{entry.where} is {described(entry)}, expected float values")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:

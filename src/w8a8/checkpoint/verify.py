@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.checkpoint.files import opened, read_quantization, tensor_files
-from w8a8.checkpoint.headers import Entry, read_header
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.files import mapped
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import empty_model, not_saved
 from w8a8.errors import CheckpointError
 
 
-def verify_structure(directory: Path, like: Any = None) -> None:
+def verify_structure(directory: Path | Directory, like: Any = None) -> None:
     """Raise `CheckpointError` where the files do not hold what config.json says.
 
     Reads no values, so it takes milliseconds for a model of any size.
@@ -27,30 +27,28 @@ def verify_structure(directory: Path, like: Any = None) -> None:
         directory: What was written.
         like: The model that was; without it, the class is the one that config.json names.
     """
-    model = empty_model(directory, read_quantization(directory), like=like, simulated=True)
-    names = FileNames(model)
-    found: dict[str, tuple[Path, Entry]] = {}
-    for path, promised in tensor_files(directory).items():
-        header = read_header(path)
-        if promised is not None and promised != set(header):
-            odd = min(promised ^ set(header))
-            raise CheckpointError(f"{path}: {odd} is in the index or in the file, and not in both")
-        found |= {names.in_model(name): (path, entry) for name, entry in header.items()}
+    written = Directory.of(directory)
+    for path, promised in written.promised.items():
+        odd = set() if promised is None else promised ^ written.files[path].keys()
+        if odd:
+            raise CheckpointError(f"{path}: {min(odd)} is in the index or in the file, and not in both")
+    model = empty_model(written, like=like, simulated=True)
+    found = FileNames(model).placed(written.entries)
     wanted = _once(model)
     for aliases, tensor in wanted:
         name = next((name for name in aliases if name in found), None)
         if name is None:
-            raise CheckpointError(f"{directory}: {aliases[0]} was not written")
-        path, entry = found[name]
+            raise CheckpointError(f"{written.path}: {aliases[0]} was not written")
+        entry = found[name]
         quantized = not tensor.is_floating_point()
         if entry.shape != tuple(tensor.shape) or (quantized and entry.dtype is not tensor.dtype):
             raise CheckpointError(
-                f"{path}: {name} is {entry.dtype} of shape {entry.shape}, the model has {tensor.dtype} of shape "
+                f"{entry.file}: {name} is {entry.dtype} of shape {entry.shape}, the model has {tensor.dtype} of shape "
                 f"{tuple(tensor.shape)}"
             )
     extra = set(found) - {name for aliases, _ in wanted for name in aliases}
     if extra:
-        raise CheckpointError(f"{directory}: {min(extra)} was written, and the model has no such tensor")
+        raise CheckpointError(f"{written.path}: {min(extra)} was written, and the model has no such tensor")
 
 
 def verify_values(directory: Path, model: nn.Module) -> None:
@@ -62,13 +60,12 @@ def verify_values(directory: Path, model: nn.Module) -> None:
         directory: What was written.
         model: Quantised.  Not modified.
     """
-    verify_structure(directory, model)
-    held, names = model.state_dict(), FileNames(model)
-    for path, promised in tensor_files(directory).items():
-        with opened(path, promised) as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if not _same(file.get_tensor(name), held[names.in_model(name)]):
-                    raise CheckpointError(f"{path}: {name} was written, and is not what the model holds")
+    written = Directory.of(directory)
+    verify_structure(written, model)
+    held = model.state_dict()
+    for name, entry in FileNames(model).placed(written.entries).items():
+        if not _same(mapped(entry), held[name]):
+            raise CheckpointError(f"{entry.where} was written, and is not what the model holds")
 
 
 def _same(written: Tensor, held: Tensor) -> bool:

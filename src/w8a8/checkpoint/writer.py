@@ -19,6 +19,7 @@ from w8a8.checkpoint import hub
 from w8a8.checkpoint.about import card_of
 from w8a8.checkpoint.beside import README, SOURCE_README, companions, copy_companions
 from w8a8.checkpoint.describe import check_storable, describe, transformers_models, write_description
+from w8a8.checkpoint.directory import Directory, Tensors
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG
 from w8a8.checkpoint.verify import verify_values
 from w8a8.checkpoint.vllm import foresee_as_it_is
@@ -89,12 +90,12 @@ def save(
         write_description(inner, place)
         told = card_of(
             partial,
+            Directory.of(place),
             coverage(whole, dict.fromkeys(heads(whole), "an output head")) if covered is None else covered,
             foresee_as_it_is(inner),
             conv1d=any(layer.was_conv1d for _, layer in quant_linears(inner)),
-            source=None if beside is None else Path(beside),
+            source=None if beside is None else Tensors(Path(beside)),
             name=getattr(inner, "name_or_path", None),
-            weights=place,
         )
         (partial / README).write_text(told, encoding="utf-8")
         if verify:

@@ -1,13 +1,16 @@
 """The application, and what several commands have in common: options, opening a model, reading a text."""
 
 from collections.abc import Set
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from w8a8._version import __version__
 from w8a8.cli.output import megabytes, percent, print_line, print_table
 from w8a8.errors import few
+
+if TYPE_CHECKING:
+    from w8a8.checkpoint.directory import Directory
 
 app = typer.Typer(
     add_completion=False,
@@ -82,7 +85,7 @@ def _main(
 
 
 def open_named(
-    model: str,
+    model: "str | Directory",
     *,
     asked: Asked | None = None,
     dtype: str = "auto",
@@ -91,22 +94,22 @@ def open_named(
     trust_remote_code: bool = False,
 ) -> Any:
     """Open a model, where it is of a kind that what is asked can be asked of."""
+    from w8a8.checkpoint.directory import Directory
     from w8a8.checkpoint.opening import open_model
 
     quiet_transformers()
+    directory = Directory.of(model, trust_remote_code=trust_remote_code)
     if asked is not None:
-        check_kind_of(model, asked, trust_remote_code=trust_remote_code)
-    return open_model(model, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
+        check_kind_of(directory, asked, trust_remote_code=trust_remote_code)
+    return open_model(directory, dtype=dtype, device=device, head=head)
 
 
-def check_kind_of(model: str, asked: Asked | None, *, trust_remote_code: bool = False) -> Any:
+def check_kind_of(model: "str | Directory", asked: Asked | None, *, trust_remote_code: bool = False) -> Any:
     """The kind of a named model, of which nothing is loaded; `ModelError` where it is none for what is asked."""
-    from w8a8.checkpoint.files import resolve
-    from w8a8.checkpoint.skeleton import architecture
+    from w8a8.checkpoint.directory import Directory
     from w8a8.model.kinds import check_kind, kind_of
 
-    directory = resolve(model, trust_remote_code=trust_remote_code)
-    found = architecture(directory, trust_remote_code=trust_remote_code)
+    found = Directory.of(model, trust_remote_code=trust_remote_code).architecture
     return kind_of(*found) if asked is None else check_kind(*asked, *found)
 
 

@@ -53,7 +53,7 @@ def bench(
 
 def _opened(model: str, against: list[str], scheme: str, head: str, places: dict[str, Any]) -> dict[str, Any]:
     """The models to be timed by their names; of a float one alone also what it becomes under the scheme."""
-    from w8a8.checkpoint.files import read_quantization, resolve
+    from w8a8.checkpoint.directory import Directory
     from w8a8.core.scheme import Scheme
     from w8a8.pipeline import quantize
 
@@ -66,11 +66,12 @@ def _opened(model: str, against: list[str], scheme: str, head: str, places: dict
     found: dict[str, Any] = {}
     places = {**places, "asked": next_tokens("reading and writing tokens")}
     for name in dict.fromkeys((*against, model)):
-        is_float = read_quantization(resolve(name, trust_remote_code=places["trust_remote_code"])) is None
+        directory = Directory.of(name, trust_remote_code=places["trust_remote_code"])
+        is_float = directory.quantization is None
         alone = is_float and not against
-        found[name] = open_named(name, head="float" if is_float else head, **places).model
+        found[name] = open_named(directory, head="float" if is_float else head, **places).model
         if alone:
-            twin = open_named(name, **places).model
+            twin = open_named(directory, **places).model
             found[f"{name} in {wanted.name}"] = quantize(twin, wanted, head=head).model
     return found
 

@@ -70,14 +70,14 @@ def compare_named(
     """Score a model against a reference, both in memory where they fit, else one after the other."""
     from w8a8 import evaluation as scoring
     from w8a8.analysis import layer_errors
-    from w8a8.checkpoint.files import resolve, tensor_files
+    from w8a8.checkpoint.directory import Directory
     from w8a8.model.choice import unstack_experts_
     from w8a8.model.experts import holds_experts
     from w8a8.streaming.resources import available_memory
 
     content = content_of(text)
     wider = 2 if places["dtype"] == "float32" else 1  # files of two bytes a weight, perhaps
-    bytes_of = wider * sum(path.stat().st_size for name in (model, against) for path in tensor_files(resolve(name)))
+    bytes_of = wider * sum(Directory.of(name).bytes for name in (model, against))
     name = _fingerprint(against, places["dtype"])
     apart = one_at_a_time or cache is not None or bytes_of > 0.8 * available_memory()
     reference: Any = None
@@ -141,15 +141,15 @@ def check_text(model: str, text: str, *, trust_remote_code: bool = False) -> Any
     Returns:
         The kind of the model.
     """
-    from w8a8.checkpoint.files import resolve
+    from w8a8.checkpoint.directory import Directory
     from w8a8.checkpoint.opening import open_tokenizer
     from w8a8.evaluation import encode
     from w8a8.model.kinds import READS_TEXT
 
     content = content_of(text)
-    directory = resolve(model, trust_remote_code=trust_remote_code)
-    kind = check_kind_of(model, ("a comparison on a text", READS_TEXT), trust_remote_code=trust_remote_code)
-    encode(open_tokenizer(directory, trust_remote_code=trust_remote_code), content)
+    directory = Directory.of(model, trust_remote_code=trust_remote_code)
+    kind = check_kind_of(directory, ("a comparison on a text", READS_TEXT))
+    encode(open_tokenizer(directory), content)
     return kind
 
 
@@ -206,11 +206,11 @@ def _cut(opened: Any, content: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def _fingerprint(model: str, dtype: str) -> str:
     """What a reference is told from another by: its config, the names, sizes and times of its files, the dtype."""
-    from w8a8.checkpoint.files import CONFIG, resolve, tensor_files
+    from w8a8.checkpoint.directory import Directory
 
-    directory = resolve(model)
-    found = hashlib.sha256((directory / CONFIG).read_bytes() + dtype.encode())
-    for path in sorted(tensor_files(directory)):
+    directory = Directory.of(model)
+    found = hashlib.sha256(directory.config_file.read_bytes() + dtype.encode())
+    for path in directory.promised:
         status = path.stat()
         found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
     return found.hexdigest()
@@ -222,9 +222,9 @@ def sizes(model: str, against: str) -> str:
 
 
 def _on_disk(model: str) -> int:
-    from w8a8.checkpoint.files import resolve, tensor_files
+    from w8a8.checkpoint.directory import Directory
 
-    return sum(path.stat().st_size for path in tensor_files(resolve(model)))
+    return Directory.of(model).bytes
 
 
 def windows_in_words(e: Any) -> str:

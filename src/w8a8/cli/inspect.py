@@ -28,18 +28,17 @@ def inspect(
     if pairs:
         show_pairs(open_named(model, trust_remote_code=trust_remote_code), as_json=as_json)
         return
-    from w8a8.checkpoint.files import read_quantization, resolve
+    from w8a8.checkpoint.directory import Directory
     from w8a8.checkpoint.skeleton import empty_layers
     from w8a8.checkpoint.vllm import foresee_as_it_is
     from w8a8.model.coverage import coverage
 
-    directory = resolve(model, trust_remote_code=trust_remote_code)
-    quantization = read_quantization(directory)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    directory = Directory.of(model, trust_remote_code=trust_remote_code)
+    quantization = directory.quantization
     try:
-        built, packed = empty_layers(directory, quantization, **options)
+        built, packed = empty_layers(directory)
     except SchemeError:  # one that cannot run can still be shown
-        built, packed = empty_layers(directory, quantization, **options, simulated=True)
+        built, packed = empty_layers(directory, simulated=True)
     reasons = _what_would_be(built) if quantization is None else {}
     found = coverage(built, reasons)
     foreseen = () if quantization is None else foresee_as_it_is(built, packed)
@@ -47,7 +46,7 @@ def inspect(
         schemes = [] if quantization is None else [group.scheme for group in quantization.groups]
         print_json(
             {
-                "directory": directory,
+                "directory": directory.path,
                 "quantized": quantization is not None,
                 "schemes": schemes,
                 "vllm": foreseen,
@@ -62,7 +61,7 @@ def inspect(
         (m.name, m.kind, "x".join(map(str, m.shape)), f"{m.parameters:,}", m.scheme or "float", m.reason or "")
         for m in found.modules
     ]
-    print_table(str(directory), ("module", "kind", "shape", "parameters", "scheme", "why float"), rows)
+    print_table(str(directory.path), ("module", "kind", "shape", "parameters", "scheme", "why float"), rows)
 
 
 def _what_would_be(model: Any) -> dict[str, str]:

@@ -152,7 +152,7 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found
         seed: Of the drawing of calibration data.
         found: What was measured of the layers.
     """
-    from w8a8.checkpoint.files import CONFIG, resolve, tensor_files
+    from w8a8.checkpoint.directory import Directory
     from w8a8.jobs.diagnosis import diagnose
     from w8a8.report import collect
 
@@ -165,12 +165,12 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found
         parts["histograms"] = [drawn for drawn in parts["histograms"] if drawn["layer"] in worst]
     if told.get("budget") is not None:
         parts["budget"] = told["budget"]["record"]
-    before, after = tensor_files(resolve(source)), tensor_files(output)
+    before, after = Directory.of(source), Directory.of(output)
     records = collect(
         model=source,
         scheme=told["scheme"],
-        bytes_before=sum(path.stat().st_size for path in before),
-        bytes_after=sum(path.stat().st_size for path in after),
+        bytes_before=before.bytes,
+        bytes_after=after.bytes,
         coverage=plain(told["coverage"]),
         smooth=plain(told["smooth"]),
         comparison=told.get("evaluation"),
@@ -178,7 +178,7 @@ def page_of(told: Mapping[str, Any], source: str, output: Path, seed: int, found
             "command": shlex.join(["w8a8", *sys.argv[1:]]),
             "seed": seed,
             "versions": {name: str(version) for name, version in here.versions.items()},
-            "hashes": {f"config.json of {output.name}": hashlib.sha256((output / CONFIG).read_bytes()).hexdigest()},
+            "hashes": {f"config.json of {output.name}": hashlib.sha256(after.config_file.read_bytes()).hexdigest()},
             "machine": {name: str(value) for name, value in here.machine.items()},
         },
         **parts,

@@ -24,23 +24,22 @@ def serve(context: typer.Context, model: Model, trust_remote_code: TrustRemoteCo
     from transformers.cli.transformers import app as transformers_app
 
     from w8a8 import hf, kernels
-    from w8a8.checkpoint.files import read_quantization, resolve
-    from w8a8.checkpoint.skeleton import architecture
+    from w8a8.checkpoint.directory import Directory
     from w8a8.kernels import compiled, native
     from w8a8.model.kinds import check_served
 
-    directory = resolve(model, trust_remote_code=trust_remote_code)
-    kind, config = architecture(directory, trust_remote_code=trust_remote_code)  # told now, not at the first request
+    directory = Directory.of(model, trust_remote_code=trust_remote_code)
+    kind, config = directory.architecture  # told now, not at the first request
     check_served(kind, config)
     if not hasattr(transformers, config.architectures[0]):  # where the server of 5.23 looks, code of its own or not
         setattr(transformers, config.architectures[0], kind)
-    quantized = read_quantization(directory) is not None
     hf.enable()
     log = logging.getLogger("w8a8")
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
     kernel = kernels.first_choice(kernels.AUTO)
     how = f"{kernel} ({compiled.instruction_set()})" if kernel == native.NATIVE.name else kernel
-    print_note(f"w8a8: {directory} is {f'quantised, kernel {how}' if quantized else 'a float model, served as it is'}")
+    what = "a float model, served as it is" if directory.quantization is None else f"quantised, kernel {how}"
+    print_note(f"w8a8: {directory.path} is {what}")
     trust = ["--trust-remote-code"] if trust_remote_code else []
-    transformers_app(["serve", str(directory), *trust, *context.args])
+    transformers_app(["serve", str(directory.path), *trust, *context.args])

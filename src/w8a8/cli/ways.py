@@ -187,16 +187,16 @@ def streamed(job: Job, shard_bytes: int, *, forced: bool) -> dict[str, Any] | No
 
 def by_blocks(job: Job) -> dict[str, Any]:
     """Quantise block by block with calibration data, from files to files."""
-    from w8a8.checkpoint.files import resolve
+    from w8a8.checkpoint.directory import Directory
     from w8a8.checkpoint.opening import open_tokenizer
     from w8a8.checkpoint.skeleton import check_counts, empty_model
     from w8a8.directories import quantize_directory
 
     found: list[Any] = []
     quiet_transformers()
-    directory = resolve(job.model)
+    directory = Directory.of(job.model)
     check_counts(directory)
-    data = job.calibration(empty_model(directory, None), open_tokenizer(directory))
+    data = job.calibration(empty_model(directory), open_tokenizer(directory))
     if job.treatment["smooth"] in (None, "auto") and not job.quiet:
         print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
     with progress("calibrating") as step:

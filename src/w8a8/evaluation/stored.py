@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from w8a8.checkpoint.files import opened
+from w8a8.checkpoint.files import header, opened
 from w8a8.core.progress import Progress
 from w8a8.errors import CheckpointError, ModelError
 from w8a8.evaluation.scores import ROWS, cut, predictions, token_losses
@@ -75,7 +75,8 @@ class Reference:
         Raises:
             CheckpointError: the file is torn, or holds something else.
         """
-        with opened(path, set(_TENSORS)) as file:
+        header(path, set(_TENSORS))
+        with opened(path) as file:
             told = file.metadata() or {}
             try:
                 sizes: dict[str, Any] = {name: int(told[name]) for name in ("vocabulary", "seq_len", "stride")}

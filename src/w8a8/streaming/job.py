@@ -21,8 +21,8 @@ from pathlib import Path
 from w8a8._version import __version__
 from w8a8.checkpoint.about import card_of
 from w8a8.checkpoint.beside import README, companions, copy_companions
-from w8a8.checkpoint.files import CONFIG, INDEX, resolve, tensor_files
-from w8a8.checkpoint.headers import read_header
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.files import CONFIG, INDEX
 from w8a8.checkpoint.verify import verify_structure
 from w8a8.checkpoint.writer import check_target, replace_directory
 from w8a8.core.progress import Progress
@@ -89,9 +89,9 @@ class Work(ABC):
 
 
 def run(
-    source: str | Path,
+    source: str | Path | Directory,
     output: str | Path,
-    work_on: Callable[[Path], Work],
+    work_on: Callable[[Directory], Work],
     *,
     overwrite: bool,
     dry_run: bool,
@@ -101,14 +101,14 @@ def run(
     """Do a job, or go on with it.
 
     Args:
-        work_on: Plans it, from the directory of the source.
+        work_on: Plans it, from the source.
         Others, Raises: As `w8a8.quantize_directory`.
     """
     target = Path(output).absolute()
     partial = target.with_name(f".{target.name}.partial")
     with team() as us:
-        directory = us.first_then_others(lambda: resolve(source))
-        us.together(_only_first(us, lambda: check_target(target, overwrite=overwrite, source=directory)))
+        directory = us.first_then_others(lambda: Directory.of(source))
+        us.together(_only_first(us, lambda: check_target(target, overwrite=overwrite, source=directory.path)))
         work = us.together(lambda: work_on(directory))
         plan = work.plan
         known = us.together(lambda: fingerprint(plan, work.decides))
@@ -145,7 +145,7 @@ def run(
 def complete(plan: Plan, covered: Coverage, partial: Path, target: Path, journal: Journal) -> None:
     """Write what is beside the weights, look at the whole, and give it its name."""
     try:
-        copy_companions(plan.source, partial)
+        copy_companions(plan.source.path, partial)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
@@ -153,9 +153,10 @@ def complete(plan: Plan, covered: Coverage, partial: Path, target: Path, journal
     write_whole(partial / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
     if len(plan.shards) > 1:
         write_whole(partial / INDEX, json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n")
-    verify_structure(partial)
+    written = Directory.of(partial)
+    verify_structure(written)
     conv1d = any(step.transposed for step in plan.steps)
-    card = card_of(partial, covered, plan.findings, conv1d=conv1d, source=plan.source)
+    card = card_of(partial, written, covered, plan.findings, conv1d=conv1d, source=plan.source)
     write_whole(partial / README, card)
     journal.clear()
     for path in partial.glob(".*"):  # what was growing when it was killed, and what passes between blocks
@@ -173,10 +174,10 @@ def _index(shards: Sequence[Shard]) -> dict[str, object]:
 def fingerprint(plan: Plan, decides: Mapping[str, str]) -> dict[str, str]:
     """What decides the bytes of the result: the version, the scheme, the source, and what the work adds."""
     found = {"version of w8a8": __version__, "scheme": str(plan.scheme), **decides}
-    for path in (plan.source / CONFIG, *companions(plan.source)):
-        found[f"source {path.relative_to(plan.source)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    for path in sorted(tensor_files(plan.source)):
-        status, entries = path.stat(), read_header(path)
+    for path in (plan.source.config_file, *companions(plan.source.path)):
+        found[f"source {path.relative_to(plan.source.path)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path, entries in plan.source.files.items():
+        status = path.stat()
         header = str(sorted(entries.items())).encode(errors="surrogatepass")
         found[f"source {path.name}"] = (
             f"{status.st_size} bytes, modified {status.st_mtime_ns}, "

@@ -14,15 +14,15 @@ Shards are cut by bytes in the order of the source, so that they are the same fo
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from w8a8.checkpoint.describe import config_of, describe
-from w8a8.checkpoint.files import CONFIG, SINGLE, read_quantization, tensor_files
-from w8a8.checkpoint.headers import Entry, Told, in_order, read_header
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.files import CONFIG, SINGLE
+from w8a8.checkpoint.headers import Entry, Told, each_once, in_order
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import check_counts, empty_model, not_saved
@@ -60,7 +60,6 @@ class Step:
     outputs: Name, dtype and shape of what it becomes: itself, or codes and scales.
     """
 
-    file: Path
     entry: Entry
     name: str
     place: str
@@ -118,7 +117,7 @@ class Plan:
     unwanted: Tensors of the source that the model's class does without, and so the result.
     """
 
-    source: Path
+    source: Directory
     scheme: Scheme
     shards: tuple[Shard, ...]
     config: dict[str, Any]
@@ -135,7 +134,7 @@ class Plan:
 
 
 def make_plan(
-    source: Path,
+    source: Directory,
     scheme: Scheme,
     *,
     include: Sequence[str] = ("*",),
@@ -146,7 +145,7 @@ def make_plan(
     """Decide what becomes of every tensor.
 
     Args:
-        source: The directory of a float model.
+        source: A float model.
         scheme, include, exclude, head: As for `w8a8.quantize`.
         shard_bytes: Files of the result are not larger, save for a tensor that is.
 
@@ -156,10 +155,10 @@ def make_plan(
         SchemeError: the scheme cannot be executed, or nothing is left to quantise.
         PatternError, ModelError: as `w8a8.quantize`.
     """
-    if read_quantization(source) is not None:
-        raise SchemeError(f"{source} is quantised already: give the directory of the float model")
+    if source.quantization is not None:
+        raise SchemeError(f"{source.path} is quantised already: give the directory of the float model")
     check_counts(source)
-    model = empty_model(source, None)
+    model = empty_model(source)
     choice = Choice.of(model, scheme, include, exclude, head=head, at_most=_most_experts(source))
     swap(model, choice.taken)
     selection = choice.selection
@@ -169,23 +168,23 @@ def make_plan(
     copies = _copies(model, found, set(chosen)) | not_saved(model)
     dtypes = _dtypes(model)
     steps = []
-    for parameter, (file, entry) in found.items():
+    for parameter, entry in found.items():
         dtype = dtypes.get(parameter, entry.dtype)
         if parameter in chosen:
-            steps.append(_quantized(model, names, chosen.pop(parameter), scheme, dtype, file, entry))
+            steps.append(_quantized(model, names, chosen.pop(parameter), scheme, dtype, entry))
         elif parameter not in copies:
-            steps.append(_copied(names, parameter, dtype, file, entry))
+            steps.append(_copied(names, parameter, dtype, entry))
     for parameter, name in chosen.items():  # tied: the files have it under the other name only
         others = selection.together.get(name) or (selection.untied[name],)
-        file, entry = next(found[f"{other}.weight"] for other in others if f"{other}.weight" in found)
-        steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), file, entry))
+        entry = next(found[f"{other}.weight"] for other in others if f"{other}.weight" in found)
+        steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), entry))
     layers = {step.place: empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
     aliases = _aliases(model)
     choice.enact(layers)
     there = {f"{step.place}.weight" if step.place in layers else step.place for step in steps}
     for name in _apart(model, aliases, there):
-        file, entry = found[next(alias for alias in aliases[name] if alias in found)]
-        steps.append(_copied(names, name, dtypes.get(name, entry.dtype), file, entry))
+        entry = found[next(alias for alias in aliases[name] if alias in found)]
+        steps.append(_copied(names, name, dtypes.get(name, entry.dtype), entry))
     dtype = next((step.dtype for step in steps if step.dtype.is_floating_point), model.dtype)
     config = config_of(model, dtype) | {"quantization_config": to_json(describe(model))}
     shards = _cut(steps, shard_bytes)
@@ -194,48 +193,41 @@ def make_plan(
     return Plan(source, scheme, shards, config, told, selection.untied, foresee_as_it_is(model), kind, unwanted)
 
 
-def _most_experts(source: Path) -> int:
+def _most_experts(source: Directory) -> int:
     """How many a layer can have: each is a tensor of the files, or one matrix of a stack."""
-    entries = [entry for path in tensor_files(source) for entry in read_header(path).values()]
-    return max([len(entries), *(entry.shape[0] for entry in entries if len(entry.shape) == 3)])
+    stacks = (entry.shape[0] for entry in source.entries.values() if len(entry.shape) == 3)
+    return max([len(source.entries), *stacks])
 
 
-def _sources(source: Path, model: Any) -> tuple[dict[str, tuple[Path, Entry]], tuple[str, ...]]:
+def _sources(source: Directory, model: Any) -> tuple[dict[str, Entry], tuple[str, ...]]:
     """Where each parameter and buffer of the model lies in the files, in their order; and what the class leaves out."""
     tensors, names = set(model.state_dict()), FileNames(model)
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    found: dict[str, tuple[Path, Entry]] = {}
+    placed: list[tuple[str, Entry]] = []
     lost, unwanted = [], []
-    for path, promised in sorted(tensor_files(source).items()):
-        header = read_header(path)
-        missing = (promised or set()) - set(header)
-        if missing:
-            raise CheckpointError(f"{path}: {min(missing)} is missing, though the index says it is here")
-        for name, whole in header.items():
-            here = names.in_model(name)
-            if here in tensors and not names.converted(name):
-                parts = {here: whole}
-            else:
-                parts = _taken_apart(experts, (here, prefix + here, here.removeprefix(prefix)), path, whole)
-            if not parts and names.unwanted(here):
-                unwanted.append(name)
-            elif not parts and not names.ignored(here):
-                lost.append(f"{path.name}: {name}")
-            for place, entry in parts.items():
-                if place in found:
-                    raise CheckpointError(f"{path}: {name} is in {found[place][0].name} too: two values for one tensor")
-                found[place] = path, entry
+    for name, whole in source.entries.items():
+        here = names.in_model(name)
+        if here in tensors and not names.converted(name):
+            parts = {here: whole}
+        else:
+            parts = _taken_apart(experts, (here, prefix + here, here.removeprefix(prefix)), whole)
+        if not parts and names.unwanted(here):
+            unwanted.append(name)
+        elif not parts and not names.ignored(here):
+            lost.append(f"{whole.file.name}: {name}")
+        placed += parts.items()
+    found = each_once(placed)
     if lost:
         raise UnplacedError(
-            f"{source}: {len(lost)} tensors have no place of their own in {type(model).__name__} ({lost[0]}); "
+            f"{source.path}: {len(lost)} tensors have no place of their own in {type(model).__name__} ({lost[0]}); "
             "transformers converts them while loading, so this model can only be quantised in memory (--no-stream)"
         )
     _check_complete(source, model, found)
     return found, tuple(unwanted)
 
 
-def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Path, whole: Entry) -> dict[str, Entry]:
+def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], whole: Entry) -> dict[str, Entry]:
     """The layers' ranges of a tensor that has the weights of all experts of a layer; nothing for another tensor.
 
     Raises:
@@ -251,7 +243,7 @@ def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Pa
         wanted = (e, len(names) * shape[0], shape[1])
         if whole.shape != wanted:
             raise UnplacedError(
-                f"{path}: {whole.name} has shape {whole.shape}, {CONFIG} says {wanted}; transformers may turn it round "
+                f"{whole.where} has shape {whole.shape}, {CONFIG} says {wanted}; transformers may turn it round "
                 "while loading, so this model can only be quantised in memory (--no-stream)"
             )
         layers = [f"{stack}.{number}.{name}.weight" for number in range(e) for name in names]
@@ -264,7 +256,7 @@ def _taken_apart(experts: Mapping[str, Experts], places: Sequence[str], path: Pa
     return {}
 
 
-def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path, Entry]]) -> None:
+def _check_complete(source: Directory, model: nn.Module, found: Mapping[str, Entry]) -> None:
     """Every parameter is in the files, or is one with another that is, and has the shape of the model's.
 
     Raises:
@@ -277,15 +269,15 @@ def _check_complete(source: Path, model: nn.Module, found: dict[str, tuple[Path,
         if name in left_out:
             continue
         shared.setdefault(id(tensor), []).append(name)
-        if name in found and tuple(tensor.shape) != found[name][1].shape:
+        if name in found and tuple(tensor.shape) != found[name].shape:
             raise CheckpointError(
-                f"{found[name][0]}: {name} has shape {found[name][1].shape}, {CONFIG} says {tuple(tensor.shape)}"
+                f"{found[name].file}: {name} has shape {found[name].shape}, {CONFIG} says {tuple(tensor.shape)}"
             )
     missing = [names[0] for names in shared.values() if not any(name in found for name in names)]
     if missing:
         raise UnplacedError(
-            f"{source}: {len(missing)} tensors are missing: {few(missing, 4)}; where transformers makes them while "
-            f"loading {type(model).__name__}, it can be quantised in memory (--no-stream)"
+            f"{source.path}: {len(missing)} tensors are missing: {few(missing, 4)}; where transformers makes them "
+            f"while loading {type(model).__name__}, it can be quantised in memory (--no-stream)"
         )
 
 
@@ -299,7 +291,7 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
 
 
-def _copies(model: nn.Module, found: dict[str, tuple[Path, Entry]], chosen: set[str]) -> set[str]:
+def _copies(model: nn.Module, found: Mapping[str, Entry], chosen: set[str]) -> set[str]:
     """Names in the files whose tensor is tied to one that is there under an earlier name of the model.
 
     Raises:
@@ -314,18 +306,17 @@ def _copies(model: nn.Module, found: dict[str, tuple[Path, Entry]], chosen: set[
         if kept != name:
             if not _same_bytes(found[kept], found[name]):
                 raise UnplacedError(
-                    f"{found[name][0]}: {name} and {kept} are one weight by {CONFIG}, and two in the files; "
+                    f"{found[name].file}: {name} and {kept} are one weight by {CONFIG}, and two in the files; "
                     "transformers decides while loading, so this model can only be quantised in memory (--no-stream)"
                 )
             copies.add(name)
     return copies
 
 
-def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
-    (path, a), (path_b, b) = one, other
+def _same_bytes(a: Entry, b: Entry) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    with path.open("rb") as file, path_b.open("rb") as file_b:
+    with a.file.open("rb") as file, b.file.open("rb") as file_b:
         file.seek(a.begin)
         file_b.seek(b.begin)
         sizes = [min(PIECE, a.bytes - start) for start in range(0, a.bytes, PIECE)]
@@ -360,22 +351,20 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in shared.values() if len(names) > 1 for name in names}
 
 
-def _copied(names: FileNames, place: str, dtype: torch.dtype, file: Path, entry: Entry) -> Step:
+def _copied(names: FileNames, place: str, dtype: torch.dtype, entry: Entry) -> Step:
     name = names.in_file(place)
-    return Step(file, entry, name, place, dtype, None, False, False, ((name, dtype, entry.shape),))
+    return Step(entry, name, place, dtype, None, False, False, ((name, dtype, entry.shape),))
 
 
-def _quantized(
-    model: nn.Module, names: FileNames, name: str, scheme: Scheme, dtype: torch.dtype, file: Path, entry: Entry
-) -> Step:
+def _quantized(model: nn.Module, names: FileNames, name: str, scheme: Scheme, dtype: torch.dtype, entry: Entry) -> Step:
     if entry.dtype not in _FLOATS:
-        raise CheckpointError(f"{file}: {entry.name} is {entry.dtype}, which is no weight of a float model")
+        raise CheckpointError(f"{entry.where} is {entry.dtype}, which is no weight of a float model")
     linear = model.get_submodule(name)
     layer = empty_layer(model, name, scheme)
     kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
     told = names.of_layer(name)
     outputs = tuple((f"{told}.{key}", value.dtype, tuple(value.shape)) for key, value in kept.items())
-    return Step(file, entry, told, name, dtype, scheme.weights, is_conv1d(linear), layer.in_words, outputs)
+    return Step(entry, told, name, dtype, scheme.weights, is_conv1d(linear), layer.in_words, outputs)
 
 
 def _cut(steps: list[Step], shard_bytes: int) -> tuple[Shard, ...]:

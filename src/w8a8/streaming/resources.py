@@ -135,7 +135,7 @@ def _reading(plan: Plan) -> float:
         return 0.0
     begin, end = next(step.pieces())
     start = time.perf_counter()
-    with step.file.open("rb") as file:
+    with step.entry.file.open("rb") as file:
         file.seek(begin)
         count = len(file.read(min(end - begin, PIECE)))
     return (time.perf_counter() - start) / max(count, 1)

@@ -39,7 +39,7 @@ class ShardWriter:
     def __init__(self, path: Path, outputs: list[Told]) -> None:
         self.path = path
         self._growing = path.with_name(f".{path.name}.growing")
-        text, self._entries = header_of(outputs)
+        text, self._entries = header_of(outputs, path)
         self._written = dict.fromkeys(self._entries, 0)
         self._hashes = {name: hashlib.sha256() for name in self._entries}
         self._whole = hashlib.sha256(text)
@@ -189,7 +189,7 @@ def _read(step: Step, begin: int, end: int, rooms: list[Room]) -> tuple[Room, Te
     """Bytes of the source as a tensor, (rows, K) where it is quantised, flat where it is copied, and where they lie."""
     fits = end - begin <= PIECE
     room = rooms.pop() if fits and rooms else Room(PIECE if fits else end - begin)
-    data = room.read(step.file, begin, end)
+    data = room.read(step.entry.file, begin, end)
     if data.storage_offset() % step.entry.dtype.itemsize:  # a file may put a tensor anywhere
         data = data.clone()
     values = data.view(step.entry.dtype)
@@ -205,7 +205,7 @@ def _made(step: Step, values: Tensor, sample: RowSample | None, *, last: bool) -
     try:
         made = make_weight(weight, step.spec, sample).named()
     except W8A8Error as error:
-        error.add_note(f"while quantising {step.name} of {step.file}")
+        error.add_note(f"while quantising {step.name} of {step.entry.file}")
         raise
     if step.in_words:
         made[WORDS] = pack_rows(made.pop("weight"))
