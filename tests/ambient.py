@@ -4,7 +4,8 @@ A test makes its models with `nn.Linear` and its inputs with `torch.randn`: what
 and must not change when the suite runs under another default.  So where the environment variable W8A8_TEST_DEFAULT
 names a setting, every function of the package is entered with it and left without it, however it is called: by a
 test, from a registry, as a hook.  The forward of a module that the package calls is not the package's, and runs as the
-test would have run it; a layer of the package's inside of it is the package's again.
+test would have run it; a layer of the package's inside of it is the package's again.  Other code of a test's that the
+package calls (a loop of calibration) has the setting, and names what its tensors are.
 
 Functions are wrapped where they are compiled, by a loader that puts a decorator on every `def` and `lambda` of the
 source, so that no reference to one that is not wrapped can exist.  Not taken: to wrap what modules export, which misses

@@ -2,8 +2,9 @@ import torch
 
 
 def ids(batches=3, rows=2, length=12, seed=0):
+    """Batches on the CPU, also where a loop makes them that the package calls."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(0, 96, (rows, length), generator=generator) for _ in range(batches)]
+    return [torch.randint(0, 96, (rows, length), generator=generator, device="cpu") for _ in range(batches)]
 
 
 def hooks(model):

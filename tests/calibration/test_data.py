@@ -24,7 +24,10 @@ from w8a8.model.inputs import call
         [{"input_ids": batch} for batch in ids()],
         [BatchEncoding({"input_ids": batch}) for batch in ids()],
         [(batch,) for batch in ids()],
-        torch.utils.data.DataLoader(torch.cat(ids()), batch_size=2),
+        pytest.param(
+            torch.utils.data.DataLoader(torch.cat(ids()), batch_size=2),
+            marks=pytest.mark.not_under("meta", reason="PyTorch's DataLoader has no values for its own seed there"),
+        ),
         lambda model: [model(batch) for batch in ids()],
         lambda model: [model(input_ids=batch) for batch in ids()],
     ],
