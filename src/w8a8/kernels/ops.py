@@ -58,15 +58,15 @@ def _int8_linear(request: LinearRequest, kernel: str, strict: bool, layer: int) 
     x = request.x
     if type(x) is not Tensor:  # a subclass that left the op to us: its values are its own memory
         x = x.as_subclass(Tensor)
+    if native.takes(request.weight, kernel):
+        found = native.below(x, request)  # it looks at its input itself: None where that is not what it takes
+        if found is not None:
+            count(layer, native.NATIVE.name)
+            return found
     check_input(x, request.out_features, request.in_features)
     if x.device.type == "cpu" and x.numel() and x.data_ptr() == 0:  # torch's own operations would read there
         raise SchemeError(f"the input is {describe(x)}, and its storage has no bytes; fill it first")
     x = x.resolve_neg()  # of a conjugate's imaginary part the memory holds the negatives
-    if native.takes(request.weight, kernel):
-        found = native.below(x, request)
-        if found is not None:
-            count(layer, native.NATIVE.name)
-            return found
     rows = x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), request.in_features)
     if rows.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], request.out_features))
