@@ -17,7 +17,6 @@ from tests.checkpoint.test_skeleton import codegen, marian
 from tests.conftest import llama, mixtral
 from w8a8 import kernels
 from w8a8.calibration.observers import OBSERVERS
-from w8a8.checkpoint.reader import load_float
 from w8a8.core.affine import QParams
 from w8a8.core.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.demo.run import demo_model, time_layer
@@ -183,9 +182,9 @@ def test_streaming_writes_the_same_bytes(setting, tmp_path):
 
 def test_a_float_model_is_loaded_the_same_and_what_others_wrote_makes_it(setting, tmp_path):
     llama().save_pretrained(tmp_path)
-    wanted = dict(load_float(tmp_path).state_dict())
+    wanted = dict(w8a8.load(tmp_path).state_dict())
     with setting():
-        found = dict(load_float(tmp_path).state_dict())
+        found = dict(w8a8.load(tmp_path).state_dict())
     same(found, wanted)
 
 
