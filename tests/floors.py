@@ -106,6 +106,7 @@ INSIDE = {
         "study",
     ],
     "jobs": ["diagnosis"],
+    "hf": ["arriving", "quantizer", "enabling"],
     "demo": ["corpus", "run"],
 }
 

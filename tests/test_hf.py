@@ -31,6 +31,7 @@ from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, FormatError, ModelError, PatternError, SchemeError
+from w8a8.hf import enabling
 from w8a8.layers.linear import quant_linears
 from w8a8.model.experts import Experts, holds_experts
 
@@ -339,7 +340,7 @@ class TestEnable:
                 asked.append(config)
                 return "theirs"
 
-        assert hf._Ours(Theirs).from_dict(theirs) == "theirs"
+        assert enabling._Ours(Theirs).from_dict(theirs) == "theirs"
         assert asked == [theirs]
         with pytest.raises(FormatError):  # `load` does not run it either
             from_json(theirs, "config.json")

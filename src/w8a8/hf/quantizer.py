@@ -1,47 +1,34 @@
-"""transformers, unmodified: a model is quantised while it is loaded, and W8A8 directories run in integers.
+"""The quantizer that transformers calls while it loads a model: layers are put in place before, and looked at after.
 
-    AutoModelForCausalLM.from_pretrained(float_model, quantization_config=w8a8.W8A8Config("w8a8"))
-    w8a8.enable(); AutoModelForCausalLM.from_pretrained(w8a8_directory)
-
-Both are a quantizer that transformers calls while it loads.  In the first the weights are quantised one by one as they
-come from the files, each to what `w8a8.quantize` would make of it.  In the
-second the configuration class that transformers has for compressed-tensors is replaced by one that looks first: what
-`w8a8.load` runs becomes ours, everything else stays theirs.  `disable` puts theirs back.
+Weights of a float model are quantised one by one as they come from the files, each to what `w8a8.quantize` would make
+of it.
 
 Experts that the files have one by one get layers of their own before anything is loaded, and transformers is kept from
 stacking them; stacked in the files, they stay float.
-
-The model's `save_pretrained` then writes the directory that `w8a8.save` writes.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from w8a8.checkpoint.describe import describe
-from w8a8.checkpoint.files import CONFIG, mapped
-from w8a8.checkpoint.headers import Entry, each_once, read_header
-from w8a8.checkpoint.layout import from_json, runs_here, to_json
-from w8a8.checkpoint.names import FileNames, remember
-from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, stored_keys
+from w8a8.checkpoint.files import CONFIG
+from w8a8.checkpoint.headers import each_once, read_header
+from w8a8.checkpoint.layout import from_json, to_json
+from w8a8.checkpoint.names import remember
 from w8a8.checkpoint.skeleton import insert_quant_linears, unstack_as_stored
-from w8a8.core.packed import SHAPE
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
-from w8a8.layers.linear import QuantLinear, quant_linears
+from w8a8.hf.arriving import Arriving, arriving_of
+from w8a8.layers.linear import quant_linears
 from w8a8.layers.weights import make_weight
 from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, mark_arriving, stacks_experts, taken
@@ -51,7 +38,6 @@ from w8a8.model.swapping import build, empty_layer, swap
 
 _LOG = logging.getLogger(__name__)
 METHOD = "w8a8"  # in memory; files say compressed-tensors
-_THEIRS = "compressed-tensors"
 
 
 @register_quantization_config(METHOD)
@@ -117,7 +103,7 @@ class W8A8Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._dtype: torch.dtype | None = None
         self._quantized: set[str] = set()  # parameters that a QuantLinear takes
-        self._arriving: list[_Arriving] = []
+        self._arriving: list[Arriving] = []
         self._unstacked = False  # the model's experts have layers of their own
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -170,7 +156,7 @@ class W8A8Quantizer(HfQuantizer):
             another = bool(stored) and type(model).__name__ not in (model.config.architectures or ())
             packed = insert_quant_linears(model, quantization, where, stored, of_another=another)
             self._quantized = {name for name, _ in quant_linears(model)}
-            self._arriving = _arriving(model, stored, packed)
+            self._arriving = arriving_of(model, stored, packed)
             self._unstacked = holds_experts(model)
             mark_arriving(model, arriving=True)
             return
@@ -213,75 +199,6 @@ class W8A8Quantizer(HfQuantizer):
         return model
 
 
-class _Arriving:
-    """A layer of a file while transformers fills it: what the file holds of it is held by the layer as it lies there.
-
-    Otherwise transformers would fill in what is missing, convert dtypes without a word, and refuse shapes and words
-    that `load` takes.
-
-    Args:
-        layer: Empty; changed until `take`.
-        found: Each tensor of the files by its key.
-        packed: The codes lie in words.
-    """
-
-    def __init__(self, layer: QuantLinear, found: Mapping[str, Entry], *, packed: bool) -> None:
-        self.layer, self.packed = layer, packed
-        self._where = {key: entry.where for key, entry in sorted(found.items())}
-        layer.as_stored(
-            {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in found.items()}
-        )
-        if packed:  # GPT-2 initialises anew what it finds under that name, where a tied head is missing in the files
-            placeholder: Any = torch.empty(0, dtype=torch.float32, device="cpu")
-            placeholder._is_hf_initialized = True
-            layer.__dict__["weight"] = placeholder
-
-    def take(self) -> None:
-        """Check what came, and pack it for the kernel.
-
-        Raises:
-            CheckpointError: it is not what the layer holds, or makes no sense; file and tensor are named.
-        """
-        self.layer.__dict__.pop("weight", None)
-        came = self.layer.arrived()
-        for key, where in self._where.items():
-            place_tensor(self.layer, key, came.pop(key), where, packed=self.packed)
-
-
-def _arriving(model: nn.Module, stored: Mapping[str, Entry], packed: set[str]) -> list[_Arriving]:
-    """Every layer of the model, whose tensors are all in the files, once, which hold nothing else of it.
-
-    Nor do they hold scales of a layer that is not quantised.
-
-    Raises:
-        CheckpointError: that is not so.
-    """
-    if not stored:
-        raise CheckpointError(
-            "quantised layers are filled from safetensors files, and none are given: load a directory"
-        )
-    names = FileNames(model)
-    found = names.placed(stored)
-    arriving, taken = [], set()
-    for name, layer in quant_linears(model):
-        keys = stored_keys(layer, packed=name in packed)
-        missing = [f"{name}.{key}" for key in sorted(keys - {SHAPE}) if f"{name}.{key}" not in found]
-        if missing:
-            folder = next(iter(stored.values())).file.parent
-            raise CheckpointError(f"{folder}: {missing[0]} is missing; copy the model again")
-        taken |= {f"{name}.{key}" for key in keys}
-        here = {key: found[f"{name}.{key}"] for key in keys if f"{name}.{key}" in found}
-        arriving.append(_Arriving(layer, here, packed=name in packed))
-    modules = dict(model.named_modules())
-    for name in found.keys() - taken:
-        prefix, _, key = name.rpartition(".")
-        module = modules.get(prefix)
-        unasked = isinstance(module, QuantLinear) and (key != "bias" or module.bias is None)
-        if module is not None and (key in QUANTIZED or unasked):
-            check_superfluous(names, module, name, mapped(found[name]), found[name].where)
-    return arriving
-
-
 class _Quantize(ConversionOps):
     """One float weight of the files becomes codes and scales."""
 
@@ -310,51 +227,6 @@ class _Quantize(ConversionOps):
         for key in named:
             kwargs["missing_keys"].discard(key)
         return named
-
-
-def enable() -> None:
-    """Let transformers run compressed-tensors directories by this package, in this process.
-
-    Whatever `w8a8.load` runs: 8-bit integer layers in integers, and weight-only ones, packed or not, with a float
-    product and their weights in int8, where transformers would keep them decompressed.  What `load` does not run (fp8,
-    reordered groups, quantised caches) is loaded by transformers as before, and so is everything after `disable`.
-    Calling it twice is calling it once.
-    """
-    theirs = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
-    if not isinstance(theirs, _Ours):
-        ours: Any = _Ours(theirs)
-        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours
-
-
-def disable() -> None:
-    """Undo `enable`."""
-    ours = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
-    if isinstance(ours, _Ours):
-        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours.theirs
-
-
-@contextlib.contextmanager
-def enabled() -> Iterator[None]:
-    """`enable` for the length of a `with` block."""
-    before = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
-    enable()
-    try:
-        yield
-    finally:
-        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = before
-
-
-class _Ours:
-    """Stands where transformers has its class for compressed-tensors configurations, and makes ours where it can."""
-
-    def __init__(self, theirs: Any) -> None:
-        self.theirs = theirs
-
-    def from_dict(self, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """The configuration that a file describes."""
-        ours = runs_here(config_dict)
-        _LOG.info("w8a8: this directory is run by %s", "w8a8" if ours else "transformers' own quantizer")
-        return (W8A8Config if ours else self.theirs).from_dict(config_dict, **kwargs)
 
 
 def _untied(model: Any, chosen: Sequence[str], include: Sequence[str]) -> list[str]:

@@ -1,0 +1,62 @@
+"""Directories in transformers' hands: the class that it has for compressed-tensors configurations looks first.
+
+What `w8a8.load` runs becomes ours, everything else stays theirs.  `disable` puts theirs back.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from w8a8.checkpoint.layout import runs_here
+from w8a8.hf.quantizer import W8A8Config
+
+_LOG = logging.getLogger(__name__)
+_THEIRS = "compressed-tensors"
+
+
+def enable() -> None:
+    """Let transformers run compressed-tensors directories by this package, in this process.
+
+    Whatever `w8a8.load` runs: 8-bit integer layers in integers, and weight-only ones, packed or not, with a float
+    product and their weights in int8, where transformers would keep them decompressed.  What `load` does not run (fp8,
+    reordered groups, quantised caches) is loaded by transformers as before, and so is everything after `disable`.
+    Calling it twice is calling it once.
+    """
+    theirs = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
+    if not isinstance(theirs, _Ours):
+        ours: Any = _Ours(theirs)
+        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours
+
+
+def disable() -> None:
+    """Undo `enable`."""
+    ours = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
+    if isinstance(ours, _Ours):
+        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours.theirs
+
+
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """`enable` for the length of a `with` block."""
+    before = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
+    enable()
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = before
+
+
+class _Ours:
+    """Stands where transformers has its class for compressed-tensors configurations, and makes ours where it can."""
+
+    def __init__(self, theirs: Any) -> None:
+        self.theirs = theirs
+
+    def from_dict(self, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """The configuration that a file describes."""
+        ours = runs_here(config_dict)
+        _LOG.info("w8a8: this directory is run by %s", "w8a8" if ours else "transformers' own quantizer")
+        return (W8A8Config if ours else self.theirs).from_dict(config_dict, **kwargs)
