@@ -11,11 +11,11 @@ from w8a8.core.affine import QParams
 from w8a8.core.scheme import PRESETS, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.layers.linear import Mode, QuantLinear
 
-pytestmark = pytest.mark.not_under("inference", reason="inference mode has no gradients")
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
-)  # torch's own forward mode
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.not_under("inference", reason="inference mode has no gradients"),
+]
+# torch's own forward mode
 
 SCHEMES = [
     *(preset.scheme for preset in PRESETS.values()),
