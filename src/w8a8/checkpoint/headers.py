@@ -55,27 +55,11 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
-_FIRST = [
-    "U64",
-    "I64",
-    "F64",
-    "C64",
-    "F32",
-    "U32",
-    "I32",
-    "BF16",
-    "F16",
-    "U16",
-    "I16",
-    "F8_E5M2FNUZ",
-    "F8_E4M3FNUZ",
-    "F8_E8M0",
-    "F8_E4M3",
-    "F8_E5M2",
-    "I8",
-    "U8",
-    "BOOL",
-]
+_FIRST = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16"),
+    *("I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
+"""Of the names, as the library (0.8) orders the tensors that it writes."""
 
 
 @dataclass(frozen=True)
