@@ -9,12 +9,13 @@ Names are imported when they are first used, so that `import w8a8` needs no torc
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from w8a8._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from w8a8 import dataflow, kernels
+    from w8a8 import dataflow, functional, kernels
     from w8a8.analysis import Allocation, Budget, Sensitivity, allocate, sensitivity
     from w8a8.analysis.remedy import remedies
     from w8a8.analysis.study import study
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from w8a8.calibration.observers import MSE, OBSERVERS, AbsMax, MinMax, Percentile
     from w8a8.calibration.reservoir import Reservoir
     from w8a8.checkpoint import load, push_to_hub, save
+    from w8a8.core import affine
     from w8a8.core.affine import QParams, QTensor, dequantize, fake_quantize, l2_error, qparams, sqnr_db
     from w8a8.core.scheme import (
         PRESETS,
@@ -173,6 +175,8 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(f"w8a8.{_HOME[name]}"), name)
     if name in _MODULES:
         return importlib.import_module(f"w8a8.{_MODULES[name]}")
+    if importlib.util.find_spec(f"w8a8.{name}"):  # a room: w8a8.evaluation, w8a8.report
+        return importlib.import_module(f"w8a8.{name}")
     raise AttributeError(f"module 'w8a8' has no attribute {name!r}")
 
 

@@ -88,7 +88,7 @@ def quantize(
         observer: How a static grid follows from what was seen: a name in `w8a8.observers.OBSERVERS`, or a function
             that makes an observer per tensor, `lambda: Percentile(p=99.9)`.
         smooth: "auto" (the default where there is a calibration), "searched", an alpha in 0..1, or "none" (the default
-            without): scale activations into weights first, see `w8a8.smooth`.
+            without): scale activations into weights first, see `w8a8.smoothing.smooth`.
         progress: Called as progress(done, total, name).
 
     Returns:

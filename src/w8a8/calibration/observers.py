@@ -1,6 +1,6 @@
 """Observers: from a stream of activations to a static grid.
 
-An observer is fed tensor by tensor with `update`, keeps a summary of a fixed size (`w8a8.summaries`), and
+An observer is fed tensor by tensor with `update`, keeps a summary of a fixed size (`w8a8.calibration.summaries`), and
 at the end `params` answers with the grid for a `QuantSpec`, by the arithmetic contract (`w8a8.core.affine`).  What
 differs between observers is only which range lo..hi the grid is to hold; what lies outside is clamped.
 

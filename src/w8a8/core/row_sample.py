@@ -9,7 +9,7 @@ weight in the source.  The price of a sample is that a bad row beside it is not 
 
 An SQNR weighs energy.  An outlier of tens of times the other elements of its row lowers it; one that has more energy
 than all of them together is most of the signal, and then little shows of what the others lost.  Outputs tell
-(`w8a8.layer_errors`).
+(`w8a8.analysis.layer_errors`).
 """
 
 import math

@@ -19,7 +19,7 @@ numbers; other schemes, and machines without an exact int8 product, multiply fak
 
 A range is never read from the sampled tokens alone.  A static grid comes from the extremes of all the calibration; for
 a dynamic one per tensor, each sampled token is quantised with the range of one of the calls that were seen.  And what
-is fitted on half of the calls, scales and static ranges, is judged on the other half (`w8a8.sampling`).
+is fitted on half of the calls, scales and static ranges, is judged on the other half (`w8a8.calibration.sampling`).
 
 A channel's maximum is not trusted to stay small.  A neuron behind a ReLU may be active once in thousands of tokens, and
 scales that amplify it to the level of the others by what little it showed make one such token ruin the range of the

@@ -1,8 +1,8 @@
 """Which of a few ways to smooth makes the best quantised model: seen on the whole model, on calibration data.
 
-The search of `w8a8.alpha` looks at one group at a time, and adds up errors that are not worth the same.  So at its end
-the searched setting, one alpha for all groups (`CANDIDATES`) and no smoothing are each quantised and run.  Two things
-are measured, on the same tokens for all:
+The search (`alpha`) looks at one group at a time, and adds up errors that are not worth the same.  So at its end the
+searched setting, one alpha for all groups (`CANDIDATES`) and no smoothing are each quantised and run.  Two things are
+measured, on the same tokens for all:
 
     distance   ||quantised - float|| / ||float|| of the outputs (logits), on a few thousand tokens
     loss       of a causal language model: the mean of -log p(next token) in nats, the logarithm of its perplexity

@@ -7,7 +7,7 @@ The product of the two is what it was, so the model computes the same function, 
 to its own dtype: the arithmetic is float64.  Where s is a power of two and there is no offset, that rounding is
 nothing, unless a value leaves the range of normal numbers.
 
-Whether a group may be folded is not decided here: `w8a8.dataflow` proposes, and `w8a8.gate` compares outputs.
+Whether a group may be folded is not decided here: `w8a8.dataflow` proposes, and `w8a8.smoothing.gate` compares outputs.
 
 `Undo` holds copies of the parameters, since (p / s) * s is not p in floating point.  A whole fold is in memory twice
 until its `Undo` goes.  The alternative, keeping only s, would be smaller and not exact.

@@ -4,7 +4,7 @@ Activation outliers, a few channels of a norm's output that are tens of times la
 (OPT from 6.7 billion parameters up: Dettmers et al. 2022, arXiv:2208.07339), and are what makes W8A8 hard.  A model
 small enough to test with has none.  A norm's gain times p and its readers' weights divided by p compute what they
 did before, and the tensor between them now has the profile p: smoothing backwards.  The fold and the gate are
-those of `w8a8.smooth`.
+those of `w8a8.smoothing.smooth`.
 
 Results on such a model are semi-synthetic, and are called so wherever they are shown: the magnitudes are measured on a
 real model, the rest is the small model's.  In particular a smoothing that divides by p alone undoes the injection

@@ -1,12 +1,12 @@
 """Smoothing: move the difficulty of activations into weights, group by group, and keep the function.
 
-    1. one forward of a probe shows the groups: a source and all that reads it      w8a8.dataflow
-    2. one pass over the calibration data: extremes, a sample of tokens, ranges     w8a8.calibrate
-    3. for each group in the order of the forward: the alpha of least error         w8a8.alpha
-       its fold into the weights                                                    w8a8.fold
+    1. one forward of a probe shows the groups: a source and all that reads it      `dataflow`
+    2. one pass over the calibration data: extremes, a sample of tokens, ranges     `calibrate`
+    3. for each group in the order of the forward: the alpha of least error         `alpha`
+       its fold into the weights                                                    `fold`
        and for each block, when its groups are folded: its output compared with what
-       it was; beyond the bound all are undone, and made again one by one           w8a8.gate
-    4. the same with one alpha for all groups, and without; the best is kept        w8a8.contest
+       it was; beyond the bound all are undone, and made again one by one           `gate`
+    4. the same with one alpha for all groups, and without; the best is kept        `contest`
     5. the whole model's float output compared with what it was
 
 One pass is enough: a fold changes the tensor it is made for, by a factor that is known, and no other group's.  The
