@@ -28,7 +28,7 @@ def table(result: dict[str, Any]) -> str:
 
 def measure() -> dict[str, Any]:
     """Run the demo."""
-    from w8a8.cli.output import plain
+    from w8a8.core.plain import plain
     from w8a8.demo.run import run_demo
 
     return {"machine": describe_machine(), "report": plain(run_demo())}

@@ -26,7 +26,7 @@ from machine import describe_machine, keep, results_of
 from w8a8 import PerChannel, PerTensor, PerToken, QuantSpec, Scheme, outliers
 from w8a8.calibration.data import Calibration
 from w8a8.checkpoint.opening import open_model
-from w8a8.cli.output import plain
+from w8a8.core.plain import plain
 from w8a8.demo import corpus
 from w8a8.demo.run import demo_directory
 from w8a8.evaluation import encode, perplexity

@@ -33,7 +33,7 @@ FLOORS = [
 ]
 # in a room, the order in which its files may import one another
 INSIDE = {
-    "core": ["scheme", "progress", "affine", "packed", "tokens", "row_sample"],
+    "core": ["scheme", "plain", "progress", "affine", "packed", "tokens", "row_sample"],
     "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "select", "ops"],
     "layers": ["saving", "straight_through", "weight", "weights", "buffers", "linear"],
     "model": [
@@ -105,8 +105,24 @@ INSIDE = {
         "budget",
         "study",
     ],
-    "jobs": ["diagnosis"],
     "hf": ["arriving", "quantizer", "enabling"],
+    "jobs": ["watching", "diagnosis", "request", "quantization", "page"],
+    "cli": [
+        "output",
+        "app",
+        "pairs",
+        "ways",
+        "compare",
+        "sensitivity",
+        "bench",
+        "evaluate",
+        "inspect",
+        "quantize",
+        "report",
+        "run",
+        "serve",
+        "commands",
+    ],
     "demo": ["corpus", "run"],
 }
 

@@ -2,7 +2,8 @@ import math
 import sys
 from pathlib import Path
 
-from w8a8.cli.output import plain, print_table, progress
+from w8a8.cli.output import print_table, progress
+from w8a8.core.plain import plain
 from w8a8.core.scheme import PerGroup, QuantSpec
 from w8a8.layers.linear import Mode
 

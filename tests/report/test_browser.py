@@ -12,7 +12,7 @@ from tests.report.standin import COLUMNS, standin
 from w8a8.analysis import remedies, sensitivity
 from w8a8.analysis.errors import channel_absmax
 from w8a8.calibration.data import Calibration
-from w8a8.cli.output import plain
+from w8a8.core.plain import plain
 from w8a8.demo.corpus import training_text
 from w8a8.demo.run import demo_model
 from w8a8.evaluation import compare, encode

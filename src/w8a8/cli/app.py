@@ -127,22 +127,6 @@ def content_of(source: str) -> str:
     return read(source)
 
 
-def default_length(model: Any) -> int:
-    from w8a8.evaluation import context_length
-
-    return min(context_length(model) or 2048, 2048)
-
-
-def scoring_length(model: Any, text: Any) -> int:
-    """Tokens in a window that a text is scored in: of a masked model, which reads it once for each token, few."""
-    from w8a8.evaluation.scores import is_masked
-
-    longest = default_length(model)
-    if not is_masked(model):
-        return longest
-    return min(longest - (0 if text.frame is None else len(text.frame)), 128)
-
-
 def show_coverage(found: Any) -> None:
     totals = found.totals()
     rows = [

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app, next_tokens, open_named
-from w8a8.cli.output import plain, print_json, print_line, print_table, progress
+from w8a8.cli.output import print_json, print_line, print_table, progress
+from w8a8.core.plain import plain
 from w8a8.errors import SchemeError
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.cli.app import check_kind_of, content_of, default_length, open_named, scoring_length
-from w8a8.cli.output import ERRORS, error_cells, megabytes, plain, print_line, print_table, progress
+from w8a8.cli.app import check_kind_of, content_of, open_named
+from w8a8.cli.output import ERRORS, error_cells, megabytes, print_line, print_table, progress
+from w8a8.core.plain import plain
 from w8a8.errors import ModelError
 
 DEFAULT_WINDOWS = {"seq_len": None, "stride": None, "max_tokens": None, "seed": 0}
@@ -120,6 +121,7 @@ def compare_outputs_named(
 
     from w8a8.evaluation import encode
     from w8a8.evaluation.outputs import compare_outputs
+    from w8a8.evaluation.scores import default_length
 
     content = content_of(text)
     opened, other = open_named(model, head=head, **places), open_named(against, **places)
@@ -198,6 +200,7 @@ def _speed_rows(both: Any) -> list[tuple[str, str, str]]:
 
 def _cut(opened: Any, content: str, options: dict[str, Any]) -> dict[str, Any]:
     from w8a8 import evaluation as scoring
+    from w8a8.evaluation.scores import scoring_length
 
     text = scoring.encode(opened.tokenizer, content).first(options["max_tokens"])
     length = options["seq_len"] or scoring_length(opened.model, text)

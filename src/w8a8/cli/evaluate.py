@@ -20,13 +20,12 @@ from w8a8.cli.app import (
     app,
     check_kind_of,
     content_of,
-    default_length,
     next_tokens,
     open_named,
-    scoring_length,
 )
 from w8a8.cli.compare import compare_named, compare_outputs_named, evaluation_rows, windows_in_words
-from w8a8.cli.output import plain, print_json, print_line, print_table, progress
+from w8a8.cli.output import print_json, print_line, print_table, progress
+from w8a8.core.plain import plain
 from w8a8.errors import SchemeError
 
 
@@ -75,6 +74,7 @@ def evaluate(
     --against, how far its outputs are from the other's.
     """
     from w8a8 import evaluation as scoring
+    from w8a8.evaluation import scores
     from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT
 
     places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -103,7 +103,7 @@ def evaluate(
     content = content_of(text)
     opened = open_named(model, asked=("a perplexity", PREDICTS_TOKENS), head=head, **places)
     encoded = scoring.encode(opened.tokenizer, content).first(max_tokens)
-    length = seq_len or scoring_length(opened.model, encoded)
+    length = seq_len or scores.scoring_length(opened.model, encoded)
     with progress("scoring") as step:
         alone = scoring.perplexity(opened.model, encoded, seq_len=length, stride=stride, seed=seed, progress=step)
     if as_json:
@@ -159,11 +159,12 @@ def study(
     """Simulate every granularity of weights and activations: perplexity and mean SQNR of each."""
     from w8a8 import evaluation as scoring
     from w8a8.analysis import study as experiment
+    from w8a8.evaluation import scores
 
     places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     opened = open_named(model, asked=next_tokens("a study of perplexities"), **places)
     ids = scoring.encode(opened.tokenizer, content_of(text)).first(max_tokens).ids
-    length = seq_len or default_length(opened.model)
+    length = seq_len or scores.default_length(opened.model)
     with progress("studying") as step:
         result = experiment.study(
             opened.model, ids, seq_len=length, bits=bits, include=include, exclude=exclude, progress=step

@@ -1,8 +1,9 @@
 """The command `quantize`."""
 
-import os
+import shlex
+import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,13 +19,16 @@ from w8a8.cli.app import (
     app,
     check_kind_of,
     next_tokens,
+    quiet_transformers,
 )
 from w8a8.cli.compare import DEFAULT_WINDOWS, check_text, compare_named, compare_outputs_named, sizes
 from w8a8.cli.output import print_json, print_line
-from w8a8.cli.page import check_page, layers_of, page_of
 from w8a8.cli.sensitivity import show_sensitivity
-from w8a8.cli.ways import Job, by_blocks, in_memory, show_weights, streamed
+from w8a8.cli.ways import Watching, show, show_weights
 from w8a8.errors import SchemeError, W8A8Error
+
+if TYPE_CHECKING:
+    from w8a8.jobs.quantization import Made
 
 
 @app.command()
@@ -115,71 +119,54 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantise a model and save it as a compressed-tensors directory."""
-    from w8a8.calibration.observers import observer_of
     from w8a8.checkpoint.hub import check_push
     from w8a8.checkpoint.hub import push_to_hub as push
-    from w8a8.core.scheme import Scheme
+    from w8a8.jobs.page import check_page
+    from w8a8.jobs.quantization import quantize_to
+    from w8a8.jobs.request import CalibrationText, Job, Search
 
-    wanted = Scheme.of(scheme)
     if push_to_hub is not None:
         check_push(push_to_hub)
     elif private:
         raise SchemeError("--private is of a new repository on the hub: give --push-to-hub OWNER/NAME, or leave it out")
-    if target not in (None, "vllm"):
-        raise SchemeError(f"--target {target} is unknown; use vllm, or leave it out")
-    observer_of(observer)
-    if wanted.static and calib is None:
-        raise SchemeError(
-            f"--scheme {scheme} has static activation scales, which are measured on calibration data: "
-            "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
-        )
-    if budget is not None and (text is None or stream):
+    if budget is not None and text is None:
         raise SchemeError("--budget measures a model in memory on --text FILE: give that, and leave out --stream")
     if text is not None and budget is None:
         raise SchemeError("--text is what --budget measures on, and no budget was given; --calib is calibration data")
-    if report is not None:
-        check_page(report)
-    _check_kind(model, calib, budget, eval_text, report, trust_remote_code=trust_remote_code)
-    data_free = calib is None and smooth in (None, "none") and dtype == "auto" and not trust_remote_code
-    data_free = data_free and budget is None
-    if stream and not data_free and (calib is None or dtype != "auto" or trust_remote_code):
-        raise SchemeError(
-            "--stream goes from files to files: smoothing takes --calib FILE, --dtype is that of the files, and remote "
-            "code is for models in memory; give the one, leave out the other, or leave out --stream"
-        )
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # started by torchrun
     job = Job(
         model=model,
         output=output,
-        scheme=wanted,
-        selection={"include": include, "exclude": exclude, "head": head},
-        calib=calib,
-        drawn={"samples": calib_samples, "length": calib_length, "seed": seed},
-        treatment={"observer": observer, "smooth": smooth},
-        budget=None if budget is None else {"limit": budget, "text": text, "options": option, "seed": seed},
+        scheme=scheme,
+        include=include,
+        exclude=exclude,
+        head=head,
+        calibration=None if calib is None else CalibrationText(calib, calib_samples, calib_length),
+        observer=observer,
+        smooth=smooth,
+        seed=seed,
+        search=None if budget is None or text is None else Search(budget, text, option),
+        stream=stream,
+        shard_bytes=int(max_shard_gb * 1e9),
         target=target,
-        force=force,
+        overwrite=force,
+        dry_run=dry_run,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        dry_run=dry_run,
-        quiet=as_json,
     )
-    told: dict[str, Any] | None = None
-    if stream and not data_free:
-        told = by_blocks(job)
-    elif stream is not False and data_free:
-        told = streamed(job, int(max_shard_gb * 1e9), forced=bool(stream) or several)
-    if told is None:
-        if several:
-            raise SchemeError("torchrun shares the work of streaming, and this is done in memory; start one process")
-        if dry_run:
-            raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
-        told = in_memory(job)
-    if not told:  # another process of torchrun speaks
+    if report is not None:
+        check_page(report)
+    _check_kind(model, calib, budget, eval_text, report, trust_remote_code=trust_remote_code)
+    quiet_transformers()
+    watcher = Watching(job, quiet=as_json)
+    made = quantize_to(job, watcher)
+    if not made.first:  # another process of torchrun speaks
         return
+    told = made.to_dict()
+    if not as_json:
+        show(made)
     if not dry_run:
         try:
-            _look(job, told, eval_text, report)
+            _look(made, told, eval_text, report, watcher)
         except W8A8Error as error:
             error.add_note(f"{output} is whole all the same" + (", and not pushed" if push_to_hub is not None else ""))
             raise
@@ -214,31 +201,36 @@ def _check_kind(
             check_kind_of(model, next_tokens("a page about measured layers (--eval-text, --report)"), **trust)
 
 
-def _look(job: Job, told: dict[str, Any], eval_text: str | None, report: Path | None) -> None:
+def _look(made: "Made", told: dict[str, Any], eval_text: str | None, report: Path | None, watcher: Watching) -> None:
     """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
     from w8a8.checkpoint.about import add_measured
     from w8a8.evaluation.summary import summary
+    from w8a8.jobs.page import measure_layers, page_records
     from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, way_out
+    from w8a8.report import write_report
 
-    output, model, seen = str(job.output), job.model, False
+    job, quiet, seen = made.job, watcher.quiet, False
+    output, model = str(job.output), job.model
     kind = check_kind_of(model, None, trust_remote_code=job.trust_remote_code)
+    compared: Any = None
     if eval_text is not None:
         places = {"dtype": job.dtype, "device": "cpu", "trust_remote_code": job.trust_remote_code}
         compare = compare_named if kind in PREDICTS_TOKENS else compare_outputs_named
-        compared: Any = compare(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
+        compared = compare(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
         told["evaluation"], seen = compared.told(), compared.why_not is None
         add_measured(job.output, summary(compared.both, Path(eval_text).name))
-        if not job.quiet:
+        if not quiet:
             compared.show(output, model)
-    if not job.quiet and not seen:
-        show_weights(told["worst_weights"], more=kind in PREDICTS_TOKENS)
-    if not job.quiet and eval_text is None:
+    if not quiet and not seen:
+        show_weights(made.coverage.worst_weights(), more=kind in PREDICTS_TOKENS)
+    if not quiet and eval_text is None:
         asked = f"w8a8 eval {output} --text FILE --against {model}" if kind in READS_TEXT else way_out(kind)
         print_line(f"{sizes(output, model)}; what it lost: {asked}")
     if report is not None:
-        found = None if eval_text is None else layers_of(job, told, eval_text)
-        page_of(told, model, job.output, job.drawn["seed"], found).write(report)
-        if found is not None and not job.quiet:
+        found = None if eval_text is None else measure_layers(made, eval_text, watcher)
+        both, command = None if compared is None else compared.both, shlex.join(["w8a8", *sys.argv[1:]])
+        write_report(report, page_records(made, comparison=both, layers=found, command=command))
+        if found is not None and not quiet:
             show_sensitivity(model, found.sensitivity)
-        if not job.quiet:
+        if not quiet:
             print_line(f"The page is {report}.")

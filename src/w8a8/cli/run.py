@@ -16,7 +16,8 @@ from w8a8.cli.app import (
     open_named,
     quiet_transformers,
 )
-from w8a8.cli.output import megabytes, plain, print_json, print_line, print_table, progress
+from w8a8.cli.output import megabytes, print_json, print_line, print_table, progress
+from w8a8.core.plain import plain
 
 if TYPE_CHECKING:
     from w8a8.demo.run import DemoReport

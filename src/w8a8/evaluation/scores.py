@@ -22,7 +22,7 @@ from w8a8.core.scheme import PerToken
 from w8a8.errors import ModelError
 from w8a8.evaluation.text import Frame, Text, windows_for
 from w8a8.layers.linear import quant_linears
-from w8a8.model.kinds import Kind, kind_of_model, way_out
+from w8a8.model.kinds import Kind, context_length, kind_of_model, way_out
 
 ROWS = 512  # rows of logits turned to float32 at a time
 COPIES = 8  # of a window, each with another token masked, in one forward
@@ -52,6 +52,19 @@ def cut(model: Any, text: Text, seq_len: int, stride: int | None) -> list[tuple[
 def is_masked(model: Any) -> bool:
     """Whether a model is scored by pseudo-perplexity."""
     return kind_of_model(model) is Kind.MASKED
+
+
+def default_length(model: Any) -> int:
+    """Tokens in a window where nothing is said: the model's context, at most 2048."""
+    return min(context_length(model) or 2048, 2048)
+
+
+def scoring_length(model: Any, text: Text) -> int:
+    """Tokens in a window that a text is scored in: of a masked model, which reads it once for each token, few."""
+    longest = default_length(model)
+    if not is_masked(model):
+        return longest
+    return min(longest - (0 if text.frame is None else len(text.frame)), 128)
 
 
 def predictions(model: Any, text: Text, window: tuple[int, int, int]) -> Tensor:

@@ -1,6 +1,6 @@
 """The one place where records are assembled from what the rest of the package returns.
 
-It takes plain data (`Coverage.to_dict()`, `SmoothReport.to_dict()`, a `Comparison` as `cli.output.plain` gives it), so
+It takes plain data (`Coverage.to_dict()`, `SmoothReport.to_dict()`, a `Comparison` as `core.plain.plain` gives it), so
 it needs no torch, and works as well on a result that was read back from a file.
 """
 

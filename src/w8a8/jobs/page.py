@@ -1,0 +1,176 @@
+"""The page about a saved model: what was done and measured of it, as records that `w8a8.report` draws."""
+
+import hashlib
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from w8a8.analysis import Remedy, Sensitivity, remedies, sensitivity
+from w8a8.analysis.errors import channel_absmax
+from w8a8.calibration.data import Calibration
+from w8a8.calibration.sources import content_of
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.opening import open_model
+from w8a8.core.plain import plain
+from w8a8.core.scheme import Scheme
+from w8a8.errors import ReportError
+from w8a8.evaluation import Comparison, encode
+from w8a8.jobs.diagnosis import diagnose
+from w8a8.jobs.quantization import Made
+from w8a8.jobs.watching import Watcher
+from w8a8.model.choice import Choice
+from w8a8.model.selection import assign, with_head
+from w8a8.model.swapping import swap, swapped
+from w8a8.report import collect
+from w8a8.report.page import check_place
+from w8a8.report.smoothed import SmoothReport
+from w8a8.smoothing.smoother import Smoother
+from w8a8.smoothing.way import Smoothing
+
+_DRAWN = 6  # layers whose weight and input are drawn
+
+
+def check_page(path: Path) -> None:
+    """Raise `ReportError` before anything long where the page could not be drawn or written."""
+    check_place(path)
+    if importlib.util.find_spec("vl_convert") is None:
+        raise ReportError("the plots of a page are drawn by vl-convert: pip install 'w8a8[report]'")
+
+
+@dataclass(frozen=True)
+class MeasuredLayers:
+    """What was measured of the layers, what would help the worst, and a sentence on what model and data it is of."""
+
+    sensitivity: Sensitivity
+    remedies: tuple[Remedy, ...]
+    measured_on: str
+
+
+def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> MeasuredLayers:
+    """Measure the layers of the float model, smoothed as it was, under the schemes that were saved.
+
+    Args:
+        made: What was done to the model, which is opened again.
+        text: The file or hub data set that windows are drawn from.
+        watcher: Told how it goes.
+
+    Raises:
+        ReportError: the float model cannot be smoothed again as it was.
+        Others: as `w8a8.sensitivity` and `w8a8.remedies`.
+    """
+    job, watcher = made.job, watcher or Watcher()
+    opened = open_model(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    model, ids = opened.model, encode(opened.tokenizer, content_of(text))
+    data = job.calibrate_on(model, opened.tokenizer)
+    include = with_head(model, job.include, job.head)
+    choice = Choice.of(model, job.scheme, include, job.exclude)
+    _, schemes = assign(choice.selection, job.scheme if made.allocation is None else made.allocation.schemes)
+    before, folded = None, _folded(made.smooth)
+    if folded:
+        assert made.smooth is not None, "it has groups"
+        assert data is not None, "smoothed on it"
+        with swapped(model, choice.experts):
+            before = channel_absmax(model, ids, seed=job.seed)
+        _smooth_again(model, data, made.smooth, folded, choice.outside)
+    swap(model, choice.experts)
+    given: dict[str, Any] = {
+        "include": include,
+        "exclude": job.exclude,
+        "calibration": data,
+        "observer": job.observer,
+    }
+    with watcher.stage("measuring layers") as step:
+        found = sensitivity(model, ids, schemes, **given, seed=job.seed, before_smoothing=before, progress=step)
+    with watcher.stage("measuring remedies") as step:
+        helpful = remedies(model, ids, found, schemes, **given, progress=step)
+    what = f"the float model with {len(folded)} groups smoothed, as it was quantised" if folded else "the float model"
+    words = f"Measured in {what}, on {found.windows} windows of {found.seq_len} tokens of {Path(text).name}"
+    if any(scheme.static for scheme in schemes.values()):
+        words += f"; static ranges by {job.observer} on {made.calibrated_on}, as they were saved"
+    return MeasuredLayers(found, helpful, words + ".")
+
+
+def _folded(smooth: SmoothReport | None) -> dict[tuple[str, ...], tuple[float, float | None]]:
+    """The alpha and the error of the groups that were smoothed, by source and readers."""
+    groups = () if smooth is None else smooth.groups
+    return {(g.source, *g.readers): (g.alpha, g.error_after) for g in groups if g.alpha is not None}
+
+
+def _smooth_again(
+    model: nn.Module,
+    data: Calibration,
+    done: SmoothReport,
+    folded: Mapping[tuple[str, ...], tuple[float, float | None]],
+    chosen: Iterable[str],
+) -> None:
+    """Fold into a float model what was folded before it was quantised, in place.
+
+    Raises:
+        ReportError: it is not what was folded before.
+    """
+
+    def key(group: Any) -> tuple[str, ...]:
+        return (group.source.module, *dict.fromkeys(reader.module for reader in group.readers))
+
+    smoother = Smoother.of(model, data, dict.fromkeys(chosen, Scheme.of(done.scheme)))
+    smoother.smooth(Smoothing.of(done.kept or done.alpha), [g for g in smoother.groups if key(g) in folded])
+    again = {(report.source, *report.readers): report for report in smoother.reports}
+    for name, (alpha, error) in folded.items():
+        report = again.get(name)
+        new, measured = (None, None) if report is None else (report.alpha, report.error_after)
+        assert error is not None, "of what was folded it was measured"
+        if new != alpha or measured is None or not math.isclose(measured, error, rel_tol=1e-3):
+            raise ReportError(
+                f"{name[0]} was smoothed with alpha {alpha} and error {error:.3e}, and smoothing it again for the page "
+                f"gave {new} and {measured}: has {data.description} or the model changed since?  The checkpoint "
+                "is whole, only the page is missing; leave out --eval-text for a page without layers"
+            )
+
+
+def page_records(
+    made: Made,
+    *,
+    comparison: Comparison | None = None,
+    layers: MeasuredLayers | None = None,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """The records of a page about a saved model, for `w8a8.report.write_report` or a JSON file.
+
+    Args:
+        made: What was done.
+        comparison: Of the result with the float model; None: quality was not measured.
+        layers: Of `measure_layers`; None: they were not.
+        command: What makes the result again; by default the job, as Python writes it.
+    """
+    here, output = diagnose(), made.job.output
+    parts: dict[str, Any] = {}
+    if layers is not None:
+        parts |= {**layers.sensitivity.records(), "remedies": [asdict(remedy) for remedy in layers.remedies]}
+        worst = {layer.name for layer in layers.sensitivity.worst(_DRAWN)}  # a drawing each: the page must stay small
+        parts["measured_on"] = layers.measured_on
+        parts["histograms"] = [drawn for drawn in parts["histograms"] if drawn["layer"] in worst]
+    if made.allocation is not None:
+        parts["budget"] = made.allocation.record()
+    before, after = Directory.of(made.job.model), Directory.of(output)
+    return collect(
+        model=made.job.model,
+        scheme=made.scheme.name,
+        bytes_before=before.bytes,
+        bytes_after=after.bytes,
+        coverage=plain(made.coverage.to_dict()),
+        smooth=None if made.smooth is None else plain(made.smooth),
+        comparison=None if comparison is None else plain(comparison),
+        reproduce={
+            "command": command or f"quantize_to({made.job!r})",
+            "seed": made.job.seed,
+            "versions": here.versions,
+            "hashes": {f"config.json of {output.name}": hashlib.sha256(after.config_file.read_bytes()).hexdigest()},
+            "machine": here.machine,
+        },
+        **parts,
+    )

@@ -1,0 +1,30 @@
+"""Who is told how a job goes.  Nothing heavy is imported for it, so that a command can have its own at once."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from w8a8.core.progress import Progress
+
+if TYPE_CHECKING:
+    from w8a8.streaming.plan import Plan
+    from w8a8.streaming.resources import Prediction
+
+
+class Watcher:
+    """Who is told how a job goes; this one is told and says nothing."""
+
+    def stage(self, label: str) -> contextlib.AbstractContextManager[Progress]:
+        """A part of the work, for as long as it takes; what it gives is called after each step of it."""
+        return _silence()
+
+    def note(self, text: str) -> None:
+        """What a user should know; the result has it among its notes."""
+
+    def planned(self, plan: "Plan", prediction: "Prediction") -> None:
+        """What becomes of which file, and what that will take, before its first byte is written."""
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[Progress]:
+    yield lambda done, total, name: None
