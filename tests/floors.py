@@ -106,7 +106,7 @@ INSIDE = {
         "study",
     ],
     "hf": ["arriving", "quantizer", "enabling"],
-    "jobs": ["watching", "diagnosis", "request", "quantization", "page"],
+    "jobs": ["watching", "diagnosis", "request", "quantization", "comparison", "page"],
     "cli": [
         "output",
         "app",

@@ -12,12 +12,12 @@ from w8a8.analysis.layers import sensitivity
 from w8a8.calibration.data import Calibration
 from w8a8.checkpoint.opening import open_model
 from w8a8.cli import main
-from w8a8.cli import quantize as commands
 from w8a8.cli.commands import app
 from w8a8.demo.corpus import held_out_text, training_text
 from w8a8.demo.run import demo_directory
 from w8a8.errors import ModelError
 from w8a8.evaluation import encode
+from w8a8.jobs import comparison
 from w8a8.layers.linear import quant_linears
 
 
@@ -111,13 +111,13 @@ def test_a_page_is_not_made_of_another_smoothing(monkeypatch, tmp_path, capsys):
     text, data = tmp_path / "text.txt", tmp_path / "calibration.txt"
     text.write_text(held_out_text()[:1500])
     data.write_text(training_text()[:20000])
-    compare = commands.compare_named
+    compare = comparison.compare_models
 
     def meanwhile(*arguments):
         data.write_text(training_text()[30000:50000])
         return compare(*arguments)
 
-    monkeypatch.setattr(commands, "compare_named", meanwhile)
+    monkeypatch.setattr(comparison, "compare_models", meanwhile)
     arguments = [
         "-o",
         tmp_path / "out",
@@ -198,7 +198,7 @@ def test_a_comparison_that_fails_says_that_the_checkpoint_is_whole(monkeypatch, 
     def broken(*_):
         raise ModelError("the logits are not finite")
 
-    monkeypatch.setattr(commands, "compare_named", broken)
+    monkeypatch.setattr(comparison, "compare_models", broken)
     (tmp_path / "text.txt").write_text(held_out_text()[:500])
     said = fails(monkeypatch, capsys, tmp_path, "--eval-text", tmp_path / "text.txt", "--include", "*.0.fc1")
     assert "the logits are not finite" in said

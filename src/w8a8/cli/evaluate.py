@@ -18,13 +18,14 @@ from w8a8.cli.app import (
     SeqLen,
     TrustRemoteCode,
     app,
-    check_kind_of,
     content_of,
     next_tokens,
     open_named,
+    quiet_transformers,
 )
-from w8a8.cli.compare import compare_named, compare_outputs_named, evaluation_rows, windows_in_words
+from w8a8.cli.compare import evaluation_rows, show_compared, windows_in_words
 from w8a8.cli.output import print_json, print_line, print_table, progress
+from w8a8.cli.ways import Watching
 from w8a8.core.plain import plain
 from w8a8.errors import SchemeError
 
@@ -75,7 +76,8 @@ def evaluate(
     """
     from w8a8 import evaluation as scoring
     from w8a8.evaluation import scores
-    from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT
+    from w8a8.jobs.comparison import Pair, compare_models
+    from w8a8.model.kinds import PREDICTS_TOKENS
 
     places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     if tasks is not None:
@@ -84,21 +86,26 @@ def evaluate(
         return
     if text is None:
         raise SchemeError("give --text FILE to score, or --tasks A,B to ask")
-    options = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "seed": seed}
     if against is not None:
-        asked = "a comparison on a text", READS_TEXT
-        kinds = {check_kind_of(name, asked, trust_remote_code=trust_remote_code) for name in (model, against)}
-        found: Any
-        if kinds <= PREDICTS_TOKENS:
-            found = compare_named(
-                model, against, text, options, places, head=head, one_at_a_time=one_at_a_time, cache=cache
-            )
-        else:
-            found = compare_outputs_named(model, against, text, options, places, head=head)
+        quiet_transformers()
+        pair = Pair(
+            model,
+            against,
+            text,
+            seq_len=seq_len,
+            stride=stride,
+            max_tokens=max_tokens,
+            seed=seed,
+            head=head,
+            one_at_a_time=one_at_a_time,
+            cache=cache,
+            **places,
+        )
+        found = compare_models(pair, Watching())
         if as_json:
-            print_json({"model_name": model, "reference_name": against, **found.told()})
+            print_json({"model_name": model, "reference_name": against, **found.to_dict()})
         else:
-            found.show(model, against)
+            show_compared(model, against, found)
         return
     content = content_of(text)
     opened = open_named(model, asked=("a perplexity", PREDICTS_TOKENS), head=head, **places)

@@ -21,10 +21,10 @@ from w8a8.cli.app import (
     next_tokens,
     quiet_transformers,
 )
-from w8a8.cli.compare import DEFAULT_WINDOWS, check_text, compare_named, compare_outputs_named, sizes
+from w8a8.cli.compare import show_compared, sizes
 from w8a8.cli.output import print_json, print_line
 from w8a8.cli.sensitivity import show_sensitivity
-from w8a8.cli.ways import Watching, show, show_weights
+from w8a8.cli.ways import WatchingJob, show, show_weights
 from w8a8.errors import SchemeError, W8A8Error
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def quantize(
         check_page(report)
     _check_kind(model, calib, budget, eval_text, report, trust_remote_code=trust_remote_code)
     quiet_transformers()
-    watcher = Watching(job, quiet=as_json)
+    watcher = WatchingJob(job, quiet=as_json)
     made = quantize_to(job, watcher)
     if not made.first:  # another process of torchrun speaks
         return
@@ -188,6 +188,7 @@ def _check_kind(
     trust_remote_code: bool,
 ) -> None:
     """Raise a `W8A8Error` where a model is not of the kind that something beside quantising is for."""
+    from w8a8.jobs.comparison import check_text
     from w8a8.model.kinds import READS_TEXT
 
     trust = {"trust_remote_code": trust_remote_code}
@@ -201,10 +202,11 @@ def _check_kind(
             check_kind_of(model, next_tokens("a page about measured layers (--eval-text, --report)"), **trust)
 
 
-def _look(made: "Made", told: dict[str, Any], eval_text: str | None, report: Path | None, watcher: Watching) -> None:
+def _look(made: "Made", told: dict[str, Any], eval_text: str | None, report: Path | None, watcher: WatchingJob) -> None:
     """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
     from w8a8.checkpoint.about import add_measured
     from w8a8.evaluation.summary import summary
+    from w8a8.jobs.comparison import Pair, compare_models
     from w8a8.jobs.page import measure_layers, page_records
     from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, way_out
     from w8a8.report import write_report
@@ -214,13 +216,12 @@ def _look(made: "Made", told: dict[str, Any], eval_text: str | None, report: Pat
     kind = check_kind_of(model, None, trust_remote_code=job.trust_remote_code)
     compared: Any = None
     if eval_text is not None:
-        places = {"dtype": job.dtype, "device": "cpu", "trust_remote_code": job.trust_remote_code}
-        compare = compare_named if kind in PREDICTS_TOKENS else compare_outputs_named
-        compared = compare(output, model, eval_text, dict(DEFAULT_WINDOWS), places)
-        told["evaluation"], seen = compared.told(), compared.why_not is None
+        pair = Pair(output, model, eval_text, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+        compared = compare_models(pair, watcher)
+        told["evaluation"], seen = compared.to_dict(), compared.why_not is None
         add_measured(job.output, summary(compared.both, Path(eval_text).name))
         if not quiet:
-            compared.show(output, model)
+            show_compared(output, model, compared)
     if not quiet and not seen:
         show_weights(made.coverage.worst_weights(), more=kind in PREDICTS_TOKENS)
     if not quiet and eval_text is None:

@@ -1,11 +1,13 @@
 """What `quantize` prints of its work: before it, at its end, and of the weights that lost most."""
 
+import contextlib
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from w8a8.cli.app import show_coverage
 from w8a8.cli.output import print_line, print_note, print_table, progress
+from w8a8.core.progress import Progress
 from w8a8.jobs.watching import Watcher
 
 if TYPE_CHECKING:
@@ -14,14 +16,21 @@ if TYPE_CHECKING:
 
 
 class Watching(Watcher):
-    """Bars and notes on standard error, and on standard output, unless that is for JSON, what streaming will take."""
+    """Bars and notes on standard error."""
+
+    def stage(self, label: str) -> contextlib.AbstractContextManager[Progress]:
+        return progress(label)
+
+    def note(self, text: str) -> None:
+        print_note(text)
+
+
+class WatchingJob(Watching):
+    """And on standard output, unless that is for JSON, what streaming will take."""
 
     def __init__(self, job: "Job", *, quiet: bool) -> None:
         self.job = job
         self.quiet = quiet
-
-    stage = staticmethod(progress)
-    note = staticmethod(print_note)
 
     def planned(self, plan: Any, prediction: Any) -> None:
         """A table, and where the usual contest of smoothing is not held, that."""

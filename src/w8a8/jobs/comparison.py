@@ -1,0 +1,176 @@
+"""Two models by name, compared on a text: their predictions token by token, or the outputs of what predicts none."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from w8a8 import evaluation
+from w8a8.analysis import LayerErrors, layer_errors
+from w8a8.calibration.sources import content_of
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.opening import OpenedModel, open_model, open_tokenizer
+from w8a8.core.plain import plain
+from w8a8.errors import ModelError
+from w8a8.evaluation import Comparison, Reference
+from w8a8.evaluation.outputs import OutputComparison, compare_outputs
+from w8a8.evaluation.scores import default_length, scoring_length
+from w8a8.jobs.watching import Watcher
+from w8a8.model.choice import unstack_experts_
+from w8a8.model.experts import holds_experts
+from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, Kind, check_kind
+from w8a8.streaming.resources import available_memory
+
+_LAYERS_LENGTH = 256  # tokens in a window that layers are measured on
+_OUTPUTS_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models that a text tells apart.
+
+    model, against: Directories or hub ids; the second is the reference.
+    text: A file, or a data set on the hub.
+    seq_len, stride: Of the windows; by default the model's context, at most 2048, and as far apart.
+    max_tokens: Only the first so many.
+    seed: Of the bootstrap.
+    dtype, device, trust_remote_code: As for `w8a8.checkpoint.opening.open_model`.
+    head: Of the model: "int8" quantises its output head at run time.
+    one_at_a_time: Never hold both in memory; chosen too where they do not fit.
+    cache: A file for the reference's predictions: made, or used again.
+    """
+
+    model: str
+    against: str
+    text: str
+    seq_len: int | None = None
+    stride: int | None = None
+    max_tokens: int | None = None
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "cpu"
+    head: str = "float"
+    trust_remote_code: bool = False
+    one_at_a_time: bool = False
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison, and what each quantised layer does by itself, or why that was not measured."""
+
+    both: Comparison | OutputComparison
+    layers: tuple[LayerErrors, ...]
+    why_not: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**plain(self.both), "layers": plain(self.layers), "layers_not_measured": self.why_not}
+
+
+def compare_models(pair: Pair, watcher: Watcher | None = None) -> Compared:
+    """Compare two models on a text: what `w8a8 eval --against` does.
+
+    Args:
+        pair: What is asked for.
+        watcher: Told how it goes; by default nobody.
+
+    Raises:
+        ModelError: one of the models does not read text, or they cannot be compared on it; the cache holds the
+            predictions of another model, or of other windows.
+        CheckpointError, TextError: a model or the text cannot be read.
+    """
+    watcher = watcher or Watcher()
+    names = pair.model, pair.against
+    model, against = (Directory.of(name, trust_remote_code=pair.trust_remote_code) for name in names)
+    compare = _predictions if {_reads_text(model), _reads_text(against)} <= PREDICTS_TOKENS else _outputs
+    return compare(pair, model, against, watcher)
+
+
+def check_text(model: str, text: str, *, trust_remote_code: bool = False) -> None:
+    """Raise a `W8A8Error` before the work where a text cannot be read, or a model cannot be scored on it."""
+    content = content_of(text)
+    directory = Directory.of(model, trust_remote_code=trust_remote_code)
+    _reads_text(directory)
+    evaluation.encode(open_tokenizer(directory), content)
+
+
+def _reads_text(directory: Directory) -> Kind:
+    return check_kind("a comparison on a text", READS_TEXT, *directory.architecture)
+
+
+def _predictions(pair: Pair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
+    """Both in memory where they fit, else one after the other."""
+    content = content_of(pair.text)
+    wider = 2 if pair.dtype == "float32" else 1  # files of two bytes a weight, perhaps
+    apart = pair.one_at_a_time or pair.cache is not None
+    apart = apart or wider * (model.bytes + against.bytes) > 0.8 * available_memory()
+    stored = _stored(pair, against, content, watcher) if apart else None
+    opened = open_model(model, dtype=pair.dtype, device=pair.device, head=pair.head)
+    windows = _windows(pair, opened, content)
+    reference: Any = open_model(against, dtype=pair.dtype, device=pair.device).model if stored is None else stored
+    with watcher.stage("comparing") as step:
+        both = evaluation.compare(opened.model, reference, seed=pair.seed, progress=step, **windows)
+    if apart:
+        return Compared(both, (), "the models were in memory one at a time")
+    if holds_experts(opened.model):
+        unstack_experts_(reference)
+    length = min(windows["seq_len"], _LAYERS_LENGTH)
+    try:
+        layers = layer_errors(reference, opened.model, windows["text"], seq_len=length, seed=pair.seed)
+    except ModelError as error:
+        return Compared(both, (), str(error))
+    return Compared(both, layers, None)
+
+
+def _stored(pair: Pair, against: Directory, content: str, watcher: Watcher) -> Reference:
+    """The reference's predictions, from the cache, or made and put there."""
+    name = _fingerprint(against, pair.dtype)
+    if pair.cache is not None and pair.cache.exists():
+        reference = Reference.load(pair.cache)
+        if reference.model != name:
+            raise ModelError(
+                f"{pair.cache} holds the predictions of another model than {pair.against} in {pair.dtype}; "
+                "remove it, or give another --cache"
+            )
+        return reference
+    opened = open_model(against, dtype=pair.dtype, device=pair.device)
+    with watcher.stage("reference") as step:
+        reference = evaluation.store(opened.model, name=name, progress=step, **_windows(pair, opened, content))
+    if pair.cache is not None:
+        reference.save(pair.cache)
+    return reference
+
+
+def _windows(pair: Pair, opened: OpenedModel, content: str) -> dict[str, Any]:
+    text = evaluation.encode(opened.tokenizer, content).first(pair.max_tokens)
+    return {"text": text, "seq_len": pair.seq_len or scoring_length(opened.model, text), "stride": pair.stride}
+
+
+def _fingerprint(directory: Directory, dtype: str) -> str:
+    """What a reference is told from another by: its config, the names, sizes and times of its files, the dtype."""
+    found = hashlib.sha256(directory.config_file.read_bytes() + dtype.encode())
+    for path in directory.promised:
+        status = path.stat()
+        found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+    return found.hexdigest()
+
+
+def _outputs(pair: Pair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
+    """Run a text through two models in memory that read one and predict no tokens."""
+    content = content_of(pair.text)
+    opened = open_model(model, dtype=pair.dtype, device=pair.device, head=pair.head)
+    other = open_model(against, dtype=pair.dtype, device=pair.device)
+    encoded = evaluation.encode(opened.tokenizer, content).first(pair.max_tokens)
+    frame = ((), ()) if encoded.frame is None else (encoded.frame.before, encoded.frame.after)
+    room = default_length(opened.model) - sum(map(len, frame))
+    length = pair.seq_len or min(room, _OUTPUTS_LENGTH)
+    if length > room:
+        raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {pair.model}")
+    before, after = (encoded.ids.new_tensor(part) for part in frame)
+    batches = [{"input_ids": torch.cat([before, ids, after])[None]} for ids in encoded.ids.split(length)]
+    with watcher.stage("comparing") as step:
+        both = compare_outputs(opened.model, other.model, batches, seed=pair.seed, progress=step)
+    return Compared(both, (), "layers are measured of language models")
