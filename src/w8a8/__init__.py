@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     from w8a8.directories import quantize_directory
     from w8a8.errors import W8A8Error
     from w8a8.hf import W8A8Config, disable, enable, enabled
+    from w8a8.jobs.comparison import Compared, ModelPair, compare_models
+    from w8a8.jobs.diagnosis import Diagnosis, diagnose
+    from w8a8.jobs.page import MeasuredLayers, measure_layers, page_records
+    from w8a8.jobs.quantization import Made, quantize_to
+    from w8a8.jobs.request import BudgetSearch, CalibrationText, Job
+    from w8a8.jobs.watching import Watcher
     from w8a8.layers.linear import QuantLinear, ledger
     from w8a8.model.choice import unstack_experts_
     from w8a8.model.coverage import Coverage
@@ -100,6 +106,20 @@ _HOME = {
     "SmoothReport": "report.smoothed",
     "smooth_": "smoothing.smooth",
     "smooth_scales": "smoothing.smooth",
+    "Made": "jobs.quantization",
+    "quantize_to": "jobs.quantization",
+    "BudgetSearch": "jobs.request",
+    "CalibrationText": "jobs.request",
+    "Job": "jobs.request",
+    "Watcher": "jobs.watching",
+    "Compared": "jobs.comparison",
+    "ModelPair": "jobs.comparison",
+    "compare_models": "jobs.comparison",
+    "MeasuredLayers": "jobs.page",
+    "measure_layers": "jobs.page",
+    "page_records": "jobs.page",
+    "Diagnosis": "jobs.diagnosis",
+    "diagnose": "jobs.diagnosis",
 }
 _MODULES = {
     "affine": "core.affine",
@@ -117,9 +137,17 @@ __all__ = [
     "AbsMax",
     "Allocation",
     "Budget",
+    "BudgetSearch",
     "Calibration",
+    "CalibrationText",
+    "Compared",
     "Coverage",
+    "Diagnosis",
+    "Job",
+    "Made",
+    "MeasuredLayers",
     "MinMax",
+    "ModelPair",
     "PerChannel",
     "PerColumn",
     "PerGroup",
@@ -138,11 +166,14 @@ __all__ = [
     "SmoothReport",
     "W8A8Config",
     "W8A8Error",
+    "Watcher",
     "affine",
     "allocate",
     "collect",
+    "compare_models",
     "dataflow",
     "dequantize",
+    "diagnose",
     "disable",
     "enable",
     "enabled",
@@ -152,12 +183,15 @@ __all__ = [
     "l2_error",
     "ledger",
     "load",
+    "measure_layers",
     "observers",
     "outliers",
+    "page_records",
     "push_to_hub",
     "qparams",
     "quantize",
     "quantize_directory",
+    "quantize_to",
     "remedies",
     "save",
     "sensitivity",

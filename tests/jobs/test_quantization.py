@@ -11,7 +11,7 @@ from w8a8.demo.corpus import held_out_text, training_text
 from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.jobs.quantization import quantize_to
-from w8a8.jobs.request import CalibrationText, Job, Search, Way
+from w8a8.jobs.request import BudgetSearch, CalibrationText, Job, Way
 from w8a8.jobs.watching import Watcher
 
 DEMO = str(demo_directory())
@@ -86,7 +86,7 @@ def test_a_watcher_hears_the_stages_and_the_plan(tmp_path):
 def test_a_search_is_in_the_result(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(held_out_text()[:500])
-    heard, search = Heard(), Search("50%", str(text), ("w8a8",))
+    heard, search = Heard(), BudgetSearch("50%", str(text), ("w8a8",))
     made = quantize_to(Job(DEMO, tmp_path / "out", include=("*.0.fc1",), search=search, dtype="float32"), heard)
     assert made.allocation.schemes["model.decoder.layers.0.fc1"].name == "w8a8"
     assert heard.stages == ["smoothing", "measuring", "quantising"]
@@ -100,7 +100,7 @@ def test_a_search_is_in_the_result(tmp_path):
         ({"target": "vlm"}, "--target vlm is unknown"),
         ({"stream": True, "dtype": "float32"}, "--stream goes from files to files"),
         ({"stream": True, "smooth": 0.5}, "--stream goes from files to files"),
-        ({"stream": True, "search": Search("1MB", "t.txt")}, "--budget measures a model in memory"),
+        ({"stream": True, "search": BudgetSearch("1MB", "t.txt")}, "--budget measures a model in memory"),
     ],
 )
 def test_a_job_that_contradicts_itself_cannot_be_made(tmp_path, asked, message):

@@ -76,7 +76,7 @@ def evaluate(
     """
     from w8a8 import evaluation as scoring
     from w8a8.evaluation import scores
-    from w8a8.jobs.comparison import Pair, compare_models
+    from w8a8.jobs.comparison import ModelPair, compare_models
     from w8a8.model.kinds import PREDICTS_TOKENS
 
     places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -88,7 +88,7 @@ def evaluate(
         raise SchemeError("give --text FILE to score, or --tasks A,B to ask")
     if against is not None:
         quiet_transformers()
-        pair = Pair(
+        pair = ModelPair(
             model,
             against,
             text,

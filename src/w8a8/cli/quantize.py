@@ -123,7 +123,7 @@ def quantize(
     from w8a8.checkpoint.hub import push_to_hub as push
     from w8a8.jobs.page import check_page
     from w8a8.jobs.quantization import quantize_to
-    from w8a8.jobs.request import CalibrationText, Job, Search
+    from w8a8.jobs.request import BudgetSearch, CalibrationText, Job
 
     if push_to_hub is not None:
         check_push(push_to_hub)
@@ -144,7 +144,7 @@ def quantize(
         observer=observer,
         smooth=smooth,
         seed=seed,
-        search=None if budget is None or text is None else Search(budget, text, option),
+        search=None if budget is None or text is None else BudgetSearch(budget, text, option),
         stream=stream,
         shard_bytes=int(max_shard_gb * 1e9),
         target=target,
@@ -206,7 +206,7 @@ def _look(made: "Made", told: dict[str, Any], eval_text: str | None, report: Pat
     """What comes after the work: the comparison, which `told` gets too, else the worst weights, and the page."""
     from w8a8.checkpoint.about import add_measured
     from w8a8.evaluation.summary import summary
-    from w8a8.jobs.comparison import Pair, compare_models
+    from w8a8.jobs.comparison import ModelPair, compare_models
     from w8a8.jobs.page import measure_layers, page_records
     from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, way_out
     from w8a8.report import write_report
@@ -216,7 +216,7 @@ def _look(made: "Made", told: dict[str, Any], eval_text: str | None, report: Pat
     kind = check_kind_of(model, None, trust_remote_code=job.trust_remote_code)
     compared: Any = None
     if eval_text is not None:
-        pair = Pair(output, model, eval_text, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+        pair = ModelPair(output, model, eval_text, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
         compared = compare_models(pair, watcher)
         told["evaluation"], seen = compared.to_dict(), compared.why_not is None
         add_measured(job.output, summary(compared.both, Path(eval_text).name))

@@ -28,7 +28,7 @@ _OUTPUTS_LENGTH = 512
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """Two models that a text tells apart.
 
     model, against: Directories or hub ids; the second is the reference.
@@ -70,7 +70,7 @@ class Compared:
         return {**plain(self.both), "layers": plain(self.layers), "layers_not_measured": self.why_not}
 
 
-def compare_models(pair: Pair, watcher: Watcher | None = None) -> Compared:
+def compare_models(pair: ModelPair, watcher: Watcher | None = None) -> Compared:
     """Compare two models on a text: what `w8a8 eval --against` does.
 
     Args:
@@ -101,7 +101,7 @@ def _reads_text(directory: Directory) -> Kind:
     return check_kind("a comparison on a text", READS_TEXT, *directory.architecture)
 
 
-def _predictions(pair: Pair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
+def _predictions(pair: ModelPair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
     """Both in memory where they fit, else one after the other."""
     content = content_of(pair.text)
     wider = 2 if pair.dtype == "float32" else 1  # files of two bytes a weight, perhaps
@@ -125,7 +125,7 @@ def _predictions(pair: Pair, model: Directory, against: Directory, watcher: Watc
     return Compared(both, layers, None)
 
 
-def _stored(pair: Pair, against: Directory, content: str, watcher: Watcher) -> Reference:
+def _stored(pair: ModelPair, against: Directory, content: str, watcher: Watcher) -> Reference:
     """The reference's predictions, from the cache, or made and put there."""
     name = _fingerprint(against, pair.dtype)
     if pair.cache is not None and pair.cache.exists():
@@ -144,7 +144,7 @@ def _stored(pair: Pair, against: Directory, content: str, watcher: Watcher) -> R
     return reference
 
 
-def _windows(pair: Pair, opened: OpenedModel, content: str) -> dict[str, Any]:
+def _windows(pair: ModelPair, opened: OpenedModel, content: str) -> dict[str, Any]:
     text = evaluation.encode(opened.tokenizer, content).first(pair.max_tokens)
     return {"text": text, "seq_len": pair.seq_len or scoring_length(opened.model, text), "stride": pair.stride}
 
@@ -158,7 +158,7 @@ def _fingerprint(directory: Directory, dtype: str) -> str:
     return found.hexdigest()
 
 
-def _outputs(pair: Pair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
+def _outputs(pair: ModelPair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
     """Run a text through two models in memory that read one and predict no tokens."""
     content = content_of(pair.text)
     opened = open_model(model, dtype=pair.dtype, device=pair.device, head=pair.head)

@@ -44,7 +44,7 @@ class CalibrationText:
 
 
 @dataclass(frozen=True)
-class Search:
+class BudgetSearch:
     """A scheme or float for each layer, under a budget.
 
     limit: As `w8a8.Budget.of` reads it: "12MB" of tensors in all, "0.5%" of perplexity lost.
@@ -90,7 +90,7 @@ class Job:
     observer: str = "absmax"
     smooth: str | float | None = None
     seed: int = 0
-    search: Search | None = None
+    search: BudgetSearch | None = None
     stream: bool | None = None
     shard_bytes: int = SHARD_BYTES
     target: str | None = None
