@@ -190,6 +190,7 @@ def test_calibration_streams_block_by_block_what_it_does_in_memory(call, tmp_pat
     arguments = ["--scheme", "w8a8-static", "--calib", text, "--calib-samples", "2", "--calib-length", "64"]
     dry = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--stream", "--dry-run")
     assert dry[0] == 0
+    assert "".join(f"What {demo_dir} will take".split()) in "".join(dry[1].split())
     assert "memory at the peak" in dry[1]
     assert "Nothing was written." in dry[1]
     assert not (tmp_path / "out").exists()

@@ -87,4 +87,4 @@ def _show_prediction(plan: Any, found: Any) -> None:
         ("disk", f"{found.output_bytes / 1e9:.3f} GB", f"{found.free_bytes / 1e9:.2f} GB free"),
         ("time, at least", minutes, f"{found.source_bytes / 1e9:.3f} GB to read, {len(plan.shards)} files to write"),
     ]
-    print_table(f"What {plan.source} will take", ("", "predicted", "here"), rows)
+    print_table(f"What {plan.source.path} will take", ("", "predicted", "here"), rows)
