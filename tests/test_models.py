@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -56,3 +57,26 @@ def test_three_hundred_types_were_tried_and_nearly_all_pass(models, results):
 
 def test_the_page_is_made_from_the_results(models, results):
     assert models.page(results) == models.PAGE.read_text()
+
+
+def test_what_is_masked_in_both_outputs_differs_by_nothing(models):
+    compare = importlib.import_module("zoo.compare")
+    masked = torch.tensor([3.0, 4.0, -torch.inf])
+    assert compare.relative(masked, torch.tensor([3.0, 4.5, -torch.inf])) == pytest.approx(0.1)
+    assert compare.relative(masked, torch.tensor([3.0, 4.0, 1.0])) == torch.inf
+
+
+def test_a_scale_that_begins_at_one_is_moved_little_whatever_its_shape(models):
+    build = importlib.import_module("zoo.build")
+
+    class Snake(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.alpha = torch.nn.Parameter(torch.ones(1, 500, 1))
+
+        def tie_weights(self):
+            """As models of transformers do."""
+
+    snake = Snake()
+    build.disturb_(snake)
+    assert 0.5 < snake.alpha.min() < snake.alpha.max() < 1.5

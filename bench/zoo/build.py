@@ -103,13 +103,14 @@ def build(model_type: str) -> Any:
 def disturb_(model: nn.Module) -> None:
     """Draw every matrix anew at a width that keeps activations near 1, and move what is 1 or 0 away from it."""
     generator = torch.Generator().manual_seed(1)
+    filters = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point():
                 continue
-            if parameter.ndim >= 2:
+            if parameter.ndim >= 2 and not bool((parameter == 1).all()):  # what begins at 1 is a scale, of any shape
                 fan_in = max(1, parameter.numel() // max(1, parameter.shape[0]))
-                if parameter.ndim == 3:
+                if parameter.ndim == 3 and id(parameter) not in filters:  # a stack of experts
                     fan_in = parameter.shape[-1]
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(fan_in))
             else:

@@ -28,9 +28,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """The norm of the difference over that of the first; never 0, so that two zeros of unlike signs show."""
+    """The norm of the difference over that of the first; never 0, so that two zeros of unlike signs show.
+
+    What is minus infinity in both, as a masked logit is, differs by nothing.
+    """
     a, b = a.double(), b.double()
-    return max(float((a - b).norm() / a.norm().clamp_min(1e-30)), 1e-300)
+    away = torch.where(a == b, 0.0, a - b)
+    return max(float(away.norm() / a[a.isfinite()].norm().clamp_min(1e-30)), 1e-300)
 
 
 def difference(before: list[Tensor], after: list[Tensor]) -> float | None:

@@ -28,6 +28,21 @@ _DETR = {
     "backbone_kwargs": None,
     "backbone_config": {**_RESNET, "out_features": ["stage4"]},
 }
+_RT_DETR = {
+    "backbone_config": {**_RESNET, "model_type": "rt_detr_resnet"},
+    "encoder_in_channels": [16, 16, 16],
+    "encoder_hidden_dim": 32,
+    "decoder_in_channels": [32, 32, 32],
+}
+_SWIN = {
+    "model_type": "swin",
+    "image_size": 64,
+    "embed_dim": 16,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [2, 2, 2, 2],
+    "window_size": 2,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
 _SAM = {"*.output_channels": 32, "*.hidden_size": 32}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -35,7 +50,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"image_token_id": 5},
     "bros": {"hidden_size": 128},
+    "clap": {
+        "audio_config.hidden_size": 64,
+        "audio_config.patch_embeds_hidden_size": 8,
+        "audio_config.spec_size": 64,
+        "audio_config.num_mel_bins": 32,
+    },
+    "clvp": {
+        "text_config.hidden_size": 64,
+        "text_config.num_attention_heads": 2,
+        "speech_config.hidden_size": 64,
+        "speech_config.num_attention_heads": 2,
+    },
     "conditional_detr": _DETR,
+    "cvt": {"depth": [1, 2, 3]},
+    "d_fine": _RT_DETR,
     "dab-detr": _DETR,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
@@ -45,10 +74,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dinov3_convnext": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1},
     "dpt": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 320, "image_size": 64},
+    "efficientnet": {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.2,
+        "in_channels": [32, 16, 24, 40, 80, 112, 192],
+        "out_channels": [16, 24, 40, 80, 112, 192, 320],
+        "hidden_dim": 320,
+        "image_size": 64,
+    },
+    "emu3": {
+        "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}
+        | {f"<|visual token {number:06}|>": 10 + number for number in range(64)},
+        "vq_config.base_channels": 32,
+        "vq_config.channel_multiplier": [1, 1, 1, 1],
+        "vq_config.num_res_blocks": 1,
+    },
     "eomt": {"num_hidden_layers": 2, "num_blocks": 1, "num_upscale_blocks": 1},
     "esm": {"vocab_size": 99, "pad_token_id": 0},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "intermediate_size": [64] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0],
+    },
     "glm46v": _rope(2, 1, 1),
     "glm4v": _rope(2, 1, 1),
     "glm4v_moe": _rope(1, 1, 0),
@@ -63,19 +114,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_id": 5},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
+    "levit": {"patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 48},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "mask2former": {"feature_size": 32, "mask_feature_size": 32},
+    "mask2former": {"backbone_config": _SWIN, "feature_size": 32, "mask_feature_size": 32},
+    "mimi": {"codebook_dim": 16, "vector_quantization_hidden_dimension": 16},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
-    "oneformer": {"mask_dim": 32, "conv_dim": 32},
+    "oneformer": {"backbone_config": _SWIN, "mask_dim": 32, "conv_dim": 32},
     "perceiver": {"num_latents": 8, "d_latents": 32, "d_model": 32, "qk_channels": 32, "v_channels": 32},
     "prompt_depth_anything": _FOUR,
     "qwen2_5_vl": {**_rope(2, 1, 1), "vision_config.window_size": 32, "vision_config.fullatt_block_indexes": [1]},
     "qwen2_vl": _rope(2, 1, 1),
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8], "attn_layers": ["local", "lsh"]},
+    "rt_detr": _RT_DETR,
+    "rt_detr_v2": _RT_DETR,
     "sam": _SAM,
     "sam_hq": _SAM,
     "step3p7": {"*.sliding_window": 8},
@@ -85,6 +140,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": 99, "feature_projection_input_dim": 160},
     "wav2vec2-conformer": {"vocab_size": 99},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }
 """Fields of a configuration, as `configs.tiny` takes them."""
 
@@ -129,6 +185,12 @@ def _decisions(model: Any) -> dict[str, Tensor]:
         "timesteps": torch.arange(5).expand(2, 5).contiguous(),
         "attention_mask": torch.ones(2, 5, dtype=torch.int64),
     }
+
+
+def _conversation(model: Any) -> dict[str, Tensor]:
+    """Text, and what both sides say."""
+    codes = _ids(2, model.config.num_codebooks, 6) % 60
+    return {"input_ids": _ids(2, 6), "user_audio_codes": codes, "moshi_audio_codes": codes.flip(0)}
 
 
 def _patches(model: Any) -> dict[str, Tensor]:
@@ -179,9 +241,14 @@ INPUTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
         "image_embeds_position_mask": (torch.arange(80) < model.config.latent_query_num).long().expand(2, 80),
     },
     "lxmert": _regions,
+    "moshi": _conversation,
     "musicgen": lambda model: {
         "input_ids": _ids(2, 12),
         "decoder_input_ids": _ids(2 * model.config.decoder.num_codebooks, 5) % 60,
+    },
+    "oneformer": lambda model: {
+        "pixel_values": _random(2, 3, 64, 64),
+        "task_inputs": _ids(2, model.config.task_seq_len),
     },
     "patchtsmixer": _channels,
     "patchtst": _channels,
@@ -196,5 +263,9 @@ INPUTS: dict[str, Callable[[Any], dict[str, Tensor]]] = {
     "time_series_transformer": _series,
     "timesfm": lambda model: {"past_values": _random(2, 64), "freq": torch.zeros(2, 1, dtype=torch.int64)},
     "timesfm2_5": lambda model: {"past_values": _random(2, 64)},
+    "voxtral_realtime": lambda model: {
+        "input_ids": _ids(2, 8),
+        "input_features": _random(2, model.config.audio_config.num_mel_bins, 64),
+    },
 }
 """What a model is called with."""
