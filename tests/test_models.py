@@ -59,6 +59,15 @@ def test_the_page_is_made_from_the_results(models, results):
     assert models.page(results) == models.PAGE.read_text()
 
 
+def test_what_the_rule_for_a_configuration_gets_wrong_is_told_of_fields_that_there_are(models):
+    configs, exceptions = importlib.import_module("zoo.configs"), importlib.import_module("zoo.exceptions")
+    with configs.quiet():
+        for model_type, changes in exceptions.CONFIGS.items():
+            configs.tiny(model_type, changes)
+        with pytest.raises(ValueError, match="no field for: image_token_id"):
+            configs.tiny("blip-2", {"image_token_id": 5})
+
+
 def test_what_is_masked_in_both_outputs_differs_by_nothing(models):
     compare = importlib.import_module("zoo.compare")
     masked = torch.tensor([3.0, 4.0, -torch.inf])

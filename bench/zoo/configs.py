@@ -41,6 +41,10 @@ def tiny(model_type: str, changes: dict[str, Any] | None = None) -> PreTrainedCo
     Args:
         model_type: A key of transformers' `CONFIG_MAPPING`.
         changes: Values to take instead of the rule's, by dotted name, and under "*" by the name of a field in any part.
+
+    Raises:
+        ValueError: A change names no field.
+        whatever transformers raises.
     """
     return _Shrinking(model_type, changes or {}).config()
 
@@ -50,6 +54,7 @@ class _Shrinking:
         self.changes = {name: value for name, value in changes.items() if not name.startswith("*.")}
         self.anywhere = {name[2:]: value for name, value in changes.items() if name.startswith("*.")}
         self.cls = CONFIG_MAPPING[model_type]
+        self.changed: set[str] = set()
         self.ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
     def config(self) -> PreTrainedConfig:
@@ -60,7 +65,11 @@ class _Shrinking:
             for name, value in vars(part).items()
             if _HIDDEN.match(name) and isinstance(value, int)
         }
-        return self.cls(**self._fields(default, ""))
+        fields = self._fields(default, "")
+        lost = {*self.changes, *(f"*.{name}" for name in self.anywhere)} - self.changed
+        if lost:
+            raise ValueError(f"to change is what {self.cls.__name__} has no field for: {', '.join(sorted(lost))}")
+        return self.cls(**fields)
 
     def _fields(self, part: PreTrainedConfig, prefix: str) -> dict[str, Any]:
         known = {f.name: f for f in dataclasses.fields(part)}
@@ -72,6 +81,7 @@ class _Shrinking:
                 continue
             if path in self.changes or name in self.anywhere:
                 fields[name] = self.changes.get(path, self.anywhere.get(name))
+                self.changed |= {path, f"*.{name}"}
                 continue
             value = _get(part, name)
             if isinstance(value, PreTrainedConfig):

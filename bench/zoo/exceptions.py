@@ -13,7 +13,18 @@ def _rope(*sections: int) -> dict[str, Any]:
 
 
 _SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2, 3], "num_time_features": 1}
-_FOUR = {"backbone_config.num_hidden_layers": 4, "backbone_config.out_indices": [1, 2, 3, 4]}
+_FOUR = {
+    "backbone_config": {
+        "model_type": "dinov2",
+        "image_size": 32,
+        "patch_size": 8,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "out_indices": [1, 2, 3, 4],
+        "reshape_hidden_states": False,
+    }
+}
 _RESNET = {
     "model_type": "resnet",
     "embedding_size": 16,
@@ -22,12 +33,7 @@ _RESNET = {
     "layer_type": "basic",
     "out_features": ["stage2", "stage3", "stage4"],
 }
-_DETR = {
-    "use_timm_backbone": False,
-    "backbone": None,
-    "backbone_kwargs": None,
-    "backbone_config": {**_RESNET, "out_features": ["stage4"]},
-}
+_DETR = {"backbone_config": {**_RESNET, "out_features": ["stage4"]}}
 _RT_DETR = {
     "backbone_config": {**_RESNET, "model_type": "rt_detr_resnet"},
     "encoder_in_channels": [16, 16, 16],
@@ -48,7 +54,7 @@ _SAM = {"*.output_channels": 32, "*.hidden_size": 32}
 CONFIGS: dict[str, dict[str, Any]] = {
     "autoformer": {**_SERIES, "moving_average": 3},
     "bamba": {"attn_layer_indices": [1]},
-    "blip-2": {"image_token_id": 5},
+    "blip-2": {"image_token_index": 5},
     "bros": {"hidden_size": 128},
     "clap": {
         "audio_config.hidden_size": 64,
@@ -92,7 +98,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "eomt": {"num_hidden_layers": 2, "num_blocks": 1, "num_upscale_blocks": 1},
     "esm": {"vocab_size": 99, "pad_token_id": 0},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
-    "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
@@ -111,7 +116,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "hunyuan_vl": {"*.head_dim": 8},
     "informer": _SERIES,
-    "instructblip": {"image_token_id": 5},
+    "instructblip": {"image_token_index": 5},
+    "instructblipvideo": {"video_token_index": 5},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "levit": {"patch_size": 16},
