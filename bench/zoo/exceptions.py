@@ -40,6 +40,11 @@ _RT_DETR = {
     "encoder_hidden_dim": 32,
     "decoder_in_channels": [32, 32, 32],
 }
+_PICTURES = {
+    "vq_config.base_channels": 32,
+    "vq_config.channel_multiplier": [1, 1, 1, 1, 1],
+    "vq_config.num_res_blocks": 1,
+}
 _SWIN = {
     "model_type": "swin",
     "image_size": 64,
@@ -56,6 +61,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"image_token_index": 5},
     "bros": {"hidden_size": 128},
+    "chameleon": {
+        **_PICTURES,
+        "vocabulary_map": {"<image>": 5}
+        | {f"IMGIMG{chr(65 + number // 10)}{chr(65 + number % 10)}Z": 10 + number for number in range(64)},
+        "vq_config.num_embeddings": 64,
+    },
     "clap": {
         "audio_config.hidden_size": 64,
         "audio_config.patch_embeds_hidden_size": 8,
@@ -89,11 +100,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_size": 64,
     },
     "emu3": {
+        **_PICTURES,
+        "vq_config.channel_multiplier": [1, 1, 1, 1],
         "vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}
         | {f"<|visual token {number:06}|>": 10 + number for number in range(64)},
-        "vq_config.base_channels": 32,
-        "vq_config.channel_multiplier": [1, 1, 1, 1],
-        "vq_config.num_res_blocks": 1,
     },
     "eomt": {"num_hidden_layers": 2, "num_blocks": 1, "num_upscale_blocks": 1},
     "esm": {"vocab_size": 99, "pad_token_id": 0},
@@ -119,6 +129,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "instructblip": {"image_token_index": 5},
     "instructblipvideo": {"video_token_index": 5},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+    "janus": _PICTURES,
     "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "levit": {"patch_size": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
