@@ -125,6 +125,23 @@ def test_a_loop_in_inference_mode_is_measured_too():
     assert all(torch.equal(observer.absmax[0], expected) for observer in found.values())
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loop_may_pass_in_and_out_of_inference_mode(first):
+    batches = [torch.randint(0, 96, (8, 48)) for _ in range(4)]  # more tokens than smoothing keeps
+
+    def loop(model):
+        for number, batch in enumerate(batches):
+            with torch.inference_mode(first is (number % 2 == 0)):
+                model(batch)
+
+    how = {"scheme": "w8a8-static", "smooth": "searched", "observer": "percentile"}
+    model = llama()
+    wanted = w8a8.quantize(copy.deepcopy(model), calibration=batches, **how).model.state_dict()
+    found = w8a8.quantize(model, calibration=loop, **how).model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
 @pytest.mark.parametrize("make", [llama, opt])
 def test_tokens_that_the_mask_hides_do_not_count(make):
     model = make()

@@ -61,6 +61,16 @@ def test_rows_are_copies():
     assert not reservoir.rows.any()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stream_may_pass_in_and_out_of_inference_mode(first):
+    x = torch.randn(400, 3)
+    reservoir = Reservoir(20)
+    for part, inside in ((x[:100], first), (x[100:250], not first), (x[250:], first)):
+        with torch.inference_mode(inside):
+            reservoir.update(part.clone())
+    assert torch.equal(reservoir.rows, filled([x], 20).rows)
+
+
 def test_misuse_is_explained():
     with pytest.raises(CalibrationError, match="at least one token, found size=0"):
         Reservoir(0)

@@ -37,7 +37,8 @@ class Reservoir:
         self._keys = torch.empty(0, dtype=torch.float64, device="cpu")
         self._rows: Tensor | None = None
 
-    @torch.no_grad()
+    @torch.inference_mode(False)  # what is kept is changed later, maybe outside of a mode that holds now
+    @torch.no_grad()  # inside of the line above, which ends it
     def update(self, x: Tensor) -> None:
         """Let the tokens of one tensor compete for their places.
 
