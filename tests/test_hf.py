@@ -73,7 +73,8 @@ class TestQuantisingWhileLoading:
         model = opened(tmp_path / "source", quantization_config=W8A8Config(include=include))
         wanted = quantized(tmp_path / "source", include=include)
         assert [type(m) for m in model.modules()] == [type(m) for m in wanted.modules()]
-        assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, wanted(IDS).logits)
 
     def test_experts_that_lie_stacked_in_the_files_stay_float(self, tmp_path):
         mixtral().save_pretrained(tmp_path / "source", save_original_format=False)

@@ -234,7 +234,6 @@ def test_a_mapping_with_static_layers_measures_those_only(tokens):
     assert static == {name for name, _ in quant_linears(model) if ".mlp." in name}
 
 
-@pytest.mark.not_under("inference", reason="what is made in inference mode is of no use outside of it: PyTorch's rule")
 def test_a_mapping_survives_saving_and_loading(tmp_path, tokens):
     model = llama()
     w8a8.quantize(model, {"*.mlp.*": None, "*.o_proj": "w8a8-asym", "*": "w8a8"})

@@ -529,3 +529,24 @@ def test_no_quantlinear_is_left_empty(sharded):
         if isinstance(module, QuantLinear):
             assert not any(b.is_meta for b in module.buffers())
             assert torch.equal(module.weight_sum, module.codes.sum(1, keepdim=True, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("options", [None, {}, {"head": "int8"}], ids=["float", "int8", "int8 head"])
+def test_a_model_that_is_loaded_in_inference_mode_is_one_for_use_outside_of_it(tmp_path, options):
+    model = llama()
+    if options is None:
+        model.save_pretrained(tmp_path)
+    else:
+        w8a8.quantize(model)
+        w8a8.save(model, tmp_path)
+    wanted = w8a8.load(tmp_path, **(options or {}))
+    with torch.inference_mode():
+        found = w8a8.load(tmp_path, **(options or {}))
+        assert torch.is_inference_mode_enabled()
+    tensors = [*found.parameters(), *found.buffers()]
+    assert not any(tensor.is_inference() for tensor in tensors)
+    assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in wanted.parameters()]
+    ids = torch.randint(0, 96, (2, 9))
+    assert torch.equal(logits(found, ids), logits(wanted, ids))
+    found.load_state_dict(wanted.state_dict())
+    assert torch.equal(logits(found, ids), logits(wanted, ids))

@@ -170,7 +170,7 @@ def test_a_subclass_is_taken_where_its_forward_is_that_of_a_linear_layer(device)
     assert model[0].in_features == 4
 
 
-@pytest.mark.not_under("inference", reason="what is made in inference mode is of no use outside of it: PyTorch's rule")
+@pytest.mark.not_under("inference", reason="Falcon adds in place to what a layer returned in that mode")
 def test_falcon_is_quantised_saved_and_loaded(tmp_path):
     model = families.build("falcon")
     with torch.no_grad():

@@ -86,12 +86,13 @@ def load(
             raise ModelError(f"head='int8' was asked for, but {directory.path} holds a float model; quantise it first")
         return load_float(directory)
     check_size(directory)
-    model, packed = empty_layers(directory, simulated=simulated, kernel=kernel, strict=strict)
-    _fill(model, directory, packed)
-    if wanted is Head.INT8 and heads_of(model):  # none where the file's own head is int8
-        scheme = _measured_as_it_comes(directory.quantization.groups[0].scheme)
-        choice = Choice.of(model, scheme, heads_of(model))
-        choice.enact(build(model, choice.schemes, simulated=simulated, kernel=kernel, strict=strict))
+    with torch.inference_mode(False):  # where a model is loaded says nothing of where it is used
+        model, packed = empty_layers(directory, simulated=simulated, kernel=kernel, strict=strict)
+        _fill(model, directory, packed)
+        if wanted is Head.INT8 and heads_of(model):  # none where the file's own head is int8
+            scheme = _measured_as_it_comes(directory.quantization.groups[0].scheme)
+            choice = Choice.of(model, scheme, heads_of(model))
+            choice.enact(build(model, choice.schemes, simulated=simulated, kernel=kernel, strict=strict))
     model.config.__dict__.pop("quantization_config", None)
     inscribe(inscription(model))
     generation = directory.path / GENERATION_CONFIG
@@ -117,7 +118,7 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> An
     check_size(directory)
     kind, _ = directory.architecture
     try:
-        with usual_defaults():
+        with torch.inference_mode(False), usual_defaults():
             model, told = kind.from_pretrained(
                 directory.path,
                 dtype=dtype,
