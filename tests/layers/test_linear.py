@@ -59,6 +59,21 @@ def test_simulated_is_the_integer_layer_bit_for_bit(name):
     assert torch.equal(simulated(x), QuantLinear.from_float(linear, name, input_params=measured(name, x))(x))
 
 
+@pytest.mark.parametrize("simulated", [True, False])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [*PRESETS, *SIMULATED_ONLY], ids=str)
+def test_autocast_changes_nothing_in_a_quantised_layer(scheme, dtype, cast, simulated):
+    linear, x = nn.Linear(600, 33), torch.randn(3, 7, 600).to(dtype)
+    grid = measured(scheme, x) if scheme in PRESETS else None
+    layer = QuantLinear.from_float(linear, scheme, simulated=simulated or scheme in SIMULATED_ONLY, input_params=grid)
+    want = layer(x)
+    with torch.autocast("cpu", cast):
+        y = layer(x)
+    assert y.dtype is dtype
+    assert torch.equal(y, want)
+
+
 @pytest.mark.parametrize("scheme", SIMULATED_ONLY, ids=str)
 def test_other_schemes_are_fake_quantised_float_arithmetic(scheme):
     linear = nn.Linear(100, 33)

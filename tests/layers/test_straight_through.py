@@ -62,6 +62,21 @@ def test_in_reverse_mode_it_is_the_one_by_hand(scheme, shape):
     torch.testing.assert_close(q.bias.grad, gradient.reshape(-1, 33).sum(0), rtol=1e-5, atol=1e-5)
 
 
+def test_autocast_changes_no_derivative():
+    q = simulated(Scheme.of("w8a8"))
+    q.bias.requires_grad_()
+    x = torch.randn(5, 100, requires_grad=True)
+    gradient, tangent = torch.randn(5, 33), torch.randn(5, 100)
+    want = torch.autograd.grad(q(x), (x, q.bias), gradient)
+    _, forward = torch.func.jvp(q, (x,), (tangent,))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(q(x), (x, q.bias), gradient)
+        _, forward_found = torch.func.jvp(q, (x,), (tangent,))
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1])
+    assert torch.equal(forward_found, forward)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_in_forward_mode_it_is_the_one_by_hand(scheme):
     q, x, tangent, gradient = simulated(scheme), 3 * torch.randn(5, 100), torch.randn(5, 100), torch.randn(5, 33)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from w8a8.defaults import without_autocast
 from w8a8.errors import SchemeError
 from w8a8.kernels import native
 from w8a8.kernels.request import LinearRequest, describe
@@ -73,7 +74,8 @@ def _int8_linear(request: LinearRequest, kernel: str, strict: bool, layer: int) 
     if rows is not request.x:
         request = request._replace(x=rows)
     chosen = select(kernel, request, strict=strict)
-    y = chosen.linear(request)
+    with without_autocast(x.device):
+        y = chosen.linear(request)
     count(layer, chosen.name)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], request.out_features)
 

@@ -28,6 +28,7 @@ from w8a8 import kernels
 from w8a8.core.affine import QParams, QTensor, dequantize
 from w8a8.core.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme, largest_k
 from w8a8.core.tokens import fake_quantize_tokens
+from w8a8.defaults import without_autocast
 from w8a8.errors import ModelError, SchemeError
 from w8a8.kernels import native, reference
 from w8a8.layers.buffers import LinearBuffers
@@ -177,7 +178,8 @@ class QuantLinear(LinearBuffers):
             return kernels.int8_linear(self._request(x), self._kernel, self.strict, self._number)
         kernels.check_input(x, self.out_features, self.in_features)
         if self.mode is Mode.WEIGHT_ONLY:
-            return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
+            with without_autocast(x.device):
+                return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
         return straight_through(x, self.bias, self)
 
     def dequantized_weight(self) -> Tensor:

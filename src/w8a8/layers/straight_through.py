@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from w8a8.defaults import without_autocast
+
 
 class Layer(Protocol):
     """What is asked of the layer."""
@@ -42,10 +44,11 @@ def straight_through(x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
         or forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
-    if not derived:
-        return layer.values(x)
-    y: Tensor = _StraightThrough.apply(x, bias, layer)  # type: ignore[no-untyped-call]
-    return y
+    with without_autocast(x.device):
+        if not derived:
+            return layer.values(x)
+        y: Tensor = _StraightThrough.apply(x, bias, layer)  # type: ignore[no-untyped-call]
+        return y
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -68,7 +71,8 @@ class _StraightThrough(torch.autograd.Function):
         gradient = gradients[0].to(torch.float32)  # (..., N)
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = _unclamped(gradient @ ctx.layer.dequantized_weight(), x, ctx.layer).to(x.dtype)
+            with without_autocast(x.device):  # `backward` may be called inside
+                of_x = _unclamped(gradient @ ctx.layer.dequantized_weight(), x, ctx.layer).to(x.dtype)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
         return of_x, of_bias, None
@@ -80,7 +84,8 @@ class _StraightThrough(torch.autograd.Function):
         of_x, of_bias = tangents[:2]
         out = torch.zeros((*x.shape[:-1], weight.shape[0]), dtype=torch.float32, device=x.device)
         if of_x is not None:
-            out = out + _unclamped(of_x.to(torch.float32), x, ctx.layer) @ weight.t()
+            with without_autocast(x.device):
+                out = out + _unclamped(of_x.to(torch.float32), x, ctx.layer) @ weight.t()
         if of_bias is not None:
             out = out + of_bias.to(torch.float32)
         return out.to(x.dtype)
