@@ -38,10 +38,13 @@ _ENTERED = "__entered__"  # no name of a class's own, which Python would mangle
 
 @dataclass(frozen=True)
 class Setting:
-    """How something is set for the code that is called next, and how it is taken back for what that calls."""
+    """How something is set for the code that is called next, and how it is taken back for what that calls.
+
+    Without `unset` it goes on to hold there.  What is called back does not set it again: the package may have ended it.
+    """
 
     set: Callable[[], contextlib.AbstractContextManager[Any]]
-    unset: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    unset: Callable[[], contextlib.AbstractContextManager[Any]] | None = None
 
 
 @contextlib.contextmanager
@@ -103,6 +106,7 @@ class Border:
         self.package = package
         self._setting = setting
         self._inside = False
+        self._entries = 0  # how often the package is being run, one within the other
         self._thread = threading.get_ident()
 
     def crossed(self, *, inwards: bool) -> contextlib.AbstractContextManager[Any]:
@@ -113,12 +117,17 @@ class Border:
 
     @contextlib.contextmanager
     def _cross(self, inwards: bool) -> Iterator[None]:
-        with self._setting.set() if inwards else self._setting.unset():
+        change = self._setting.set if inwards else self._setting.unset
+        if change is None or (inwards and self._entries and self._setting.unset is None):
+            change = contextlib.nullcontext
+        with change():
             self._inside = inwards
+            self._entries += inwards
             try:
                 yield
             finally:
                 self._inside = not inwards
+                self._entries -= inwards
 
     def entered(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, run inside; a generator is inside while it runs and not while it waits."""
