@@ -179,3 +179,16 @@ def test_a_mark_with_a_name_that_is_no_setting_is_an_error(request):
     request.node.add_marker(pytest.mark.not_under("int8", reason="a mistake"))
     with pytest.raises(AssertionError, match=r"is marked not_under .*int8"):
         ambient.leave_out([request.node])
+
+
+def test_a_mode_that_the_package_ended_stays_ended_in_what_is_called_back():
+    border = ambient.Border("under_test", ambient.SETTINGS["inference"])
+    back = border.entered(lambda: torch.is_inference_mode_enabled())
+
+    def ending():
+        with torch.inference_mode(False), border.crossed(inwards=False):
+            return back()
+
+    assert back()
+    assert not border.entered(ending)()
+    assert back()
