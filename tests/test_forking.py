@@ -68,6 +68,24 @@ print(in_child(works), works(), in_child(lambda: works() and in_child(works) and
     assert run(code) == ["True True True"]
 
 
+def test_where_proc_is_not_mounted_a_child_computes_too():
+    code = """
+import pathlib
+from w8a8 import forking
+
+read = pathlib.Path.read_text
+pathlib.Path.read_text = lambda path, *a, **k: (_ for _ in ()).throw(FileNotFoundError(path))
+forking._TASKS = pathlib.Path("/proc_is_not_mounted/self/task")
+
+def works():
+    return same(compute("reference", "w8a8"), expected)
+
+expected = compute("reference", "w8a8")
+print(in_child(works), in_child(lambda: works() and in_child(works) and works()))
+"""
+    assert run(code) == ["True True"]
+
+
 def test_where_the_team_cannot_be_let_go_a_child_computes_on_one_thread():
     code = """
 from w8a8 import forking

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,15 @@ def test_every_public_name_is_there(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'w8a8' has no attribute 'quantise'"):
         _ = w8a8.quantise
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_output_that_cannot_be_written_is_one_message():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "w8a8", "--version"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "w8a8: the output cannot be written, the disk is full; make room, and repeat\n"
 
 
 def test_the_module_runs_as_a_command():

@@ -21,17 +21,36 @@ from pathlib import Path
 import torch
 
 _HARD = 2  # omp_pause_hard
-_TASKS, _MAPS = Path("/proc/self/task"), Path("/proc/self/maps")
+_TASKS = Path("/proc/self/task")
 _team_is_lost = False
+
+
+class _Loaded(ctypes.Structure):
+    """The head of what the C library tells of a file: where it is loaded, and its path."""
+
+    _fields_ = (("address", ctypes.c_size_t), ("path", ctypes.c_char_p))
+
+
+def _loaded_files() -> list[str]:
+    """The paths of what is loaded in this process, told by the C library: /proc is not mounted everywhere."""
+    found: list[str] = []
+    look = getattr(ctypes.CDLL(None), "dl_iterate_phdr", None)
+    if look is None:  # macOS, whose torch brings no GNU runtime
+        return found
+    visitor = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Loaded), ctypes.c_size_t, ctypes.c_void_p)
+
+    def visit(file: "ctypes._Pointer[_Loaded]", size: int, data: int | None) -> int:
+        found.append(os.fsdecode(file.contents.path or b""))
+        return 0
+
+    look(visitor(visit), None)
+    return found
 
 
 @cache
 def _gnu_openmp() -> ctypes.CDLL | None:
     """The GNU runtime that is in this process, torch's own where there are several; None where there is none."""
-    if not _MAPS.exists():
-        return None
-    mapped = (line.split(maxsplit=5) for line in _MAPS.read_text().splitlines())
-    paths = {fields[5] for fields in mapped if len(fields) > 5 and "/libgomp" in fields[5]}
+    paths = {path for path in _loaded_files() if "/libgomp" in path}
     return ctypes.CDLL(max(paths, key=lambda path: "/torch" in path), mode=os.RTLD_NOLOAD) if paths else None
 
 
@@ -39,8 +58,11 @@ def _dismiss() -> None:
     """Before the fork: send the team home."""
     global _team_is_lost
     runtime = _gnu_openmp()
+    counted = _TASKS.is_dir()
+    if _team_is_lost and not counted:  # and this process, a child, has done with one thread since
+        return
     # a lone thread has no team; where the runtime believes in one, it was lost in an earlier fork and cannot be asked
-    if runtime is None or len(list(_TASKS.iterdir())) == 1:
+    if runtime is None or (counted and len(list(_TASKS.iterdir())) == 1):
         _team_is_lost = False
         return
     pause = getattr(runtime, "omp_pause_resource_all", None)

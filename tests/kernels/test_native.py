@@ -282,6 +282,13 @@ def test_the_environment_forces_an_instruction_set():
 
 
 @pytest.mark.once
+def test_another_word_than_0_or_1_for_what_is_compiled_is_refused():
+    wrong = run("from w8a8.kernels import compiled; compiled.unavailable_because()", W8A8_NATIVE="no")
+    assert wrong.returncode == 1
+    assert "W8A8_NATIVE is 'no'; set it to 0, to 1, or not at all" in wrong.stderr
+
+
+@pytest.mark.once
 def test_torchs_own_threads_are_borrowed():
     code = (
         "import torch\nfrom w8a8.kernels import compiled\nprint(compiled.threading())\n"

@@ -148,6 +148,18 @@ def test_the_layer_tells_scheme_and_kernel():
     assert "kernel=reference" in repr(QuantLinear.from_float(linear, "w8a8", kernel="reference"))
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("why", ["zero points", "groups", "a sum as long as int32 holds"])
+def test_a_layer_that_native_does_not_run_tells_the_kernel_that_ran(why):
+    weights = {"zero points": QuantSpec(8, PerChannel(), symmetric=False), "groups": QuantSpec(8, PerGroup(16))}
+    scheme = Scheme(weights.get(why, QuantSpec(8, PerChannel())), QuantSpec(8, PerToken()))
+    q = QuantLinear.from_float(nn.Linear(133_144 if why.startswith("a sum") else 64, 2, bias=False), scheme)
+    q(torch.randn(1, q.in_features))
+    ((ran, _),) = q.kernel_calls().items()
+    assert ran != "native"
+    assert f"kernel={ran} (auto)" in repr(q)
+
+
 def test_a_conv1d_is_transposed_once():
     conv = Conv1D(33, 100)
     nn.init.normal_(conv.bias)

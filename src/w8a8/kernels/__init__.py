@@ -5,7 +5,7 @@
 
 from w8a8.kernels.ops import calls, check_input, count, forget, int8_linear
 from w8a8.kernels.request import Kernel, LinearRequest, unpack
-from w8a8.kernels.select import AUTO, KERNELS, available, check_name, first_choice
+from w8a8.kernels.select import AUTO, KERNELS, available, check_name, first_choice, that_runs
 
 __all__ = [
     "AUTO",
@@ -20,5 +20,6 @@ __all__ = [
     "first_choice",
     "forget",
     "int8_linear",
+    "that_runs",
     "unpack",
 ]

@@ -109,7 +109,10 @@ def _refuse(name: str, found: object, dtype: str, count: int) -> NoReturn:
 @cache
 def library() -> Library | str:
     """The compiled kernel, or why it is not there."""
-    if os.environ.get("W8A8_NATIVE") == "0":
+    wanted = os.environ.get("W8A8_NATIVE", "")
+    if wanted not in ("", "0", "1"):
+        raise KernelError(f"the environment variable W8A8_NATIVE is {wanted!r}; set it to 0, to 1, or not at all")
+    if wanted == "0":
         return "the environment variable W8A8_NATIVE is 0"
     built = sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
@@ -128,7 +131,7 @@ def library() -> Library | str:
     if forced and functions.isa_name().decode() != forced:
         raise KernelError(
             f"the environment variable W8A8_ISA is {forced!r}, which this CPU cannot run or the kernel does not have; "
-            f"it has {', '.join(_told(functions))}"
+            f"there are {', '.join(_told(functions))}"
         )
     return functions
 

@@ -61,6 +61,13 @@ def first_choice(name: str) -> str:
     return _usable()[0].name
 
 
+def that_runs(name: str, request: LinearRequest) -> str:
+    """The kernel that such a request gets; for `repr`, which warns of nothing."""
+    if name != AUTO and unavailable_because(name) is None and KERNELS[name].refuses(request) is None:
+        return name
+    return next(kernel for kernel in _usable() if kernel.refuses(request) is None).name
+
+
 def check_name(name: str) -> None:
     """Raise `KernelError` for a kernel that does not exist."""
     if name != AUTO and name not in KERNELS:

@@ -196,11 +196,18 @@ class QuantLinear(LinearBuffers):
     def extra_repr(self) -> str:
         runs = self.mode.value
         if self.mode is Mode.INTEGER:
-            runs = f"kernel={kernels.first_choice(self.kernel)}" + (" (auto)" if self.kernel == kernels.AUTO else "")
+            runs = f"kernel={self._kernel_that_runs()}" + (" (auto)" if self.kernel == kernels.AUTO else "")
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"scheme={self.scheme.name}, {runs}"
         )
+
+    def _kernel_that_runs(self) -> str:
+        """Of an ordinary input; of a layer that has no values yet, the first one here."""
+        if self._device is None or self._device.type == "meta":
+            return kernels.first_choice(self.kernel)
+        x = torch.zeros(1, self.in_features, dtype=torch.float32, device=self._device)
+        return kernels.that_runs(self.kernel, self._request(x))
 
     def _native_call(self) -> native.Call:
         activations = self.scheme.activations
