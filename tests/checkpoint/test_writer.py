@@ -236,3 +236,69 @@ def test_a_directory_without_permission_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(CheckpointError, match="a directory that may not be written"):
         w8a8.save(w8a8.quantize(llama()).model, tmp_path / "out")
+
+
+def a_dangling_link(folder):
+    (folder / "dangling").symlink_to("nowhere")
+    return folder / "dangling"
+
+
+def a_link_to_itself(folder):
+    (folder / "loop").symlink_to("loop")
+    return folder / "loop"
+
+
+BAD_NAMES = [
+    pytest.param(a_dangling_link, "is a link to nowhere, which is not there", id="a dangling link"),
+    pytest.param(lambda folder: a_dangling_link(folder) / "deep", "is a link to nowhere", id="below a dangling link"),
+    pytest.param(a_link_to_itself, "is a link to loop, which is not there", id="a link to itself"),
+    pytest.param(lambda folder: folder / ("n" * 256), "does not take this name", id="256 bytes"),
+    pytest.param(lambda folder: folder / ("\u00e9" * 128), "does not take this name", id="256 bytes, 128 letters"),
+    pytest.param(lambda folder: folder / ("n" * 240), "longer one that is made beside it", id="too long beside it"),
+    pytest.param(lambda folder: folder / ("n" * 256) / "out", "does not take this name", id="a long parent"),
+    pytest.param(lambda folder: folder / "new" / ("n" * 256) / "out", "does not take this name", id="a long one below"),
+    pytest.param(lambda folder: folder.joinpath(*["n" * 200] * 30), "does not take this name", id="a long path"),
+    pytest.param(lambda folder: folder / "n\0ul", "does not take this name", id="a NUL"),
+    pytest.param(lambda folder: folder / "\ud800", "does not take this name", id="half a surrogate pair"),
+    pytest.param(lambda folder: folder / "new" / "..", "the name '..'", id="dots"),
+]
+
+
+@pytest.mark.parametrize(("name", "told"), BAD_NAMES)
+def test_a_name_that_no_directory_can_have_is_refused_before_anything_is_made(tmp_path, name, told):
+    target = name(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(CheckpointError, match=told):
+        w8a8.save(w8a8.quantize(llama()).model, target)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_the_longest_name_that_is_taken_can_be_written(tmp_path):
+    target = tmp_path / "new" / ("n" * 235)
+    w8a8.save(w8a8.quantize(llama()).model, target)
+    assert (target / "config.json").exists()
+
+
+@pytest.mark.parametrize("size", ["banana", "5 apples", "nanGB", 1j], ids=str)
+def test_a_size_that_is_none_is_refused_before_anything_is_made(tmp_path, size):
+    with pytest.raises(SchemeError, match=r"max_shard_size=.* is not the size of a file"):
+        w8a8.save(w8a8.quantize(llama()).model, tmp_path / "new" / "out", max_shard_size=size)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("beside", ["missing", "n" * 300, "n\0ul"], ids=["missing", "long", "NUL"])
+def test_files_of_a_directory_that_is_not_there_are_missed_before_anything_is_made(tmp_path, beside):
+    with pytest.raises(CheckpointError, match="there is no such directory; give the one"):
+        w8a8.save(w8a8.quantize(llama()).model, tmp_path / "new" / "out", beside=beside)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_failure_takes_the_parents_that_were_made_for_it_along(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("broken")
+
+    model = w8a8.quantize(llama()).model
+    monkeypatch.setattr(type(model), "save_pretrained", fails)
+    with pytest.raises(RuntimeError, match="broken"):
+        w8a8.save(model, tmp_path / "new" / "deep" / "out")
+    assert not os.listdir(tmp_path)

@@ -41,6 +41,19 @@ class Heard(Watcher):
         self.plans.append((plan, prediction))
 
 
+@pytest.mark.parametrize("name", ["dangling", "n" * 256, "n\0ul"], ids=["dangling", "long", "NUL"])
+@pytest.mark.parametrize("way", Way)
+def test_no_way_does_any_work_for_a_name_that_cannot_be_made(tmp_path, calibration, way, name):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.iterdir())
+    asked = {} if way is Way.FILES else {"calibration": calibration, "stream": way is Way.BLOCKS}
+    heard = Heard()
+    with pytest.raises(CheckpointError, match=r"cannot be made: .*(is a link to nowhere|does not take this name)"):
+        quantize_to(Job(DEMO, tmp_path / name, **asked), heard)
+    assert not heard.plans
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("way", Way)
 def test_python_writes_the_bytes_that_the_command_writes(monkeypatch, capsys, tmp_path, calibration, way):
     options = ["--calib", calibration.source, "--calib-samples", 2, "--calib-length", 32]

@@ -11,6 +11,7 @@ mixed two texts, two front matters and what a reader takes for whose word.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +33,14 @@ def companions(directory: Path) -> list[Path]:
         directory: Of a model, with modules of sentence-transformers or without.
 
     Raises:
-        CheckpointError: one of them is a link that leads elsewhere, or a folder that is one; modules.json is torn; the
-            name that the card is kept under is taken.
+        CheckpointError: there is no such directory; one of them is a link that leads elsewhere, or a folder that is
+            one; modules.json is torn; the name that the card is kept under is taken.
     """
+    if not os.path.isdir(directory):  # False for a name that no directory can have, where Path.is_dir() raises
+        raise CheckpointError(
+            f"{str(directory)!r} was given as the directory of the float model, and there is no such directory; give "
+            "the one whose tokenizer and other files are to be kept"
+        )
     if (directory / README).exists() and (directory / SOURCE_README).exists():
         raise CheckpointError(
             f"{directory} has a {README}, which is to be kept as {SOURCE_README}, and that is there too: rename it"

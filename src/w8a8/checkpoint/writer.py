@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
 from w8a8.checkpoint import hub
@@ -23,7 +25,7 @@ from w8a8.checkpoint.directory import Directory, Tensors
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG
 from w8a8.checkpoint.verify import verify_values
 from w8a8.checkpoint.vllm import foresee_as_it_is
-from w8a8.errors import CheckpointError, ModelError
+from w8a8.errors import CheckpointError, ModelError, SchemeError
 from w8a8.layers.linear import quant_linears
 from w8a8.model.coverage import Coverage, coverage
 from w8a8.model.roles import heads
@@ -37,7 +39,7 @@ def save(
     beside: str | os.PathLike[str] | None = None,
     covered: Coverage | None = None,
     overwrite: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: int | str = "5GB",
     verify: bool = True,
     push_to_hub: str | None = None,
     private: bool | None = None,
@@ -62,9 +64,9 @@ def save(
     Raises:
         ModelError: not a transformers model, and none in it or several; nothing in it is quantised; a tensor that
             safetensors cannot hold.
-        SchemeError: the file format has no word for a layer's scheme.
-        CheckpointError: the directory exists and may not be overwritten; what was written is not what the model holds;
-            a file of `beside` is a link that leads elsewhere.
+        SchemeError: the file format has no word for a layer's scheme; `max_shard_size` is no size.
+        CheckpointError: the directory exists and may not be overwritten, or cannot be made; what was written is not
+            what the model holds; `beside` is not there, or a file of it is a link that leads elsewhere.
         HubError: as `w8a8.push_to_hub`; what needs no network is checked first, and the directory stays.
     """
     target = Path(directory)
@@ -72,6 +74,7 @@ def save(
     inner = _one_model(whole)
     describe(inner)
     check_storable(inner)
+    _check_size(max_shard_size)
     if beside is not None:
         companions(Path(beside))
     check_target(target, overwrite=overwrite)
@@ -115,6 +118,17 @@ def _one_model(model: Any) -> Any:
     return found[0]
 
 
+def _check_size(max_shard_size: int | str) -> None:
+    """Raise `SchemeError` where this is no size, by cutting one small tensor with it as the files will be cut."""
+    try:
+        split_torch_state_dict_into_shards({"weight": torch.zeros(1, device="cpu")}, max_shard_size=max_shard_size)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise SchemeError(
+            f"max_shard_size={max_shard_size!r} is not the size of a file ({error}); "
+            "give bytes, or a text such as '5GB'"
+        ) from error
+
+
 def _place_of_the_model(partial: Path) -> Path:
     """The folder in which a module around a model saved that: the one with a config.json and weights in its root."""
     if (partial / CONFIG).exists():
@@ -127,12 +141,22 @@ def _place_of_the_model(partial: Path) -> Path:
 
 
 def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
-    """Raise `CheckpointError` where the target may not be written; never where that would replace the source."""
+    """The one judge of where a result goes, asked before any work in every way of making one.
+
+    Args:
+        target: A directory to be made, or one to be filled or replaced.
+        overwrite: Replace a checkpoint that is there already.
+        source: Of the float model, which is never replaced.
+
+    Raises:
+        CheckpointError: it is no name that a directory can have there, may not be written, or is in use.
+    """
+    _check_name(target)
     if source is not None and source.resolve().is_relative_to(target.resolve()):
         raise CheckpointError(
             f"{target} holds the model that is to be quantised ({source}), which would be lost; choose another name"
         )
-    obstacle = next(parent for parent in target.absolute().parents if parent.exists())
+    obstacle = _nearest(target.absolute())
     if not obstacle.is_dir() or not os.access(obstacle, os.W_OK):
         kind = "a directory that may not be written" if obstacle.is_dir() else "a file"
         raise CheckpointError(f"{target} cannot be made: {obstacle} is {kind}; choose another place")
@@ -150,10 +174,43 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         )
 
 
+def _nearest(target: Path) -> Path:
+    """The closest directory above, or what is in the place of one, that is there."""
+    return next((parent for parent in target.parents if parent.exists()), target)
+
+
+def _check_name(target: Path) -> None:
+    """Raise `CheckpointError` where no directory can get this name, by asking the file system for each of its parts."""
+    if target.name == "..":
+        raise CheckpointError(f"{target} would give a directory the name '..'; give the name of a directory to make")
+    target = target.absolute()
+    beside = f".{target.name}.rehearsal-{'x' * 8}"  # the longest name that is made beside it
+    try:
+        here = _nearest(target)
+        asked = [here / name for name in (*target.relative_to(here).parts, beside)]
+        for path in (*asked, target.parent / beside / "model" / ("x" * 64)):  # and room for a file in there
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.lstat()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        shown = ascii(str(target))
+        raise CheckpointError(
+            f"{shown if len(shown) < 200 else shown[:200] + '...'} cannot be made: the file system does not take this "
+            f"name, or a longer one that is made beside it for a while ({reason}); choose another name"
+        ) from error
+    for path in (target, *target.parents):
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(
+                f"{target} cannot be made: {path} is a link to {os.readlink(path)}, which is not there; "
+                "make that directory, remove the link, or choose another name"
+            )
+
+
 @contextlib.contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A directory to fill, which takes the target's name when the block ends well and vanishes otherwise."""
     target = target.absolute()
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
     try:
@@ -162,6 +219,9 @@ def _appearing(target: Path) -> Iterator[Path]:
         replace_directory(target, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody has put something in there meanwhile
+            for parent in made:
+                parent.rmdir()
         raise
 
 

@@ -105,10 +105,10 @@ def run(
         Others, Raises: As `w8a8.quantize_directory`.
     """
     target = Path(output).absolute()
-    partial = target.with_name(f".{target.name}.partial")
     with team() as us:
         directory = us.first_then_others(lambda: Directory.of(source))
         us.together(_only_first(us, lambda: check_target(target, overwrite=overwrite, source=directory.path)))
+        partial = target.with_name(f".{target.name}.partial")
         work = us.together(lambda: work_on(directory))
         plan = work.plan
         known = us.together(lambda: fingerprint(plan, work.decides))
