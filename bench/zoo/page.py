@@ -27,7 +27,8 @@ What a column means:
   directory gives the same output, bit for bit.
 - **streamed = memory**: the directory of `quantize_directory` is that of `save`, byte by byte. "in memory": the
   class converts what its files hold while it loads them, so the command `quantize` goes through memory by itself.
-- **rehearsal**: the trial that the command makes before it quantises in memory passes.
+- **rehearsal**: the trial that the command makes before it quantises in memory passes, or cannot be made of this model,
+  which is no reason to stop.
 - **generates**: `generate` writes the same tokens in integers and simulated.
 - **smooths**: how many groups `smooth_(alpha="searched")` folds, of those that it sees; "refused" with a reason is a
   pass.

@@ -8,6 +8,10 @@ from transformers import (
     AutoModelForCausalLM,
     Dinov2Config,
     Dinov2Model,
+    MoshiConfig,
+    MoshiForConditionalGeneration,
+    MusicgenConfig,
+    MusicgenForConditionalGeneration,
     NomicBertConfig,
     NomicBertModel,
     OlmoHybridConfig,
@@ -67,6 +71,52 @@ def test_a_model_that_cannot_be_cut_to_one_block_is_no_reason_to_stop(tmp_path, 
     told = rehearse(model, Scheme.of("w8a8"), tmp_path / "out")
     assert re.fullmatch(rf"no {type(model).__name__} of one block can be made \(\w+Error: .*\)", told)
     assert not list(tmp_path.iterdir())
+
+
+def moshi():
+    """Whenever its config is read, that of its depth decoder gets its vocabulary."""
+    ends = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "ffn_dim": 48}
+    return MoshiForConditionalGeneration(
+        MoshiConfig(
+            **ends,
+            vocab_size=96,
+            num_codebooks=4,
+            depth_decoder_config=dict(ends),
+            audio_encoder_config=_AUDIO
+            | {"model_type": "mimi", "vector_quantization_hidden_dimension": 8, "num_quantizers": 4}
+            | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+            | {"intermediate_size": 16, "upsample_groups": 2},
+        )
+    ).eval()
+
+
+def musicgen():
+    """Both of its ends are of text, by the names of their configs."""
+    ends = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "ffn_dim": 48}
+    t5 = {"model_type": "t5", "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+    codes = {"vocab_size": 16, "pad_token_id": 15, "bos_token_id": 15, "num_codebooks": 4}
+    return MusicgenForConditionalGeneration(
+        MusicgenConfig(
+            text_encoder=t5,
+            audio_encoder=_AUDIO | {"model_type": "encodec", "num_lstm_layers": 1, "upsampling_ratios": [2, 2]},
+            decoder=ends | codes | {"model_type": "musicgen_decoder"},
+        )
+    ).eval()
+
+
+_AUDIO = {"hidden_size": 16, "num_filters": 2, "codebook_size": 16, "codebook_dim": 8}
+
+
+def test_a_stand_in_that_is_read_in_another_shape_is_no_reason_to_stop(tmp_path):
+    told = rehearse(moshi(), Scheme.of("w8a8"), tmp_path / "out")
+    assert told == "a MoshiForConditionalGeneration of one block is another model when it is read again"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_two_configs_of_text_has_a_stand_in(tmp_path):
+    model = musicgen()
+    assert rehearse(model, Scheme.of("w8a8"), tmp_path / "out") is None
+    assert (model.config.text_encoder.num_layers, model.config.decoder.num_hidden_layers) == (2, 2)
 
 
 def test_a_tokenizer_is_tried_where_there_is_no_stand_in(tmp_path):

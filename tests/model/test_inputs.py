@@ -5,13 +5,13 @@ from collections import OrderedDict, namedtuple
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import BertConfig, DynamicCache, EncoderDecoderConfig, EncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from tests.conftest import llama
 from w8a8.calibration.data import Calibration
 from w8a8.errors import CalibrationError
-from w8a8.model.inputs import call, copied, seeded
+from w8a8.model.inputs import call, check_inputs, copied, seeded
 
 Pair = namedtuple("Pair", "a b")
 
@@ -74,6 +74,17 @@ def test_a_batch_that_does_not_fit_is_told_with_what_it_holds():
     data = Calibration.of([{"inputs_embeds": torch.ones(2, 5, 3), "colour": 3}])
     with pytest.raises(CalibrationError, match=r"LlamaFor.* cannot be .*\(inputs_embeds \(2, 5, 3\), colour int\): Ru"):
         data.run(llama())
+
+
+def test_ids_are_held_against_the_vocabulary_of_the_end_that_they_go_to():
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    ends = [BertConfig(**small, vocab_size=size) for size in (96, 48)]
+    model = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*ends)).eval()
+    ids = torch.tensor([[3, 95]])
+    check_inputs(model, {"input_ids": ids, "decoder_input_ids": ids // 2})
+    assert call(model, {"input_ids": ids, "decoder_input_ids": ids // 2}).logits.shape == (1, 2, 48)
+    with pytest.raises(CalibrationError, match=r"has the token id 96, EncoderDecoderModel knows 0\.\.95: "):
+        check_inputs(model, {"input_ids": ids + 1})
 
 
 def test_a_state_of_the_generators_lasts_for_the_block_alone():

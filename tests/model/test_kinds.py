@@ -5,7 +5,17 @@ import transformers as t
 
 from tests.conftest import llama
 from w8a8.errors import ModelError
-from w8a8.model.kinds import READS_TEXT, Kind, check_kind, check_served, context_length, kind_of, kind_of_model
+from w8a8.model.kinds import (
+    READS_TEXT,
+    Kind,
+    check_kind,
+    check_served,
+    context_length,
+    input_config,
+    kind_of,
+    kind_of_model,
+    output_config,
+)
 
 CLASSES = [
     (t.LlamaForCausalLM, t.LlamaConfig, Kind.CAUSAL),
@@ -30,6 +40,35 @@ CLASSES = [
 @pytest.mark.parametrize(("kind", "config", "expected"), CLASSES, ids=[kind.__name__ for kind, _, _ in CLASSES])
 def test_the_kind_of_a_class(kind, config, expected):
     assert kind_of(kind, config()) is expected
+
+
+def _two_ends():
+    """Configs of composite models, and the names of the parts that say of ids and of predictions; "" is the whole."""
+    bert, t5 = t.BertConfig(vocab_size=90), {"model_type": "t5", "vocab_size": 90}
+    music = {"audio_encoder": {"model_type": "encodec"}, "decoder": {"model_type": "musicgen_decoder"}}
+    yield t.EncoderDecoderConfig(encoder=bert, decoder=t.BertConfig(vocab_size=80)), "encoder", "decoder"
+    yield t.MusicgenConfig(text_encoder=t5, **music), "text_encoder", "decoder"
+    yield t.T5GemmaConfig(), "encoder", "decoder"
+    yield t.T5Gemma2Config(), "encoder.text_config", "decoder"
+    yield t.VisionEncoderDecoderConfig(encoder=t.ViTConfig(), decoder=bert), "decoder", "decoder"
+    yield t.Florence2Config(), "text_config", "text_config"
+    yield t.LlavaConfig(), "text_config", "text_config"
+    yield t.BartConfig(), "", ""
+    yield t.LlamaConfig(), "", ""
+
+
+@pytest.mark.parametrize(("config", "read", "written"), list(_two_ends()), ids=lambda v: getattr(v, "model_type", v))
+def test_ids_are_of_the_encoder_and_predictions_of_the_decoder(config, read, written):
+    for found, path in ((input_config(config), read), (output_config(config), written)):
+        expected = config
+        for name in filter(None, path.split(".")):
+            expected = getattr(expected, name)
+        assert found is expected
+
+
+def test_a_config_that_is_none_of_transformers_is_its_own_part():
+    config = object()
+    assert input_config(config) is config is output_config(config)
 
 
 def test_a_model_that_is_none_of_transformers_has_no_kind():

@@ -20,6 +20,7 @@ from transformers import (
 
 import w8a8
 from tests.conftest import mixtral, opt, relative_error
+from tests.streaming.conftest import saved
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import CONFIG, SINGLE
 from w8a8.checkpoint.opening import open_model
@@ -91,6 +92,17 @@ def test_what_an_architecture_keeps_in_float32_stays(tmp_path):
     held = model.state_dict()
     assert dtypes == {name: held[name].dtype for name in dtypes}
     assert set(dtypes.values()) == {torch.float16, torch.float32}
+
+
+def test_the_dtype_that_is_told_is_that_of_the_first_float_parameter(tmp_path):
+    """A file begins with its widest tensors, which are others: T5 keeps a layer in float32."""
+    config = T5Config(vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4)
+    source = saved(T5ForConditionalGeneration(config), tmp_path / "source", dtype=torch.float16, shard="5GB")
+    wide = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    rewrite(source, lambda held: held.update({wide: held[wide].float()}))
+    assert_as_in_memory(source, tmp_path)
+    told = [json.loads((tmp_path / way / CONFIG).read_text()) for way in ("streamed", "memory")]
+    assert told[0] == told[1]
 
 
 def test_a_second_copy_of_a_tied_weight_is_dropped(tmp_path, tied):

@@ -20,7 +20,7 @@ from w8a8.dataflow.products import blocked
 from w8a8.dataflow.tracing import Trace, Watch
 from w8a8.errors import ModelError
 from w8a8.layers.linear import check_materialised
-from w8a8.model.kinds import context_length
+from w8a8.model.kinds import context_length, input_config, output_config
 
 
 def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
@@ -72,7 +72,7 @@ def probe(model: nn.Module, *, tokens: int = 32, seed: int = 0) -> dict[str, Ten
     """
     config = getattr(model, "config", None)
     main = getattr(model, "main_input_name", None)
-    vocabulary = getattr(getattr(config, "get_text_config", lambda: config)(), "vocab_size", None)
+    vocabulary = getattr(input_config(config), "vocab_size", None)
     if main != "input_ids" or not isinstance(vocabulary, int):
         raise ModelError(
             f"a probe of random tokens was asked for, but {type(model).__name__} takes "
@@ -84,7 +84,8 @@ def probe(model: nn.Module, *, tokens: int = 32, seed: int = 0) -> dict[str, Ten
     device = next(model.parameters()).device
     inputs = {"input_ids": ids.to(device)}
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids.flip(0).to(device)
+        written = getattr(output_config(config), "vocab_size", vocabulary)
+        inputs["decoder_input_ids"] = (ids.flip(0) % written).to(device)
     return inputs
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.errors import CalibrationError, W8A8Error, few
-from w8a8.model.kinds import context_length
+from w8a8.model.kinds import context_length, input_config
 
 ModelInputs: TypeAlias = Mapping[str, Any] | Tensor | tuple[Any, ...]
 """One call of a model: keyword arguments, one positional argument, or several."""
@@ -120,8 +120,7 @@ def check_inputs(model: nn.Module, inputs: ModelInputs) -> None:
     config = getattr(model, "config", None)
     if not isinstance(ids, Tensor) or config is None or not ids.numel():
         return
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    vocabulary, largest = getattr(text, "vocab_size", None), int(ids.max())
+    vocabulary, largest = getattr(input_config(config), "vocab_size", None), int(ids.max())
     if vocabulary is not None and largest >= vocabulary:
         raise CalibrationError(
             f"the calibration data has the token id {largest}, {type(model).__name__} knows 0..{vocabulary - 1}: "

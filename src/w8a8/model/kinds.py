@@ -116,10 +116,34 @@ def way_out(kind: Kind) -> str:
     return _WAYS.get(kind, _IN_PYTHON)
 
 
+def input_config(config: Any) -> Any:
+    """The part of a config that says of the token ids that a model is called with; itself where it has no such part.
+
+    The ids of an encoder-decoder go to its encoder.  transformers' `get_text_config()` gives the decoder, and has no
+    answer where both ends are of text; its `encoder=True` finds an encoder under one of two names, else it leaves out
+    the one part of text that there is, or gives a copy.
+
+    Args:
+        config: Of a model, of transformers or another.
+    """
+    for name in ("text_encoder", "encoder"):
+        part = getattr(config, name, None)
+        found = None if part is None else input_config(part)
+        if hasattr(found, "vocab_size"):  # not an encoder of pictures
+            return found
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def output_config(config: Any) -> Any:
+    """The part of a config that says of the tokens that a model predicts; itself where it has no such part."""
+    if input_config(config) is config:
+        return config
+    return config.get_text_config(decoder=True)
+
+
 def context_length(model: Any) -> int | None:
     """The longest sequence that the model has positions for, or None where its config does not say, or no limit."""
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    for config in (model.config, text):
+    for config in (model.config, input_config(model.config)):
         for name in ("max_position_embeddings", "n_positions"):
             value = getattr(config, name, None)
             if isinstance(value, int) and value > 0:  # XLNet's is -1: no limit

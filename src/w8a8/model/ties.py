@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from w8a8.model.kinds import output_config
+
 
 def forget(model: nn.Module, layers: Collection[str]) -> None:
     """Take layers out of what the model ties; its tables are changed, its config is not.
@@ -32,7 +34,7 @@ def untie(model: nn.Module, layers: Collection[str]) -> None:
     """
     for config in _without(model, layers):
         if not any(part.config is config and part.get_expanded_tied_weights_keys() for _, part in _parts(model)):
-            for each in (config, config.get_text_config()):
+            for each in (config, output_config(config)):
                 if getattr(each, "tie_word_embeddings", False):
                     each.tie_word_embeddings = False
 

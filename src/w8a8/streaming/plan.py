@@ -12,7 +12,7 @@ Shards are cut by bytes in the order of the source, so that they are the same fo
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,8 +185,7 @@ def make_plan(
     for name in _apart(model, aliases, there):
         entry = found[next(alias for alias in aliases[name] if alias in found)]
         steps.append(_copied(names, name, dtypes.get(name, entry.dtype), entry))
-    dtype = next((step.dtype for step in steps if step.dtype.is_floating_point), model.dtype)
-    config = config_of(model, dtype) | {"quantization_config": to_json(describe(model))}
+    config = config_of(model, _stated_dtype(model, steps)) | {"quantization_config": to_json(describe(model))}
     shards = _cut(steps, shard_bytes)
     told = coverage(model, selection.reasons)
     kind = type(model).__name__
@@ -289,6 +288,18 @@ def _dtypes(model: Any) -> dict[str, torch.dtype]:
     if getattr(model.config, "dtype", None) is None:
         return {}
     return {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+
+def _stated_dtype(model: nn.Module, steps: Iterable[Step]) -> torch.dtype:
+    """What `save_pretrained` would have config.json say: the dtype of the first float parameter, in the model's order.
+
+    Args:
+        model: With quantised layers in their places.
+        steps: What is written.
+    """
+    written = {step.place: step.dtype for step in steps if step.spec is None}
+    name, first = next((name, each) for name, each in model.named_parameters() if each.is_floating_point())
+    return written.get(name, first.dtype)
 
 
 def _copies(model: nn.Module, found: Mapping[str, Entry], chosen: set[str]) -> set[str]:
