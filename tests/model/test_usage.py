@@ -3,6 +3,7 @@
 import inspect
 import linecache
 import types
+from typing import ClassVar
 
 import pytest
 import torch
@@ -222,6 +223,49 @@ def test_a_module_of_which_a_parameter_is_asked_keeps_one():
     assert {m.name for m in found.left} == {"bias_net.0"}
     assert found.left[0].reason == "it is not only called: TakesAParameter.table takes a parameter of it"
     assert model.table().dtype is torch.float32
+
+
+class Tied(t.PreTrainedModel):
+    """Of linear layers alone, which its config does not tie."""
+
+    config_class = t.PretrainedConfig
+    _tied_weights_keys: ClassVar = {"dec.weight": "enc.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.enc, self.dec = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.post_init()
+
+    def forward(self, x):
+        return self.dec(self.enc(x))
+
+
+class TiedInItsOwnWay(Tied):
+    def post_init(self):
+        super().post_init()
+
+
+class TiedAndAsked(Tied):
+    def forward(self, x):
+        return super().forward(x.to(self.dtype))
+
+
+@pytest.mark.parametrize("kind", [Tied, TiedInItsOwnWay], ids=lambda kind: kind.__name__)
+def test_what_transformers_does_when_it_makes_a_model_reads_no_layer(kind):
+    model = kind(t.PretrainedConfig(tie_word_embeddings=False))
+    x = torch.randn(5, 16)
+    exact = model(x).detach()
+    assert not w8a8.quantize(model).coverage.left
+    assert 0 < relative_error(model(x), exact) < 0.1
+
+
+def test_a_forward_that_asks_a_model_of_linear_layers_for_its_dtype_keeps_one():
+    model = TiedAndAsked(t.PretrainedConfig(tie_word_embeddings=False))
+    left = w8a8.quantize(model).coverage.left
+    assert [(m.name, m.reason) for m in left] == [
+        ("enc", "it is not only called: ModuleUtilsMixin.dtype takes a parameter of it")
+    ]
+    assert model(torch.randn(5, 16)).dtype is torch.float32
 
 
 def test_a_branch_is_decided_by_each_modules_own_numbers():

@@ -59,7 +59,7 @@ class Reading(Following):
         # of what makes a module only what it asks for counts: it runs again when one is loaded
         for name in sorted(self.making - sources.MAKING):
             found = sources.method(self.module, name)
-            if found is not None and not found[2]:
+            if found is not None and not found[2] and found[1].__module__ != sources.GENERAL:
                 self._run(found[0], found[1], [frozenset({Value("module", ())})], {})
         self.found = kept
         self.found.read = self.asked | self.found.read
@@ -213,7 +213,7 @@ class Reading(Following):
         for value in self._self(frame):
             module = locate(self.module, value.path)
             found = None if frame.owner is None else sources.method(module, name, after=frame.owner)
-            if found is not None:
+            if found is not None and (found[1].__module__ != sources.GENERAL or name not in self.making):
                 return self._run(found[0], found[1], [frozenset({value}), *args], kwargs)
         return NOTHING
 

@@ -30,8 +30,8 @@ MAKING = frozenset(
 )
 """Methods that make, fill, move or show a module: torch's names, and transformers', for what is not computing."""
 
-_GENERAL = "transformers.modeling_utils"
-"""What all of transformers' models have, which goes by no name of a layer."""
+GENERAL = "transformers.modeling_utils"
+"""What all of transformers' models have, which goes by no name of a layer, and is made for quantised ones too."""
 
 
 def function_of(found: Any) -> types.FunctionType | None:
@@ -68,9 +68,9 @@ def method(module: nn.Module, name: str, after: type | None = None) -> tuple[typ
         own = function_of(module.__dict__[name])
         return None if own is None else (own, type(module), False)
     for kind in kinds[kinds.index(after) + 1 :] if after in kinds else kinds:
-        if kind is nn.Module or kind is object:
-            return None
         if name in vars(kind):
+            if kind is nn.Module or kind is object:
+                return None  # behind them are transformers' mixins, which have `dtype` and `device`
             found = vars(kind)[name]
             function = function_of(found)
             shown = isinstance(found, property | functools.cached_property)
@@ -88,7 +88,7 @@ def entries(module: nn.Module, made: Set[str]) -> list[str]:
     offered = {
         name
         for kind in type(module).__mro__
-        if issubclass(kind, nn.Module) and kind is not nn.Module and kind.__module__ != _GENERAL
+        if issubclass(kind, nn.Module) and kind is not nn.Module and kind.__module__ != GENERAL
         for name, found in vars(kind).items()
         if not name.startswith("_") and isinstance(found, types.FunctionType)
     }
