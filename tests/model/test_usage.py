@@ -268,6 +268,59 @@ def test_a_forward_that_asks_a_model_of_linear_layers_for_its_dtype_keeps_one():
     assert model(torch.randn(5, 16)).dtype is torch.float32
 
 
+class ByParameter(Base):
+    def forward(self, x):
+        return self.b(x) @ self.get_parameter("a.weight").float().T
+
+
+class ByItsOwnState(Base):
+    def forward(self, x):
+        return self.b(x) @ self.state_dict()["a.weight"].float().T
+
+
+class ByTheStateOfAPart(Base):
+    def forward(self, x):
+        return self.b(x) @ self.blocks.state_dict()["0.weight"].float().T
+
+
+class ByAMethodOfAPart(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.c = ByItsOwnState(), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.c(self.tensor(self.part, "a.weight") @ x)
+
+    def tensor(self, part, name):
+        return part.state_dict()[name].float()
+
+
+class SavesItsState(Base):
+    """No forward comes by here."""
+
+    def checkpoint(self):
+        return {**self.state_dict(), "a": self.blocks.state_dict()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "float_ones", "how"),
+    [
+        (ByParameter, ["a"], "reads its weight"),
+        (ByItsOwnState, ["a", "b", "blocks.0", "blocks.1"], "may read its weight by state_dict"),
+        (ByTheStateOfAPart, ["blocks.0", "blocks.1"], "may read its weight by state_dict"),
+        (ByAMethodOfAPart, [f"part.{name}" for name in ("a", "b", "blocks.0", "blocks.1")], "by state_dict"),
+        (SavesItsState, [], ""),
+    ],
+)
+def test_a_weight_that_a_forward_takes_by_name_from_above_is_found(kind, float_ones, how):
+    model, x = nn.Sequential(kind(), nn.Linear(16, 16)), torch.randn(16, 16)
+    exact = model(x).detach()
+    left = w8a8.quantize(model).coverage.left
+    assert sorted(m.name for m in left) == [f"0.{name}" for name in float_ones]
+    assert all(m.reason.startswith("it is not only called: ") and m.reason.endswith(how) for m in left)
+    assert 0 < relative_error(model(x), exact) < 0.1
+
+
 def test_a_branch_is_decided_by_each_modules_own_numbers():
     model = nn.Sequential(Decided(), Decided())
     model[1].slow, model[1].flag = 2, True

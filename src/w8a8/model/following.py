@@ -97,6 +97,7 @@ class Following(ABC):
     def __init__(self, module: nn.Module) -> None:
         self.module, self.found = module, Uses()
         self.asked: dict[Path, str] = {}
+        self.in_forward = False
 
     @abstractmethod
     def _run(
@@ -215,6 +216,8 @@ class Following(ABC):
             return {Value("module", p) for p in self._held(inside, module, path)}
         if attr in ("parameters", "named_parameters"):
             self._asks_for_parameters(module, path, frame)
+        if attr in ("state_dict", "get_parameter") and self.in_forward:
+            self._uses_below(module, path, attr, frame)
         found = sources.method(module, attr)
         if found is not None and found[2]:
             return set(self._run(found[0], found[1], [frozenset({Value("module", path)})], {}))
@@ -226,6 +229,12 @@ class Following(ABC):
         if owners and all(is_linear(owner) for _, owner in owners):
             layer = (*path, *owners[0][0].split("."))
             self.asked[layer] = f"{frame.function.__qualname__} takes a parameter of it"
+
+    def _uses_below(self, module: nn.Module, path: Path, how: str, frame: Frame) -> None:
+        """A forward takes tensors by their names: of every layer below, as a quantised one's would be its codes."""
+        for name, layer in module.named_modules():
+            if is_linear(layer):
+                self._reads((*path, *name.split(".")), f"may read its weight by {how}", frame.function)
 
     def _held(self, inside: Any, module: nn.Module, path: Path) -> Iterator[Path]:
         """The modules in a container that is no module, by their names below the module that has it."""

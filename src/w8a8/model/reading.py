@@ -52,10 +52,11 @@ class Reading(Following):
             found = sources.method(self.module, name)
             if found is None:
                 continue
+            self.in_forward = name in ("forward", "__call__")
             returned = self._run(found[0], found[1], [frozenset({Value("module", ())})], {})
             if name == "forward":
                 self.found.returned |= {v.path for v in returned if v.kind == "output"}
-        kept, self.found = self.found, Uses()
+        kept, self.found, self.in_forward = self.found, Uses(), False
         # of what makes a module only what it asks for counts: it runs again when one is loaded
         for name in sorted(self.making - sources.MAKING):
             found = sources.method(self.module, name)
@@ -176,6 +177,9 @@ class Reading(Following):
                     return NOTHING
                 case "getattr", [inner, ast.Constant(value=str(attr)), *_]:
                     return self._eval(ast.Attribute(inner, attr, ast.Load()), frame)
+        match func, node.args:
+            case ast.Attribute(value=inner, attr="get_parameter"), [ast.Constant(value=str(dotted))]:
+                return self._parameter(self._eval(inner, frame), dotted, frame)
         args = [self._eval(arg, frame) for arg in node.args]
         kwargs = {keyword.arg or "": self._eval(keyword.value, frame) for keyword in node.keywords}
         given = NOTHING.union(*args, *kwargs.values())
@@ -208,6 +212,14 @@ class Reading(Following):
             if given:
                 found |= {v for v in self._run(function, None, args, kwargs) if v.kind != "module"}
         return frozenset(found)
+
+    def _parameter(self, owners: Values, dotted: str, frame: Frame) -> Values:
+        """One tensor is taken by its name."""
+        paths = {(*value.path, *dotted.split(".")) for value in owners if value.kind in ("module", "method")}
+        for path in paths:
+            if is_linear(locate(self.module, path[:-1])):
+                self._reads(path[:-1], f"reads its {path[-1]}", frame.function)
+        return frozenset(Value("parameter", path) for path in paths)
 
     def _super(self, name: str, args: list[Values], kwargs: Mapping[str, Values], frame: Frame) -> Values:
         for value in self._self(frame):
