@@ -31,7 +31,9 @@ class Result:
     model: The model that was given, changed in place.
     scheme: The scheme of the new layers; where they differ, the one that most of them have.
     coverage: What is quantised, what is not, and why not.
-    untied: Layers whose weight was shared and is now a copy of its own, each with the module it shared with.
+    untied: Layers whose weight was shared and is another now, each with a module that it shared with: that one stayed
+        float, or got another scheme.  Linear layers tied to one another that get the same scheme are not in here: they
+        are taken together, each with codes of its own, which are equal.
     smooth: What smoothing did before; None where it was not asked for.
     schemes: The scheme of each new layer.
     """
@@ -69,8 +71,8 @@ def quantize(
     """Turn the linear layers of a model into int8 layers, in place.
 
     `nn.Linear` and transformers' `Conv1D` are taken, and the stacked experts of mixtures: each expert then has linear
-    layers of its own, `model.layers.0.mlp.experts.3.down_proj`, if any of them is chosen.  The output head, layers with
-    a tied weight and routers are only taken where `include` holds their exact name; a tied head becomes a copy of its
+    layers of its own, `model.layers.0.mlp.experts.3.down_proj`, if any of them is chosen.  The output head, layers tied
+    to something that stays float, and routers are only taken where `include` holds their exact name; a tied head becomes a copy of its
     own, and the config's `tie_word_embeddings` is then set to False.
 
     Args:

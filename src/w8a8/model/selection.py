@@ -38,8 +38,8 @@ Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
 class Selection:
     """The outcome of choosing: names to quantise, and why each other linear layer stays float.
 
-    `untied` maps a chosen layer whose weight is shared to the module it shares with, which stays float; `together` one
-    to those that are quantised as it is.
+    `untied` maps a chosen layer whose weight is shared to the module it shares with, which stays float or gets another
+    scheme; `together` one to those that are quantised as it is, each with codes of its own.
     """
 
     chosen: tuple[str, ...]
