@@ -72,8 +72,8 @@ def quantize(
 
     `nn.Linear` and transformers' `Conv1D` are taken, and the stacked experts of mixtures: each expert then has linear
     layers of its own, `model.layers.0.mlp.experts.3.down_proj`, if any of them is chosen.  The output head, layers tied
-    to something that stays float, and routers are only taken where `include` holds their exact name; a tied head becomes a copy of its
-    own, and the config's `tie_word_embeddings` is then set to False.
+    to something that stays float, and routers are only taken where `include` holds their exact name; a tied head
+    becomes a copy of its own, and the config's `tie_word_embeddings` is then set to False.
 
     Args:
         model: Any module; changed only if everything succeeds.
