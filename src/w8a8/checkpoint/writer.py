@@ -121,7 +121,8 @@ def _one_model(model: Any) -> Any:
 def _check_size(max_shard_size: int | str) -> None:
     """Raise `SchemeError` where this is no size, by cutting one small tensor with it as the files will be cut."""
     try:
-        split_torch_state_dict_into_shards({"weight": torch.zeros(1, device="cpu")}, max_shard_size=max_shard_size)
+        small = torch.zeros(1, dtype=torch.float32, device="cpu")
+        split_torch_state_dict_into_shards({"weight": small}, max_shard_size=max_shard_size)
     except (ValueError, TypeError, OverflowError) as error:
         raise SchemeError(
             f"max_shard_size={max_shard_size!r} is not the size of a file ({error}); "
