@@ -1,4 +1,4 @@
-"""Names that hold: what docstrings put in backticks is there, and the public names are one list told in three ways."""
+"""Names that hold: what docstrings put in backticks is there, and the public names are one list."""
 
 import ast
 import builtins
@@ -115,17 +115,16 @@ def test_a_name_that_is_gone_is_seen():
 
 
 def test_the_public_names_are_those_that_type_checkers_see():
-    tree = TREES[SOURCE / "__init__.py"]
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    seen = {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in block.body
+    listed = [
+        (f"{node.module}.{alias.name}", alias)
+        for node in ast.parse((SOURCE / "__init__.pyi").read_text()).body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
-    }
-    assert sorted(seen) == sorted(w8a8.__all__)
-    for name, home in seen.items():
-        assert getattr(w8a8, name) is resolved(home), name
+    ]
+    assert sorted(alias.name for _, alias in listed) == w8a8.__all__
+    for home, alias in listed:
+        assert alias.asname == alias.name, f"{alias.name} is not handed on to type checkers"
+        assert getattr(w8a8, alias.name) is resolved(home), home
 
 
 @pytest.mark.parametrize("room", sorted(set().union(*FLOORS) - {"__main__", "_version"}))
