@@ -172,12 +172,18 @@ class _Resumed(Generator[Any, Any, Any]):
             self._generator.close()
 
 
+_MODES = ("torch.inference_mode", "torch.no_grad")
+
+
 class _Wrapping(ast.NodeTransformer):
-    """Every function of a module handed to the border, before any other decorator sees it."""
+    """Every function of a module handed to the border, before any decorator sees it but those that set a mode."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         self.generic_visit(node)
-        node.decorator_list.append(ast.copy_location(ast.Name(_ENTERED, ast.Load()), node))
+        place = len(node.decorator_list)
+        while place and ast.unparse(node.decorator_list[place - 1]).startswith(_MODES):
+            place -= 1
+        node.decorator_list.insert(place, ast.copy_location(ast.Name(_ENTERED, ast.Load()), node))
         return node
 
     def visit_Lambda(self, node: ast.Lambda) -> ast.AST:

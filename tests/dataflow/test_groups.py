@@ -64,6 +64,17 @@ def test_torchs_own_encoder_layer_folds():
     assert_folds(model, rows(), flow)
 
 
+def test_what_was_made_in_inference_mode_has_the_same_groups():
+    def made():
+        layers = nn.LayerNorm(WIDTH), linear(20), nn.ReLU(), linear(8, 20)
+        return nn.Sequential(*layers).double(), rows()
+
+    with torch.inference_mode():
+        model, x = made()
+    assert next(model.parameters()).is_inference()
+    assert pairs(observe(model, x)) == pairs(observe(*made())) == {"0": ["1"], "1": ["3"]}
+
+
 def test_of_two_factors_the_later_one_is_scaled():
     model = Net(lambda m, x: m.down(F.relu(m.gate(x)) * m.up(x)), gate=linear(), up=linear(), down=linear())
     flow = observe(model, rows())

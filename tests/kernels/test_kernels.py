@@ -287,6 +287,7 @@ def test_the_exact_product_is_exact_at_its_bound():
     assert reference.exact_product(a, b).tolist() == [[-255 * 128 * 5000] * 2]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-asym", "w8a8-tensor"])
 def test_opcheck_passes(name):
     q = layer(name)
@@ -294,6 +295,7 @@ def test_opcheck_passes(name):
     assert set(results.values()) == {"SUCCESS"}
 
 
+@pytest.mark.once
 def test_the_op_compiles_without_a_graph_break():
     model = nn.Sequential(layer("w8a8"), nn.ReLU(), layer("w8a8-asym", k=33, n=8))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -301,6 +303,7 @@ def test_the_op_compiles_without_a_graph_break():
     assert torch.equal(compiled(x), model(x))
 
 
+@pytest.mark.not_under("inference", reason="no derivative can be asked for in that mode")
 @pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("of", ["x", "bias"])
 def test_a_gradient_is_refused_in_words(kernel, of):
@@ -347,6 +350,8 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.once
+@pytest.mark.not_under("inference", reason="no derivative can be asked for in that mode")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
 @pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("derivative", DERIVATIVES)

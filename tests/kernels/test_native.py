@@ -144,6 +144,7 @@ class Sub(torch.Tensor):
     """A subclass, which may do anything when it is used."""
 
 
+@pytest.mark.not_under("inference", reason="no derivative can be asked for in that mode")
 def test_the_dispatcher_is_asked_where_it_has_something_to_do():
     q = QuantLinear.from_float(nn.Linear(100, 33), kernel="native")
     x = torch.randn(3, 100)

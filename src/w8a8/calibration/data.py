@@ -160,7 +160,10 @@ class Calibration:
             )
         return self._first
 
-    @torch.no_grad()
+    @torch.inference_mode(
+        False
+    )  # what is shared by the readers of a tensor is told by its version, which this mode has not
+    @torch.no_grad()  # inside of the line above, which ends it
     def run(self, model: nn.Module, progress: Progress | None = None) -> None:
         """Pass everything through a model: in evaluation mode, without gradients and without a cache.
 
@@ -195,7 +198,7 @@ class Calibration:
 
         handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
         try:
-            with torch.no_grad(), evaluating(model):
+            with torch.inference_mode(False), torch.no_grad(), evaluating(model):
                 self._loop(model)
         finally:
             handle.remove()

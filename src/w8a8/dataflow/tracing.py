@@ -330,6 +330,10 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run `func`, then move the tags."""
         kwargs = kwargs or {}
+        with self:  # where a weight was made in inference mode, what is composed of others comes here as a whole
+            out = func.decompose(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
         out = func(*args, **kwargs)
         trace = self._trace
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -67,6 +67,7 @@ class QuantLinear(LinearBuffers):
         KernelError: no kernel has this name.
     """
 
+    @torch.inference_mode(False)  # where a layer is made says nothing of where it is used
     def __init__(
         self,
         in_features: int,
@@ -121,7 +122,8 @@ class QuantLinear(LinearBuffers):
         return cls(k, n, scheme, bias=biased, device="meta", was_conv1d=conv1d, dtype=weight.dtype, **options)
 
     @classmethod
-    @torch.no_grad()
+    @torch.inference_mode(False)
+    @torch.no_grad()  # inside of the line above, which ends it
     def from_float(
         cls,
         linear: nn.Module,

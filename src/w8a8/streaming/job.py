@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from w8a8._version import __version__
 from w8a8.checkpoint.about import card_of
 from w8a8.checkpoint.beside import README, companions, copy_companions
@@ -105,7 +107,7 @@ def run(
         Others, Raises: As `w8a8.quantize_directory`.
     """
     target = Path(output).absolute()
-    with team() as us:
+    with torch.inference_mode(False), team() as us:  # what is made of files has no part in a mode of its caller
         directory = us.first_then_others(lambda: Directory.of(source))
         us.together(_only_first(us, lambda: check_target(target, overwrite=overwrite, source=directory.path)))
         partial = target.with_name(f".{target.name}.partial")
