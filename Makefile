@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 # those that take long and fail rarely are left to test-all; those that depend on the kernel run again for each preference.
 # `make test COVERAGE=1`, as CI calls it, counts the lines that ran too, which takes half as long again
 test: $(VENV)/.installed
-	$(BIN)/pytest -m 'not slow' --numprocesses=logical --maxprocesses=4 --dist=loadfile \
+	$(BIN)/pytest -m 'not slow' --numprocesses=logical --maxprocesses=4 --dist=worksteal \
 	  $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=95)
 	$(BIN)/python -m tests.preferences
 

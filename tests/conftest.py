@@ -6,7 +6,8 @@ import subprocess
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the machine may be busy, and the models are tiny
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,21 @@ def needs(kernel: str) -> pytest.MarkDecorator:
     """A mark: the test is about this kernel, and skips where it cannot run."""
     reason = available()[kernel]
     return pytest.mark.skipif(reason is not None, reason=f"the kernel {kernel} cannot run here: {reason}")
+
+
+def crossed(names: str, *values: Sequence[Any], ids: Callable[[Any], str] | None = None) -> pytest.MarkDecorator:
+    """`parametrize` over all combinations, of which as few are not slow as show each value once."""
+    shown = {tuple(i % len(axis) for axis in values) for i in range(max(map(len, values)))}
+    cases = [
+        pytest.param(*case, marks=[] if place in shown else pytest.mark.slow)
+        for place, case in zip(product(*map(range, map(len, values))), product(*values), strict=True)
+    ]
+    return pytest.mark.parametrize(names.split(), cases, ids=ids)
+
+
+def named(value: Any) -> str:
+    """What a test's name says of a value: the name of a function, and what else prints as."""
+    return getattr(value, "__name__", str(value))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

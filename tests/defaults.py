@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.ambient import SETTINGS, VARIABLE
 
 ROOT = Path(__file__).parents[1]
-_PARALLEL = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile"]
+_PARALLEL = ["--numprocesses=logical", "--maxprocesses=4", "--dist=worksteal"]
 
 
 def run(setting: str, given: list[str]) -> bool:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import w8a8
-from tests.conftest import THEIRS, llama, mixtral, opt, qwen2_moe, qwen3_moe, relative_error
+from tests.conftest import THEIRS, crossed, llama, mixtral, named, opt, qwen2_moe, qwen3_moe, relative_error
 from w8a8 import PRESETS, PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.checkpoint.layout import check_writable
 from w8a8.checkpoint.names import FileNames
@@ -60,8 +60,7 @@ def check(directory, model):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", [llama, opt], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("name", SCHEMES)
+@crossed("make name", [llama, opt], list(SCHEMES), ids=named)
 def test_weights_and_scales_are_what_the_library_reads(tmp_path, make, name):
     check_writable(SCHEMES[name])
     model = make()

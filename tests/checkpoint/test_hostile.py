@@ -130,7 +130,7 @@ def test_the_links_of_a_hub_snapshot_are_followed(directory, tmp_path):
         w8a8.load(snapshot)
 
 
-@pytest.mark.parametrize("suffix", ["bin", "pt", *(pytest.param(s, marks=pytest.mark.slow) for s in ("pth", "ckpt"))])
+@pytest.mark.parametrize("suffix", ["bin", *(pytest.param(s, marks=pytest.mark.slow) for s in ("pt", "pth", "ckpt"))])
 def test_a_pickle_is_refused_with_a_line_that_converts_it(tmp_path, suffix):
     model = llama(**TINY)
     model.save_pretrained(tmp_path / "d")

@@ -11,7 +11,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import w8a8
-from tests.conftest import THEIRS, gpt2, llama, logits, mixtral, needs, opt, qwen2_moe, qwen3_moe, relative_error
+from tests.conftest import (
+    THEIRS,
+    crossed,
+    gpt2,
+    llama,
+    logits,
+    mixtral,
+    needs,
+    opt,
+    qwen2_moe,
+    qwen3_moe,
+    relative_error,
+)
 from w8a8.checkpoint import reader
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.names import FileNames
@@ -77,7 +89,7 @@ def test_transformers_and_compressed_tensors_load_static_scales(tmp_path, make, 
     """
     model = make()
     ids = torch.randint(0, 96, (2, 16))
-    w8a8.quantize(model, scheme, calibration=[ids])
+    w8a8.quantize(model, scheme, calibration=[ids], smooth="none")
     w8a8.save(model, tmp_path / "out")
     files = load_file(tmp_path / "out/model.safetensors")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -94,7 +106,7 @@ def test_transformers_and_compressed_tensors_load_static_scales(tmp_path, make, 
 
 def test_a_head_that_was_never_measured_is_measured_as_it_comes(tmp_path):
     ids = torch.randint(0, 96, (2, 16))
-    w8a8.save(w8a8.quantize(opt(), "w8a8-static", calibration=[ids]).model, tmp_path / "out")
+    w8a8.save(w8a8.quantize(opt(), "w8a8-static", calibration=[ids], smooth="none").model, tmp_path / "out")
     model = w8a8.load(tmp_path / "out", head="int8")
     assert model.lm_head.scheme.name == "w8a8-tensor"
     assert model.model.decoder.layers[0].fc1.scheme.name == "w8a8-static"
@@ -225,18 +237,21 @@ def test_the_loaded_model_can_be_told_how_to_run(tmp_path):
     assert w8a8.ledger(simulated) == {}
 
 
-ASYMMETRIC = [
-    Scheme(QuantSpec(8, weights, symmetric=False), QuantSpec(8, granularity, symmetric, dynamic))
-    for weights in (PerChannel(), PerTensor(), PerGroup(4))
-    for symmetric in (True, False)
-    for granularity, dynamic in ((PerToken(), True), (PerTensor(), True), (PerTensor(), False))
-]
-
-
-@pytest.mark.parametrize("scheme", ASYMMETRIC, ids=str)
-def test_weights_with_zero_points_run_in_integers_as_simulated(tmp_path, scheme):
+@crossed(
+    "weights symmetric activations",
+    [PerChannel(), PerTensor(), PerGroup(4)],
+    [True, False],
+    [(PerToken(), "dynamic"), (PerTensor(), "dynamic"), (PerTensor(), "static")],
+    ids=str,
+)
+def test_weights_with_zero_points_run_in_integers_as_simulated(tmp_path, weights, symmetric, activations):
+    granularity, when = activations
+    scheme = Scheme(
+        QuantSpec(8, weights, symmetric=False), QuantSpec(8, granularity, symmetric, dynamic=when == "dynamic")
+    )
     ids = torch.randint(0, 96, (1, 8))
-    model = w8a8.quantize(llama(), scheme, calibration=[ids] if scheme.static else None, observer="minmax").model
+    data = [ids] if scheme.static else None
+    model = w8a8.quantize(llama(), scheme, calibration=data, observer="minmax", smooth="none").model
     w8a8.save(model, tmp_path / "out")
     loaded = w8a8.load(tmp_path / "out")
     assert {layer.mode for _, layer in quant_linears(loaded)} == {Mode.INTEGER}

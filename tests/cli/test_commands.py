@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, PreTrainedTokenizerBase
 
 import w8a8.analysis
-from tests.conftest import THEIRS, llama, mixtral, qwen2_moe
+from tests.conftest import THEIRS, crossed, llama, mixtral, qwen2_moe
 from w8a8.cli import main
 from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_model, time_layer
@@ -43,7 +43,7 @@ def demo_dir():
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(held_out_text()[:6000])
+    path.write_text(held_out_text()[:3000])
     return path
 
 
@@ -99,9 +99,10 @@ def worst_of(printed):
     return [(layer, scheme, db) for layer, scheme, db in rows]
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-@pytest.mark.parametrize(
-    "way", [["--no-stream"], ["--stream"], ["--stream", "--calib", "TEXT", "--smooth", "0.5", "--calib-samples", "4"]]
+@crossed(
+    "way scheme",
+    [["--no-stream"], ["--stream"], ["--stream", "--calib", "TEXT", "--smooth", "0.5", "--calib-samples", "4"]],
+    ["w8a8", "w8a16"],
 )
 def test_quantize_ends_with_the_ten_worst_weights(call, tmp_path, text, scheme, way):
     source, out = tmp_path / "source", tmp_path / "out"

@@ -7,7 +7,7 @@ import pytest
 
 from w8a8.cli import main
 from w8a8.core.plain import plain
-from w8a8.demo.corpus import held_out_text, training_text
+from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.jobs.quantization import quantize_to
@@ -20,7 +20,7 @@ DEMO = str(demo_directory())
 @pytest.fixture
 def calibration(tmp_path):
     path = tmp_path / "calibration.txt"
-    path.write_text(training_text()[:20000])
+    path.write_text(held_out_text()[:20000])
     return CalibrationText(str(path), samples=2, length=32)
 
 

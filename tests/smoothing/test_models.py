@@ -8,6 +8,7 @@ import torch
 import transformers as t
 from torch import Tensor
 
+from tests.conftest import crossed, named
 from tests.families import VOCAB, ids
 from tests.smoothing.conftest import parameters
 from w8a8.evaluation import context_length
@@ -82,8 +83,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Tensor]], floa
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
+@crossed("name dtype", list(MODELS), [torch.float32, torch.bfloat16], ids=named)
 def test_smoothing_runs_and_keeps_the_function(name, dtype):
     make, inputs, alpha = MODELS[name]
     model = make().eval().to(dtype)

@@ -8,7 +8,7 @@ from torch import nn
 
 import w8a8
 from tests import families
-from tests.conftest import llama, mixtral, opt, relative_error
+from tests.conftest import crossed, llama, mixtral, named, opt, relative_error
 from tests.smoothing.conftest import parameters, unchanged
 from w8a8.calibration.data import Calibration
 from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Source
@@ -65,8 +65,7 @@ def test_folding_all_groups_keeps_the_function_of_every_family(name, monkeypatch
         assert relative_error(model(**inputs).logits, before) < 1e-9
 
 
-@pytest.mark.parametrize("alpha", ["searched", 0.5])
-@pytest.mark.parametrize("name", families.FAMILIES)
+@crossed("name alpha", families.FAMILIES, ["searched", 0.5], ids=named)
 def test_smoothing_keeps_the_function_of_every_family_or_says_why_not(name, alpha, monkeypatch):
     model, inputs = families.build(name), families.inputs(name)
     with torch.no_grad():

@@ -199,7 +199,7 @@ def large(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(large):
     """What an undisturbed run makes of it."""
-    subprocess.run([*COMMAND, large, "-o", large.parent / "whole", *SHARDS], check=True, env=environment(), timeout=300)
+    quantize_directory(large, large.parent / "whole", shard_bytes=500_000)
     return contents(large.parent / "whole")
 
 
@@ -260,6 +260,7 @@ def test_two_processes_of_torchrun_make_the_same_bytes(tmp_path, large, whole):
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_what_fails_in_one_process_of_torchrun_ends_both(tmp_path, large):
     damaged = shutil.copytree(large, tmp_path / "source")
     path = sorted(damaged.glob("*.safetensors"))[-1]

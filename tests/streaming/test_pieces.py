@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import w8a8
-from tests.conftest import contents, gpt2, llama, mixtral, nemotron_h, opt, qwen2_moe, qwen3_moe
+from tests.conftest import contents, crossed, gpt2, llama, logits, mixtral, named, nemotron_h, opt, qwen2_moe, qwen3_moe
 from tests.streaming.conftest import saved, tensors
 from w8a8.checkpoint.opening import open_model
 from w8a8.core.scheme import PerGroup, QuantSpec, Scheme
@@ -26,8 +26,7 @@ def in_memory(source, target, **options):
     return target
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("make", [llama, opt, gpt2], ids=lambda make: make.__name__)
+@crossed("make dtype", [llama, opt, gpt2], DTYPES, ids=named)
 def test_the_result_is_that_of_the_model_in_memory(tmp_path, make, dtype):
     source = saved(make(), tmp_path / "source", dtype=dtype)
     streamed = quantize_directory(source, tmp_path / "streamed", shard_bytes=20_000)
@@ -38,12 +37,10 @@ def test_the_result_is_that_of_the_model_in_memory(tmp_path, make, dtype):
         assert torch.equal(found[name], tensor)
     assert streamed.shards == len(list((tmp_path / "streamed").glob("*.safetensors"))) > 1
     ids = torch.arange(12)[None]
-    logits = [w8a8.load(tmp_path / name)(ids).logits for name in ("streamed", "memory")]
-    assert torch.equal(*logits)
+    assert torch.equal(*(logits(w8a8.load(tmp_path / name), ids) for name in ("streamed", "memory")))
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a16"])
-@pytest.mark.parametrize("make", [llama, opt, gpt2, mixtral, qwen3_moe], ids=lambda make: make.__name__)
+@crossed("make scheme", [llama, opt, gpt2, mixtral, qwen3_moe], ["w8a8", "w8a8-asym", "w8a16"], ids=named)
 def test_a_result_of_one_file_has_the_bytes_that_save_writes(tmp_path, make, scheme):
     source = saved(make(), tmp_path / "source", dtype=torch.bfloat16)
     quantize_directory(source, tmp_path / "streamed", scheme, head="int8")
@@ -83,9 +80,9 @@ def test_a_bias_that_was_that_of_another_module_is_there_twice_where_one_of_the_
     assert torch.equal(found["mim_head.decoder.bias"], model.mim_head.bias)
 
 
-@pytest.mark.parametrize("include", [["*"], ["*.3.*"]], ids=str)
-@pytest.mark.parametrize("split", [True, False], ids=["as on the hub", "stacked"])
-@pytest.mark.parametrize("make", [mixtral, qwen3_moe, qwen2_moe, nemotron_h], ids=lambda make: make.__name__)
+@crossed(
+    "make split include", [mixtral, qwen3_moe, qwen2_moe, nemotron_h], [True, False], [["*"], ["*.3.*"]], ids=named
+)
 def test_experts_become_what_they_become_in_memory(tmp_path, make, split, include):
     source = saved(make(), tmp_path / "source", save_original_format=split)
     streamed = quantize_directory(source, tmp_path / "streamed", shard_bytes=20_000, include=include)
@@ -98,8 +95,7 @@ def test_experts_become_what_they_become_in_memory(tmp_path, make, split, includ
     assert told[0]["quantization_config"] == told[1]["quantization_config"]
     assert sum(".experts." in m.name for m in streamed.coverage.quantized) > 0
     ids = torch.arange(12)[None]
-    logits = [w8a8.load(tmp_path / name)(ids).logits for name in ("streamed", "memory")]
-    assert torch.equal(*logits)
+    assert torch.equal(*(logits(w8a8.load(tmp_path / name), ids) for name in ("streamed", "memory")))
 
 
 @pytest.mark.parametrize(
@@ -131,8 +127,7 @@ def test_every_option_does_what_it_does_in_memory(tmp_path, options):
         assert configs[0][key] == configs[1][key]
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
-@pytest.mark.parametrize("make", [llama, gpt2], ids=lambda make: make.__name__)
+@crossed("make scheme", [llama, gpt2], ["w8a8", "w8a16"], ids=named)
 def test_a_weight_of_many_pieces_is_the_same(tmp_path, monkeypatch, make, scheme):
     source = saved(make(), tmp_path / "source", dtype=torch.float32)
     quantize_directory(source, tmp_path / "whole", scheme)
@@ -141,8 +136,7 @@ def test_a_weight_of_many_pieces_is_the_same(tmp_path, monkeypatch, make, scheme
     assert contents(tmp_path / "whole") == contents(tmp_path / "pieces")
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"])
-@pytest.mark.parametrize("make", [llama, gpt2, mixtral, qwen3_moe], ids=lambda make: make.__name__)
+@crossed("make scheme", [llama, gpt2, mixtral, qwen3_moe], ["w8a8", "w8a8-asym", "w8a8-o1", "w8a16"], ids=named)
 def test_what_weights_lost_is_what_they_lose_in_memory(tmp_path, monkeypatch, make, scheme):
     source = saved(make(), tmp_path / "source")
     result = w8a8.quantize(open_model(source).model, scheme)
