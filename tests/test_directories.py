@@ -20,7 +20,7 @@ IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "w8a8-static"}, "static activation scales, which are measured on calibration data"),
+        ({"scheme": "w8a8-static"}, "static activation scales, and there is no calibration data"),
         ({"smooth": 0.5}, "smooth=0.5 was asked for, which needs calibration data"),
         ({"smooth": "searched"}, "smooth='searched' was asked for, which needs calibration data"),
         ({"smooth": SEARCHED}, "smooth='searched' was asked for, which needs calibration data"),

@@ -107,7 +107,7 @@ class TestQuantisingWhileLoading:
         assert torch.equal(model(IDS).logits, wanted(IDS).logits)
 
     def test_what_cannot_be_done_is_told_before_anything_is_loaded(self):
-        with pytest.raises(SchemeError, match=r"measured on calibration data: load the float model and call"):
+        with pytest.raises(SchemeError, match=r"to measure them on: load the float model and call"):
             W8A8Config("w8a8-static")
         with pytest.raises(SchemeError, match="unknown scheme 'w8a9'"):
             W8A8Config("w8a9")

@@ -22,6 +22,7 @@ from w8a8.calibration.reservoir import Reservoir as Reservoir
 from w8a8.checkpoint import load as load
 from w8a8.checkpoint import push_to_hub as push_to_hub
 from w8a8.checkpoint import save as save
+from w8a8.checkpoint.opening import NamedModel as NamedModel
 from w8a8.core import affine as affine
 from w8a8.core.affine import QParams as QParams
 from w8a8.core.affine import QTensor as QTensor
@@ -49,10 +50,17 @@ from w8a8.jobs.comparison import ModelPair as ModelPair
 from w8a8.jobs.comparison import compare_models as compare_models
 from w8a8.jobs.diagnosis import Diagnosis as Diagnosis
 from w8a8.jobs.diagnosis import diagnose as diagnose
-from w8a8.jobs.page import MeasuredLayers as MeasuredLayers
+from w8a8.jobs.inspection import Inspected as Inspected
+from w8a8.jobs.inspection import inspect_model as inspect_model
+from w8a8.jobs.inspection import observe_model as observe_model
+from w8a8.jobs.measuring import rank_layers as rank_layers
+from w8a8.jobs.measuring import score_model as score_model
+from w8a8.jobs.measuring import study_model as study_model
+from w8a8.jobs.measuring import time_models as time_models
+from w8a8.jobs.outcome import Made as Made
+from w8a8.jobs.outcome import MeasuredLayers as MeasuredLayers
 from w8a8.jobs.page import measure_layers as measure_layers
 from w8a8.jobs.page import page_records as page_records
-from w8a8.jobs.quantization import Made as Made
 from w8a8.jobs.quantization import quantize_to as quantize_to
 from w8a8.jobs.request import BudgetSearch as BudgetSearch
 from w8a8.jobs.request import CalibrationText as CalibrationText

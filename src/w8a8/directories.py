@@ -73,7 +73,11 @@ def quantize_directory(
     """
     wanted, head, request = Scheme.of(scheme), Head.of(head).value, None
     if calibration is None:
-        _check_without_data(wanted, smooth)
+        wanted.check_without_data()
+        if smooth is not None and smooth != "none":
+            from w8a8.smoothing.way import Smoothing
+
+            Smoothing.asked(smooth, calibrated=False)
     elif shard_bytes is not None:
         raise SchemeError(f"shard_bytes={shard_bytes} was given with calibration data: then each block is a file")
     else:
@@ -90,22 +94,3 @@ def quantize_directory(
         return Pieces(plan, asked | options(shard_bytes=size)) if request is None else Blocks(plan, request, asked)
 
     return run(source, output, work_on, overwrite=overwrite, dry_run=dry_run, before=before, progress=progress)
-
-
-def _check_without_data(scheme: Scheme, smooth: "Smoothing | str | float | None") -> None:
-    """Raise `SchemeError` where what is asked for needs data."""
-    if scheme.static:
-        raise SchemeError(
-            f"the scheme {scheme.name} has static activation scales, which are measured on calibration data "
-            "(--calib FILE); a dynamic scheme such as 'w8a8' needs none"
-        )
-    if smooth is None or smooth == "none":
-        return
-    from w8a8.smoothing.way import NONE, Smoothing
-
-    way = Smoothing.of(smooth)
-    if way != NONE:
-        raise SchemeError(
-            f"smooth={way.told!r} was asked for, which needs calibration data to see the outliers of activations: "
-            "give calibration=, or smooth='none'"
-        )

@@ -14,14 +14,13 @@ from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
-from w8a8.errors import SchemeError
 from w8a8.layers.linear import ledger, uncalled
 from w8a8.model.choice import Choice
 from w8a8.model.coverage import Coverage, coverage
 from w8a8.model.selection import Schemes
 from w8a8.model.swapping import build, swapped
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
-from w8a8.smoothing.way import AUTO, NONE, Smoothing
+from w8a8.smoothing.way import NONE, Smoothing
 
 
 @dataclass(frozen=True)
@@ -154,25 +153,23 @@ def simulate(
 def carry_out(
     choice: Choice,
     *,
-    simulated: bool = False,
-    kernel: str = kernels.AUTO,
-    strict: bool = False,
     calibration: Any = None,
     observer: str | Callable[[], Observer] = "absmax",
     smooth: Smoothing | str | float | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> Result:
     """`quantize`, or `simulate`, of what was chosen.
 
     Args:
         choice: Its model is changed.
-        simulated: In float arithmetic.
-        kernel, strict, calibration, observer, smooth, progress: As for `quantize`.
+        calibration, observer, smooth, progress: As for `quantize`.
+        options: As for `build`.
 
     Raises:
         SchemeError, CalibrationError, NonFiniteError, KernelError: as `quantize`.
     """
-    kernels.check_name(kernel)
+    kernels.check_name(options.get("kernel", kernels.AUTO))
     model, schemes = choice.model, choice.schemes
     counted = Counter(schemes.values())
     if calibration is not None:
@@ -186,11 +183,9 @@ def carry_out(
             layers = build(
                 model,
                 schemes,
-                simulated=simulated,
-                kernel=kernel,
-                strict=strict,
                 input_params=grids_of_schemes(model, schemes, calibration, observer, progress=progress),
                 progress=progress,
+                **options,
             )
             with swapped(model, layers):  # what can fail of telling what was done fails here
                 told, inscribed = coverage(model, choice.selection.reasons), inscription(model)
@@ -221,29 +216,17 @@ def smooth_first(
     Raises:
         SchemeError, CalibrationError, NonFiniteError, ModelError: as `quantize`.
     """
-    if smooth is None:
-        smooth = NONE if calibration is None else AUTO
-    way = Smoothing.of(smooth)
-    if way == NONE:
+    way = Smoothing.asked(smooth, calibrated=calibration is not None)
+    if calibration is None or way == NONE:
         return None, lambda: None
-    if calibration is None:
-        raise SchemeError(
-            f"smooth={way.told!r} was asked for, which needs calibration data to see the outliers of activations: "
-            "give calibration=, or smooth='none'"
-        )
     return smooth_undoable(model, calibration, way=way, scheme=scheme, chosen=chosen, progress=progress)
 
 
 def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:
     """What can be known of the static grids before any pass."""
-    if not scheme.static:
-        observer_of(observer)
-        return
-    assert scheme.activations is not None, "a static scheme has activations"
     if calibration is None:
-        raise SchemeError(
-            f"the scheme {scheme.name} has static activation scales, and there is no calibration data to measure them "
-            "on: give calibration=, for example Calibration.of(texts, tokenizer) (--calib FILE), or use a dynamic "
-            "scheme such as 'w8a8'"
-        )
-    checked_observer(observer, scheme.activations)
+        scheme.check_without_data()
+    if scheme.static and scheme.activations is not None:
+        checked_observer(observer, scheme.activations)
+    else:
+        observer_of(observer)

@@ -237,7 +237,10 @@ def test_an_output_that_exists_needs_force(call, tmp_path, demo_dir):
         (("quantize", "MODEL", "-o", "OUT", "--include", "*.nothing"), "'*.nothing' matches none"),
         (("quantize", "MODEL", "-o", "OUT", "--dtype", "int4"), "unknown dtype 'int4'"),
         (("quantize", "nobody/nothing", "-o", "OUT"), "the hub did not give it"),
-        (("quantize", "MODEL", "-o", "OUT", "--scheme", "w8a8-static"), "give --calib FILE, or take a dynamic scheme"),
+        (
+            ("quantize", "MODEL", "-o", "OUT", "--scheme", "w8a8-static"),
+            "(--calib FILE), or take a dynamic scheme",
+        ),
         (("quantize", "MODEL", "-o", "OUT", "--calib", "/no.txt"), "the calibration file /no.txt cannot be read"),
         (("quantize", "MODEL", "-o", "OUT", "--calib", "MODEL/config.json"), "config.json ends in '.json': known are"),
         (("quantize", "MODEL", "-o", "OUT", "--calib", "TEXT", "--observer", "max"), "unknown observer 'max'"),

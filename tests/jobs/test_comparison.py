@@ -35,8 +35,10 @@ def saved(tmp_path_factory):
     return place
 
 
-def pair(saved, **options):
-    return ModelPair(str(saved / "out"), str(demo_directory()), str(saved / "text.txt"), max_tokens=64, **options)
+def pair(saved, dtype="auto", **options):
+    return ModelPair(
+        w8a8.NamedModel(saved / "out", dtype), str(demo_directory()), str(saved / "text.txt"), max_tokens=64, **options
+    )
 
 
 def test_a_pair_in_memory_tells_what_each_layer_does(saved, capsys):

@@ -28,7 +28,7 @@ class Heard(Watcher):
     """Keeps what it is told."""
 
     def __init__(self):
-        self.stages, self.notes, self.plans = [], [], []
+        self.stages, self.notes, self.plans, self.told = [], [], [], []
 
     def stage(self, label):
         self.stages.append(label)
@@ -39,6 +39,12 @@ class Heard(Watcher):
 
     def planned(self, plan, prediction):
         self.plans.append((plan, prediction))
+
+    def made(self, made):
+        self.told.append(("made", made.compared is None))
+
+    def compared(self, made):
+        self.told.append(("compared", made.compared is None))
 
 
 @pytest.mark.parametrize("name", ["dangling", "n" * 256, "n\0ul"], ids=["dangling", "long", "NUL"])
@@ -93,7 +99,20 @@ def test_a_watcher_hears_the_stages_and_the_plan(tmp_path):
     assert made.findings == plan.findings
     assert made.streamed.prediction == prediction
     assert made.notes == ()
+    assert heard.told == [("made", True)]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_comparison_is_part_of_the_job(tmp_path, capsys):
+    text, heard = tmp_path / "text.txt", Heard()
+    text.write_text(held_out_text()[:500])
+    made = quantize_to(Job(DEMO, tmp_path / "out", include=("*.0.fc1",), eval_text=str(text)), heard)
+    assert heard.stages == ["quantising", "comparing"]
+    assert heard.told == [("made", True), ("compared", False)]
+    assert made.to_dict()["evaluation"]["verdict"] == made.compared.both.verdict
+    assert "on text.txt: " in (tmp_path / "out" / "README.md").read_text()
+    assert "pushed" not in made.to_dict()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_search_is_in_the_result(tmp_path):
@@ -111,6 +130,7 @@ def test_a_search_is_in_the_result(tmp_path):
     [
         ({"scheme": "w8a8-static"}, "static activation scales"),
         ({"target": "vlm"}, "--target vlm is unknown"),
+        ({"private": True}, "--private is of a new repository on the hub"),
         ({"stream": True, "dtype": "float32"}, "--stream goes from files to files"),
         ({"stream": True, "smooth": 0.5}, "--stream goes from files to files"),
         ({"stream": True, "search": BudgetSearch("1MB", "t.txt")}, "--budget measures a model in memory"),

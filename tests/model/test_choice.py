@@ -10,7 +10,7 @@ from tests.conftest import llama, mixtral, opt
 from w8a8.errors import ModelError, SchemeError
 from w8a8.layers.linear import quant_linears
 from w8a8.model.choice import Choice
-from w8a8.model.experts import Experts, holds_experts
+from w8a8.model.experts import Experts, holds_experts, unstacked
 from w8a8.model.swapping import build
 
 STACKS = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
@@ -56,7 +56,8 @@ def test_layers_of_experts_are_not_outside():
 
 
 def test_why_a_stack_stays_is_a_reason_beside_those_of_layers():
-    assert stacks(at_most=3)[1].experts == {}
+    few = mixtral(num_hidden_layers=2)
+    assert Choice.of(few, stacks=unstacked(few, at_most=3)).experts == {}
     model = mixtral()
     model.model.layers[0].mlp.experts.register_forward_hook(lambda *_: None)
     reasons = Choice.of(model).selection.reasons

@@ -7,8 +7,8 @@ from tests.conftest import llama
 from w8a8.errors import ModelError
 from w8a8.model.kinds import (
     READS_TEXT,
+    Asked,
     Kind,
-    check_kind,
     check_served,
     context_length,
     input_config,
@@ -77,13 +77,13 @@ def test_a_model_that_is_none_of_transformers_has_no_kind():
 
 
 def test_what_is_asked_of_another_kind_is_an_error_with_the_way_out():
-    assert check_kind("it", READS_TEXT, t.BertModel, t.BertConfig()) is Kind.TEXT
+    assert Asked("it", READS_TEXT).check(t.BertModel, t.BertConfig()) is Kind.TEXT
     with pytest.raises(
         ModelError,
         match=r"^a perplexity was asked for, and ViTModel is a model of pictures: that takes a causal language model; "
         r"in Python, w8a8\.evaluation\.outputs\.compare_outputs",
     ):
-        check_kind("a perplexity", {Kind.CAUSAL}, t.ViTModel, t.ViTConfig())
+        Asked("a perplexity").check(t.ViTModel, t.ViTConfig())
 
 
 @pytest.mark.parametrize(

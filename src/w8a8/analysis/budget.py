@@ -42,10 +42,12 @@ from w8a8.evaluation.scores import logits_of, token_kl, token_losses
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear
 from w8a8.model.experts import Experts
+from w8a8.model.kinds import Asked
 from w8a8.model.selection import Schemes, assign, select
 from w8a8.model.swapping import swapped
 from w8a8.report.records import Choice
 
+ASKED = Asked("--budget, which is spent on perplexity,")
 OPTIONS = ("w8a8", "w8a8-asym")
 ROUNDS = 4
 FLOAT = "float"
@@ -168,6 +170,7 @@ def allocate(
         ModelError: scipy is not installed; and as `w8a8.sensitivity`.
         PatternError, NonFiniteError, CalibrationError, TextError: as `w8a8.sensitivity`.
     """
+    ASKED.check_model(model)
     budget = Budget.of(budget)
     milp_of_scipy()
     selection = select(model, include, exclude)
@@ -240,11 +243,8 @@ def _check_options(offered: Sequence[Mapping[str, Scheme]], *, calibrated: bool)
     for scheme in dict.fromkeys(scheme for option in offered for scheme in option.values()):
         if not scheme.integer_executable and not scheme.weight_only:
             raise SchemeError(f"the option {scheme.name} cannot run: {scheme.not_executable_because}")
-        if scheme.static and not calibrated:
-            raise SchemeError(
-                f"the option {scheme.name} has static activation scales, and there is no calibration data to measure "
-                "them on: give calibration= (--calib FILE), or take a dynamic scheme"
-            )
+        if not calibrated:
+            scheme.check_without_data()
 
 
 def _choices(group: tuple[str, ...], offered: Sequence[Mapping[str, Scheme]]) -> tuple[Scheme, ...]:

@@ -28,9 +28,11 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.core.progress import Progress
 from w8a8.evaluation.text import Text
+from w8a8.model.kinds import Asked
 from w8a8.model.selection import Schemes, assign, select
 from w8a8.report.records import Channels, Histogram
 
+ASKED = Asked("the sensitivity of layers")
 TOP = 10
 
 
@@ -145,6 +147,7 @@ def sensitivity(
         SchemeError, PatternError, NonFiniteError, CalibrationError: as `w8a8.quantize`.
         ModelError, TextError: as `w8a8.evaluation.perplexity`.
     """
+    ASKED.check_model(model)
     _, schemes = assign(select(model, include, exclude), scheme)
     sample = draw(model, text, windows=windows, seq_len=seq_len, seed=seed)
     data = sample.calibration()

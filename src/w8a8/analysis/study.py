@@ -19,10 +19,13 @@ from w8a8.core.progress import Progress
 from w8a8.core.scheme import Granularity, PerChannel, PerColumn, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.errors import SchemeError
 from w8a8.evaluation import Evaluation, perplexity
+from w8a8.evaluation.scores import default_length
 from w8a8.layers.linear import QuantLinear
+from w8a8.model.kinds import Asked
 from w8a8.model.selection import select
 from w8a8.model.swapping import build, swapped
 
+ASKED = Asked("a study of perplexities")
 _WEIGHTS: tuple[Granularity, ...] = (PerTensor(), PerChannel(), PerColumn())
 _ACTIVATIONS: tuple[Granularity, ...] = (PerTensor(), PerToken(), PerChannel())
 
@@ -67,7 +70,7 @@ def study(
     model: Any,
     ids: Tensor,
     *,
-    seq_len: int,
+    seq_len: int | None = None,
     bits: Sequence[int] = (8, 6, 4),
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -78,7 +81,7 @@ def study(
     Args:
         model: A float causal language model; changed during the call and put back.
         ids: (T,) token ids of the text.
-        seq_len: Tokens in a window.
+        seq_len: Tokens in a window; by default the model's context, at most 2048.
         bits: Widths, each 2..16; where none is at most 8, no cell is executable.
         include, exclude: As for `w8a8.quantize`.
         progress: Called after each cell.
@@ -87,10 +90,12 @@ def study(
         SchemeError: a width out of range, or no executable cell; and as `w8a8.quantize`.
         ModelError, TextError: as `w8a8.evaluation.perplexity`.
     """
+    ASKED.check_model(model)
     schemes = list(grid(bits))
     if not any(scheme.integer_executable for scheme in schemes):
         raise SchemeError(f"bits={tuple(bits)} leaves no cell that integers can run; include a width of at most 8")
     chosen = select(model, include, exclude).chosen
+    seq_len = seq_len or default_length(model)
     float_model = perplexity(model, ids, seq_len=seq_len)
     inputs = _layer_inputs(model, chosen, ids[:seq_len])
     cells = []

@@ -40,7 +40,7 @@ from w8a8.checkpoint.skeleton import empty_model
 from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress
 from w8a8.errors import W8A8Error
-from w8a8.model.experts import Experts, taken, unstacked
+from w8a8.model.experts import Experts
 from w8a8.model.swapping import swap, swapped
 from w8a8.report.records import GroupReport
 from w8a8.report.smoothed import SmoothReport
@@ -70,8 +70,9 @@ class Blocks(Work):
 
     def __init__(self, plan: Plan, request: Request, decides: Mapping[str, str]) -> None:
         model = empty_model(plan.source)
-        experts = taken(unstacked(model)[0], [step.place for step in plan.steps if step.spec is not None])
-        self.stacks = swap(model, experts)  # of experts that have layers of their own, by name
+        choice = plan.choice.on(model)
+        self.outside = frozenset(choice.outside)
+        self.stacks = swap(model, choice.taken)  # of experts that have layers of their own, by name
         self.walk = BlockWalk(model)
         self.request = request
         plan = by_blocks(plan, self.walk)
@@ -142,7 +143,7 @@ class Blocks(Work):
                 for chain in self.request.chains:
                     recorders[chain] = Recorder(self._activations(number + 1, chain), self.walk.states)
             grids = self._measured(number, chosen, stacks, recorders)
-            tensors, lost = quantized(block, shard.steps, prefix, self.request.scheme, grids)
+            tensors, lost = quantized(block, shard.steps, prefix, grids)
             digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
         except BaseException as error:
             for recorder in recorders.values():
@@ -166,7 +167,7 @@ class Blocks(Work):
         read = {chain: self._reader(number, chain) for chain in self.request.chains}
         plain = self.walk.calibration(self.request.calibration, number, read[PLAIN], record.get(PLAIN))
         if self.request.smoothing != NONE:
-            outside = tuple(name for name in chosen if not taken(self.stacks, [name]))
+            outside = [name for name in chosen if name in self.outside]
             with swapped(self.walk.blocks[number], stacks):
                 self._keep_report(number, self._smoothed(number, outside, plain, read[PLAIN]))
         if not scheme.static:
@@ -219,7 +220,7 @@ class Blocks(Work):
             reader = self._reader(n, self.request.chains[-1])
             calibration = self.walk.calibration(self.request.calibration, n, reader)
             grids = self._grids(self.outer, calibration)
-        self._keep(shard, *quantized(self.walk.model, shard.steps, "", self.request.scheme, grids))
+        self._keep(shard, *quantized(self.walk.model, shard.steps, "", grids))
 
     def _keep(self, shard: Shard, tensors: Mapping[str, Tensor], lost: Mapping[str, float]) -> None:
         """Write a shard and record it."""

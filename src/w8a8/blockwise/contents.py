@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from w8a8.blockwise.blocks import BlockWalk
 from w8a8.checkpoint.files import mapped
 from w8a8.core.affine import QParams
-from w8a8.core.scheme import Scheme
+from w8a8.core.packed import as_words
 from w8a8.errors import W8A8Error
-from w8a8.layers.linear import QuantLinear
+from w8a8.layers.linear import float_operands
+from w8a8.layers.weights import make_weight
 from w8a8.streaming.plan import Plan, Shard, Step
 
 
@@ -57,7 +58,7 @@ def load(root: nn.Module, steps: tuple[Step, ...], prefix: str) -> None:
 
 
 def quantized(
-    root: nn.Module, steps: tuple[Step, ...], prefix: str, scheme: Scheme, grids: Mapping[str, QParams] | None
+    root: nn.Module, steps: tuple[Step, ...], prefix: str, grids: Mapping[str, QParams] | None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """What the tensors of a block become, by their names in the result; and the SQNR in dB of its layers' weights."""
     tensors: dict[str, Tensor] = {}
@@ -66,14 +67,19 @@ def quantized(
         if step.spec is None:
             tensors[step.name] = _place(root, step, prefix)[0].detach()
             continue
-        linear = root.get_submodule(step.place.removeprefix(prefix))
         try:
-            layer = QuantLinear.from_float(linear, scheme, input_params=None if grids is None else grids[step.place])
+            made = make_weight(float_operands(root.get_submodule(step.place.removeprefix(prefix)))[0], step.spec)
         except W8A8Error as error:
             error.add_note(f"while quantising {step.place}")
             raise
-        assert layer.weight_sqnr_db is not None, "measured where its codes were made"
-        lost[step.place] = layer.weight_sqnr_db
-        kept = {key: value for key, value in layer.state_dict().items() if key != "bias"}
+        lost[step.place] = made.sqnr_db
+        kept = made.named()
+        if grids is not None:
+            grid = grids[step.place]
+            kept["input_scale"] = grid.scale.reshape(1)
+            if grid.zero_point is not None:
+                kept["input_zero_point"] = grid.zero_point.reshape(1)
+        if step.in_words:
+            kept |= as_words(kept.pop("weight"))
         tensors.update({f"{step.name}.{key}": value for key, value in kept.items()})
     return tensors, lost

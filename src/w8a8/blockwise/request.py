@@ -53,7 +53,7 @@ def request_of(
         raise SchemeError(
             f"{calibration.description} is a loop: block by block the batches must be known; give texts, ids or batches"
         )
-    way = AUTO if smooth is None else Smoothing.of(smooth)
+    way = Smoothing.asked(smooth, calibrated=True)
     way = SEARCHED if way == AUTO else way
     if scheme.static:
         assert scheme.activations is not None, "a static scheme has activations"

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import transformers
@@ -11,6 +11,7 @@ import transformers
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.reader import load, load_float
 from w8a8.errors import ModelError
+from w8a8.model.kinds import Asked
 from w8a8.model.roles import Head
 
 
@@ -24,40 +25,71 @@ class OpenedModel:
     quantized: bool
 
 
-def open_model(
-    source: str | os.PathLike[str] | Directory,
-    *,
-    dtype: str = "auto",
-    device: str = "cpu",
-    head: str = "float",
-    trust_remote_code: bool = False,
-) -> OpenedModel:
+@dataclass(frozen=True)
+class NamedModel:
+    """A model by name, and how it is to be opened.
+
+    name: A local directory or a hub id; or one that is open.
+    dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
+    device: Where the model goes.
+    head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
+    trust_remote_code: Run Python code from the repository where transformers has no class for the model.
+    """
+
+    name: str | os.PathLike[str] | Directory
+    dtype: str = "auto"
+    device: str = "cpu"
+    head: str = "float"
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, model: "Named", **options: Any) -> "NamedModel":
+        """The model of a name, opened so; one that says itself how is given back."""
+        return model if isinstance(model, NamedModel) else cls(model, **options)
+
+    @property
+    def directory(self) -> Directory:
+        """Its directory, opened now where it is not open."""
+        return Directory.of(self.name, trust_remote_code=self.trust_remote_code)
+
+
+Named: TypeAlias = str | os.PathLike[str] | Directory | NamedModel
+
+
+def open_model(source: Named | OpenedModel, asked: Asked | None = None, **options: Any) -> OpenedModel:
     """Open a model, float or quantised, in the class that its config names, from a directory or the hub.
 
     Args:
-        source: A local directory or a hub id; or one that is open.
-        dtype: Of the float tensors: "auto" (the file's), "float32", "bfloat16" or "float16".
-        device: Where the model goes.
-        head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
-        trust_remote_code: Run Python code from the repository where transformers has no class for the model.
+        source: Which; one that was opened is given back.
+        asked: What is asked of it, for which it must be of the right kind: that is seen before its weights are read.
+        options: As for `NamedModel`, where only a name is given.
 
     Raises:
         CheckpointError: missing, torn, in a format unknown here, or in need of code of its own.
-        ModelError: unknown dtype, device or head; head="int8" for a float model; the float model is not one that
-            transformers can open, or its files lack weights.
+        ModelError: it is not of a kind that this can be asked of; unknown dtype, device or head; head="int8" for a
+            float model; the float model is not one that transformers can open, or its files lack weights.
     """
-    directory = Directory.of(source, trust_remote_code=trust_remote_code)
+    if isinstance(source, OpenedModel):
+        if asked is not None:
+            asked.check_model(source.model)
+        return source
+    named = NamedModel.of(source, **options)
+    directory = named.directory
+    if asked is not None:
+        asked.check(*directory.architecture)
     quantized = directory.quantization is not None
-    wanted = _dtype(dtype)
-    if Head.of(head) is Head.INT8 and not quantized:
-        raise ModelError(f"head={head!r} was asked for, but {directory.path} holds a float model; quantise it first")
+    wanted = _dtype(named.dtype)
+    if Head.of(named.head) is Head.INT8 and not quantized:
+        raise ModelError(
+            f"head={named.head!r} was asked for, but {directory.path} holds a float model; quantise it first"
+        )
     if quantized:
-        model = load(directory, head=head)
+        model = load(directory, head=named.head)
         if wanted is not None:
             model.to(wanted)
     else:
-        model = load_float(directory, dtype=dtype if wanted is None else wanted)
-    return OpenedModel(_moved(model.eval(), device), open_tokenizer(directory), directory.path, quantized)
+        model = load_float(directory, dtype=named.dtype if wanted is None else wanted)
+    return OpenedModel(_moved(model.eval(), named.device), open_tokenizer(directory), directory.path, quantized)
 
 
 def _moved(model: Any, device: str) -> Any:

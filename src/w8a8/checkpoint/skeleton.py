@@ -24,7 +24,7 @@ from w8a8.errors import CheckpointError, SchemeError
 from w8a8.layers.linear import QuantLinear, is_linear
 from w8a8.model import ties
 from w8a8.model.experts import Experts, unstacked, usual_names
-from w8a8.model.swapping import swap
+from w8a8.model.swapping import swap, swapped
 
 _COUNT = re.compile(r"(\w+_)?(layers?|experts|blocks|depth)")
 
@@ -63,7 +63,7 @@ def empty_layers(directory: Directory, *, like: Any = None, **options: Any) -> t
         raise CheckpointError(f"{directory.config_file}: {kind.__name__} cannot be made of it: {error}") from error
     if directory.quantization is None:
         return model, set()
-    unstack_as_stored(model, directory.entries)
+    swap(model, as_stored(model, directory.entries))
     where = str(directory.config_file)
     return model, insert_quant_linears(model, directory.quantization, where, directory.entries, **options)
 
@@ -115,32 +115,27 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def unstack_as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, nn.Module]:
-    """Put experts with layers of their own where the files have them so; the model is changed.
+def as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, Experts]:
+    """Experts with layers of their own for the places of stacks that the files have so, by name.
 
     Args:
-        model: With or without values.
+        model: With or without values.  Not modified.
         stored: The names of the tensors in the files.
-
-    Returns:
-        The stacks that were replaced, by name: `swap` puts them back.
     """
     stored = list(stored)
     found, _ = unstacked(model, at_most=len(stored))
     if not found:
         return {}
-    old = swap(model, found)
-    names = FileNames(model)
     layers: dict[str, set[str]] = {}  # of EXPERTS.NUMBER.LAYER.TENSOR, by the first part
-    for name in stored:
-        experts, *rest = names.in_model(name).rsplit(".", 3)
-        layers.setdefault(experts, set()).update(rest[1:2])
+    with swapped(model, found):
+        names = FileNames(model)
+        for name in stored:
+            experts, *rest = names.in_model(name).rsplit(".", 3)
+            layers.setdefault(experts, set()).update(rest[1:2])
     for name, module in found.items():
-        if name not in layers:
-            swap(model, {name: old.pop(name)})
-        elif layers[name] == set(usual_names(module.stacked)) != set(module.names):
-            swap(model, {name: Experts(old[name])})  # as llm-compressor writes Mixtral with transformers 5
-    return old
+        if name in layers and layers[name] == set(usual_names(module.stacked)) != set(module.names):
+            found[name] = Experts(model.get_submodule(name))  # as llm-compressor writes Mixtral with transformers 5
+    return {name: module for name, module in found.items() if name in layers}
 
 
 def check_size(directory: Directory) -> None:

@@ -1,16 +1,12 @@
-"""The application, and what several commands have in common: options, opening a model, reading a text."""
+"""The application, and what several commands have in common: options, and the table of what is quantised."""
 
-from collections.abc import Set
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import typer
 
 from w8a8._version import __version__
 from w8a8.cli.output import megabytes, percent, print_line, print_table
 from w8a8.errors import few
-
-if TYPE_CHECKING:
-    from w8a8.checkpoint.directory import Directory
 
 app = typer.Typer(
     add_completion=False,
@@ -58,17 +54,6 @@ SCORING = (
 )
 
 
-Asked: TypeAlias = tuple[str, Set[Any]]
-"""What a command asks of a model, as the subject of "... was asked for", and the kinds of models that it can ask."""
-
-
-def next_tokens(asked: str) -> Asked:
-    """What takes a model that tells each token from those before it."""
-    from w8a8.model.kinds import Kind
-
-    return asked, {Kind.CAUSAL}
-
-
 def _version(value: bool) -> None:
     if value:
         print_line(f"w8a8 {__version__}")
@@ -82,49 +67,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-def open_named(
-    model: "str | Directory",
-    *,
-    asked: Asked | None = None,
-    dtype: str = "auto",
-    device: str = "cpu",
-    head: str = "float",
-    trust_remote_code: bool = False,
-) -> Any:
-    """Open a model, where it is of a kind that what is asked can be asked of."""
-    from w8a8.checkpoint.directory import Directory
-    from w8a8.checkpoint.opening import open_model
-
-    quiet_transformers()
-    directory = Directory.of(model, trust_remote_code=trust_remote_code)
-    if asked is not None:
-        check_kind_of(directory, asked, trust_remote_code=trust_remote_code)
-    return open_model(directory, dtype=dtype, device=device, head=head)
-
-
-def check_kind_of(model: "str | Directory", asked: Asked | None, *, trust_remote_code: bool = False) -> Any:
-    """The kind of a named model, of which nothing is loaded; `ModelError` where it is none for what is asked."""
-    from w8a8.checkpoint.directory import Directory
-    from w8a8.model.kinds import check_kind, kind_of
-
-    found = Directory.of(model, trust_remote_code=trust_remote_code).architecture
-    return kind_of(*found) if asked is None else check_kind(*asked, *found)
-
-
-def quiet_transformers() -> None:
-    """Its bars would run through ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def content_of(source: str) -> str:
-    """The text that --text names."""
-    from w8a8.calibration.sources import content_of as read
-
-    return read(source)
 
 
 def show_coverage(found: Any) -> None:

@@ -4,10 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app, next_tokens, open_named
-from w8a8.cli.output import print_json, print_line, print_table, progress
-from w8a8.core.plain import plain
-from w8a8.errors import SchemeError
+from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app
+from w8a8.cli.output import Watching, print_json, print_line, print_table
 
 
 @app.command()
@@ -33,14 +31,25 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure tokens per second of reading and writing, models in turn: a float model beside itself quantised."""
-    from w8a8.evaluation.speed import measure_speed
+    import torch
 
-    places = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    models = _opened(model, against, scheme, head, places)
-    with progress("timing") as step:
-        found = measure_speed(models, prompt=prompt, new=new, batch=batch, seconds=seconds, seed=seed, progress=step)
+    from w8a8.checkpoint.opening import NamedModel
+    from w8a8.jobs.measuring import time_models
+
+    found = time_models(
+        NamedModel(model, dtype, device, head, trust_remote_code),
+        against,
+        scheme=scheme,
+        prompt=prompt,
+        new=new,
+        batch=batch,
+        seconds=seconds,
+        seed=seed,
+        watcher=Watching(),
+    )
+    threads = torch.get_num_threads()
     if as_json:
-        print_json({"batch": batch, "new": new, "threads": _threads(), "models": plain(found)})
+        print_json({"batch": batch, "new": new, "threads": threads, "models": found})
         return
     first = next(iter(found.values()))
     rows = [
@@ -48,40 +57,9 @@ def bench(
         for name, speed in found.items()
     ]
     columns = ("model", "reading, tokens/s", "quartiles", "times", "writing, tokens/s", "quartiles", "times")
-    print_table(f"batch {batch}, {new} new tokens, {first.rounds} rounds, {_threads()} threads", columns, rows)
+    print_table(f"batch {batch}, {new} new tokens, {first.rounds} rounds, {threads} threads", columns, rows)
     print_line("One round: each model in turn reads the prompt and writes. Medians; times is beside the first.")
-
-
-def _opened(model: str, against: list[str], scheme: str, head: str, places: dict[str, Any]) -> dict[str, Any]:
-    """The models to be timed by their names; of a float one alone also what it becomes under the scheme."""
-    from w8a8.checkpoint.directory import Directory
-    from w8a8.core.scheme import Scheme
-    from w8a8.pipeline import quantize
-
-    wanted = Scheme.of(scheme)
-    if wanted.static:
-        raise SchemeError(
-            f"--scheme {scheme} has static activation scales, and bench measures none: take a dynamic scheme, or save "
-            "the model with `w8a8 quantize --calib FILE` and name both, the float one as --against"
-        )
-    found: dict[str, Any] = {}
-    places = {**places, "asked": next_tokens("reading and writing tokens")}
-    for name in dict.fromkeys((*against, model)):
-        directory = Directory.of(name, trust_remote_code=places["trust_remote_code"])
-        is_float = directory.quantization is None
-        alone = is_float and not against
-        found[name] = open_named(directory, head="float" if is_float else head, **places).model
-        if alone:
-            twin = open_named(directory, **places).model
-            found[f"{name} in {wanted.name}"] = quantize(twin, wanted, head=head).model
-    return found
 
 
 def _cells(rate: Any, first: Any) -> tuple[str, str, str]:
     return f"{rate.median:.1f}", f"{rate.low:.1f} .. {rate.high:.1f}", f"{rate.median / first.median:.2f}"
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

@@ -18,14 +18,9 @@ from w8a8.cli.app import (
     SeqLen,
     TrustRemoteCode,
     app,
-    content_of,
-    next_tokens,
-    open_named,
-    quiet_transformers,
 )
 from w8a8.cli.compare import evaluation_rows, show_compared, windows_in_words
-from w8a8.cli.output import print_json, print_line, print_table, progress
-from w8a8.cli.ways import Watching
+from w8a8.cli.output import Watching, print_json, print_line, print_table
 from w8a8.core.plain import plain
 from w8a8.errors import SchemeError
 
@@ -74,45 +69,28 @@ def evaluate(
     Of a masked language model it is the pseudo-perplexity; of a model that reads text and predicts no tokens, with
     --against, how far its outputs are from the other's.
     """
-    from w8a8 import evaluation as scoring
-    from w8a8.evaluation import scores
+    from w8a8.checkpoint.opening import NamedModel
+    from w8a8.evaluation.harness import run_tasks
     from w8a8.jobs.comparison import ModelPair, compare_models
-    from w8a8.model.kinds import PREDICTS_TOKENS
+    from w8a8.jobs.measuring import score_model
 
-    places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    named, watching = NamedModel(model, dtype, device, head, trust_remote_code), Watching()
     if tasks is not None:
-        opened = open_named(model, asked=next_tokens("tasks of the harness"), head=head, **places)
-        _show_tasks(model, opened, tasks.split(","), limit, num_fewshot, include_path, as_json=as_json)
+        found = run_tasks(named, tasks.split(","), limit=limit, num_fewshot=num_fewshot, include_path=include_path)
+        _show_tasks(model, found, as_json=as_json)
         return
     if text is None:
         raise SchemeError("give --text FILE to score, or --tasks A,B to ask")
+    windows: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "seed": seed}
     if against is not None:
-        quiet_transformers()
-        pair = ModelPair(
-            model,
-            against,
-            text,
-            seq_len=seq_len,
-            stride=stride,
-            max_tokens=max_tokens,
-            seed=seed,
-            head=head,
-            one_at_a_time=one_at_a_time,
-            cache=cache,
-            **places,
-        )
-        found = compare_models(pair, Watching())
+        pair = ModelPair(named, against, text, one_at_a_time=one_at_a_time, cache=cache, **windows)
+        both = compare_models(pair, watching)
         if as_json:
-            print_json({"model_name": model, "reference_name": against, **found.to_dict()})
+            print_json({"model_name": model, "reference_name": against, **both.to_dict()})
         else:
-            show_compared(model, against, found)
+            show_compared(model, against, both)
         return
-    content = content_of(text)
-    opened = open_named(model, asked=("a perplexity", PREDICTS_TOKENS), head=head, **places)
-    encoded = scoring.encode(opened.tokenizer, content).first(max_tokens)
-    length = seq_len or scores.scoring_length(opened.model, encoded)
-    with progress("scoring") as step:
-        alone = scoring.perplexity(opened.model, encoded, seq_len=length, stride=stride, seed=seed, progress=step)
+    alone = score_model(named, text, **windows, watcher=watching)
     if as_json:
         print_json({"model": model, **plain(alone)})
         return
@@ -121,21 +99,7 @@ def evaluate(
     )
 
 
-def _show_tasks(
-    model: str,
-    opened: Any,
-    tasks: list[str],
-    limit: int | None,
-    num_fewshot: int | None,
-    include_path: Path | None,
-    *,
-    as_json: bool,
-) -> None:
-    from w8a8.evaluation.harness import run_tasks
-
-    found = run_tasks(
-        opened.model, opened.tokenizer, tasks, limit=limit, num_fewshot=num_fewshot, include_path=include_path
-    )
+def _show_tasks(model: str, found: dict[str, dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print_json({"model": model, "tasks": found})
         return
@@ -164,18 +128,19 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Simulate every granularity of weights and activations: perplexity and mean SQNR of each."""
-    from w8a8 import evaluation as scoring
-    from w8a8.analysis import study as experiment
-    from w8a8.evaluation import scores
+    from w8a8.checkpoint.opening import NamedModel
+    from w8a8.jobs.measuring import study_model
 
-    places: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    opened = open_named(model, asked=next_tokens("a study of perplexities"), **places)
-    ids = scoring.encode(opened.tokenizer, content_of(text)).first(max_tokens).ids
-    length = seq_len or scores.default_length(opened.model)
-    with progress("studying") as step:
-        result = experiment.study(
-            opened.model, ids, seq_len=length, bits=bits, include=include, exclude=exclude, progress=step
-        )
+    result = study_model(
+        NamedModel(model, dtype, device, trust_remote_code=trust_remote_code),
+        text,
+        seq_len=seq_len,
+        max_tokens=max_tokens,
+        bits=bits,
+        include=include,
+        exclude=exclude,
+        watcher=Watching(),
+    )
     if as_json:
         print_json({"model": model, **plain(result), "best_executable": plain(result.best_executable)})
         return

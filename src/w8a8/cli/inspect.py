@@ -1,13 +1,12 @@
 """The commands that look: `inspect`, `schemes` and `doctor`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from w8a8.cli.app import Json, Model, TrustRemoteCode, app, open_named, show_coverage
-from w8a8.cli.output import print_json, print_line, print_table
+from w8a8.cli.app import Json, Model, TrustRemoteCode, app, show_coverage
+from w8a8.cli.output import print_json, print_line, print_table, quiet_transformers
 from w8a8.cli.pairs import show_pairs
-from w8a8.errors import SchemeError
 
 
 @app.command()
@@ -25,52 +24,26 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what of a model is quantised, or would be, and what is not and why.  Reads no weights without --pairs."""
-    if pairs:
-        show_pairs(open_named(model, trust_remote_code=trust_remote_code), as_json=as_json)
-        return
-    from w8a8.checkpoint.directory import Directory
-    from w8a8.checkpoint.skeleton import empty_layers
-    from w8a8.checkpoint.vllm import foresee_as_it_is
-    from w8a8.model.coverage import coverage
+    from w8a8.checkpoint.opening import NamedModel
+    from w8a8.jobs.inspection import inspect_model, observe_model
 
-    directory = Directory.of(model, trust_remote_code=trust_remote_code)
-    quantization = directory.quantization
-    try:
-        built, packed = empty_layers(directory)
-    except SchemeError:  # one that cannot run can still be shown
-        built, packed = empty_layers(directory, simulated=True)
-    reasons = _what_would_be(built) if quantization is None else {}
-    found = coverage(built, reasons)
-    foreseen = () if quantization is None else foresee_as_it_is(built, packed)
-    if as_json:
-        schemes = [] if quantization is None else [group.scheme for group in quantization.groups]
-        print_json(
-            {
-                "directory": directory.path,
-                "quantized": quantization is not None,
-                "schemes": schemes,
-                "vllm": foreseen,
-                **found.to_dict(),
-            }
-        )
+    quiet_transformers()
+    named = NamedModel(model, trust_remote_code=trust_remote_code)
+    if pairs:
+        show_pairs(named.directory.path, observe_model(named), as_json=as_json)
         return
-    show_coverage(found)
-    for finding in foreseen:
+    found = inspect_model(named)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    show_coverage(found.coverage)
+    for finding in found.vllm:
         print_line(f"  {finding}")
     rows = [
         (m.name, m.kind, "x".join(map(str, m.shape)), f"{m.parameters:,}", m.scheme or "float", m.reason or "")
-        for m in found.modules
+        for m in found.coverage.modules
     ]
-    print_table(str(directory.path), ("module", "kind", "shape", "parameters", "scheme", "why float"), rows)
-
-
-def _what_would_be(model: Any) -> dict[str, str]:
-    """What `quantize` without options says of each module of a float model; of stacked experts as one."""
-    from w8a8.model.choice import Choice
-
-    choice = Choice.of(model, "w8a8")
-    chosen = [*choice.schemes, *choice.taken]
-    return choice.selection.reasons | dict.fromkeys(chosen, "float now; `w8a8 quantize` takes it")
+    print_table(str(found.directory), ("module", "kind", "shape", "parameters", "scheme", "why float"), rows)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Any
 
 from w8a8.core.plain import plain
 from w8a8.core.progress import Progress
+from w8a8.jobs.watching import Watcher
 
 
 def print_json(value: Any) -> None:
@@ -57,6 +58,26 @@ def progress(label: str, *, lines: bool = False) -> Iterator[Progress]:
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{label}: {what}")
+
+
+def quiet_transformers() -> None:
+    """Its bars would run through ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+class Watching(Watcher):
+    """Bars and notes on standard error."""
+
+    def __init__(self) -> None:
+        quiet_transformers()
+
+    def stage(self, label: str) -> contextlib.AbstractContextManager[Progress]:
+        return progress(label)
+
+    def note(self, text: str) -> None:
+        print_note(text)
 
 
 def percent(part: float, whole: float) -> str:

@@ -3,24 +3,22 @@
 import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w8a8.cli.output import print_json, print_line, print_table
 from w8a8.errors import few
 
 if TYPE_CHECKING:
-    from w8a8.checkpoint.opening import OpenedModel
+    from w8a8.dataflow import Dataflow
 
 _FEW = 6
 
 
-def show_pairs(opened: "OpenedModel", *, as_json: bool) -> None:
-    """Run a few random tokens through a model, and print what could be folded into what, and why the rest cannot."""
-    from w8a8.dataflow.observing import observe, probe
-
-    found = observe(opened.model, probe(opened.model))
+def show_pairs(directory: Path, found: "Dataflow", *, as_json: bool) -> None:
+    """Print what could be folded into what, and why the rest cannot."""
     if as_json:
-        print_json({"directory": opened.directory, **found.to_dict()})
+        print_json({"directory": directory, **found.to_dict()})
         return
     groups = [
         (
@@ -31,9 +29,7 @@ def show_pairs(opened: "OpenedModel", *, as_json: bool) -> None:
         )
         for group in found.groups
     ]
-    print_table(
-        f"{opened.directory}: can be folded", ("source", "kind", "channels", "read by", "layers"), _by_layer(groups)
-    )
+    print_table(f"{directory}: can be folded", ("source", "kind", "channels", "read by", "layers"), _by_layer(groups))
     refused = [(r.source.module, r.source.kind, few(r.readers, _FEW, counted=True), r.reason) for r in found.refused]
     print_table("Cannot be folded", ("source", "kind", "read by", "why", "layers"), _by_layer(refused))
     if found.unread:

@@ -4,19 +4,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w8a8.cli.app import (
-    Device,
-    Dtype,
-    Head,
-    Json,
-    Model,
-    TrustRemoteCode,
-    app,
-    next_tokens,
-    open_named,
-    quiet_transformers,
-)
-from w8a8.cli.output import megabytes, print_json, print_line, print_table, progress
+from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app
+from w8a8.cli.output import megabytes, print_json, print_line, print_table, progress, quiet_transformers
 from w8a8.core.plain import plain
 
 if TYPE_CHECKING:
@@ -37,11 +26,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Let a model go on from a prompt."""
+    from w8a8.checkpoint.opening import NamedModel
     from w8a8.evaluation.generation import continue_text
 
-    asked = next_tokens("going on from a prompt")
-    opened = open_named(model, asked=asked, dtype=dtype, device=device, head=head, trust_remote_code=trust_remote_code)
-    result = continue_text(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    quiet_transformers()
+    named = NamedModel(model, dtype, device, head, trust_remote_code)
+    result = continue_text(named, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         print_json(result)
         return

@@ -4,22 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import (
-    Device,
-    DrawingSeed,
-    Dtype,
-    Exclude,
-    Include,
-    Json,
-    Model,
-    Preset,
-    SeqLen,
-    app,
-    content_of,
-    next_tokens,
-    open_named,
-)
-from w8a8.cli.output import ERRORS, error_cells, print_json, print_line, print_table, progress
+from w8a8.cli.app import Device, DrawingSeed, Dtype, Exclude, Include, Json, Model, Preset, SeqLen, app
+from w8a8.cli.output import ERRORS, Watching, error_cells, print_json, print_line, print_table
 
 
 @app.command()
@@ -37,27 +23,20 @@ def sensitivity(
     as_json: Json = False,
 ) -> None:
     """Measure what quantising each layer of a float model does to it and to the model's predictions."""
-    from w8a8 import analysis
-    from w8a8.core.scheme import Scheme
-    from w8a8.evaluation import encode
-    from w8a8.model.choice import unstack_experts_
+    from w8a8.checkpoint.opening import NamedModel
+    from w8a8.jobs.measuring import rank_layers
 
-    wanted = Scheme.of(scheme)
-    opened = open_named(model, asked=next_tokens("the sensitivity of layers"), dtype=dtype, device=device)
-    ids = encode(opened.tokenizer, content_of(text))
-    unstack_experts_(opened.model)
-    with progress("measuring") as step:
-        found = analysis.sensitivity(
-            opened.model,
-            ids,
-            wanted,
-            include=include,
-            exclude=exclude,
-            windows=windows,
-            seq_len=seq_len,
-            seed=seed,
-            progress=step,
-        )
+    found = rank_layers(
+        NamedModel(model, dtype, device),
+        text,
+        scheme,
+        include=include,
+        exclude=exclude,
+        windows=windows,
+        seq_len=seq_len,
+        seed=seed,
+        watcher=Watching(),
+    )
     if as_json:
         print_json({"model": model, **found.to_dict()})
         return

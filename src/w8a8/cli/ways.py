@@ -1,47 +1,63 @@
-"""What `quantize` prints of its work: before it, at its end, and of the weights that lost most."""
+"""What `quantize` prints of its work: before it, and as each part of it is done."""
 
-import contextlib
 import math
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from w8a8.cli.app import show_coverage
-from w8a8.cli.output import print_line, print_note, print_table, progress
-from w8a8.core.progress import Progress
-from w8a8.jobs.watching import Watcher
+from w8a8.cli.compare import show_compared, sizes
+from w8a8.cli.output import Watching, print_line, print_note, print_table
+from w8a8.cli.sensitivity import show_sensitivity
 
 if TYPE_CHECKING:
-    from w8a8.jobs.quantization import Made
+    from w8a8.jobs.outcome import Made
     from w8a8.jobs.request import Job
 
 
-class Watching(Watcher):
-    """Bars and notes on standard error."""
-
-    def stage(self, label: str) -> contextlib.AbstractContextManager[Progress]:
-        return progress(label)
-
-    def note(self, text: str) -> None:
-        print_note(text)
-
-
 class WatchingJob(Watching):
-    """And on standard output, unless that is for JSON, what streaming will take."""
+    """And on standard output what streaming will take, and what came out."""
 
-    def __init__(self, job: "Job", *, quiet: bool) -> None:
+    def __init__(self, job: "Job") -> None:
+        super().__init__()
         self.job = job
-        self.quiet = quiet
 
     def planned(self, plan: Any, prediction: Any) -> None:
         """A table, and where the usual contest of smoothing is not held, that."""
-        if self.quiet:
-            return
         if self.job.calibration is not None and self.job.smooth in (None, "auto"):
             print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
         _show_prediction(plan, prediction)
 
+    def made(self, made: "Made") -> None:
+        """What was done; and where it is compared with nothing, the worst weights."""
+        _show(made)
+        if not self.job.dry_run and self.job.eval_text is None:
+            _show_weights(made)
+            output, model = str(self.job.output), self.job.model
+            print_line(f"{sizes(output, model)}; what it lost: {_how_to_see(made)}")
 
-def show(made: "Made") -> None:
+    def compared(self, made: "Made") -> None:
+        """The comparison; and where it has no layers, the worst weights."""
+        assert made.compared is not None, "it was just made"
+        show_compared(str(self.job.output), self.job.model, made.compared)
+        if made.compared.why_not is not None:
+            _show_weights(made)
+
+    def drawn(self, made: "Made") -> None:
+        """The layers that are on the page, and where that is."""
+        if made.layers is not None:
+            show_sensitivity(self.job.model, made.layers.sensitivity)
+        print_line(f"The page is {self.job.report}.")
+
+
+def _how_to_see(made: "Made") -> str:
+    """What tells what quantising lost."""
+    from w8a8.model.kinds import READS_TEXT, way_out
+
+    if made.kind not in READS_TEXT:
+        return way_out(made.kind)
+    return f"w8a8 eval {made.job.output} --text FILE --against {made.job.model}"
+
+
+def _show(made: "Made") -> None:
     """What was done, for people."""
     from w8a8.core.scheme import Scheme
 
@@ -64,19 +80,18 @@ def show(made: "Made") -> None:
     print_line(f"Saved in {made.job.output}.")
 
 
-def show_weights(worst: Iterable[Any], *, more: bool) -> None:
-    """The layers whose weights lost most, of `Coverage.worst_weights`: all that is known of layers without data.
-
-    Args:
-        worst: The layers.
-        more: Whether their outputs could be measured.
-    """
+def _show_weights(made: "Made") -> None:
+    """The layers whose weights lost most: all that is known of layers without data."""
     from w8a8.core.row_sample import ROWS
+    from w8a8.model.kinds import PREDICTS_TOKENS
 
     print_table(
-        "The worst layers by weights alone" + ("; by outputs: --eval-text FILE" if more else ""),
+        "The worst layers by weights alone" + ("; by outputs: --eval-text FILE" * (made.kind in PREDICTS_TOKENS)),
         ("layer", "scheme", f"weight dB, at most {ROWS} rows"),
-        [(m.name, m.scheme, "exact" if m.weight_sqnr_db == math.inf else f"{m.weight_sqnr_db:.1f}") for m in worst],
+        [
+            (m.name, m.scheme or "", "exact" if m.weight_sqnr_db == math.inf else f"{m.weight_sqnr_db:.1f}")
+            for m in made.coverage.worst_weights()
+        ],
     )
 
 

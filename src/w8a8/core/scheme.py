@@ -97,6 +97,7 @@ _INSTEAD = {
 }
 
 MAX_BITS = 16  # the widest grid that can be simulated
+_WAY_OUT = "give calibration= (--calib FILE), or take a dynamic scheme; `w8a8 schemes` lists them"
 MAX_CODE_BITS = 8  # the widest grid whose codes fit int8
 CODE_REACH = 128  # of any int8: what a weight made elsewhere may hold, -2**(bits-1) among it
 
@@ -244,6 +245,14 @@ class Scheme:
     def static(self) -> bool:
         """Whether the activations have a scale that is measured beforehand, which takes calibration data."""
         return self.activations is not None and not self.activations.dynamic
+
+    def check_without_data(self, way_out: str = _WAY_OUT) -> None:
+        """Raise `SchemeError` where its static scales cannot be had without calibration data."""
+        if self.static:
+            raise SchemeError(
+                f"the scheme {self.name} has static activation scales, and there is no calibration data to measure "
+                f"them on: {way_out}"
+            )
 
     @property
     def weight_only(self) -> bool:

@@ -85,7 +85,7 @@ def perplexity(
     model: Any,
     text: Text | Tensor,
     *,
-    seq_len: int,
+    seq_len: int | None = None,
     stride: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -95,7 +95,7 @@ def perplexity(
     Args:
         model: A causal language model in evaluation mode, or a masked one.  Not modified.
         text: What `encode` makes, or for a causal model (T,) token ids.
-        seq_len: Tokens in a window, at least 2.
+        seq_len: Tokens in a window, at least 2; by default the model's context, at most 2048, of a masked model 128.
         stride: Distance of the windows' starts, 1..seq_len; `seq_len` by default.
         seed: Of the bootstrap.
         progress: Called after each window.
@@ -106,6 +106,7 @@ def perplexity(
             masked.
     """
     text = _text(text)
+    seq_len = seq_len or scores.scoring_length(model, text)
     cut = scores.cut(model, text, seq_len, stride)
     losses = []
     for done, window in enumerate(cut, start=1):

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-from w8a8.checkpoint.opening import OpenedModel
+from w8a8.checkpoint.opening import Named, OpenedModel, open_model
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError
-from w8a8.evaluation import context_length
+from w8a8.model.kinds import Asked, context_length
+
+ASKED = Asked("going on from a prompt")
 
 
 @dataclass(frozen=True)
@@ -27,26 +29,28 @@ class Continuation:
 
 
 def continue_text(
-    opened: OpenedModel, prompt: str, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    model: Named | OpenedModel, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
 ) -> Continuation:
     """Write on from a prompt.
 
     Args:
-        opened: A causal language model with its tokenizer.
+        model: A causal language model with its tokenizer, or the name of one.
         prompt: Tokenised with the tokenizer's own special tokens; it must not be empty.
         max_new_tokens: The most tokens to write; fewer where the model ends the text.
         temperature: 0 takes the most likely token each time.
         seed: Of the sampling; the global generator is left as it was.
 
     Raises:
-        ModelError: no tokenizer; an empty prompt, or one that leaves no room in the model's context.
+        ModelError: it is another kind of model; no tokenizer; an empty prompt, or one that leaves no room in the
+            model's context.
     """
-    if opened.tokenizer is None:
-        raise ModelError(f"{opened.directory} has no tokenizer, so a prompt cannot be read; save one beside the model")
+    there = open_model(model, ASKED)
+    if there.tokenizer is None:
+        raise ModelError(f"{there.directory} has no tokenizer, so a prompt cannot be read; save one beside the model")
     with usual_defaults():
-        inputs = opened.tokenizer(prompt, return_tensors="pt")
+        inputs = there.tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
-    limit = context_length(opened.model)
+    limit = context_length(there.model)
     if length == 0 or (limit is not None and length >= limit):
         raise ModelError(f"the prompt has {length} tokens; the model takes 1..{limit - 1 if limit else ''}")
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
@@ -54,20 +58,20 @@ def continue_text(
         max_new_tokens=room,
         do_sample=temperature > 0,
         temperature=temperature or None,
-        pad_token_id=_first(opened.tokenizer.pad_token_id, opened.tokenizer.eos_token_id, 0),
-        eos_token_id=opened.tokenizer.eos_token_id,
+        pad_token_id=_first(there.tokenizer.pad_token_id, there.tokenizer.eos_token_id, 0),
+        eos_token_id=there.tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(), torch.inference_mode(), usual_defaults():
         torch.manual_seed(seed)
         start = time.perf_counter()
-        out = opened.model.generate(
-            input_ids=inputs["input_ids"].to(opened.model.device),
-            attention_mask=inputs["attention_mask"].to(opened.model.device),
+        out = there.model.generate(
+            input_ids=inputs["input_ids"].to(there.model.device),
+            attention_mask=inputs["attention_mask"].to(there.model.device),
             generation_config=how,
         )
         seconds = time.perf_counter() - start
     new = out[0, length:]
-    return Continuation(prompt, opened.tokenizer.decode(new, skip_special_tokens=True), int(new.numel()), seconds)
+    return Continuation(prompt, there.tokenizer.decode(new, skip_special_tokens=True), int(new.numel()), seconds)
 
 
 def _first(*values: int | None) -> int:

@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from w8a8.checkpoint.opening import Named, OpenedModel, open_model
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, closest
+from w8a8.model.kinds import Asked
+
+ASKED = Asked("tasks of the harness")
 
 
 def run_tasks(
-    model: Any,
-    tokenizer: Any,
+    model: Named | OpenedModel,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
@@ -22,8 +25,7 @@ def run_tasks(
     """What the harness measures: for each task its metrics by the harness's names, standard errors beside them.
 
     Args:
-        model: A causal language model, float or quantised.  Not modified.
-        tokenizer: Of the model.
+        model: A causal language model, float or quantised, or the name of one.  Not modified.
         tasks: Names that the harness knows, of its own or of `include_path`.
         limit: Only the first so many documents of each task.
         num_fewshot: Examples before each question; the task's own number by default.
@@ -31,8 +33,10 @@ def run_tasks(
         batch_size: Requests in a forward.
 
     Raises:
-        ModelError: the harness is not installed, there is no tokenizer, or it does not know a task.
+        ModelError: it is another kind of model, the harness is not installed or does not know a task, or there is no
+            tokenizer.
     """
+    there = open_model(model, ASKED)
     try:
         harness: Any = importlib.import_module("lm_eval")
         wrapper: Any = importlib.import_module("lm_eval.models.huggingface")
@@ -41,7 +45,7 @@ def run_tasks(
         raise ModelError(
             f"tasks are measured by lm-evaluation-harness, which cannot be imported ({error}): pip install 'w8a8[eval]'"
         ) from error
-    if tokenizer is None:
+    if there.tokenizer is None:
         raise ModelError("the model's directory has no tokenizer, so no task can be asked; save one beside it")
     known = manager.TaskManager(include_path=None if include_path is None else str(include_path))
     for task in tasks:
@@ -49,7 +53,7 @@ def run_tasks(
             raise ModelError(f"the harness knows no task {task!r} ({closest(task, known.all_tasks)})")
     with usual_defaults():
         found = harness.simple_evaluate(
-            model=wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            model=wrapper.HFLM(pretrained=there.model, tokenizer=there.tokenizer, batch_size=batch_size),
             tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,

@@ -22,8 +22,9 @@ from w8a8.core.scheme import PerToken
 from w8a8.errors import ModelError
 from w8a8.evaluation.text import Frame, Text, windows_for
 from w8a8.layers.linear import quant_linears
-from w8a8.model.kinds import Kind, context_length, kind_of_model, way_out
+from w8a8.model.kinds import PREDICTS_TOKENS, Asked, Kind, context_length, kind_of_model, way_out
 
+ASKED = Asked("a perplexity", PREDICTS_TOKENS)
 ROWS = 512  # rows of logits turned to float32 at a time
 COPIES = 8  # of a window, each with another token masked, in one forward
 _LOOK = 16  # tokens that causality is seen on
@@ -33,10 +34,11 @@ def cut(model: Any, text: Text, seq_len: int, stride: int | None) -> list[tuple[
     """The windows of a text that a model can be scored on: start, first scored, end.
 
     Raises:
-        ModelError: seq_len or stride out of range; ids that the model does not know; a masked model and a text without
-            a mask; a model that sees the token that it is to tell.
+        ModelError: the model predicts no tokens; seq_len or stride out of range; ids that the model does not know; a
+            masked model and a text without a mask; a model that sees the token that it is to tell.
         TextError: fewer than two tokens.
     """
+    ASKED.check_model(model)
     frame = text.frame if is_masked(model) else None
     found = windows_for(model, text.ids, seq_len, stride, frame=frame)
     if not is_masked(model):

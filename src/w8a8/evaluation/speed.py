@@ -22,8 +22,9 @@ from torch import Tensor
 
 from w8a8.core.progress import Progress
 from w8a8.errors import ModelError
-from w8a8.evaluation import context_length
+from w8a8.model.kinds import Asked, context_length
 
+ASKED = Asked("reading and writing tokens")
 PROMPT, NEW = 512, 32
 _ROUNDS = 3  # at least
 
@@ -70,6 +71,8 @@ def measure_speed(
     Raises:
         ModelError: no room in a model's context; it is no causal language model, or keeps no cache.
     """
+    for model in models.values():
+        ASKED.check_model(model)
     length = _length(models, prompt, new)
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for name, model in models.items():

@@ -9,6 +9,7 @@ stacking them; stacked in the files, they stay float.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,15 @@ from w8a8.checkpoint.files import CONFIG
 from w8a8.checkpoint.headers import each_once, read_header
 from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.checkpoint.names import remember
-from w8a8.checkpoint.skeleton import insert_quant_linears, unstack_as_stored
+from w8a8.checkpoint.skeleton import as_stored, insert_quant_linears
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
 from w8a8.hf.arriving import Arriving, arriving_of
 from w8a8.layers.linear import quant_linears
 from w8a8.layers.weights import make_weight
 from w8a8.model.choice import Choice
-from w8a8.model.experts import holds_experts, mark_arriving, stacks_experts, taken
+from w8a8.model.experts import holds_experts, mark_arriving, stacks_experts
 from w8a8.model.roles import Head
-from w8a8.model.selection import select
 from w8a8.model.swapping import build, empty_layer, swap
 
 _LOG = logging.getLogger(__name__)
@@ -66,11 +66,7 @@ class W8A8Config(QuantizationConfigMixin):
         self.checkpoint: dict[str, Any] | None = None  # what a file says; then nothing else counts
         self.scheme = Scheme.of(scheme)
         self.include, self.exclude, self.head = list(include), list(exclude), Head.of(head)
-        if self.scheme.static:
-            raise SchemeError(
-                f"the scheme {self.scheme.name} has static activation scales, which are measured on calibration data: "
-                "load the float model and call w8a8.quantize(model, scheme, calibration=...)"
-            )
+        self.scheme.check_without_data("load the float model and call w8a8.quantize(model, scheme, calibration=...)")
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -149,10 +145,11 @@ class W8A8Quantizer(HfQuantizer):
         self._dtype = dtype
         files = [Path(file) for file in checkpoint_files or ()]
         stored = each_once(pair for file in files for pair in read_header(file).items())
-        stacks = unstack_as_stored(model, stored)
+        experts = as_stored(model, stored)
         if self.quantization_config.checkpoint is not None:
             where = str(files[0].parent / CONFIG) if files else "quantization_config"
             quantization = from_json(self.quantization_config.checkpoint, where)
+            swap(model, experts)
             another = bool(stored) and type(model).__name__ not in (model.config.architectures or ())
             packed = insert_quant_linears(model, quantization, where, stored, of_another=another)
             self._quantized = {name for name, _ in quant_linears(model)}
@@ -161,11 +158,11 @@ class W8A8Quantizer(HfQuantizer):
             mark_arriving(model, arriving=True)
             return
         config = self.quantization_config
-        chosen = _untied(model, select(model, config.include, config.exclude).chosen, config.include)
-        if not taken(stacks, chosen):  # as `w8a8.quantize` leaves them
-            swap(model, stacks)
+        choice = Choice.of(model, config.scheme, config.include, config.exclude, stacks=(experts, {}))
+        choice = _untied(model, choice, config.include)
+        swap(model, choice.taken)
         self._unstacked = holds_experts(model)
-        layers = {name: empty_layer(model, name, config.scheme) for name in chosen}
+        layers = {name: empty_layer(model, name, scheme) for name, scheme in choice.schemes.items()}
         for layer in layers.values():
             # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
             layer.as_stored({"weight": layer.codes.to(dtype or torch.get_default_dtype())})
@@ -229,18 +226,18 @@ class _Quantize(ConversionOps):
         return named
 
 
-def _untied(model: Any, chosen: Sequence[str], include: Sequence[str]) -> list[str]:
-    """The chosen layers whose weight the files have under its own name.
+def _untied(model: Any, choice: Choice, include: Sequence[str]) -> Choice:
+    """The choice without layers whose weight the files do not have under its own name.
 
     Raises:
         SchemeError: one that is tied was chosen by its very name.
     """
     ties = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    tied = [name for name in chosen if f"{name}.weight" in ties]
+    tied = [name for name in choice.schemes if f"{name}.weight" in ties]
     named = [name for name in tied if name in include]
     if named:
         raise SchemeError(
             f"{named[0]} is tied to another layer, so the files do not have it: quantise the head with head='int8', "
             "or the loaded model with w8a8.quantize"
         )
-    return [name for name in chosen if name not in tied]
+    return replace(choice, schemes={name: each for name, each in choice.schemes.items() if name not in tied})

@@ -1,7 +1,7 @@
 """Two models by name, compared on a text: their predictions token by token, or the outputs of what predicts none."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from w8a8 import evaluation
 from w8a8.analysis import LayerErrors, layer_errors
 from w8a8.calibration.sources import content_of
 from w8a8.checkpoint.directory import Directory
-from w8a8.checkpoint.opening import OpenedModel, open_model, open_tokenizer
+from w8a8.checkpoint.opening import Named, NamedModel, OpenedModel, open_model, open_tokenizer
 from w8a8.core.plain import plain
 from w8a8.errors import ModelError
 from w8a8.evaluation import Comparison, Reference
@@ -20,9 +20,10 @@ from w8a8.evaluation.scores import default_length, scoring_length
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import unstack_experts_
 from w8a8.model.experts import holds_experts
-from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, Kind, check_kind
+from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, Asked
 from w8a8.streaming.resources import available_memory
 
+ASKED = Asked("a comparison on a text", READS_TEXT)
 _LAYERS_LENGTH = 256  # tokens in a window that layers are measured on
 _OUTPUTS_LENGTH = 512
 
@@ -31,28 +32,23 @@ _OUTPUTS_LENGTH = 512
 class ModelPair:
     """Two models that a text tells apart.
 
-    model, against: Directories or hub ids; the second is the reference.
+    model: A directory or a hub id, or one that says how both are opened; "int8" of its head is not the reference's.
+    against: The reference, a directory or a hub id.
     text: A file, or a data set on the hub.
     seq_len, stride: Of the windows; by default the model's context, at most 2048, and as far apart.
     max_tokens: Only the first so many.
     seed: Of the bootstrap.
-    dtype, device, trust_remote_code: As for `w8a8.checkpoint.opening.open_model`.
-    head: Of the model: "int8" quantises its output head at run time.
     one_at_a_time: Never hold both in memory; chosen too where they do not fit.
     cache: A file for the reference's predictions: made, or used again.
     """
 
-    model: str
+    model: Named
     against: str
     text: str
     seq_len: int | None = None
     stride: int | None = None
     max_tokens: int | None = None
     seed: int = 0
-    dtype: str = "auto"
-    device: str = "cpu"
-    head: str = "float"
-    trust_remote_code: bool = False
     one_at_a_time: bool = False
     cache: Path | None = None
 
@@ -83,34 +79,31 @@ def compare_models(pair: ModelPair, watcher: Watcher | None = None) -> Compared:
         CheckpointError, TextError: a model or the text cannot be read.
     """
     watcher = watcher or Watcher()
-    names = pair.model, pair.against
-    model, against = (Directory.of(name, trust_remote_code=pair.trust_remote_code) for name in names)
-    compare = _predictions if {_reads_text(model), _reads_text(against)} <= PREDICTS_TOKENS else _outputs
+    named = NamedModel.of(pair.model)
+    both = named, replace(named, name=pair.against, head="float")
+    model, against = (replace(each, name=each.directory) for each in both)
+    kinds = {ASKED.check(*each.directory.architecture) for each in (model, against)}
+    compare = _predictions if kinds <= PREDICTS_TOKENS else _outputs
     return compare(pair, model, against, watcher)
 
 
-def check_text(model: str, text: str, *, trust_remote_code: bool = False) -> None:
+def check_text(directory: Directory, text: str) -> None:
     """Raise a `W8A8Error` before the work where a text cannot be read, or a model cannot be scored on it."""
     content = content_of(text)
-    directory = Directory.of(model, trust_remote_code=trust_remote_code)
-    _reads_text(directory)
+    ASKED.check(*directory.architecture)
     evaluation.encode(open_tokenizer(directory), content)
 
 
-def _reads_text(directory: Directory) -> Kind:
-    return check_kind("a comparison on a text", READS_TEXT, *directory.architecture)
-
-
-def _predictions(pair: ModelPair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
+def _predictions(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: Watcher) -> Compared:
     """Both in memory where they fit, else one after the other."""
     content = content_of(pair.text)
-    wider = 2 if pair.dtype == "float32" else 1  # files of two bytes a weight, perhaps
+    wider = 2 if model.dtype == "float32" else 1  # files of two bytes a weight, perhaps
     apart = pair.one_at_a_time or pair.cache is not None
-    apart = apart or wider * (model.bytes + against.bytes) > 0.8 * available_memory()
+    apart = apart or wider * (model.directory.bytes + against.directory.bytes) > 0.8 * available_memory()
     stored = _stored(pair, against, content, watcher) if apart else None
-    opened = open_model(model, dtype=pair.dtype, device=pair.device, head=pair.head)
+    opened = open_model(model)
     windows = _windows(pair, opened, content)
-    reference: Any = open_model(against, dtype=pair.dtype, device=pair.device).model if stored is None else stored
+    reference: Any = open_model(against).model if stored is None else stored
     with watcher.stage("comparing") as step:
         both = evaluation.compare(opened.model, reference, seed=pair.seed, progress=step, **windows)
     if apart:
@@ -125,18 +118,18 @@ def _predictions(pair: ModelPair, model: Directory, against: Directory, watcher:
     return Compared(both, layers, None)
 
 
-def _stored(pair: ModelPair, against: Directory, content: str, watcher: Watcher) -> Reference:
+def _stored(pair: ModelPair, against: NamedModel, content: str, watcher: Watcher) -> Reference:
     """The reference's predictions, from the cache, or made and put there."""
-    name = _fingerprint(against, pair.dtype)
+    name = _fingerprint(against.directory, against.dtype)
     if pair.cache is not None and pair.cache.exists():
         reference = Reference.load(pair.cache)
         if reference.model != name:
             raise ModelError(
-                f"{pair.cache} holds the predictions of another model than {pair.against} in {pair.dtype}; "
+                f"{pair.cache} holds the predictions of another model than {pair.against} in {against.dtype}; "
                 "remove it, or give another --cache"
             )
         return reference
-    opened = open_model(against, dtype=pair.dtype, device=pair.device)
+    opened = open_model(against)
     with watcher.stage("reference") as step:
         reference = evaluation.store(opened.model, name=name, progress=step, **_windows(pair, opened, content))
     if pair.cache is not None:
@@ -158,17 +151,17 @@ def _fingerprint(directory: Directory, dtype: str) -> str:
     return found.hexdigest()
 
 
-def _outputs(pair: ModelPair, model: Directory, against: Directory, watcher: Watcher) -> Compared:
+def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: Watcher) -> Compared:
     """Run a text through two models in memory that read one and predict no tokens."""
     content = content_of(pair.text)
-    opened = open_model(model, dtype=pair.dtype, device=pair.device, head=pair.head)
-    other = open_model(against, dtype=pair.dtype, device=pair.device)
+    opened = open_model(model)
+    other = open_model(against)
     encoded = evaluation.encode(opened.tokenizer, content).first(pair.max_tokens)
     frame = ((), ()) if encoded.frame is None else (encoded.frame.before, encoded.frame.after)
     room = default_length(opened.model) - sum(map(len, frame))
     length = pair.seq_len or min(room, _OUTPUTS_LENGTH)
     if length > room:
-        raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {pair.model}")
+        raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {NamedModel.of(pair.model).name}")
     before, after = (encoded.ids.new_tensor(part) for part in frame)
     batches = [{"input_ids": torch.cat([before, ids, after])[None]} for ids in encoded.ids.split(length)]
     with watcher.stage("comparing") as step:

@@ -4,13 +4,13 @@ import hashlib
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from w8a8.analysis import Remedy, Sensitivity, remedies, sensitivity
+from w8a8.analysis import remedies, sensitivity
 from w8a8.analysis.errors import channel_absmax
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.sources import content_of
@@ -19,9 +19,9 @@ from w8a8.checkpoint.opening import open_model
 from w8a8.core.plain import plain
 from w8a8.core.scheme import Scheme
 from w8a8.errors import ReportError
-from w8a8.evaluation import Comparison, encode
+from w8a8.evaluation import encode
 from w8a8.jobs.diagnosis import diagnose
-from w8a8.jobs.quantization import Made
+from w8a8.jobs.outcome import Made, MeasuredLayers
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import Choice
 from w8a8.model.selection import assign, with_head
@@ -42,15 +42,6 @@ def check_page(path: Path) -> None:
         raise ReportError("the plots of a page are drawn by vl-convert: pip install 'w8a8[report]'")
 
 
-@dataclass(frozen=True)
-class MeasuredLayers:
-    """What was measured of the layers, what would help the worst, and a sentence on what model and data it is of."""
-
-    sensitivity: Sensitivity
-    remedies: tuple[Remedy, ...]
-    measured_on: str
-
-
 def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> MeasuredLayers:
     """Measure the layers of the float model, smoothed as it was, under the schemes that were saved.
 
@@ -64,7 +55,7 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
         Others: as `w8a8.sensitivity` and `w8a8.remedies`.
     """
     job, watcher = made.job, watcher or Watcher()
-    opened = open_model(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    opened = open_model(job.named)
     model, ids = opened.model, encode(opened.tokenizer, content_of(text))
     data = job.calibrate_on(model, opened.tokenizer)
     include = with_head(model, job.include, job.head)
@@ -132,22 +123,14 @@ def _smooth_again(
             )
 
 
-def page_records(
-    made: Made,
-    *,
-    comparison: Comparison | None = None,
-    layers: MeasuredLayers | None = None,
-    command: str | None = None,
-) -> dict[str, Any]:
+def page_records(made: Made) -> dict[str, Any]:
     """The records of a page about a saved model, for `w8a8.report.write_report` or a JSON file.
 
     Args:
-        made: What was done.
-        comparison: Of the result with the float model; None: quality was not measured.
-        layers: Of `measure_layers`; None: they were not.
-        command: What makes the result again; by default the job, as Python writes it.
+        made: What was done, and what was measured of it: `dataclasses.replace(made, compared=..., layers=...)` where
+            that came later.
     """
-    here, output = diagnose(), made.job.output
+    here, output, layers, compared = diagnose(), made.job.output, made.layers, made.compared
     parts: dict[str, Any] = {}
     if layers is not None:
         parts |= {**layers.sensitivity.records(), "remedies": [asdict(remedy) for remedy in layers.remedies]}
@@ -156,7 +139,7 @@ def page_records(
         parts["histograms"] = [drawn for drawn in parts["histograms"] if drawn["layer"] in worst]
     if made.allocation is not None:
         parts["budget"] = made.allocation.record()
-    before, after = Directory.of(made.job.model), Directory.of(output)
+    before, after = made.job.named.directory, Directory.of(output)
     return collect(
         model=made.job.model,
         scheme=made.scheme.name,
@@ -164,9 +147,9 @@ def page_records(
         bytes_after=after.bytes,
         coverage=plain(made.coverage.to_dict()),
         smooth=None if made.smooth is None else plain(made.smooth),
-        comparison=None if comparison is None else plain(comparison),
+        comparison=None if compared is None else plain(compared.both),
         reproduce={
-            "command": command or f"quantize_to({made.job!r})",
+            "command": made.job.command or f"quantize_to({made.job!r})",
             "seed": made.job.seed,
             "versions": here.versions,
             "hashes": {f"config.json of {output.name}": hashlib.sha256(after.config_file.read_bytes()).hexdigest()},

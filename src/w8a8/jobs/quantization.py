@@ -1,14 +1,17 @@
 """A model quantised to a directory: in memory, from files to files, or block by block, whichever the request takes."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from w8a8 import analysis, pipeline
-from w8a8.analysis import Allocation, Budget
+from w8a8.analysis import Allocation, Budget, budget
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.sources import content_of
+from w8a8.checkpoint.about import add_measured
 from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.hub import check_push, push_to_hub
 from w8a8.checkpoint.opening import OpenedModel, open_model, open_tokenizer
 from w8a8.checkpoint.reader import tell_unwanted
 from w8a8.checkpoint.rehearsal import rehearse
@@ -17,66 +20,23 @@ from w8a8.checkpoint.vllm import Finding, foresee
 from w8a8.checkpoint.writer import check_target, save
 from w8a8.core.scheme import Scheme
 from w8a8.directories import quantize_directory
-from w8a8.errors import SchemeError
+from w8a8.errors import SchemeError, W8A8Error
 from w8a8.evaluation import encode
+from w8a8.evaluation.summary import summary
+from w8a8.jobs import comparison
+from w8a8.jobs.outcome import Made
+from w8a8.jobs.page import check_page, measure_layers, page_records
 from w8a8.jobs.request import Job, Way
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import Choice
-from w8a8.model.coverage import Coverage
+from w8a8.model.kinds import READS_TEXT, Asked
 from w8a8.model.selection import with_head
 from w8a8.model.swapping import swap
+from w8a8.report import write_report
 from w8a8.report.smoothed import SmoothReport
 from w8a8.streaming.job import Streamed
 from w8a8.streaming.plan import Plan, UnplacedError
 from w8a8.streaming.resources import Prediction
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a job did, or with `dry_run` would do.
-
-    scheme: Of the new layers; where they differ, the one that most of them have.
-    coverage, untied: As in `w8a8.Result`.
-    smooth: What smoothing did; None where there was none.
-    calibrated_on: The data, in words; None where there was none.
-    findings: What vLLM will make of the result.
-    allocation: What the search came to; None where there was none.
-    streamed: How the job from files to files went; None where the work was done in memory.
-    notes: What the watcher was told.
-    """
-
-    job: Job
-    scheme: Scheme
-    coverage: Coverage
-    untied: dict[str, str]
-    smooth: SmoothReport | None
-    calibrated_on: str | None
-    findings: tuple[Finding, ...]
-    allocation: Allocation | None = None
-    streamed: Streamed | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that speaks for all that share the job."""
-        return self.streamed is None or self.streamed.first
-
-    def to_dict(self) -> dict[str, Any]:
-        """What `w8a8 quantize --json` tells, but for what it measures afterwards."""
-        found: dict[str, Any] = {
-            "output": self.job.output,
-            "scheme": self.scheme.name,
-            "untied": self.untied,
-            "calibration": self.calibrated_on,
-            "smooth": None if self.smooth is None else self.smooth.to_dict(),
-            "coverage": self.coverage.to_dict(),
-            "worst_weights": list(self.coverage.worst_weights()),
-            "vllm": list(self.findings),
-        }
-        if (done := self.streamed) is not None:
-            return found | {"prediction": done.prediction, "shards": done.shards, "resumed": done.resumed}
-        chosen = self.allocation
-        return found | {"budget": None if chosen is None else {**chosen.to_dict(), "record": chosen.record()}}
 
 
 def quantize_to(job: Job, watcher: Watcher | None = None) -> Made:
@@ -89,17 +49,65 @@ def quantize_to(job: Job, watcher: Watcher | None = None) -> Made:
     Raises:
         SchemeError: the job does not go the way that it would take: shared by processes, or a dry run, in memory; vLLM
             would refuse the result, and that is the target; the budget leaves nothing to quantise.
-        Others: as `w8a8.quantize`, `w8a8.quantize_directory` and `w8a8.save`; nothing is written then.
+        ModelError: the model is not of a kind that what is asked beside quantising can be asked of.
+        Others: as `w8a8.quantize`, `w8a8.quantize_directory` and `w8a8.save`; nothing is written then.  As
+            `compare_models`, `measure_layers`, `w8a8.report.write_report` and `w8a8.push_to_hub`; where that comes
+            after the work, a note says that the directory is whole.
 
     Example:
         >>> made = quantize_to(Job("opt-125m", Path("opt-125m-w8a8")))  # doctest: +SKIP
         >>> print(made.coverage)  # doctest: +SKIP
     """
+    _check(job)
     work = _Work(job, watcher or Watcher())
-    if job.way is Way.BLOCKS:
-        return work.by_blocks()
-    streamed = work.from_files() if job.way is Way.FILES else None
-    return work.in_memory() if streamed is None else streamed
+    made = work.by_blocks() if job.way is Way.BLOCKS else work.from_files() if job.way is Way.FILES else None
+    made = made or work.in_memory()
+    if not made.first:
+        return made
+    work.watcher.made(made)
+    if job.dry_run:
+        return made
+    try:
+        made = _looked_at(made, work.watcher)
+    except W8A8Error as error:
+        error.add_note(f"{job.output} is whole all the same" + (", and not pushed" if job.push_to_hub else ""))
+        raise
+    if job.push_to_hub is None:
+        return made
+    return replace(made, pushed=push_to_hub(job.output, job.push_to_hub, private=job.private or None))
+
+
+def _check(job: Job) -> None:
+    """Raise a `W8A8Error` before the work where what is asked beside it cannot be done."""
+    if job.push_to_hub is not None:
+        check_push(job.push_to_hub)
+    if job.report is not None:
+        check_page(job.report)
+    if job.calibration is not None:
+        Asked("calibration on a text (--calib)", READS_TEXT).check(*job.named.directory.architecture)
+    if job.search is not None:
+        budget.ASKED.check(*job.named.directory.architecture)
+    if job.eval_text is not None:
+        comparison.check_text(job.named.directory, job.eval_text)
+        if job.report is not None:
+            Asked("a page about measured layers (--eval-text, --report)").check(*job.named.directory.architecture)
+
+
+def _looked_at(made: Made, watcher: Watcher) -> Made:
+    """Compare the result with the float model, also in its card, and draw its page, where that is asked for."""
+    job = made.job
+    if job.eval_text is not None:
+        pair = comparison.ModelPair(replace(job.named, name=job.output), job.model, job.eval_text)
+        made = replace(made, compared=comparison.compare_models(pair, watcher))
+        assert made.compared is not None, "just made"
+        add_measured(job.output, summary(made.compared.both, Path(job.eval_text).name))
+        watcher.compared(made)
+    if job.report is not None:
+        if job.eval_text is not None:
+            made = replace(made, layers=measure_layers(made, job.eval_text, watcher))
+        write_report(job.report, page_records(made))
+        watcher.drawn(made)
+    return made
 
 
 @dataclass
@@ -123,7 +131,7 @@ class _Work:
         if job.dry_run:
             raise SchemeError("--dry-run shows what streaming will take, and this is done in memory; leave it out")
         check_target(job.output, overwrite=job.overwrite)
-        opened = open_model(job.model, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+        opened = open_model(job.named)
         check_target(job.output, overwrite=job.overwrite, source=opened.directory)
         data = job.calibrate_on(opened.model, opened.tokenizer)
         # before all that takes long
@@ -144,17 +152,7 @@ class _Work:
                 progress=step,
             )
         save(opened.model, job.output, beside=opened.directory, covered=result.coverage, overwrite=job.overwrite)
-        return Made(
-            job,
-            result.scheme,
-            result.coverage,
-            result.untied,
-            smooth or result.smooth,
-            None if data is None else data.description,
-            self.findings,
-            allocation=chosen,
-            notes=tuple(self.notes),
-        )
+        return self._made(replace(result, smooth=smooth or result.smooth), data, allocation=chosen)
 
     def _searched(self, opened: OpenedModel, data: Calibration | None) -> tuple[SmoothReport | None, Allocation]:
         """Smooth the model where that is asked for; what was done, and a scheme for each layer of what it then is.
@@ -224,22 +222,17 @@ class _Work:
                 progress=step,
                 **more,
             )
-        return Made(
-            job,
-            done.scheme,
-            done.coverage,
-            done.untied,
-            done.smooth,
-            None if data is None else data.description,
-            self.findings,
-            streamed=done,
-            notes=tuple(self.notes),
-        )
+        return self._made(done, data, streamed=done)
+
+    def _made(self, done: pipeline.Result | Streamed, data: Calibration | None, **more: Any) -> Made:
+        described = None if data is None else data.description
+        told = done.scheme, done.coverage, done.untied, done.smooth, described, self.findings
+        return Made(self.job, *told, notes=tuple(self.notes), **more)
 
     def _planned(self, plan: Plan, prediction: Prediction) -> None:
         self.findings = plan.findings
         self.job.check_target(plan.findings)
-        tell_unwanted(plan.model, plan.unwanted)
+        tell_unwanted(type(plan.choice.model).__name__, plan.unwanted)
         self.watcher.planned(plan, prediction)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import observer_of
 from w8a8.calibration.sources import SAMPLES
+from w8a8.checkpoint.opening import NamedModel
 from w8a8.checkpoint.vllm import Finding
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
@@ -73,7 +74,11 @@ class Job:
     target: "vllm" stops before the work where vLLM would refuse the result.
     overwrite: Replace a checkpoint that is there already.
     dry_run: Stop before the first byte of what is streamed.
-    dtype, trust_remote_code: As for `w8a8.checkpoint.opening.open_model`.
+    eval_text: The file or hub data set on which the result is compared with the float model.
+    report: The HTML file of a page about the result; with `eval_text` its layers are measured for that.
+    command: What makes the result again, as the page says it; None: the call.
+    push_to_hub, private: The repository to upload the result to, and whether a new one is private.
+    dtype, trust_remote_code: As for `w8a8.NamedModel`.
 
     Raises:
         SchemeError: it contradicts itself, or has a static scheme and no data.
@@ -96,19 +101,25 @@ class Job:
     target: str | None = None
     overwrite: bool = False
     dry_run: bool = False
+    eval_text: str | None = None
+    report: Path | None = None
+    command: str | None = None
+    push_to_hub: str | None = None
+    private: bool = False
     dtype: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         scheme = Scheme.of(self.scheme)
+        if self.private and self.push_to_hub is None:
+            raise SchemeError(
+                "--private is of a new repository on the hub: give --push-to-hub OWNER/NAME, or leave it out"
+            )
         if self.target not in (None, "vllm"):
             raise SchemeError(f"--target {self.target} is unknown; use vllm, or leave it out")
         observer_of(self.observer)
-        if scheme.static and self.calibration is None:
-            raise SchemeError(
-                f"--scheme {scheme.name} has static activation scales, which are measured on calibration data: "
-                "give --calib FILE, or take a dynamic scheme; `w8a8 schemes` lists them"
-            )
+        if self.calibration is None:
+            scheme.check_without_data()
         if self.stream and self.search is not None:
             raise SchemeError("--budget measures a model in memory on --text FILE: give that, and leave out --stream")
         loads = self.dtype != "auto" or self.trust_remote_code
@@ -117,6 +128,11 @@ class Job:
                 "--stream goes from files to files: smoothing takes --calib FILE, --dtype is that of the files, and "
                 "remote code is for models in memory; give the one, leave out the other, or leave out --stream"
             )
+
+    @property
+    def named(self) -> NamedModel:
+        """The model, and how it is opened."""
+        return NamedModel(self.model, self.dtype, trust_remote_code=self.trust_remote_code)
 
     @property
     def _takes_more(self) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from w8a8.core.progress import Progress
 
@@ -23,6 +23,15 @@ class Watcher:
 
     def planned(self, plan: "Plan", prediction: "Prediction") -> None:
         """What becomes of which file, and what that will take, before its first byte is written."""
+
+    def made(self, made: Any) -> None:
+        """The directory is whole, or would be after a dry run; a `w8a8.Made` says what it is."""
+
+    def compared(self, made: Any) -> None:
+        """It was compared with the float model."""
+
+    def drawn(self, made: Any) -> None:
+        """Its page is written."""
 
 
 @contextlib.contextmanager

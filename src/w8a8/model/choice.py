@@ -21,7 +21,7 @@ from torch import nn
 from w8a8.core.scheme import Scheme
 from w8a8.layers.linear import QuantLinear
 from w8a8.model import ties
-from w8a8.model.experts import Experts, own_weights, taken, unstacked
+from w8a8.model.experts import Experts, own_weights, unstacked
 from w8a8.model.roles import Head
 from w8a8.model.selection import Schemes, Selection, assign, check_module, select, with_head
 from w8a8.model.swapping import swap, swapped
@@ -51,7 +51,7 @@ class Choice:
         exclude: Sequence[str] = (),
         *,
         head: Head | str = Head.FLOAT,
-        at_most: int | None = None,
+        stacks: tuple[Mapping[str, Experts], Mapping[str, str]] | None = None,
     ) -> "Choice":
         """Choose.
 
@@ -59,27 +59,32 @@ class Choice:
             model: Not modified.
             schemes: One for all layers, or by pattern, as for `assign`.
             include, exclude, head: As for `w8a8.quantize`.
-            at_most: Leave stacks of more experts than that.
+            stacks: What can take the places of stacks, and why others stay, where it is not all that can.
 
         Raises:
             PatternError, SchemeError, ModelError: as `select`, `assign` and `with_head`.
         """
         check_module(model)
         include = with_head(model, include, head)
-        experts, reasons = unstacked(model, at_most=at_most)
+        experts, reasons = unstacked(model) if stacks is None else stacks
         with swapped(model, experts):
             selection, by_layer = assign(select(model, include, exclude), schemes)
-        return cls(model, replace(selection, reasons=reasons | selection.reasons), by_layer, experts)
+        return cls(model, replace(selection, reasons={**reasons, **selection.reasons}), by_layer, dict(experts))
+
+    def on(self, model: nn.Module) -> "Choice":
+        """The same choice of another model of the same modules: one that is empty, or float again."""
+        experts, _ = unstacked(model)
+        return replace(self, model=model, experts={name: experts[name] for name in self.experts})
 
     @property
     def taken(self) -> dict[str, Experts]:
         """The experts that get layers of their own."""
-        return taken(self.experts, self.schemes)
+        return self.experts if len(self.outside) < len(self.schemes) else {}
 
     @property
     def outside(self) -> tuple[str, ...]:
         """The layers that are no experts', which smoothing sees stacked: so every expert is in one product."""
-        return tuple(name for name in self.schemes if not taken(self.experts, [name]))
+        return tuple(name for name in self.schemes if name.rsplit(".", 2)[0] not in self.experts)
 
     def unstacked(self) -> contextlib.AbstractContextManager[None]:
         """The experts with layers of their own, for the length of a `with` block."""

@@ -23,8 +23,8 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,6 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 last two."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-M = TypeVar("M", bound=nn.Module)
 _GATED, _PLAIN = ("gate_up_proj", "down_proj"), ("up_proj", "down_proj")
 _BOUND = 1e-5
 """Of a token's output, relative norm in float32: sums of few terms in another order."""
@@ -197,16 +196,6 @@ def unstacked(model: nn.Module, *, at_most: int | None = None) -> tuple[dict[str
     found, reasons = stacks(model)
     fitting = {n: m for n, m in found.items() if at_most is None or len(m.get_parameter("down_proj")) <= at_most}
     return {n: Experts(m, _names(n, _stacked(m), conversions)) for n, m in fitting.items()}, reasons
-
-
-def taken(experts: Mapping[str, M], chosen: Iterable[str]) -> dict[str, M]:
-    """Those that are to take their places: all, where one of the chosen layers is in any of them, else none.
-
-    Args:
-        experts: From `unstacked`, or the stacks, by the same names.
-        chosen: Names of layers; those of an expert are EXPERTS.NUMBER.LAYER.
-    """
-    return dict(experts) if any(name.rsplit(".", 2)[0] in experts for name in chosen) else {}
 
 
 def own_weights(experts: Experts) -> None:

@@ -8,8 +8,10 @@ mapping of them.  Whether what generates is causal is seen when it is scored (`e
 import enum
 import inspect
 from collections.abc import Set
+from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -77,26 +79,34 @@ def kind_of(kind: Any, config: Any) -> Kind:
 
 def kind_of_model(model: Any) -> Kind | None:
     """The same of a model; None where it is none of transformers'."""
-    config = getattr(model, "config", None)
-    return None if config is None or not hasattr(model, "can_generate") else kind_of(type(model), config)
+    return kind_of(type(model), model.config) if isinstance(model, PreTrainedModel) else None
 
 
-def check_kind(asked: str, kinds: Set[Kind], kind: Any, config: Any) -> Kind:
-    """Raise `ModelError` where something was asked of a model that models of its kind cannot do; else its kind.
+@dataclass(frozen=True)
+class Asked:
+    """Something that is asked of a model.
 
-    Args:
-        asked: What was asked, as the subject of "... was asked for".
-        kinds: Those that can.
-        kind: The class.
-        config: Of the model.
+    what: As the subject of "... was asked for".
+    kinds: The kinds of models that it can be asked of.
     """
-    found = kind_of(kind, config)
-    if found not in kinds:
-        raise ModelError(
-            f"{asked} was asked for, and {kind.__name__} is {found.value}: that takes "
-            f"{' or '.join(sorted(each.value for each in kinds))}; {way_out(found)}"
-        )
-    return found
+
+    what: str
+    kinds: Set[Kind] = frozenset({Kind.CAUSAL})
+
+    def check(self, kind: Any, config: Any) -> Kind:
+        """Raise `ModelError` where models of this class and config cannot do it; else say what kind they are."""
+        found = kind_of(kind, config)
+        if found not in self.kinds:
+            raise ModelError(
+                f"{self.what} was asked for, and {kind.__name__} is {found.value}: that takes "
+                f"{' or '.join(sorted(each.value for each in self.kinds))}; {way_out(found)}"
+            )
+        return found
+
+    def check_model(self, model: Any) -> None:
+        """The same of a model, where it is one of transformers'."""
+        if isinstance(model, PreTrainedModel):
+            self.check(type(model), model.config)
 
 
 def check_served(kind: Any, config: Any) -> None:
@@ -108,7 +118,7 @@ def check_served(kind: Any, config: Any) -> None:
     """
     others = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
     if not any(kind.__name__ in names.values() for names in others):
-        check_kind("serving", {Kind.CAUSAL}, kind, config)
+        Asked("serving").check(kind, config)
 
 
 def way_out(kind: Kind) -> str:

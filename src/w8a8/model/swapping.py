@@ -6,10 +6,10 @@ Every new layer is made before the first old one is replaced, so that a failure 
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
-from w8a8 import kernels
 from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
@@ -22,20 +22,18 @@ def build(
     model: nn.Module,
     schemes: Mapping[str, Scheme],
     *,
-    simulated: bool = False,
-    kernel: str = kernels.AUTO,
-    strict: bool = False,
     input_params: Mapping[str, QParams] | None = None,
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, QuantLinear]:
     """Make the new layers.  The model is not modified.
 
     Args:
         model: It has the layers.
         schemes: By their names, of those that are quantised.
-        simulated, kernel, strict: As for `QuantLinear`.
         input_params: The grid of the input of each of them whose scheme has static activations.
         progress: Called after each layer.
+        options: simulated, kernel and strict, as for `QuantLinear`.
 
     Raises:
         W8A8Error: as `QuantLinear.from_float`, with a note that names the layer.
@@ -43,14 +41,8 @@ def build(
     layers = {}
     for done, (name, scheme) in enumerate(schemes.items(), start=1):
         try:
-            layers[name] = QuantLinear.from_float(
-                model.get_submodule(name),
-                scheme,
-                simulated=simulated,
-                kernel=kernel,
-                strict=strict,
-                input_params=None if input_params is None else input_params.get(name),
-            )
+            params = None if input_params is None else input_params.get(name)
+            layers[name] = QuantLinear.from_float(model.get_submodule(name), scheme, input_params=params, **options)
         except W8A8Error as error:
             error.add_note(f"while quantising {name}")
             raise

@@ -46,6 +46,21 @@ class Smoothing:
         check_alpha(alpha)
         return cls(float(alpha), (float(alpha),))
 
+    @classmethod
+    def asked(cls, smooth: "Smoothing | str | float | None", *, calibrated: bool) -> "Smoothing":
+        """The same, or where nothing is said "auto" with calibration data and "none" without.
+
+        Raises:
+            SchemeError: as `of`; or there is no data, and something is to be smoothed.
+        """
+        way = (AUTO if calibrated else NONE) if smooth is None else cls.of(smooth)
+        if way != NONE and not calibrated:
+            raise SchemeError(
+                f"smooth={way.told!r} was asked for, which needs calibration data to see the outliers of activations: "
+                "give calibration=, or smooth='none'"
+            )
+        return way
+
 
 NONE = Smoothing("none")
 SEARCHED = Smoothing("searched", GRID, forced=False)

@@ -123,8 +123,8 @@ def run(
             return found
 
         def told(prediction: Prediction, coverage: Coverage, smooth: SmoothReport | None) -> Streamed:
-            counts = len(plan.shards), len(work.finished)
-            return Streamed(target, plan.scheme, coverage, plan.untied, smooth, prediction, *counts, us.rank == 0)
+            counts, untied = (len(plan.shards), len(work.finished)), plan.choice.selection.untied
+            return Streamed(target, plan.scheme, coverage, untied, smooth, prediction, *counts, us.rank == 0)
 
         if dry_run:
             return told(us.together(predicted), plan.coverage, None)

@@ -32,7 +32,7 @@ from w8a8.errors import CheckpointError, SchemeError, few
 from w8a8.layers.linear import is_conv1d
 from w8a8.model.choice import Choice
 from w8a8.model.coverage import Coverage, coverage
-from w8a8.model.experts import Experts
+from w8a8.model.experts import Experts, unstacked
 from w8a8.model.swapping import empty_layer, swap
 
 PIECE = 8 << 20
@@ -111,20 +111,19 @@ class Shard:
 class Plan:
     """The whole job.
 
+    choice: Made of an empty model, and enacted there.
     config: The config.json of the result.
     findings: What vLLM will make of it.
-    model: The name of the model's class.
     unwanted: Tensors of the source that the model's class does without, and so the result.
     """
 
     source: Directory
+    choice: Choice
     scheme: Scheme
     shards: tuple[Shard, ...]
     config: dict[str, Any]
     coverage: Coverage
-    untied: dict[str, str]
     findings: tuple[Finding, ...]
-    model: str
     unwanted: tuple[str, ...]
 
     @property
@@ -159,7 +158,8 @@ def make_plan(
         raise SchemeError(f"{source.path} is quantised already: give the directory of the float model")
     check_counts(source)
     model = empty_model(source)
-    choice = Choice.of(model, scheme, include, exclude, head=head, at_most=_most_experts(source))
+    stacks = unstacked(model, at_most=_most_experts(source))
+    choice = Choice.of(model, scheme, include, exclude, head=head, stacks=stacks)
     swap(model, choice.taken)
     selection = choice.selection
     names = FileNames(model)
@@ -188,8 +188,7 @@ def make_plan(
     config = config_of(model, _stated_dtype(model, steps)) | {"quantization_config": to_json(describe(model))}
     shards = _cut(steps, shard_bytes)
     told = coverage(model, selection.reasons)
-    kind = type(model).__name__
-    return Plan(source, scheme, shards, config, told, selection.untied, foresee_as_it_is(model), kind, unwanted)
+    return Plan(source, choice, scheme, shards, config, told, foresee_as_it_is(model), unwanted)
 
 
 def _most_experts(source: Directory) -> int:

@@ -1,0 +1,123 @@
+"""What is measured of models by their names: a perplexity, a study, the sensitivity of layers, speed.
+
+What is asked of a model is held against its kind before a weight is read (`w8a8.checkpoint.opening`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from w8a8.analysis import Sensitivity, layers, sensitivity
+from w8a8.analysis import study as studies
+from w8a8.calibration.sources import content_of
+from w8a8.checkpoint.opening import Named, NamedModel, OpenedModel, open_model
+from w8a8.core.scheme import Scheme
+from w8a8.evaluation import Evaluation, Text, encode, perplexity, scores, speed
+from w8a8.jobs.watching import Watcher
+from w8a8.model.choice import unstack_experts_
+from w8a8.model.kinds import Asked
+from w8a8.pipeline import quantize
+
+
+def score_model(
+    model: Named, text: str, *, max_tokens: int | None = None, watcher: Watcher | None = None, **options: Any
+) -> Evaluation:
+    """The perplexity of a text, or the pseudo-perplexity: what `w8a8 eval` measures of one model.
+
+    Args:
+        model: Causal, or masked.
+        text: A file, or a data set on the hub.
+        max_tokens: Only the first so many.
+        watcher: Told how it goes.
+        options: As for `w8a8.evaluation.perplexity`.
+
+    Raises:
+        ModelError: it is of another kind; as `open_model` and `w8a8.evaluation.perplexity`.
+        CheckpointError, TextError: the model or the text cannot be read.
+    """
+    opened, encoded = _with_text(model, scores.ASKED, text)
+    with (watcher or Watcher()).stage("scoring") as step:
+        return perplexity(opened.model, encoded.first(max_tokens), progress=step, **options)
+
+
+def study_model(
+    model: Named, text: str, *, max_tokens: int | None = None, watcher: Watcher | None = None, **options: Any
+) -> studies.Study:
+    """Every granularity of weights and activations, simulated: what `w8a8 study` measures.
+
+    Args:
+        model: Float and causal.
+        text, max_tokens, watcher: As for `score_model`.
+        options: As for `w8a8.study`.
+
+    Raises:
+        Others: as `score_model` and `w8a8.study`.
+    """
+    opened, encoded = _with_text(model, studies.ASKED, text)
+    with (watcher or Watcher()).stage("studying") as step:
+        return studies.study(opened.model, encoded.first(max_tokens).ids, progress=step, **options)
+
+
+def rank_layers(
+    model: Named, text: str, scheme: Scheme | str = "w8a8", *, watcher: Watcher | None = None, **options: Any
+) -> Sensitivity:
+    """What quantising each layer does, those of experts too: what `w8a8 sensitivity` measures.
+
+    Args:
+        model: Float and causal.
+        text, watcher: As for `score_model`.
+        scheme, options: As for `w8a8.sensitivity`.
+
+    Raises:
+        Others: as `score_model` and `w8a8.sensitivity`.
+    """
+    wanted = Scheme.of(scheme)
+    opened, encoded = _with_text(model, layers.ASKED, text)
+    unstack_experts_(opened.model)
+    with (watcher or Watcher()).stage("measuring") as step:
+        return sensitivity(opened.model, encoded, wanted, progress=step, **options)
+
+
+def time_models(
+    model: Named,
+    against: Sequence[str] = (),
+    *,
+    scheme: Scheme | str = "w8a8",
+    watcher: Watcher | None = None,
+    **options: Any,
+) -> dict[str, speed.Speed]:
+    """How fast models read and write, in turns, by their names: what `w8a8 bench` measures.
+
+    Args:
+        model: Causal, as are the others.
+        against: Others, opened as this one is; they come first.
+        scheme: What a float model with nothing to be against is quantised in, to be timed beside itself.
+        watcher, options: As for `score_model`, and for `w8a8.evaluation.speed.measure_speed`.
+
+    Raises:
+        SchemeError: the scheme has static activation scales, or as `w8a8.quantize`.
+        Others: as `score_model` and `w8a8.evaluation.speed.measure_speed`.
+    """
+    wanted, named = Scheme.of(scheme), NamedModel.of(model)
+    wanted.check_without_data(
+        "take a dynamic scheme, or save the model with `w8a8 quantize --calib FILE` and name both, the float one as "
+        "--against"
+    )
+    models: dict[str, Any] = {}
+    for name in dict.fromkeys((*against, str(named.name))):
+        each = replace(named, name=name)
+        is_float = each.directory.quantization is None
+        if is_float:
+            each = replace(each, head="float")
+        models[name] = open_model(each, speed.ASKED).model
+        if is_float and not against:
+            models[f"{name} in {wanted.name}"] = quantize(open_model(each).model, wanted, head=named.head).model
+    with (watcher or Watcher()).stage("timing") as step:
+        return speed.measure_speed(models, progress=step, **options)
+
+
+def _with_text(model: Named, asked: Asked, text: str) -> tuple[OpenedModel, Text]:
+    """The model and the text, which is read first."""
+    content = content_of(text)
+    opened = open_model(model, asked)
+    return opened, encode(opened.tokenizer, content)
