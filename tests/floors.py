@@ -37,6 +37,7 @@ INSIDE = {
     "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "select", "ops"],
     "layers": ["saving", "straight_through", "weight", "weights", "buffers", "linear"],
     "model": [
+        "pretrained",
         "kinds",
         "inputs",
         "sources",

@@ -34,6 +34,39 @@ def test_help_imports_no_torch():
     assert run(code).endswith("False")
 
 
+def test_a_plain_model_needs_no_transformers_and_nothing_that_comes_with_it():
+    code = """
+import sys
+for name in ("transformers", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "yaml"):
+    sys.modules[name] = None  # an import of it fails
+import torch
+from torch import nn
+import w8a8
+from w8a8.evaluation.outputs import compare_outputs
+
+def made():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+
+batches = [torch.randn(8, 32) for _ in range(4)]
+results = [
+    w8a8.quantize(made()),
+    w8a8.quantize(made(), "w8a8-static", calibration=batches, smooth="searched"),
+    w8a8.simulate(made(), "w8a8-o3", calibration=batches, smooth="none"),
+]
+for result in results:
+    assert len(result.schemes) == 2, result.coverage
+    assert compare_outputs(result.model, made(), batches).cosine.mean > 0.999
+assert w8a8.outliers.inject_(made(), torch.rand(32) + 0.5, inputs=batches[0])
+assert w8a8.smooth_(made(), batches, alpha=0.5).smoothed
+assert results[0].uncalled() == [] and results[1].smooth.smoothed
+again = w8a8.QuantLinear.from_float(nn.Linear(32, 8), "w8a8-asym")
+assert again(batches[0]).shape == (8, 8)
+print(w8a8.functional.__name__, w8a8.dataflow.observe.__name__)
+"""
+    assert run(code) == "w8a8.functional observe"
+
+
 @pytest.mark.parametrize("name", w8a8.__all__)
 def test_every_public_name_is_there(name):
     assert getattr(w8a8, name) is not None

@@ -19,10 +19,10 @@ from w8a8.calibration.observers import AbsMax as AbsMax
 from w8a8.calibration.observers import MinMax as MinMax
 from w8a8.calibration.observers import Percentile as Percentile
 from w8a8.calibration.reservoir import Reservoir as Reservoir
-from w8a8.checkpoint import load as load
-from w8a8.checkpoint import push_to_hub as push_to_hub
-from w8a8.checkpoint import save as save
+from w8a8.checkpoint.hub import push_to_hub as push_to_hub
 from w8a8.checkpoint.opening import NamedModel as NamedModel
+from w8a8.checkpoint.reader import load as load
+from w8a8.checkpoint.writer import save as save
 from w8a8.core import affine as affine
 from w8a8.core.affine import QParams as QParams
 from w8a8.core.affine import QTensor as QTensor

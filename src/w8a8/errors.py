@@ -3,12 +3,13 @@
 Each is also the built-in error it resembles (`ValueError`, `OSError`, ...), so that code which does not
 know this package still catches it.  A message has four parts: what was asked, what was found, where, and
 the way out.  The function that finds the fault raises with its numbers; whoever walks a model or a
-directory adds the place with `add_note`.  Our own mistakes are bare `assert`s and are not in here.
+directory adds the place (`noted`).  Our own mistakes are bare `assert`s and are not in here.
 """
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class W8A8Error(Exception):
@@ -80,6 +81,16 @@ class TextError(W8A8Error, OSError):
 
 class ReportError(W8A8Error, ValueError):
     """Records that no page can be made from, or a page that cannot be made here."""
+
+
+@contextlib.contextmanager
+def noted(place: str, kind: type[W8A8Error] = W8A8Error) -> Iterator[None]:
+    """A user's mistake that is found in a `with` block says where."""
+    try:
+        yield
+    except kind as error:
+        error.add_note(place)
+        raise
 
 
 def closest(name: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -57,7 +57,7 @@ def test_every_other_model_keeps_its_names(make):
 
 def test_what_cannot_be_taken_back_is_not_renamed(monkeypatch):
     lossy = [WeightRenaming(r"\.(mlp|norm)\.", r".other.")]
-    monkeypatch.setattr("w8a8.checkpoint.names.get_model_conversion_mapping", lambda *_, **__: lossy)
+    monkeypatch.setattr("w8a8.checkpoint.names.conversions", lambda *_, **__: lossy)
     assert FileNames(apart(mixtral())).renamings == []
 
 
@@ -143,7 +143,7 @@ def test_a_directory_whose_path_matches_lets_nothing_in(tmp_path, monkeypatch):
 
 def test_a_tied_head_is_ignored_under_the_name_that_files_would_have_for_it(tmp_path, monkeypatch):
     renamed = [WeightRenaming(r"^head\.", r"lm_head.")]
-    monkeypatch.setattr("w8a8.checkpoint.names.get_model_conversion_mapping", lambda *_, **__: renamed)
+    monkeypatch.setattr("w8a8.checkpoint.names.conversions", lambda *_, **__: renamed)
     model = w8a8.quantize(mixtral(tie_word_embeddings=True)).model
     assert "head" in model.config.quantization_config["ignore"]
     w8a8.save(model, tmp_path / "model")

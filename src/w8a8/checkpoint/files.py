@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from w8a8.checkpoint.headers import Entry, read_header
@@ -112,6 +111,8 @@ def opened(path: Path) -> Iterator[Any]:
     Raises:
         CheckpointError: the library refuses it all the same.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

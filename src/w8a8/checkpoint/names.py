@@ -17,13 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 
 from w8a8.checkpoint.headers import Entry, each_once
 from w8a8.layers.linear import QuantLinear, is_linear
-from w8a8.model.experts import holds_experts, stack_names, stacks_experts
+from w8a8.model.experts import holds_experts, stack_names
+from w8a8.model.pretrained import conversions, renames, stacks_experts
 
 _REMADE = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 """Tables that old files hold and models make themselves: what such a buffer ends with, and what is then left out."""
@@ -41,12 +39,10 @@ class FileNames:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = type(model).__name__
-        known = _conversions(model)
+        known = conversions(model, legacy=True)
         apart = holds_experts(model)
-        self._reading = [each for each in known if isinstance(each, WeightRenaming)]
-        self._converting = [
-            each for each in known if isinstance(each, WeightConverter) and not (apart and stacks_experts(each))
-        ]
+        self._reading = [each for each in known if renames(each)]
+        self._converting = [each for each in known if not (renames(each) or (apart and stacks_experts(each)))]
         self.renamings = _renamings(model) if apart else []
         self._back = _reversed(self.renamings)
         self._tensors = set(_stored(model))
@@ -131,15 +127,9 @@ def renamed_stacks(model: nn.Module) -> list[str]:
     return [name for name in stack_names(model) if _renamed(f"{name}.", back) != f"{name}."]
 
 
-def _conversions(model: nn.Module, *, legacy: bool = True) -> list[Any]:
-    """What transformers does with the files' tensors while it loads the model."""
-    return get_model_conversion_mapping(model, add_legacy=legacy) if isinstance(model, PreTrainedModel) else []
-
-
-def _renamings(model: nn.Module) -> list[WeightRenaming]:
+def _renamings(model: nn.Module) -> list[Any]:
     """Of the files' names, those that are undone in what is written."""
-    known = _conversions(model, legacy=False)
-    return [each for each in known if isinstance(each, WeightRenaming) and not isinstance(each, PrefixChange)]
+    return [each for each in conversions(model) if renames(each, prefix=False)]
 
 
 def _stored(model: nn.Module) -> Iterator[str]:
@@ -151,7 +141,7 @@ def _stored(model: nn.Module) -> Iterator[str]:
                 yield f"{path}.{key}" if path else key
 
 
-def _reversed(renamings: list[WeightRenaming]) -> list[Any]:
+def _reversed(renamings: list[Any]) -> list[Any]:
     return [renaming.reverse_transform() for renaming in reversed(renamings)]
 
 

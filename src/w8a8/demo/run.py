@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from w8a8 import kernels
-from w8a8.checkpoint import load, save
 from w8a8.checkpoint.opening import OpenedModel, open_model
-from w8a8.core.progress import Progress
+from w8a8.checkpoint.reader import load
+from w8a8.checkpoint.writer import save
+from w8a8.core.progress import Progress, tell
 from w8a8.demo.corpus import held_out_text
 from w8a8.evaluation import compare, context_length, encode, perplexity
 from w8a8.evaluation.generation import continue_text
@@ -117,8 +118,7 @@ def run_demo(
     Raises:
         TextError: the standard library's sources, which hold the text, are not there.
     """
-    if progress is not None:
-        progress(0, len(SCHEMES), "float")
+    tell(progress, 0, len(SCHEMES), "float")
     opened = demo_model()
     text = encode(opened.tokenizer, held_out_text()).first(max_tokens)
     length = context_length(opened.model)
@@ -157,8 +157,7 @@ def run_demo(
             if not sample:
                 coverage = str(result.coverage)
                 sample = continue_text(loaded, PROMPT, max_new_tokens=_NEW_TOKENS).text
-        if progress is not None:
-            progress(done, len(SCHEMES), scheme)
+        tell(progress, done, len(SCHEMES), scheme)
         report = DemoReport(
             sum(p.numel() for p in opened.model.parameters()),
             text.ids.numel(),

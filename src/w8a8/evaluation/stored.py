@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from w8a8.checkpoint.files import header, opened
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.errors import CheckpointError, ModelError
 from w8a8.evaluation.scores import ROWS, cut, predictions, token_losses
 from w8a8.evaluation.text import Text
@@ -61,6 +60,8 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
+        from safetensors.torch import save_file
+
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         told = {name: str(getattr(self, name)) for name in ("vocabulary", "seq_len", "stride", "text", "model")}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,8 +121,7 @@ def store(
             top.append(places[:, :top_k].to(torch.int32).cpu())
             log_rest.append(values[:, top_k:].logsumexp(-1).to(torch.float32).cpu())  # -inf where nothing is left
         best.append(logits.argmax(-1).cpu())
-        if progress is not None:
-            progress(done, len(windows), "reference")
+        tell(progress, done, len(windows), "reference")
     return Reference(
         torch.cat(losses).cpu(),
         torch.cat(best),

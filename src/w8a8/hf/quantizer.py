@@ -32,7 +32,8 @@ from w8a8.hf.arriving import Arriving, arriving_of
 from w8a8.layers.linear import quant_linears
 from w8a8.layers.weights import make_weight
 from w8a8.model.choice import Choice
-from w8a8.model.experts import holds_experts, mark_arriving, stacks_experts
+from w8a8.model.experts import holds_experts, mark_arriving
+from w8a8.model.pretrained import stacks_experts
 from w8a8.model.roles import Head
 from w8a8.model.swapping import build, empty_layer, swap
 

@@ -28,12 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from w8a8.defaults import usual_defaults
 from w8a8.layers.linear import has_hooks, quant_linears
+from w8a8.model.pretrained import conversions, stacks_experts
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 """Of an expert's layers, where transformers has no conversion that says how the files call them; without a gate, the
@@ -192,10 +190,10 @@ def unstacked(model: nn.Module, *, at_most: int | None = None) -> tuple[dict[str
     Returns:
         The new modules, and the reasons why other modules with stacked parameters are left, each by name.
     """
-    conversions = _conversions(model)
+    stacking = [each for each in conversions(model) if stacks_experts(each)]
     found, reasons = stacks(model)
     fitting = {n: m for n, m in found.items() if at_most is None or len(m.get_parameter("down_proj")) <= at_most}
-    return {n: Experts(m, _names(n, _stacked(m), conversions)) for n, m in fitting.items()}, reasons
+    return {n: Experts(m, _names(n, _stacked(m), stacking)) for n, m in fitting.items()}, reasons
 
 
 def own_weights(experts: Experts) -> None:
@@ -328,26 +326,12 @@ def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
     return f"{type(stack).__name__} computes something else (relative difference {error:.1e} on random weights)"
 
 
-def stacks_experts(conversion: Any) -> bool:
-    """Whether one of transformers' conversions makes a stack of the files' expert layers."""
-    kinds = [type(operation) for operation in getattr(conversion, "operations", ())]
-    return kinds in ([MergeModulelist, Concatenate], [MergeModulelist])
-
-
-def _conversions(model: nn.Module) -> list[WeightConverter]:
-    """What stacks experts while transformers loads this model."""
-    if not isinstance(model, PreTrainedModel):
-        return []
-    known: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
-    return [conversion for conversion in known if stacks_experts(conversion)]
-
-
-def _names(stack: str, stacked: tuple[str, str], conversions: list[WeightConverter]) -> tuple[str, ...]:
+def _names(stack: str, stacked: tuple[str, str], stacking: list[Any]) -> tuple[str, ...]:
     """How the files call the layers of each expert of a stack."""
     usual = usual_names(stacked)
     found: list[list[str]] = []
     for parameter in stacked:
-        for conversion in conversions:
+        for conversion in stacking:
             back = conversion.reverse_transform()
             if back.rename_source_key(f"{stack}.{parameter}")[1] is not None:
                 found.append([pattern.removesuffix(".weight").rpartition(".")[2] for pattern in back.target_patterns])

@@ -11,14 +11,8 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-)
-
 from w8a8.errors import ModelError
+from w8a8.model.pretrained import is_pretrained
 
 
 class Kind(enum.Enum):
@@ -58,6 +52,8 @@ def kind_of(kind: Any, config: Any) -> Kind:
         kind: A class of transformers' models.
         config: Of the model.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
+
     taken = inspect.signature(kind.forward).parameters
     main = getattr(kind, "main_input_name", None)
     name = kind.__name__
@@ -69,7 +65,7 @@ def kind_of(kind: Any, config: Any) -> Kind:
         return Kind.SOUND
     if main != "input_ids" or "input_ids" not in taken:
         return Kind.OTHER
-    masked = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM")
+    masked = name in MASKED_NAMES.values() or name.endswith("ForMaskedLM")
     if masked and not getattr(config, "is_decoder", False):
         return Kind.MASKED
     if kind.can_generate():
@@ -79,7 +75,7 @@ def kind_of(kind: Any, config: Any) -> Kind:
 
 def kind_of_model(model: Any) -> Kind | None:
     """The same of a model; None where it is none of transformers'."""
-    return kind_of(type(model), model.config) if isinstance(model, PreTrainedModel) else None
+    return kind_of(type(model), model.config) if is_pretrained(model) else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,9 @@ def check_served(kind: Any, config: Any) -> None:
         kind: The class.
         config: Of the model.
     """
-    others = (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+    from transformers.models.auto import modeling_auto as auto
+
+    others = (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
     if not any(kind.__name__ in names.values() for names in others):
         Asked("serving").check(kind, config)
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from w8a8.core.affine import QParams
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import Scheme
-from w8a8.errors import SchemeError, W8A8Error
+from w8a8.errors import noted
 from w8a8.layers.linear import QuantLinear
 from w8a8.model.places import places
 
@@ -40,14 +40,10 @@ def build(
     """
     layers = {}
     for done, (name, scheme) in enumerate(schemes.items(), start=1):
-        try:
-            params = None if input_params is None else input_params.get(name)
+        params = None if input_params is None else input_params.get(name)
+        with noted(f"while quantising {name}"):
             layers[name] = QuantLinear.from_float(model.get_submodule(name), scheme, input_params=params, **options)
-        except W8A8Error as error:
-            error.add_note(f"while quantising {name}")
-            raise
-        if progress is not None:
-            progress(done, len(schemes), name)
+        tell(progress, done, len(schemes), name)
     return layers
 
 
@@ -57,11 +53,8 @@ def empty_layer(model: nn.Module, name: str, scheme: Scheme) -> QuantLinear:
     Raises:
         SchemeError: as `QuantLinear`, with a note that names the layer.
     """
-    try:
+    with noted(f"while quantising {name}"):
         return QuantLinear.in_place_of(model.get_submodule(name), scheme)
-    except SchemeError as error:
-        error.add_note(f"while quantising {name}")
-        raise
 
 
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -10,9 +10,9 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from w8a8.model.kinds import output_config
+from w8a8.model.pretrained import is_pretrained
 
 
 def forget(model: nn.Module, layers: Collection[str]) -> None:
@@ -60,4 +60,4 @@ def _without(model: nn.Module, layers: Collection[str]) -> list[Any]:
 def _parts(model: nn.Module) -> list[tuple[str, Any]]:
     """The model and those in it that are models of transformers, each with what its names begin with."""
     named = model.named_modules()
-    return [(f"{name}." if name else "", part) for name, part in named if isinstance(part, PreTrainedModel)]
+    return [(f"{name}." if name else "", part) for name, part in named if is_pretrained(part)]

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from w8a8.dataflow.groups import Group
@@ -116,6 +114,9 @@ def inject_(
 def _read(profile: Profile) -> dict[str, Tensor]:
     """Profiles by name; a single one under the name ""."""
     if isinstance(profile, str | os.PathLike):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
         try:
             entries: dict[str, Any] = dict(load_file(Path(profile)))
         except (OSError, SafetensorError) as error:
