@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from w8a8.report import plots, png
-from w8a8.report.markup import Column, drawing, figure, folded, table, text
+from w8a8.report.markup import Column, Columns, drawing, figure, folded, table, text
 from w8a8.report.numbers import fixed, grouped, percent, scientific, significant, without
 from w8a8.report.records import Channels, Histogram, Layer, Records, Remedy
 
@@ -18,37 +18,33 @@ def worst(records: Records) -> str:
     for r in records.remedies:
         helped.setdefault(r.layer, []).append(r)
     if records.rankings is not None:
-        ranks = {
-            "rank, quantised alone": records.rankings.kl_alone,
-            "rank, spared": records.rankings.kl_spared,
-        }
+        ranks = {"rank, quantised alone": records.rankings.kl_alone, "rank, spared": records.rankings.kl_spared}
         note = "Two rankings: by the KL of quantising a layer alone, and by the KL saved by leaving it alone in float."
     else:
         measured = [layer for layer in records.layers if layer.output_sqnr_db is not None]
         ranks = {"rank, output SQNR": [x.name for x in sorted(measured, key=lambda x: x.output_sqnr_db or 0.0)]}
         note = "Ranked by output SQNR, the lowest first: effects on the final KL were not measured."
-    names = list(dict.fromkeys(name for order in zip(*_first(ranks), strict=False) for name in order))
+    names = list(
+        dict.fromkeys(
+            name for order in zip(*(order[:_WORST] for order in ranks.values()), strict=False) for name in order
+        )
+    )
     names += [name for name in helped if name not in names]
     if not names:
         return ""
     by_name = {layer.name: layer for layer in records.layers}
     places = [{name: place for place, name in enumerate(order, start=1)} for order in ranks.values()]
     rows = [
-        [
-            name,
-            *(place.get(name) for place in places),
-            *_measures(by_name.get(name)),
-            _best(helped.get(name, [])),
-        ]
+        [name, *(place.get(name) for place in places), *_measures(by_name.get(name)), _best(helped.get(name, []))]
         for name in names
     ]
-    columns = [
-        Column("layer"),
-        *(Column(title) for title in ranks),
+    columns: Columns = [
+        "layer",
+        *ranks,
         Column("output SQNR, dB", fixed(1)),
         Column("KL alone, nats", scientific),
         Column("KL spared, nats", scientific),
-        Column("best remedy, and its measured gain"),
+        "best remedy, and its measured gain",
     ]
     if records.measured_on is not None:
         note = f"{note} {records.measured_on}"
@@ -74,13 +70,9 @@ def _remedies(records: Records) -> str:
     if not records.remedies:
         return ""
     title = "Every remedy that was tried"
-    columns = [Column("layer"), Column("remedy"), Column("KL falls by, nats", scientific), Column("how, or why not")]
+    columns: Columns = ["layer", "remedy", Column("KL falls by, nats", scientific), "how, or why not"]
     rows = [[r.layer, r.remedy, r.gain_kl_nats, r.note] for r in records.remedies]
     return folded(title, table(columns, rows, caption=title))
-
-
-def _first(ranks: dict[str, list[str]]) -> list[list[str]]:
-    return [order[:_WORST] for order in ranks.values()]
 
 
 def _measures(layer: Layer | None) -> tuple[float | None, float | None, float | None]:
@@ -118,7 +110,7 @@ def by_depth(records: Records) -> str:
             len(records.layers) - len(positive), "layers, with an effect that is absent or not above zero,"
         )
         data = table(
-            [Column("layer"), Column("KL alone, nats", scientific), Column("KL spared, nats", scientific)],
+            ["layer", Column("KL alone, nats", scientific), Column("KL spared, nats", scientific)],
             [[x.name, x.kl_alone, x.kl_spared] for x in records.layers],
             caption=title,
         )
@@ -127,7 +119,7 @@ def by_depth(records: Records) -> str:
 
 
 def _values(layers: Sequence[Layer], measure: str, title: str) -> str:
-    columns = [Column("layer"), Column("kind"), Column("block"), Column(title, fixed(2))]
+    columns: Columns = ["layer", "kind", "block", Column(title, fixed(2))]
     return table(columns, [[x.name, x.kind, x.block, getattr(x, measure)] for x in layers], caption=title)
 
 
@@ -214,7 +206,7 @@ def _heat(kind: str, rows: Sequence[Channels], low: float, high: float) -> str:
     )
     data = table(
         [
-            Column("layer"),
+            "layer",
             *(Column(f"{what} {when}", significant(3)) for when in ("before", "after") for what in ("max", "median")),
         ],
         [[row.layer, *_ends(row.before), *_ends(row.after)] for row in rows],

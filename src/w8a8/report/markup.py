@@ -8,7 +8,7 @@ import html
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from w8a8.report.numbers import ABSENT
 
@@ -25,6 +25,10 @@ class Column:
     title: str
     shown: Callable[[Any], str] = str
     about: str = ""
+
+
+Columns: TypeAlias = Sequence[Column | str]
+"""Of a table; a heading alone where values read as they are."""
 
 
 def text(value: object) -> str:
@@ -44,7 +48,7 @@ def embedded(value: Any) -> str:
     return document
 
 
-def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], *, caption: str, key: str | None = None) -> str:
+def table(columns: Columns, rows: Sequence[Sequence[Any]], *, caption: str, key: str | None = None) -> str:
     """A table; the first cell of a row is its heading.
 
     Args:
@@ -53,8 +57,9 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], *, caption: 
         caption: What it holds; read aloud, and shown where `key` is None.
         key: An id; its headings are then buttons that sort, and numbers carry their full value.
     """
+    whole = [Column(each) if isinstance(each, str) else each for each in columns]
     heads, numeric = [], []
-    for place, column in enumerate(columns):
+    for place, column in enumerate(whole):
         numbers = [row[place] for row in rows if row[place] is not None]
         numeric.append(bool(place and numbers and all(isinstance(v, int | float) for v in numbers)))
         right = ' class="n"' if numeric[-1] else ""
@@ -62,10 +67,11 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[Any]], *, caption: 
         name = text(column.title)
         if key is not None:
             name = f'<button type="button" data-column="{place}">{name}<span aria-hidden="true"></span></button>'
-        heads.append(f'<th scope="col"{right}{about}{_sort(key)}>{name}</th>')
+        sort = "" if key is None else ' aria-sort="none"'
+        heads.append(f'<th scope="col"{right}{about}{sort}>{name}</th>')
     body = "".join(
         "<tr>"
-        + "".join(_cell(c, v, n, i == 0, key) for i, (c, v, n) in enumerate(zip(columns, row, numeric, strict=True)))
+        + "".join(_cell(c, v, n, i == 0, key) for i, (c, v, n) in enumerate(zip(whole, row, numeric, strict=True)))
         + "</tr>"
         for row in rows
     )
@@ -92,10 +98,6 @@ def figure(title: str, drawing: str, note: str, data: str) -> str:
 def drawing(svg: str, title: str) -> str:
     """An SVG that scales with its column and has a name."""
     return svg.replace("<svg ", f'<svg role="group" aria-label="{text(title)}" ', 1)
-
-
-def _sort(key: str | None) -> str:
-    return "" if key is None else ' aria-sort="none"'
 
 
 def _cell(column: Column, value: Any, numeric: bool, heading: bool, key: str | None) -> str:

@@ -10,7 +10,7 @@ colour.  Every mark carries its data as its label.  Figures are drawn for a colu
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from w8a8.errors import ReportError
@@ -54,28 +54,21 @@ def svg(spec: dict[str, Any]) -> str:
     Raises:
         ReportError: vl-convert is not installed.
     """
-    return _renderer()(json.dumps({"$schema": "https://vega.github.io/schema/vega-lite/v5.json", **spec}))
-
-
-def _renderer() -> Callable[[str], str]:
     try:
         import vl_convert
     except ImportError as error:
         raise ReportError(
             f"a page's plots are drawn by vl-convert, which cannot be imported: {error}; pip install 'w8a8[report]'"
         ) from error
-    drawn: Callable[[str], str] = vl_convert.vegalite_to_svg
+    schema = {"$schema": "https://vega.github.io/schema/vega-lite/v5.json"}
+    drawn: str = vl_convert.vegalite_to_svg(json.dumps(schema | spec))
     return drawn
 
 
 def by_depth(layers: Sequence[Layer], measure: str, title: str, kinds: Sequence[str]) -> str:
     """A measure of every layer over depth, one series per kind; what stands outside the blocks comes last.
 
-    Args:
-        layers: Those that have the measure.
-        measure: The name of a field of `Layer`.
-        title: Of the y axis.
-        kinds: Of all layers, the drawn and the others, so that a kind looks alike in every plot.
+    `kinds` are of all layers, the drawn and the others, so that a kind looks alike in every plot.
     """
     beyond = 1 + max((layer.block for layer in layers if layer.block is not None), default=-1)
     rows = [
@@ -87,51 +80,20 @@ def by_depth(layers: Sequence[Layer], measure: str, title: str, kinds: Sequence[
         }
         for layer in layers
     ]
-    return _chart(
-        {
-            "data": {"values": rows},
-            "mark": _POINT,
-            "encoding": {
-                "x": _x("depth", "block", scale={"nice": False, "padding": 8}, whole=True),
-                "y": _y("value", title),
-                **_series(kinds),
-                "description": {"field": "label"},
-            },
-        }
-    )
+    x = _x("depth", "block", scale={"nice": False, "padding": 8}, whole=True)
+    return _chart(**_marks(rows, _POINT, x=x, y=_y("value", title), **_series(kinds)))
 
 
 def against(layers: Sequence[Layer], kinds: Sequence[str]) -> str:
-    """KL of a layer alone against what sparing it saves, on logarithmic axes; both must be positive.
-
-    Args:
-        layers: Those that are drawn.
-        kinds: Of all layers, as for `by_depth`.
-    """
+    """KL of a layer alone against what sparing it saves, on logarithmic axes; both must be positive."""
     rows = [
         {"alone": layer.kl_alone, "spared": layer.kl_spared, "kind": layer.kind, "label": _both(layer)}
         for layer in layers
     ]
-    axis = {"type": "log", "nice": False, "padding": 8}
-    return _chart(
-        {
-            "data": {"values": rows},
-            "mark": _POINT,
-            "encoding": {
-                "x": {
-                    **_x("alone", "KL with this layer alone quantised, nats", scale=axis),
-                    "axis": _logarithmic([x.kl_alone for x in layers]),
-                },
-                "y": {
-                    **_y("spared", "KL saved by sparing it, nats"),
-                    "scale": axis,
-                    "axis": _logarithmic([x.kl_spared for x in layers]),
-                },
-                **_series(kinds),
-                "description": {"field": "label"},
-            },
-        }
-    )
+    axis, marks = {"type": "log", "nice": False, "padding": 8}, _logarithmic([x.kl_alone for x in layers])
+    x = _x("alone", "KL with this layer alone quantised, nats", scale=axis) | {"axis": marks}
+    y = _y("spared", "KL saved by sparing it, nats", scale=axis, axis=_logarithmic([x.kl_spared for x in layers]))
+    return _chart(**_marks(rows, _POINT, x=x, y=y, **_series(kinds)))
 
 
 def histogram(found: Histogram) -> str:
@@ -143,58 +105,19 @@ def histogram(found: Histogram) -> str:
     top = max(1, *found.counts)
     codes, every = shown_codes(found)
     ticks = [{"value": (q - found.zero_point) * found.scale, "label": f"code {q}"} for q in codes]
-    ends = [ticks[0], ticks[-1]]
     value = {"field": "value", "type": "quantitative"}
-    label = {"description": {"field": "label"}}
+    x = _x("left", f"value; ticks: every {_nth(every)} code; dashed: the ends of the grid")
+    scale = {"type": "symlog", "domain": [0, top], "nice": False}
+    y = _y("count", "count", scale=scale, axis={"values": _decades(1, top)})
+    bar = {"type": "bar", "orient": "vertical", "color": "var(--s0)", "binSpacing": 0, "stroke": None}
+    tick = {"type": "tick", "color": "var(--s1)", "size": 10, "thickness": 1.5, "opacity": 1, "yOffset": -5}
+    rule = {"type": "rule", "color": "var(--s1)", "strokeDash": [5, 4], "strokeWidth": 1.5, "opacity": 1}
     return _chart(
-        {
-            "layer": [
-                {
-                    "data": {"values": bins},
-                    "mark": {
-                        "type": "bar",
-                        "orient": "vertical",
-                        "color": "var(--s0)",
-                        "binSpacing": 0,
-                        "stroke": None,
-                    },
-                    "encoding": {
-                        "x": _x("left", f"value; ticks: every {_nth(every)} code; dashed: the ends of the grid"),
-                        "x2": {"field": "right"},
-                        "y": {
-                            **_y("count", "count"),
-                            "scale": {"type": "symlog", "domain": [0, top], "nice": False},
-                            "axis": {"values": _decades(1, top)},
-                        },
-                        "y2": {"datum": 0},
-                        **label,
-                    },
-                },
-                {
-                    "data": {"values": ticks},
-                    "mark": {
-                        "type": "tick",
-                        "color": "var(--s1)",
-                        "size": 10,
-                        "thickness": 1.5,
-                        "opacity": 1,
-                        "yOffset": -5,
-                    },
-                    "encoding": {"x": value, "y": {"value": HEIGHT}, **label},
-                },
-                {
-                    "data": {"values": ends},
-                    "mark": {
-                        "type": "rule",
-                        "color": "var(--s1)",
-                        "strokeDash": [5, 4],
-                        "strokeWidth": 1.5,
-                        "opacity": 1,
-                    },
-                    "encoding": {"x": value, **label},
-                },
-            ]
-        }
+        layer=[
+            _marks(bins, bar, x=x, x2={"field": "right"}, y=y, y2={"datum": 0}),
+            _marks(ticks, tick, x=value, y={"value": HEIGHT}),
+            _marks([ticks[0], ticks[-1]], rule, x=value),
+        ]
     )
 
 
@@ -217,18 +140,8 @@ def alphas(groups: Sequence[GroupReport]) -> str:
         }
         for place, group in enumerate(groups)
     ]
-    return _chart(
-        {
-            "data": {"values": rows},
-            "mark": _POINT,
-            "encoding": {
-                "x": _place(),
-                "y": {**_y("alpha", "alpha"), "scale": {"domain": [0, 1]}},
-                **_series(["smoothed", "left alone"]),
-                "description": {"field": "label"},
-            },
-        }
-    )
+    y = _y("alpha", "alpha", scale={"domain": [0, 1]})
+    return _chart(**_marks(rows, _POINT, x=_place(), y=y, **_series(["smoothed", "left alone"])))
 
 
 def smoothing_errors(groups: Sequence[GroupReport]) -> str:
@@ -241,35 +154,16 @@ def smoothing_errors(groups: Sequence[GroupReport]) -> str:
         for place, group in enumerate(groups)
         for when, error in (("before", group.error_before), ("after", group.error_after))
     ]
-    place = _place()
-    axis = {
-        "scale": {"type": "log", "nice": False, "padding": 8},
-        "axis": _logarithmic([e for g in groups for e in (g.error_before, g.error_after)]),
-    }
+    title, scale = "relative output error", {"type": "log", "nice": False, "padding": 8}
+    axis = _logarithmic([e for g in groups for e in (g.error_before, g.error_after)])
+    between, x = {"type": "rule", "color": "var(--muted)", "aria": False}, _place()
+    lines = _y("before", title, scale=scale, axis=axis)
+    points = _y("error", title, scale=scale, axis=axis)
     return _chart(
-        {
-            "layer": [
-                {
-                    "data": {"values": pairs},
-                    "mark": {"type": "rule", "color": "var(--muted)", "aria": False},
-                    "encoding": {
-                        "x": place,
-                        "y": {**_y("before", "relative output error"), **axis},
-                        "y2": {"field": "after"},
-                    },
-                },
-                {
-                    "data": {"values": ends},
-                    "mark": _POINT,
-                    "encoding": {
-                        "x": place,
-                        "y": {**_y("error", "relative output error"), **axis},
-                        **_series(["before", "after"], field="when"),
-                        "description": {"field": "label"},
-                    },
-                },
-            ]
-        }
+        layer=[
+            _marks(pairs, between, label=False, x=x, y=lines, y2={"field": "after"}),
+            _marks(ends, _POINT, x=x, y=points, **_series(["before", "after"], field="when")),
+        ]
     )
 
 
@@ -281,56 +175,48 @@ def costs(budget: Budget) -> str:
         for kind, kl in (("predicted", point.predicted_kl_nats), ("measured", point.measured_kl_nats))
         if kl is not None
     ]
-    encoding = {
-        "x": _x("mb", "weights, MB", scale={"zero": False, "nice": False, "padding": 8}),
-        "y": _y("kl", "KL, nats per token"),
-    }
-    layers: list[dict[str, Any]] = [
-        {
-            "data": {"values": [row for row in rows if row["kind"] == "predicted"]},
-            "mark": {"type": "line", "color": "var(--s0)", "strokeWidth": 1, "aria": False},
-            "encoding": encoding,
-        },
-        {
-            "data": {"values": rows},
-            "mark": _POINT,
-            "encoding": encoding | _series(["predicted", "measured"]) | {"description": {"field": "label"}},
-        },
+    x = _x("mb", "weights, MB", scale={"zero": False, "nice": False, "padding": 8})
+    y = _y("kl", "KL, nats per token")
+    line = {"type": "line", "color": "var(--s0)", "strokeWidth": 1, "aria": False}
+    layers = [
+        _marks([row for row in rows if row["kind"] == "predicted"], line, label=False, x=x, y=y),
+        _marks(rows, _POINT, x=x, y=y, **_series(["predicted", "measured"])),
     ]
     if budget.chosen is not None:
         size = budget.points[budget.chosen].bytes / 1e6
-        layers.append(
-            {
-                "data": {"values": [{"mb": size, "label": f"chosen: {size:.2f} MB"}]},
-                "mark": {"type": "rule", "color": "var(--ink)", "strokeDash": [5, 4]},
-                "encoding": {"x": {"field": "mb", "type": "quantitative"}, "description": {"field": "label"}},
-            }
-        )
-    return _chart({"layer": layers})
+        rule = {"type": "rule", "color": "var(--ink)", "strokeDash": [5, 4]}
+        at = [{"mb": size, "label": f"chosen: {size:.2f} MB"}]
+        layers.append(_marks(at, rule, x={"field": "mb", "type": "quantitative"}))
+    return _chart(layer=layers)
 
 
 _POINT = {"type": "point", "filled": True, "size": 45, "opacity": 0.9}
 
 
-def _chart(body: dict[str, Any]) -> str:
+def _chart(**body: Any) -> str:
     return svg({"width": WIDTH, "height": HEIGHT, "config": _CONFIG, **body})
 
 
+def _marks(
+    rows: Sequence[dict[str, Any]], mark: dict[str, Any], *, label: bool = True, **encoding: Any
+) -> dict[str, Any]:
+    """A mark for each row, which tells its label."""
+    told = {"description": {"field": "label"}} if label else {}
+    return {"data": {"values": rows}, "mark": mark, "encoding": encoding | told}
+
+
 def _x(field: str, title: str, *, scale: dict[str, Any] | None = None, whole: bool = False) -> dict[str, Any]:
-    axis = _few("x") | ({"tickMinStep": 1, "format": "d"} if whole else {})
+    axis = {"tickCount": 6} | ({"tickMinStep": 1, "format": "d"} if whole else {})
     return {"field": field, "type": "quantitative", "title": title, "scale": scale or {}, "axis": axis}
 
 
-def _y(field: str, title: str) -> dict[str, Any]:
-    return {"field": field, "type": "quantitative", "title": title, "scale": {"zero": False}, "axis": _few("y")}
+def _y(field: str, title: str, **more: Any) -> dict[str, Any]:
+    usual = {"scale": {"zero": False}, "axis": {"tickCount": 5}}
+    return {"field": field, "type": "quantitative", "title": title, **usual, **more}
 
 
 def _place() -> dict[str, Any]:
     return _x("place", "group, in the order of the forward", scale={"nice": False, "padding": 8}, whole=True)
-
-
-def _few(axis: str) -> dict[str, Any]:
-    return {"tickCount": 6 if axis == "x" else 5}
 
 
 def _logarithmic(found: Sequence[float | None]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from w8a8.errors import ReportError, closest
+from w8a8.errors import ReportError, closest, noted
 
 SCHEMA = 1
 MAX_COLUMNS = 128  # of a heat map: more are narrower than a pixel on a phone
@@ -274,11 +274,8 @@ def read_records(path: Path) -> dict[str, Any]:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ReportError(f"{path} cannot be read as a JSON file of records: {error}") from error
-    try:
+    with noted(f"in {path}"):
         check(records)
-    except ReportError as error:
-        error.add_note(f"in {path}")
-        raise
     return dict(records)
 
 

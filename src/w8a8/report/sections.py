@@ -4,7 +4,7 @@ A plot leaves out what was not measured, and says how many that are; its table h
 """
 
 from w8a8.report import layers, plots
-from w8a8.report.markup import Column, drawing, figure, folded, table, text
+from w8a8.report.markup import Column, Columns, drawing, figure, folded, table, text
 from w8a8.report.numbers import ABSENT, fixed, grouped, interval, megabytes, percent, rate, scientific, times, without
 from w8a8.report.records import Headline, Interval, Records
 
@@ -14,10 +14,10 @@ Section = tuple[str, str, str]  # its id, its heading, its HTML
 def headline(records: Records) -> str:
     """Verdict and tiles; a tile whose numbers are absent is left out."""
     found = records.headline
-    tiles = [(name, value, small) for name, value, small in _tiles(found) if value != ABSENT]
     cells = "".join(
         f"<div><dt>{text(name)}</dt><dd>{text(value)}{f'<small>{text(small)}</small>' if small else ''}</dd></div>"
-        for name, value, small in tiles
+        for name, value, small in _tiles(found)
+        if value != ABSENT
     )
     return f'<p class="verdict">{text(found.verdict)}</p><dl class="tiles">{cells}</dl>'
 
@@ -42,10 +42,8 @@ def _tiles(h: Headline) -> list[tuple[str, str, str]]:
     size = speed = ratio = ABSENT
     shrunk = faster = ""
     if h.bytes_before is not None and h.bytes_after is not None:
-        size, shrunk = (
-            f"{megabytes(h.bytes_before)} → {megabytes(h.bytes_after)}",
-            times(h.bytes_before, h.bytes_after, "smaller"),
-        )
+        size = f"{megabytes(h.bytes_before)} → {megabytes(h.bytes_after)}"
+        shrunk = times(h.bytes_before, h.bytes_after, "smaller")
     if h.tok_per_s_before is not None and h.tok_per_s_after is not None:
         speed = f"{rate(h.tok_per_s_before)} → {rate(h.tok_per_s_after)} tokens/s"
         faster = times(h.tok_per_s_after, h.tok_per_s_before, "as fast")
@@ -88,9 +86,8 @@ def _coverage(records: Records) -> str:
          _part(t.macs, macs)]
         for name, t in records.coverage.totals.items()
     ]  # fmt: skip
-    columns = ("", "modules", "parameters", "of all", "bytes in memory", "multiply-adds per token", "of all")
-    shown = [Column(name or "part", percent if name == "of all" else grouped) for name in columns]
-    shown[0] = Column("part")
+    columns = ("modules", "parameters", "of all", "bytes in memory", "multiply-adds per token", "of all")
+    shown: Columns = ["part", *(Column(name, percent if name == "of all" else grouped) for name in columns)]
     left: dict[str, list[str]] = {}
     for module in records.coverage.modules:
         if module.reason is not None:
@@ -104,13 +101,13 @@ def _coverage(records: Records) -> str:
         table(shown, totals, caption="What is quantised and what stayed float")
         + folded(
             f"Why modules stayed float ({sum(len(names) for names in left.values())})",
-            table([Column("why"), Column("modules"), Column("names")], reasons, caption="Reasons"),
+            table(["why", "modules", "names"], reasons, caption="Reasons"),
         )
         + folded(
             f"All {len(modules)} modules",
             table(
-                [Column("module"), Column("class"), Column("shape"), Column("parameters", grouped), Column("scheme"),
-                 Column("weight SQNR, dB", fixed(1)), Column("why float")],
+                ["module", "class", "shape", Column("parameters", grouped), "scheme",
+                 Column("weight SQNR, dB", fixed(1)), "why float"],
                 modules,
                 caption="Every module that holds parameters",
             ),
@@ -122,13 +119,9 @@ def _smoothing(records: Records) -> str:
     if records.smoothing is None or not records.smoothing.groups:
         return ""
     groups = records.smoothing.groups
-    columns = [
-        Column("source"),
-        Column("readers"),
-        Column("alpha", fixed(2)),
-        Column("error before", scientific),
-        Column("error after", scientific),
-        Column("why not"),
+    columns: Columns = [
+        *("source", "readers", Column("alpha", fixed(2)), Column("error before", scientific)),
+        *(Column("error after", scientific), "why not"),
     ]
     data = table(
         columns,
@@ -154,10 +147,8 @@ def _budget(records: Records) -> str:
         [f"{i}, chosen" if i == budget.chosen else str(i), p.bytes, p.predicted_kl_nats, p.measured_kl_nats]
         for i, p in enumerate(budget.points)
     ]
-    columns = [
-        Column("point"),
-        Column("bytes", grouped),
-        Column("predicted KL, nats", scientific),
+    columns: Columns = [
+        *("point", Column("bytes", grouped), Column("predicted KL, nats", scientific)),
         Column("measured KL, nats", scientific),
     ]
     title = "KL against bytes"
@@ -173,7 +164,7 @@ def _reproduce(records: Records) -> str:
     rows = [["seed", str(r.seed)]] if r.seed is not None else []
     for part in (r.versions, r.hashes, r.machine):
         rows += [[name, value] for name, value in part.items()]
-    facts = table([Column("what"), Column("found")], rows, caption="Versions, hashes, seed and machine") if rows else ""
+    facts = table(["what", "found"], rows, caption="Versions, hashes, seed and machine") if rows else ""
     return command + facts
 
 
