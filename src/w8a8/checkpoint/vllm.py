@@ -127,40 +127,32 @@ def findings(
     padded = {name: (n + -n % _VOCABULARY if name in heads else n, k) for name, (n, k) in (shapes or {}).items()}
     runs = {name: scheme for name, scheme in quantized.items() if _refused(scheme, packed=name in packed) is None}
     found += _by_shape(runs, padded)
-    conv1d = tuple(name for name in quantized if name in set(transposed))
-    if conv1d:
-        found.append(
-            Finding(
-                True,
-                conv1d,
-                "quantised Conv1D",
-                "its GPT-2 transposes these weights as it loads them, and the file has them row by row",
-                "run it here, or leave these layers float",
-            )
-        )
-    output = tuple(name for name in quantized if name in heads)
-    if output:
-        found.append(
-            Finding(
-                False,
-                output,
-                "an int8 output head",
-                "ParallelLMHead takes a scheme that names it; models whose load_weights skips lm_head do not",
-                "a float head loads everywhere, and load(..., head='int8') quantises it at run time here",
-            )
-        )
-    stacks = tuple(renamed)
-    if stacks:
-        found.append(
-            Finding(
-                True,
-                stacks,
-                "experts that stay float, under transformers' names",
-                "its models look for those of the hub's files, which transformers cannot read beside int8 layers",
-                "quantise the experts too",
-            )
-        )
+    found += _about(
+        [name for name in quantized if name in set(transposed)],
+        "quantised Conv1D",
+        "its GPT-2 transposes these weights as it loads them, and the file has them row by row",
+        "run it here, or leave these layers float",
+    )
+    found += _about(
+        [name for name in quantized if name in heads],
+        "an int8 output head",
+        "ParallelLMHead takes a scheme that names it; models whose load_weights skips lm_head do not",
+        "a float head loads everywhere, and load(..., head='int8') quantises it at run time here",
+        refused=False,
+    )
+    found += _about(
+        renamed,
+        "experts that stay float, under transformers' names",
+        "its models look for those of the hub's files, which transformers cannot read beside int8 layers",
+        "quantise the experts too",
+    )
     return tuple(found)
+
+
+def _about(layers: Iterable[str], what: str, why: str, instead: str, *, refused: bool = True) -> list[Finding]:
+    """One finding, where there are such layers."""
+    names = tuple(layers)
+    return [Finding(refused, names, what, why, instead)] if names else []
 
 
 def foresee(choice: Choice) -> tuple[Finding, ...]:
@@ -307,26 +299,21 @@ def _shards(names: Collection[str]) -> Iterator[list[str]]:
 
 
 def _fused(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
-    return [
-        Finding(
-            True,
-            tuple(shards),
-            *(
-                ("layers that are one in vLLM are in part float", "should_ignore_layer raises ValueError")
-                if any(schemes[shard] is None for shard in shards)
-                else ("layers that are one in vLLM have different schemes", "it runs all in the scheme of the first")
-            ),
-            "quantise all of them alike, or none",
-        )
-        for shards in _shards(schemes)
-        if len({schemes[shard] for shard in shards}) > 1
-    ]
+    found = []
+    for shards in _shards(schemes):
+        given = {schemes[shard] for shard in shards}
+        if None in given and len(given) > 1:
+            told = "layers that are one in vLLM are in part float", "should_ignore_layer raises ValueError"
+        else:
+            told = "layers that are one in vLLM have different schemes", "it runs all in the scheme of the first"
+        found += _about(shards, *told, "quantise all of them alike, or none") if len(given) > 1 else []
+    return found
 
 
 def _experts(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
     quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     experts = {name: scheme for name, scheme in quantized.items() if ".experts." in name}
-    wrong = tuple(
+    wrong = [
         name
         for name, scheme in experts.items()
         if scheme.activations is not None  # weight-only ones run like any other layer
@@ -335,39 +322,25 @@ def _experts(schemes: Mapping[str, Scheme | None]) -> list[Finding]:
             and isinstance(scheme.activations.granularity, PerToken)
             and scheme.activations.symmetric
         )
-    )
+    ]
     found = []
     for stack in dict.fromkeys(name.partition(".experts.")[0] for name in experts):
-        members = tuple(name for name in schemes if name.startswith(f"{stack}.experts."))
-        if len({schemes[name] for name in members}) > 1:
-            found.append(
-                Finding(
-                    True,
-                    members,
-                    "experts of one layer have different schemes",
-                    "they are one RoutedExperts there, with one scheme",
-                    "quantise all of them, or none",
-                )
-            )
-    if wrong:
-        found.append(
-            Finding(
-                True,
-                wrong,
-                "experts that are not per channel with symmetric per-token activations",
-                "CompressedTensorsW8A8Int8MoEMethod raises ValueError",
-                "use 'w8a8' for the experts",
-            )
+        members = [name for name in schemes if name.startswith(f"{stack}.experts.")]
+        found += _about(
+            members if len({schemes[name] for name in members}) > 1 else [],
+            "experts of one layer have different schemes",
+            "they are one RoutedExperts there, with one scheme",
+            "quantise all of them, or none",
         )
-    routers = tuple(name for name in quantized if set(name.split(".")[-2:]) & set(ROUTERS))
-    if routers:
-        found.append(
-            Finding(
-                True,
-                routers,
-                "a quantised router",
-                "its models make routers without a quantisation config, so a scale has no place",
-                "leave it float: exclude it by its name",
-            )
-        )
-    return found
+    found += _about(
+        wrong,
+        "experts that are not per channel with symmetric per-token activations",
+        "CompressedTensorsW8A8Int8MoEMethod raises ValueError",
+        "use 'w8a8' for the experts",
+    )
+    return found + _about(
+        [name for name in quantized if set(name.split(".")[-2:]) & set(ROUTERS)],
+        "a quantised router",
+        "its models make routers without a quantisation config, so a scale has no place",
+        "leave it float: exclude it by its name",
+    )
