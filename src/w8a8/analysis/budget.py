@@ -35,7 +35,7 @@ from w8a8.analysis.sample import WINDOWS, Sample, divergence, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.vllm import FUSED
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
 from w8a8.evaluation.scores import logits_of, token_kl, token_losses
@@ -281,8 +281,7 @@ def _costs(
             layers = {name: built[option][name] for name in group}
             totals[group, option] += divergence(exact, replay(model, exact, layers, group))
             done += 1
-            if progress is not None:
-                progress(done, total, group[0])
+            tell(progress, done, total, group[0])
     return tuple(
         GroupCosts(
             group,

@@ -156,11 +156,9 @@ def observe_readers(
 
         return see
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))
+    with contextlib.ExitStack() as hooks, evaluating(model):
         for name in names:
-            handle = model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True))
         logits_of(model, ids, start)
     return found
 
@@ -216,11 +214,6 @@ def figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None) 
 
 def channels(ranges: Mapping[str, tuple[Tensor, Tensor]], before: Mapping[str, Tensor] | None) -> tuple[Channels, ...]:
     """Absmax of the input channels of each layer, for the heat map; beside what it was before smoothing."""
-    found = []
-    for name, (lo, hi) in ranges.items():
-        now = binned(torch.maximum(-lo, hi).tolist())
-        if before is None or name not in before:
-            found.append(Channels(name, now))
-        else:
-            found.append(Channels(name, binned(before[name].tolist()), now))
-    return tuple(found)
+    now = {name: [binned(torch.maximum(-lo, hi).tolist())] for name, (lo, hi) in ranges.items()}
+    was = {name: [binned(values.tolist())] for name, values in (before or {}).items()}
+    return tuple(Channels(name, *was.get(name, []), *found) for name, found in now.items())

@@ -26,7 +26,7 @@ from w8a8.analysis.replay import blocks_of, record, replay
 from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.evaluation.text import Text
 from w8a8.model.kinds import Asked
 from w8a8.model.selection import Schemes, assign, select
@@ -170,8 +170,7 @@ def sensitivity(
             alone[name] += divergence(exact, replay(model, exact, {name: layers[name]}, [name]))
             others = {other: layer for other, layer in layers.items() if other != name}
             spared[name] += divergence(exact, replay(model, quantized, others, [name]))
-            if progress is not None:
-                progress(i * len(names) + done, len(sample.windows) * len(names), name)
+            tell(progress, i * len(names) + done, len(sample.windows) * len(names), name)
     tokens = sample.scored
     blocks = blocks_of(model)
     found = tuple(

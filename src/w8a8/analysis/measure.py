@@ -82,24 +82,14 @@ class LayerMeasure:
         lo, hi = float(weight.min()), float(weight.max())
         scale, zero_point = getattr(layer, "weight_scale", None), layer.weight_zero_point
         if scale is None:  # a grid wider than codes keeps values only
-            grid = grid_of_range(
-                torch.tensor(lo, dtype=torch.float32, device="cpu"),
-                torch.tensor(hi, dtype=torch.float32, device="cpu"),
-                spec,
-            )
+            grid = _grid(lo, hi, spec)
             scale, zero_point = grid.scale, grid.zero_point
         found = [_histogram(name, "weight", _edges(lo, hi), _counted(weight, lo, hi), spec, scale, zero_point)]
         inputs = layer.scheme.activations
         if inputs is not None and int(self._counts.sum()):
             lo, hi = self._range
-            params = self._static() or grid_of_range(
-                torch.tensor(lo, dtype=torch.float32, device="cpu"),
-                torch.tensor(hi, dtype=torch.float32, device="cpu"),
-                inputs,
-            )
-            found.append(
-                _histogram(name, "input", _edges(lo, hi), self._counts, inputs, params.scale, params.zero_point)
-            )
+            grid = self._static() or _grid(lo, hi, inputs)
+            found.append(_histogram(name, "input", _edges(lo, hi), self._counts, inputs, grid.scale, grid.zero_point))
         return found
 
     def _static(self) -> QParams | None:
@@ -129,6 +119,11 @@ def _decibels(signal: float, noise: float) -> float | None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _grid(lo: float, hi: float, spec: QuantSpec) -> QParams:
+    ends = torch.tensor([lo, hi], dtype=torch.float32, device="cpu")
+    return grid_of_range(ends[0], ends[1], spec)
 
 
 def _edges(lo: float, hi: float) -> list[float]:

@@ -22,7 +22,7 @@ from w8a8.analysis.sample import divergence, draw, layers_for
 from w8a8.analysis.smoothed import SmoothedGroup, smoothed_groups
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import float_operands
@@ -106,8 +106,7 @@ def remedies(
                     once[same] = divergence(exact, replay(model, quantized, trial.layers, trial.changed))
             costs[key] += once[same]
             done += 1
-            if progress is not None:
-                progress(done, len(trials) * len(sample.windows), f"{key[0]}: {key[1]}")
+            tell(progress, done, len(trials) * len(sample.windows), f"{key[0]}: {key[1]}")
     measured = [
         Remedy(name, remedy, (total - cost) / sample.scored, _how(trials[name, remedy], name))
         for (name, remedy), cost in costs.items()

@@ -61,11 +61,9 @@ def record(model: nn.Module, ids: Tensor, start: int, layers: Mapping[str, nn.Mo
 
         return hook
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(swapped(model, layers))
+    with contextlib.ExitStack() as hooks, evaluating(model), swapped(model, layers):
         for name in blocks_of(model):
-            stack.callback(model.get_submodule(name).register_forward_hook(keep(name)).remove)
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
         logits = logits_of(model, ids, start)
     whole = Recording(ids, start, logits, {})
     if not outputs or len(calls) > len(outputs):

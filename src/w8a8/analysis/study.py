@@ -6,6 +6,7 @@ layer is fed with what it gets in the float model (the first window of the text)
 the perplexity of a short text cannot.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.core.affine import sqnr_db
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import Granularity, PerChannel, PerColumn, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.errors import SchemeError
 from w8a8.evaluation import Evaluation, perplexity
@@ -105,8 +106,7 @@ def study(
         with swapped(model, layers):
             measured = perplexity(model, ids, seq_len=seq_len)
         cells.append(Cell(scheme, scheme.weights.bits, measured.perplexity.mean, sqnr, scheme.integer_executable))
-        if progress is not None:
-            progress(done, len(schemes), str(scheme))
+        tell(progress, done, len(schemes), str(scheme))
     return Study(float_model, tuple(cells))
 
 
@@ -120,13 +120,10 @@ def _layer_inputs(model: Any, names: Sequence[str], ids: Tensor) -> dict[str, Te
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        with torch.inference_mode():
-            model(input_ids=ids[None].to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, torch.inference_mode():
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(keep(name)))
+        model(input_ids=ids[None].to(model.device), use_cache=False)
     return inputs
 
 

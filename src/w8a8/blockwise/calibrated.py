@@ -38,7 +38,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.sampling import Sample
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.core.affine import QParams
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.errors import W8A8Error
 from w8a8.model.experts import Experts
 from w8a8.model.swapping import swap, swapped
@@ -105,8 +105,7 @@ class Blocks(Work):
         for number in range(self.first, n):
             self._block(number)
             self._forget(number)
-            if progress is not None:
-                progress(number + 1, n, self.walk.prefix(number).removesuffix("."))
+            tell(progress, number + 1, n, self.walk.prefix(number).removesuffix("."))
         if self.plan.shards[-1].file not in self.finished:
             self._outside()
         return self._report()

@@ -10,7 +10,7 @@ from w8a8.blockwise.blocks import BlockWalk
 from w8a8.checkpoint.files import mapped
 from w8a8.core.affine import QParams
 from w8a8.core.packed import as_words
-from w8a8.errors import W8A8Error
+from w8a8.errors import noted
 from w8a8.layers.linear import float_operands
 from w8a8.layers.weights import make_weight
 from w8a8.streaming.plan import Plan, Shard, Step
@@ -67,11 +67,8 @@ def quantized(
         if step.spec is None:
             tensors[step.name] = _place(root, step, prefix)[0].detach()
             continue
-        try:
+        with noted(f"while quantising {step.place}"):
             made = make_weight(float_operands(root.get_submodule(step.place.removeprefix(prefix)))[0], step.spec)
-        except W8A8Error as error:
-            error.add_note(f"while quantising {step.place}")
-            raise
         lost[step.place] = made.sqnr_db
         kept = made.named()
         if grids is not None:

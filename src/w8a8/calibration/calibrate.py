@@ -15,6 +15,7 @@ The alternative, running block after block on stored activations, needs less mem
 fit the device, and as much memory for activations as there are batches; whole forward passes need none.
 """
 
+import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from w8a8.calibration.observers import Observer, observer_of
 from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import QuantSpec, Scheme
-from w8a8.errors import CalibrationError, W8A8Error, few
+from w8a8.errors import CalibrationError, few, noted
 from w8a8.model.experts import Experts
 
 
@@ -77,18 +78,15 @@ def collect(
     if unknown:
         raise CalibrationError(f"{type(model).__name__} has no module {unknown[0]!r}")
     shared = _Shared()
-    handles = []
-    try:
-        handles.append(model.register_forward_pre_hook(shared.begin, with_kwargs=True))
-        experts = [module for module in modules.values() if isinstance(module, Experts)]
-        handles += [module.register_forward_pre_hook(shared.route, with_kwargs=True) for module in experts]
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(shared.begin, with_kwargs=True))
+        for module in modules.values():
+            if isinstance(module, Experts):
+                hooks.enter_context(module.register_forward_pre_hook(shared.route, with_kwargs=True))
         for name, wanted in statistics.items():
-            several = wanted if isinstance(wanted, Sequence) else (wanted,)
-            handles.append(modules[name].register_forward_pre_hook(_hook(name, several, shared), with_kwargs=True))
+            hook = _hook(name, wanted if isinstance(wanted, Sequence) else (wanted,), shared)
+            hooks.enter_context(modules[name].register_forward_pre_hook(hook, with_kwargs=True))
         calibration.run(model, progress)
-    finally:
-        for handle in handles:
-            handle.remove()
     return dict(statistics)
 
 
@@ -228,7 +226,7 @@ def _hook(name: str, statistics: Sequence[Statistic], shared: _Shared) -> Callab
             raise CalibrationError(f"{name} was called without a tensor: only what reads one can be observed")
         measured = shared.measured(x)
         x = shared.counted(x.detach())
-        try:
+        with noted(f"while observing what {name} reads"):
             for statistic in statistics:
                 if not isinstance(statistic, Observer):
                     statistic.update(x)
@@ -237,8 +235,5 @@ def _hook(name: str, statistics: Sequence[Statistic], shared: _Shared) -> Callab
                 if kind not in measured:
                     measured[kind] = statistic.measure(x)
                 statistic.merge(measured[kind])
-        except W8A8Error as error:
-            error.add_note(f"while observing what {name} reads")
-            raise
 
     return hook

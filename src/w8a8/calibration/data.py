@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.calibration.sources import SAMPLES, batched, hub_texts, windows_of_file, windows_of_ids, windows_of_texts
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.errors import CalibrationError
 from w8a8.model.inputs import ModelInputs, as_inputs, call, check_inputs, evaluating
 
@@ -181,8 +181,7 @@ class Calibration:
             for done, inputs in enumerate(self.batches, start=1):
                 check_inputs(model, inputs)
                 call(model, inputs)
-                if progress is not None:
-                    progress(done, len(self.batches), "calibrating")
+                tell(progress, done, len(self.batches), "calibrating")
 
     def _run_loop(self, model: nn.Module, *, stop: bool) -> None:
         assert self._loop is not None, "only a loop has no batches"
@@ -196,12 +195,9 @@ class Calibration:
             if stop:
                 raise _Stop
 
-        handle = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
-        try:
-            with torch.inference_mode(False), torch.no_grad(), evaluating(model):
-                self._loop(model)
-        finally:
-            handle.remove()
+        hook = model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
+        with hook, torch.inference_mode(False), torch.no_grad(), evaluating(model):
+            self._loop(model)
         if not calls:
             raise CalibrationError(f"{self.description} made no call of the model that it was given: call model(...)")
 

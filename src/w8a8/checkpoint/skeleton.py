@@ -20,7 +20,7 @@ from w8a8.checkpoint.headers import Entry, described
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
 from w8a8.defaults import usual_defaults
-from w8a8.errors import CheckpointError, SchemeError
+from w8a8.errors import CheckpointError, SchemeError, noted
 from w8a8.layers.linear import QuantLinear, is_linear
 from w8a8.model import ties
 from w8a8.model.experts import Experts, unstacked, usual_names
@@ -232,13 +232,10 @@ def insert_quant_linears(
     groups = quantization.groups_for(classes, where, in_files)
     if of_another:
         groups = {name: group for name, group in groups.items() if name in held}
-    layers, name = {}, ""
-    try:
-        for name, group in groups.items():
+    layers = {}
+    for name, group in groups.items():
+        with noted(f"while loading {name}, quantised by {where}; simulated=True runs every scheme", SchemeError):
             layers[name] = QuantLinear.in_place_of(linears[name], group.scheme, **options)
-    except SchemeError as error:
-        error.add_note(f"while loading {name}, quantised by {where}; simulated=True runs every scheme")
-        raise
     if not groups:
         raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
     swap(model, layers)

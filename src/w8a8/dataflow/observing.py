@@ -20,6 +20,7 @@ from w8a8.dataflow.products import blocked
 from w8a8.dataflow.tracing import Trace, Watch
 from w8a8.errors import ModelError
 from w8a8.layers.linear import check_materialised
+from w8a8.model.inputs import evaluating
 from w8a8.model.kinds import context_length, input_config, output_config
 
 
@@ -43,7 +44,7 @@ def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
     trace = Trace(model)
     modes = (torch.inference_mode(False), torch.no_grad())
     with contextlib.ExitStack() as stack:
-        for mode in (_evaluating(model), _following(model, trace), *modes, Watch(trace, RULES, blocked)):
+        for mode in (evaluating(model), _following(model, trace), *modes, Watch(trace, RULES, blocked)):
             stack.enter_context(mode)
         out = _run(model, inputs)
     for tags in map(trace.tags, _tensors_in(out, set())):
@@ -114,29 +115,13 @@ def _run(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Any:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
 def _following(model: nn.Module, trace: Trace) -> Iterator[None]:
     """Have the trace know which module is running."""
-    handles = []
-    try:
+    with contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _, __, name=name: trace.enter(name)))
-            handles.append(module.register_forward_hook(lambda _, __, ___: trace.leave(), always_call=True))
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, __, name=name: trace.enter(name)))
+            hooks.enter_context(module.register_forward_hook(lambda _, __, ___: trace.leave(), always_call=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:

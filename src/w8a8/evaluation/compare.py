@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.errors import ModelError
 from w8a8.evaluation import scores
 from w8a8.evaluation.intervals import Bootstrap, Estimate, verdict
@@ -113,8 +113,7 @@ def perplexity(
         _, first, end = window
         logits = scores.predictions(model, text, window)
         losses.append(float(token_losses(logits, text.ids[first:end]).sum()))
-        if progress is not None:
-            progress(done, len(cut), "perplexity")
+        tell(progress, done, len(cut), "perplexity")
     pseudo = scores.is_masked(model)
     return _evaluation(losses, text, cut, seq_len, stride, Bootstrap(len(cut), seed=seed), pseudo=pseudo)
 
@@ -174,8 +173,7 @@ def compare(
         agree.append(float((q.argmax(-1) == best).sum()))
         kl.append(divergence.cpu().numpy().astype(np.float32))
         seen += end - first
-        if progress is not None:
-            progress(done, len(cut), "comparison")
+        tell(progress, done, len(cut), "comparison")
     draw, counts = Bootstrap(len(cut), seed=seed), [end - first for _, first, end in cut]
     difference = draw.ratio([a - b for a, b in zip(ours, theirs, strict=True)], counts)
     stored = isinstance(reference, Reference) and reference.top.shape[1] < reference.vocabulary

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.errors import ModelError
 from w8a8.evaluation.intervals import Bootstrap, Estimate
 from w8a8.model.inputs import ModelInputs, call, evaluating, seeded, tensors_in
@@ -86,8 +86,7 @@ def compare_outputs(
         sizes.append(float(y.square().sum()))
         cosines.append(nn.functional.cosine_similarity(x, y, dim=-1).to(torch.float32).numpy())
         same.append(float((x.argmax(-1) == y.argmax(-1)).sum()))
-        if progress is not None:
-            progress(done, len(batches), "comparing outputs")
+        tell(progress, done, len(batches), "comparing outputs")
     draw, rows = Bootstrap(len(squares), seed=seed), [len(values) for values in cosines]
     worst = draw.quantile([-values for values in cosines], 0.99)
     return OutputComparison(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.errors import ModelError
 from w8a8.model.kinds import Asked, context_length
 
@@ -83,8 +83,7 @@ def measure_speed(
             read, wrote = _once(name, model, length, new, batch, seed)
             rates[name].append((batch * length / read, batch * new / wrote))
             spent += read + wrote
-            if progress is not None:
-                progress(round(min(spent, total)), round(total), name)
+            tell(progress, round(min(spent, total)), round(total), name)
     return {
         name: Speed(_rate([read for read, _ in found]), _rate([wrote for _, wrote in found]), len(found))
         for name, found in rates.items()

@@ -101,7 +101,7 @@ class Asked:
 
     def check_model(self, model: Any) -> None:
         """The same of a model, where it is one of transformers'."""
-        if isinstance(model, PreTrainedModel):
+        if is_pretrained(model):
             self.check(type(model), model.config)
 
 

@@ -30,6 +30,7 @@ blocks, since their roundings are independent.
 The alternative, to trust a table of known pairs, is what other tools do; it is wrong where the table is.
 """
 
+import contextlib
 import copy
 import inspect
 import math
@@ -271,15 +272,10 @@ def _capture(model: nn.Module, names: set[str], probe: ModelInputs) -> dict[str,
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True) for name in sorted(names)
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, _uncached(model, probe))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for name in sorted(names):
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True))
+        call(model, _uncached(model, probe))
     return calls
 
 

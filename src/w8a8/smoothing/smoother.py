@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.sampling import ROWS, Sample, Sampler
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import PerColumn, PerTensor, Scheme
 from w8a8.dataflow.groups import Dataflow, Group
 from w8a8.dataflow.observing import observe
@@ -120,8 +120,7 @@ class Smoother:
         for works in together.values():
             for work, report in zip(works, self._smooth_together(works, way), strict=True):
                 told[id(work)] = report
-                if self._progress is not None:
-                    self._progress(len(told), len(chosen), work.group.source.module)
+                tell(self._progress, len(told), len(chosen), work.group.source.module)
         self.reports = [told[id(work)] for work in chosen]
 
     def _smooth_together(self, works: Sequence["_Work"], way: Smoothing) -> list[GroupReport]:

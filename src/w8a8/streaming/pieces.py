@@ -3,7 +3,7 @@
 from itertools import count
 from pathlib import Path
 
-from w8a8.core.progress import Progress
+from w8a8.core.progress import Progress, tell
 from w8a8.streaming.job import Work
 from w8a8.streaming.plan import Step
 from w8a8.streaming.resources import Prediction, predict
@@ -24,8 +24,7 @@ class Pieces(Work):
         total, done = sum(len(shard.steps) for shard in mine), count(1)
 
         def told(step: Step) -> None:
-            if progress is not None:
-                progress(next(done), total, step.name)
+            tell(progress, next(done), total, step.name)
 
         for shard in mine:
             written = write_shard(shard, self.journal.partial, told)

@@ -19,7 +19,7 @@ from torch import Tensor
 from w8a8.checkpoint.headers import Told, header_of, in_order
 from w8a8.core.packed import SHAPE, WORDS, pack_rows
 from w8a8.core.row_sample import RowSample
-from w8a8.errors import CheckpointError, W8A8Error
+from w8a8.errors import CheckpointError, noted
 from w8a8.layers.weights import make_weight
 from w8a8.streaming.journal import disk_error, sync_directory
 from w8a8.streaming.plan import PIECE, Shard, Step
@@ -202,11 +202,8 @@ def _made(step: Step, values: Tensor, sample: RowSample | None, *, last: bool) -
     if step.spec is None:
         return [(step.name, values)]
     weight = values.t() if step.transposed else values
-    try:
+    with noted(f"while quantising {step.name} of {step.entry.file}"):
         made = make_weight(weight, step.spec, sample).named()
-    except W8A8Error as error:
-        error.add_note(f"while quantising {step.name} of {step.entry.file}")
-        raise
     if step.in_words:
         made[WORDS] = pack_rows(made.pop("weight"))
         if last:
