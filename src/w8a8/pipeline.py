@@ -165,9 +165,6 @@ def carry_out(
         choice: Its model is changed.
         calibration, observer, smooth, progress: As for `quantize`.
         options: As for `build`.
-
-    Raises:
-        SchemeError, CalibrationError, NonFiniteError, KernelError: as `quantize`.
     """
     kernels.check_name(options.get("kernel", kernels.AUTO))
     model, schemes = choice.model, choice.schemes
@@ -208,13 +205,7 @@ def smooth_first(
     """Smooth the float weights, in place, where it is asked for, and say how to take it back.
 
     Args:
-        model: Float.
-        chosen: The layers that will be quantised.
-        scheme: What is smoothed for.
         calibration, smooth, progress: As for `quantize`.
-
-    Raises:
-        SchemeError, CalibrationError, NonFiniteError, ModelError: as `quantize`.
     """
     way = Smoothing.asked(smooth, calibrated=calibration is not None)
     if calibration is None or way == NONE:

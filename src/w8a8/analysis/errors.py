@@ -104,8 +104,6 @@ def channel_absmax(model: Any, text: Text | Tensor, **options: Any) -> dict[str,
     """The largest magnitude of each input channel of each float linear, (K,), to compare with after smoothing.
 
     Args:
-        model: Not modified.
-        text: As for `sensitivity`.
         options: `windows`, `seq_len` and `seed`, as for `sensitivity`.
     """
     sample = draw(model, text, **options)
@@ -133,9 +131,7 @@ def observe_readers(
     """Who reads the same tensor, seen in one float forward.
 
     Args:
-        model: Not modified.
         ids: (T,) the window; start: where it begins in the text.
-        names: Of the linear layers.
         measures: Fed with each layer's input and output, where given.
 
     Returns:

@@ -37,7 +37,6 @@ def solve(
     """The option of each group: the least KL in so many bytes, or the fewest bytes of so little KL.
 
     Args:
-        groups: With their costs.
         fixed: Bytes beside those of the groups.
         limit: Of all bytes; or
         kl_bound: nats per token.

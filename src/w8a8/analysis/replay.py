@@ -81,9 +81,6 @@ def replay(model: nn.Module, recording: Recording, layers: Mapping[str, nn.Modul
         recording: What ran before the first changed layer is taken from it.
         layers: Everything to be swapped in, whether it was when recording or not.
         changed: The names of those layers that are not as they were when recording.
-
-    Raises:
-        ModelError: as `record`.
     """
     first = min((block_index(list(recording.outputs), name) for name in changed), default=0)
     before = dict(list(recording.outputs.items())[:first])

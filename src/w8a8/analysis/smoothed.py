@@ -66,14 +66,9 @@ def smoothed_groups(
         model: Float.  Not modified: every fold is undone to the bit, whatever happens.
         names: The layers, of those in `schemes`.
         schemes: All that is quantised, and how.
-        calibration: What scales, and static ranges, are made from.
-        observer: Of static ranges.
 
     Returns:
         The smoothed group of each layer, one object for those of one group; and for the others why there is none.
-
-    Raises:
-        CalibrationError, NonFiniteError, ModelError: as `w8a8.smooth_`.
     """
     smoother = Smoother.of(model, calibration, schemes, readers=names)
     found: dict[str, SmoothedGroup] = {}

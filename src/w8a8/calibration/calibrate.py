@@ -116,13 +116,9 @@ def static_grids(
     """The static grid of each layer's input.
 
     Args:
-        model: Not modified.
-        names: The layers, by their dotted names.
         spec: The grid of the activations: per tensor, not dynamic.
-        calibration: The forward passes.
         observer: A name in `OBSERVERS`, or a function that makes an observer per tensor:
             `lambda: Percentile(p=99.9)`.
-        progress: Called after each forward pass.
 
     Returns:
         Grids of one element each.  Layers that read the same tensor get the same grid.
@@ -154,13 +150,8 @@ def grids_of_schemes(
     """The static grids of the inputs of those layers whose schemes do not measure each input as it comes.
 
     Args:
-        model: Not modified.
-        schemes: By the layers' dotted names.
         calibration: The forward passes: one round for each grid that differs.  None where no scheme is static.
         observer, progress: As for `static_grids`.
-
-    Raises:
-        CalibrationError, NonFiniteError: as `static_grids`.
     """
     grids: dict[str, QParams] = {}
     for spec in dict.fromkeys(scheme.activations for scheme in schemes.values() if scheme.static):

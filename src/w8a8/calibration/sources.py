@@ -118,8 +118,6 @@ def hub_texts(name: str, samples: int, seed: int) -> list[str]:
 
     Args:
         name: "owner/name", or "owner/name:split"; the split is "train" by default.
-        samples: How many texts.
-        seed: Of the shuffling.
 
     Raises:
         CalibrationError: `datasets` is not installed; the data set cannot be opened or has no "text".

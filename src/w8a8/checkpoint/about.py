@@ -38,9 +38,6 @@ def card_of(
     Args:
         directory: Whole but for its card.
         written: What config.json and the weights in it are.
-        coverage: Of the model in it.
-        findings: What vLLM would make of it.
-        conv1d: Whether `Conv1D` layers are among the quantised.
         source: The weights of the float model, where they are known.
         name: What the float model was loaded by, where that is known.
 

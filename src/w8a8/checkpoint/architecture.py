@@ -40,8 +40,6 @@ def architecture(directory: Path, stated: Mapping[str, Any], *, trust_remote_cod
     """The model class that config.json names, and the config.
 
     Args:
-        directory: Of the model.
-        stated: What config.json says.
         trust_remote_code: Import the classes that `auto_map` names from Python files of the directory, where
             transformers has none of its own.
 

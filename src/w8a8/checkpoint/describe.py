@@ -67,9 +67,6 @@ def check_storable(model: Any) -> None:
 
     That is told by its dtype and its layout; the library would tell it when parts of the model are written already,
     and without the tensor's name.
-
-    Args:
-        model: A transformers model.
     """
     left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
     for prefix, module in model.named_modules():
@@ -89,12 +86,7 @@ def check_storable(model: Any) -> None:
 
 
 def config_of(model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json that transformers' `save_pretrained` would write for a model, without saving it.
-
-    Args:
-        model: A transformers model, with or without values.  Not modified.
-        dtype: Of its float tensors.
-    """
+    """The config.json that transformers' `save_pretrained` would write for a model, without saving it."""
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
@@ -150,10 +142,6 @@ def write_description(model: Any, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: A transformers model; its config is not modified, the names that its files get may be.
-        directory: With a config.json.
-
-    Raises:
-        ModelError, SchemeError: as `describe` and `check_storable`.
     """
     told = to_json(describe(model))
     check_storable(model)

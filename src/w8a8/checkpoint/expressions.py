@@ -32,7 +32,6 @@ def matching(expressions: Sequence[str], names: Sequence[str], where: str) -> di
 
     Args:
         expressions: Without "re:".
-        names: Of modules.
         where: The file that the expressions are from, for messages.
 
     Raises:

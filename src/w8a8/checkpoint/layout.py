@@ -67,7 +67,6 @@ class QuantizationConfig:
         Args:
             layers: By dotted name, the names of the layer's class and of that one's parents, as far as they are
                 modules.
-            where: The file, for messages.
             in_files: The names of layers in the files, where those are others; what matches either name matches the
                 layer.
 
@@ -126,10 +125,6 @@ def to_json(config: QuantizationConfig) -> dict[str, Any]:
 
 def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
     """Read a `quantization_config`.
-
-    Args:
-        data: The parsed JSON object.
-        where: The file, for messages.
 
     Raises:
         FormatError: another method or format, or a scheme that is unknown here; the path in the JSON is named.

@@ -84,11 +84,7 @@ class FileNames:
         return self.in_file(f"{name}.weight").removesuffix(".weight")
 
     def layers_of(self, stored: Iterable[str]) -> dict[str, str]:
-        """How these files call the model's linear layers of which they hold a tensor.
-
-        Args:
-            stored: The names of the tensors in the files.
-        """
+        """How these files call the model's linear layers of which they hold a tensor."""
         found = {}
         for name in stored:
             layer = self.in_model(name).rpartition(".")[0]

@@ -108,7 +108,6 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> An
     """The float model of a directory, in evaluation mode, all of whose weights are in its safetensors files.
 
     Args:
-        directory: Of a float model.
         dtype: Of the result; "auto" is the file's.
 
     Raises:
@@ -155,8 +154,6 @@ def _fill(model: Any, directory: Directory, packed: set[str]) -> None:
     """Map every tensor into its place, then see that none is missing.
 
     Args:
-        model: Without values; changed.
-        directory: What the values are taken from.
         packed: The layers whose weights the files have in words.
     """
     modules = dict(model.named_modules())
@@ -209,8 +206,6 @@ def place_tensor(layer: Any, key: str, tensor: Tensor, where: str, *, packed: bo
         layer: A `QuantLinear`, empty or filled in part; changed.
         key: One of `stored_keys`.
         tensor: On any device; kept where nothing has to be converted.
-        where: File and name, for messages.
-        packed: The codes lie in int32 words.
 
     Raises:
         CheckpointError: it is not what the layer holds, or makes no sense.
@@ -279,11 +274,9 @@ def check_superfluous(names: FileNames, module: nn.Module | None, name: str, ten
     """Raise `CheckpointError` where a tensor of the files that the model has no place for would change something.
 
     Args:
-        names: Of the model.
         module: Of the model, with the tensor's name up to the last dot, where it has one.
         name: Of the tensor, from `FileNames.in_model`.
         tensor: Looked at where it is a zero point.
-        where: File and name, for messages.
     """
     key = name.rpartition(".")[2]
     if isinstance(module, QuantLinear) and key in _ZERO_POINTS:  # a symmetric layer's zeros, as older files have

@@ -38,8 +38,6 @@ def rehearse(model: Any, scheme: Scheme, target: Path, tokenizer: Any = None) ->
     Args:
         model: A transformers model, with or without values.  Not modified.
         scheme: What is quantised, and how.  A static one is saved with scales of 1.
-        target: Where the model will go.
-        tokenizer: Saved along where given.
 
     Returns:
         Why there was no rehearsal, where a stand-in cannot be made of this model; else None.

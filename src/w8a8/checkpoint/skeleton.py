@@ -116,12 +116,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def as_stored(model: nn.Module, stored: Iterable[str]) -> dict[str, Experts]:
-    """Experts with layers of their own for the places of stacks that the files have so, by name.
-
-    Args:
-        model: With or without values.  Not modified.
-        stored: The names of the tensors in the files.
-    """
+    """Experts with layers of their own for the places of stacks that the files have so, by name."""
     stored = list(stored)
     found, _ = unstacked(model, at_most=len(stored))
     if not found:
@@ -209,8 +204,6 @@ def insert_quant_linears(
 
     Args:
         model: Float, on the meta device; changed.
-        quantization: What is quantised, and how.
-        where: The file that says so, for messages.
         stored: The names of the tensors in the files, which may be those of the model's base, or of a task model.
         of_another: The files were written by a model of another class: layers of which they hold nothing stay float.
         options: As for `QuantLinear`.

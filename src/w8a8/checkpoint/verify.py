@@ -24,7 +24,6 @@ def verify_structure(directory: Path | Directory, like: Any = None) -> None:
     Reads no values, so it takes milliseconds for a model of any size.
 
     Args:
-        directory: What was written.
         like: The model that was; without it, the class is the one that config.json names.
     """
     written = Directory.of(directory)
@@ -55,10 +54,6 @@ def verify_values(directory: Path, model: nn.Module) -> None:
     """Raise `CheckpointError` where the files do not hold the very values of a model.
 
     Costs a read of the files.
-
-    Args:
-        directory: What was written.
-        model: Quantised.  Not modified.
     """
     written = Directory.of(directory)
     verify_structure(written, model)

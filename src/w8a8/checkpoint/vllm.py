@@ -113,8 +113,6 @@ def findings(
 
     Args:
         schemes: Every linear layer, in the model's order; None for one that stays float.
-        heads: Those that are output heads.
-        transposed: Those that are transformers' `Conv1D`.
         renamed: Stacks of experts that stay float, and that the hub's files call otherwise.
         shapes: (N, K) of the layers, as far as they are known.
         packed: Those whose codes are in int32 words, in a directory that is there; None: as `w8a8.save` writes them.
@@ -167,8 +165,6 @@ def foresee_as_it_is(
     """`findings` of a model, with or without values.
 
     Args:
-        model: Not modified.
-        packed: As for `findings`.
         schemes: Of float layers that are taken for quantised ones.
     """
     return findings(

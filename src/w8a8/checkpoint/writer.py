@@ -146,7 +146,6 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
 
     Args:
         target: A directory to be made, or one to be filled or replaced.
-        overwrite: Replace a checkpoint that is there already.
         source: Of the float model, which is never replaced.
 
     Raises:

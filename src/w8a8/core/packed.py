@@ -61,7 +61,6 @@ def unpack_rows(packed: Tensor, bits: int, k: int) -> Tensor:
     Args:
         packed: (N, ceil(K * bits / 32)) int32, contiguous.  Not modified.
         bits: 8, 4 or 2.
-        k: K.
 
     Returns:
         (N, K) int8, new.

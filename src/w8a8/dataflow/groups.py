@@ -252,7 +252,6 @@ def conclude(model: nn.Module, trace: Trace) -> Dataflow:
     """Groups and refusals from what was seen.  Where two sources meet in one reader, the later one is taken.
 
     Args:
-        model: What ran.  Not modified.
         trace: Of one forward that is over, with outputs and what outlives it blocked.
     """
     seen = _Conclusion(model, trace)

@@ -313,13 +313,7 @@ Rule = Callable[[Call], list[Tags]]
 
 
 class Watch(TorchDispatchMode):
-    """Runs every operation as it is, and tells a trace what happened.
-
-    Args:
-        trace: What is known so far; it is filled.
-        rules: The rule of each operation, by name.
-        otherwise: The rule of those that have none.
-    """
+    """Runs every operation as it is, and tells a trace what happened."""
 
     def __init__(self, trace: Trace, rules: Mapping[str, Rule], otherwise: Rule) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

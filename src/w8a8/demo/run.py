@@ -178,7 +178,6 @@ def time_layer(features: int = 4096, *, rows: tuple[int, ...] = (1, 128), rounds
     """Time one linear layer with random weights in float32 and as w8a8, call by call in turn.
 
     Args:
-        features: In and out.
         rows: Tokens at once: one as in decoding, many as in reading a prompt.
         rounds: Of which the medians are told; one more comes before them.
     """

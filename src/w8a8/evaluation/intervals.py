@@ -43,13 +43,7 @@ class Estimate:
 
 
 class Bootstrap:
-    """Windows drawn again and again, the same way for every quantity.
-
-    Args:
-        windows: How many there are.
-        seed: Of the drawing.
-        resamples: How often they are drawn.
-    """
+    """Windows drawn again and again, the same way for every quantity."""
 
     def __init__(self, windows: int, *, seed: int = 0, resamples: int = RESAMPLES) -> None:
         self.windows = windows

@@ -123,9 +123,7 @@ def logits_of(model: Any, ids: Tensor, start: int) -> Tensor:
     """(T, V) for one window.
 
     Args:
-        model: A causal language model.  Not modified.
         ids: (T,) the window.
-        start: Where it begins in the text, for messages.
 
     Raises:
         ModelError: the model predicts no tokens, or its logits are not finite.

@@ -140,8 +140,6 @@ def stored_kl(reference: Reference, rows: slice, q: Tensor) -> Tensor:
     """The divergence of each row over k + 1 outcomes, float64.
 
     Args:
-        reference: The stored predictions.
-        rows: Which of them.
         q: (T, V), logits of the model.
     """
     whole = q.to(torch.float64).log_softmax(-1)

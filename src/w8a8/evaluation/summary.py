@@ -12,7 +12,6 @@ def summary(both: Comparison | OutputComparison, text: str) -> Measured:
     """The figures of a quantised model against the float one.
 
     Args:
-        both: The comparison.
         text: What it was made on, a name for readers.
     """
     return _of_outputs(both, text) if isinstance(both, OutputComparison) else _of_predictions(both, text)

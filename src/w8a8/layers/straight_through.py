@@ -35,8 +35,6 @@ def straight_through(x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
 
     Args:
         x: (..., K), float.
-        bias: The layer's, for its derivative.
-        layer: What computes.
     """
     given = [t for t in (x, bias) if t is not None]
     derived = (

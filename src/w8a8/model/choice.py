@@ -58,11 +58,7 @@ class Choice:
         Args:
             model: Not modified.
             schemes: One for all layers, or by pattern, as for `assign`.
-            include, exclude, head: As for `w8a8.quantize`.
             stacks: What can take the places of stacks, and why others stay, where it is not all that can.
-
-        Raises:
-            PatternError, SchemeError, ModelError: as `select`, `assign` and `with_head`.
         """
         check_module(model)
         include = with_head(model, include, head)
@@ -91,11 +87,7 @@ class Choice:
         return swapped(self.model, self.taken)
 
     def enact(self, layers: Mapping[str, QuantLinear]) -> None:
-        """Put the new layers in their places; the model is changed, its config where a tied layer was quantised.
-
-        Args:
-            layers: By name: for each chosen one what was made of it.
-        """
+        """Put the new layers in their places; the model is changed, its config where a tied layer was quantised."""
         swap(self.model, self.taken)
         swap(self.model, layers)
         for parent in dict.fromkeys(name.rsplit(".", 2)[0] for name in layers):

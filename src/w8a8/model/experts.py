@@ -165,9 +165,6 @@ def stacks(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The stacked experts of a model that `unstacked` takes apart, and why others are left, by name.
 
     Takes no time and no memory for each expert.
-
-    Args:
-        model: With or without values.  Not modified.
     """
     found, reasons = {}, {}
     for name in stack_names(model):
@@ -219,11 +216,7 @@ def mark_arriving(model: nn.Module, *, arriving: bool) -> None:
 
 
 def usual_names(stacked: tuple[str, str]) -> tuple[str, ...]:
-    """What an expert's layers are called where nothing else is said.
-
-    Args:
-        stacked: From `Experts`.
-    """
+    """What an expert's layers are called where nothing else is said."""
     return NAMES if stacked == _GATED else NAMES[1:]
 
 

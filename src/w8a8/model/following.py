@@ -88,11 +88,7 @@ class Frame:
 
 
 class Following(ABC):
-    """Of the expressions in one module's code.
-
-    Args:
-        module: Not modified.
-    """
+    """Of the expressions in one module's code."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.found = module, Uses()

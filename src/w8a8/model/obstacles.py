@@ -35,8 +35,6 @@ def obstacles(model: nn.Module, linears: Mapping[str, nn.Module], usage: Usage) 
 
     Args:
         model: With or without values.  Not modified.
-        linears: Its linear layers by name.
-        usage: What the model's code does with them.
     """
     kept = _kept_wide(model, linears)
     fixed = {id(place.module): place.name for place in places(model) if place.container is None}

@@ -34,11 +34,7 @@ class Place(NamedTuple):
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every place below a module in which a module is held.
-
-    Args:
-        model: Not modified.
-    """
+    """Every place below a module in which a module is held."""
     seen: set[int] = set()  # of what is looked through, each once
     for name, module in model.named_modules():
         yield from _of_module(module, name, seen)

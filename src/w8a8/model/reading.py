@@ -35,7 +35,6 @@ class Reading(Following):
     """Of one module's code.
 
     Args:
-        module: Not modified.
         inside: What is known of a module that lies below it.
         making: Names of methods that make modules.
     """

@@ -37,7 +37,6 @@ def heads(model: nn.Module, *, quantized: bool = False) -> list[str]:
     """The names of the float output heads: `lm_head`, or what the model calls its output embedding.
 
     Args:
-        model: Not modified.
         quantized: Of those that are quantised already too.
     """
     output = getattr(model, "get_output_embeddings", None)
@@ -58,7 +57,6 @@ def routers_of(model: nn.Module, linears: Mapping[str, nn.Module], choosing: Map
 
     Args:
         model: With experts in their places, stacked or not.  Not modified.
-        linears: Its linear layers by name.
         choosing: Those by whose output the model's code chooses, and how.
     """
     beside = set()

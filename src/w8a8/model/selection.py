@@ -241,9 +241,7 @@ def _untie_from_float(shared: dict[str, list[str]], reasons: dict[str, str], inc
     """Of tied layers: those that are taken though another stays float, each with that one.
 
     Args:
-        shared: What each layer's weight is tied to.
         reasons: Why layers stay float; gains those that are tied to one and not named in `include`.
-        include: Names and patterns.
     """
     while True:
         untied = {}

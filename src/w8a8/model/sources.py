@@ -56,8 +56,6 @@ def method(module: nn.Module, name: str, after: type | None = None) -> tuple[typ
     """A function that a module's class has under a name, or that was set on the module itself.
 
     Args:
-        module: Not modified.
-        name: Of the method or property.
         after: Look behind this class in the order of resolution, as `super()` does.
 
     Returns:
@@ -82,7 +80,6 @@ def entries(module: nn.Module, made: Set[str]) -> list[str]:
     """The methods by which a module is used: its forward, and what its class offers that is not for making it.
 
     Args:
-        module: Not modified.
         made: Names of methods that are for making.
     """
     offered = {

@@ -29,8 +29,6 @@ def build(
     """Make the new layers.  The model is not modified.
 
     Args:
-        model: It has the layers.
-        schemes: By their names, of those that are quantised.
         input_params: The grid of the input of each of them whose scheme has static activations.
         progress: Called after each layer.
         options: simulated, kernel and strict, as for `QuantLinear`.

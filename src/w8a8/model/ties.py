@@ -16,12 +16,7 @@ from w8a8.model.pretrained import is_pretrained
 
 
 def forget(model: nn.Module, layers: Collection[str]) -> None:
-    """Take layers out of what the model ties; its tables are changed, its config is not.
-
-    Args:
-        model: With or without values.
-        layers: By name.
-    """
+    """Take layers out of what the model ties; its tables are changed, its config is not."""
     _without(model, layers)
 
 
@@ -30,7 +25,6 @@ def untie(model: nn.Module, layers: Collection[str]) -> None:
 
     Args:
         model: As for `forget`; its config, and those of its parts, are changed.
-        layers: That were tied, and are quantised.
     """
     for config in _without(model, layers):
         if not any(part.config is config and part.get_expanded_tied_weights_keys() for _, part in _parts(model)):

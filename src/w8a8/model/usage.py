@@ -38,11 +38,7 @@ class Usage:
 
 
 def look(model: nn.Module) -> Usage:
-    """Read the code of all modules of a model.
-
-    Args:
-        model: With or without values.  Not modified, not run.
-    """
+    """Read the code of all modules of a model."""
     reader = _Reader(model)
     names = {id(module): name for name, module in model.named_modules()}
     found = Usage({}, {}, {})
@@ -68,11 +64,7 @@ _KNOWN: dict[tuple[int, frozenset[str]], list[Uses]] = {}
 
 
 class _Reader:
-    """Reads the code of a model's modules, each kind once in a process.
-
-    Args:
-        model: Not modified.
-    """
+    """Reads the code of a model's modules, each kind once in a process."""
 
     def __init__(self, model: nn.Module) -> None:
         self._signatures: dict[int, int] = {}

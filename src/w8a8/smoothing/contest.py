@@ -62,7 +62,6 @@ class Contest:
     Args:
         model: Float.  Not modified.
         calibration: Its first batches are run.
-        scheme, chosen: What is quantised, and how.
     """
 
     def __init__(self, model: nn.Module, calibration: Calibration, scheme: Scheme, chosen: Sequence[str]) -> None:

@@ -143,9 +143,7 @@ def smooth_observed(
         probe: What it is called with to be compared.
         sampled: Called once with names of modules in it, for what they read.
         way: `AUTO` needs a `contest`.
-        scheme, progress: As `smooth_`.
         chosen: The linears that will be quantised.
-        description: Of the data.
         contest: Made after the sampling.
 
     Returns, Raises:

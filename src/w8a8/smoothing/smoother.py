@@ -38,13 +38,11 @@ class Smoother:
 
     Args:
         model: Float.  Run; changed by `smooth` alone.
-        flow: Its groups, as observed.
         probe: What it is called with to be compared.
         sampled: Called once with names of modules in it, for what they read.
         schemes: Of each layer that will be quantised.  A group is smoothed for the scheme that most of its readers
             have.
         readers: Modules; only the groups that one of them reads are sampled and smoothed.  All of them by default.
-        progress: As for `smooth_`.
 
     Attributes:
         flow: Every group of the model, and what cannot be folded.
@@ -90,15 +88,7 @@ class Smoother:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> "Smoother":
-        """Observe a model and sample what its groups read.
-
-        Args:
-            calibration, rows, seed: As for `smooth_`.
-            model, schemes, readers, progress: As for the class.
-
-        Raises:
-            CalibrationError, NonFiniteError, ModelError: as `smooth_`.
-        """
+        """Observe a model and sample what its groups read."""
         flow, probe, sampled = look(model, calibration, rows=rows, seed=seed, progress=progress)
         return cls(model, flow, probe, sampled, schemes, readers=readers, progress=progress)
 
@@ -147,15 +137,7 @@ class Smoother:
 def look(
     model: nn.Module, calibration: Calibration, *, rows: int, seed: int, progress: Progress | None
 ) -> tuple[Dataflow, ModelInputs, Callable[[Sequence[str]], dict[str, Sample]]]:
-    """What smoothing a whole model starts from: its groups, a probe to compare on, and what samples named modules.
-
-    Args:
-        model: Not modified.
-        calibration, rows, seed, progress: As for `smooth_`.
-
-    Raises:
-        CalibrationError, ModelError: as `smooth_`.
-    """
+    """What smoothing a whole model starts from: its groups, a probe to compare on, and what samples named modules."""
     inputs = calibration.first(model)
     check_inputs(model, inputs)
     probe = cut(inputs)

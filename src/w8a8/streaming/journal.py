@@ -72,9 +72,7 @@ class Journal:
         """A unit is finished.
 
         Args:
-            unit: Its name.
             files: The digest of each of its files, which are in the directory and on the disk.
-            weight_sqnr_db: Of each layer in them.
 
         Raises:
             CheckpointError: the disk is full.

@@ -144,7 +144,6 @@ def make_plan(
     """Decide what becomes of every tensor.
 
     Args:
-        source: A float model.
         scheme, include, exclude, head: As for `w8a8.quantize`.
         shard_bytes: Files of the result are not larger, save for a tensor that is.
 
@@ -294,7 +293,6 @@ def _stated_dtype(model: nn.Module, steps: Iterable[Step]) -> torch.dtype:
 
     Args:
         model: With quantised layers in their places.
-        steps: What is written.
     """
     written = {step.place: step.dtype for step in steps if step.spec is None}
     name, first = next((name, each) for name, each in model.named_parameters() if each.is_floating_point())

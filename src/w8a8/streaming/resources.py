@@ -60,7 +60,6 @@ def predict(plan: Plan, target: Path, *, processes: int = 1, here: int = 1, fini
     """Look at the plan, and try.
 
     Args:
-        plan: What is to be done.
         target: Where the result will be; what is written in the trial lies beside it.
         processes: How many share the job.
         here: How many of them are on this machine.

@@ -125,14 +125,6 @@ class Written:
 def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | None = None) -> Written:
     """Make one file of the result.
 
-    Args:
-        shard: Its tensors, and where they come from.
-        directory: Where to.
-        told: Called after each tensor.
-
-    Returns:
-        Its digest, and what its layers lost.
-
     Raises:
         CheckpointError: the source cannot be read, or the disk is full; nothing of the file is left.
         NonFiniteError: a weight holds a NaN or an infinity; the layer is named.

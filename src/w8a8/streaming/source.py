@@ -29,11 +29,7 @@ _AT_ONCE = getattr(os, "RWF_NOWAIT", 0)
 
 
 class Room:
-    """Memory for the bytes of a piece, used again and again.
-
-    Args:
-        size: Bytes of the largest piece.
-    """
+    """Memory for the bytes of a piece, used again and again."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -95,7 +91,6 @@ def sampled_digest(path: Path, entries: Sequence[Entry]) -> str:
     spread.  New weights in one that is looked at show, save where they differ in other places only.
 
     Args:
-        path: A safetensors file.
         entries: Of its header, in the order of their bytes.
     """
     digest = hashlib.sha256()
