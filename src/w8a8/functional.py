@@ -56,18 +56,9 @@ def quantize_weight_per_column_absmax(
 def quantize_activation_per_tensor_absmax(
     x: Tensor, n_bits: int = 8, inplace: bool = True, symmetric: bool = True, *, eps: float = 1e-5
 ) -> Result:
-    """Round an activation to one grid.
+    """Round an activation (batch, token, channel), or of any leading shape, to one grid.
 
-    Args:
-        x: (batch, token, channel), or any leading shape; any float dtype.  Overwritten where `inplace`.
-        n_bits: Width of the grid, 2..16.
-        inplace: Overwrite and return `x`, else return `(dequantised, l2_distance)`.
-        symmetric: Absmax grid, else a zero point.
-        eps: Ranges below this are taken to be this.
-
-    Raises:
-        SchemeError: `n_bits` out of range, or `x` is not a float tensor.
-        NonFiniteError: `x` holds a NaN or an infinity.
+    Otherwise as `quantize_weight_per_tensor_absmax`.
     """
     return _apply(x, Operand.ACTIVATION, PerTensor(), n_bits, inplace, symmetric, eps)
 
@@ -75,7 +66,7 @@ def quantize_activation_per_tensor_absmax(
 def quantize_activation_per_token_absmax(
     x: Tensor, n_bits: int = 8, inplace: bool = True, symmetric: bool = True, *, eps: float = 1e-5
 ) -> Result:
-    """Round an activation, one grid per token.  Otherwise as `quantize_activation_per_tensor_absmax`."""
+    """Round an activation, one grid per token.  Otherwise as `quantize_weight_per_tensor_absmax`."""
     return _apply(x, Operand.ACTIVATION, PerToken(), n_bits, inplace, symmetric, eps)
 
 
@@ -84,20 +75,14 @@ def quantize_activation_per_channel_absmax(
 ) -> Result:
     """Round an activation, one grid per channel over all tokens of all sequences.
 
-    Otherwise as `quantize_activation_per_tensor_absmax`.
+    Otherwise as `quantize_weight_per_tensor_absmax`.
     """
     return _apply(x, Operand.ACTIVATION, PerChannel(), n_bits, inplace, symmetric, eps)
 
 
 @torch.no_grad()
 def _apply(
-    x: Tensor,
-    operand: Operand,
-    granularity: Granularity,
-    n_bits: int,
-    inplace: bool,
-    symmetric: bool,
-    eps: float,
+    x: Tensor, operand: Operand, granularity: Granularity, n_bits: int, inplace: bool, symmetric: bool, eps: float
 ) -> Result:
     spec = QuantSpec(bits=n_bits, granularity=granularity, symmetric=symmetric)
     params = qparams(x, spec, operand, smallest_range=eps)

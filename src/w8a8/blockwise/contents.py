@@ -13,7 +13,7 @@ from w8a8.core.packed import as_words
 from w8a8.errors import noted
 from w8a8.layers.linear import float_operands
 from w8a8.layers.weights import make_weight
-from w8a8.streaming.plan import Plan, Shard, Step
+from w8a8.streaming.plan import Plan, Step, numbered
 
 
 def by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
@@ -22,9 +22,7 @@ def by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
     for step in plan.steps:
         number = _number(step.place, walk)
         groups[-1 if number is None else number].append(step)
-    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
-    shards = tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
-    return replace(plan, shards=shards)
+    return replace(plan, shards=numbered(groups))
 
 
 def _number(name: str, walk: BlockWalk) -> int | None:

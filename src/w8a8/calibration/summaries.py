@@ -26,7 +26,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from w8a8.core.affine import describe_non_finite, value_range
+from w8a8.core.affine import describe_non_finite, described, value_range
 from w8a8.errors import CalibrationError, NonFiniteError, SchemeError
 
 OCTAVES = 16
@@ -66,8 +66,8 @@ class Range:
         """
         if not x.is_floating_point() or x.ndim == 0:
             raise SchemeError(
-                f"expected an activation (..., K) of floats to observe, found {str(x.dtype).removeprefix('torch.')} "
-                f"of shape {tuple(x.shape)}; observe the inputs of linear layers"
+                f"expected an activation (..., K) of floats to observe, found {described(x)}; observe the inputs of "
+                "linear layers"
             )
         k = x.shape[-1]
         if not per_channel:

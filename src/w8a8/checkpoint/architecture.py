@@ -20,18 +20,8 @@ from w8a8.checkpoint.files import CONFIG
 from w8a8.errors import CheckpointError
 
 OTHERS_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    StrictDataclassError,
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError),
+    *(OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError),
 )
 """What transformers raises over a config that makes no sense: whatever its code stumbles on."""
 

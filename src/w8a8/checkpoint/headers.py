@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 import torch
-from torch import Tensor
 
 from w8a8.errors import CheckpointError
 
@@ -86,11 +85,6 @@ class Entry:
     def where(self) -> str:
         """File and name, for messages."""
         return f"{self.file}: {self.name}"
-
-
-def described(t: Entry | Tensor) -> str:
-    """Dtype and shape in words."""
-    return f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}"
 
 
 def each_once(found: Iterable[tuple[str, Entry]]) -> dict[str, Entry]:

@@ -25,9 +25,9 @@ from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG, mapped, opened
-from w8a8.checkpoint.headers import described
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import check_size, empty_layers
+from w8a8.core.affine import described
 from w8a8.core.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.core.scheme import PerGroup, PerTensor, Scheme
 from w8a8.defaults import usual_defaults

@@ -16,9 +16,10 @@ from torch import nn
 from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import CONFIG
-from w8a8.checkpoint.headers import Entry, described
+from w8a8.checkpoint.headers import Entry
 from w8a8.checkpoint.layout import QuantizationConfig
 from w8a8.checkpoint.names import FileNames
+from w8a8.core.affine import described
 from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, SchemeError, noted
 from w8a8.layers.linear import QuantLinear, is_linear
@@ -108,6 +109,21 @@ def not_saved(model: nn.Module) -> set[str]:
     """The tensors that the model's class leaves out of its files, since it makes them itself."""
     left_out = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     return {name for name, _ in _tensors(model) if name in left_out}
+
+
+def by_tensor(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+    """Each tensor of the state dict with all its names: a tied one has several."""
+    found: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), ([], tensor))[0].append(name)
+    return list(found.values())
+
+
+def saved(model: nn.Module) -> list[tuple[list[str], torch.Tensor]]:
+    """The same of what the model's class has in its files, each under one of its names or more."""
+    left_out = not_saved(model)
+    kept = [([name for name in names if name not in left_out], tensor) for names, tensor in by_tensor(model)]
+    return [(names, tensor) for names, tensor in kept if names]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import mapped
 from w8a8.checkpoint.names import FileNames
-from w8a8.checkpoint.skeleton import empty_model, not_saved
+from w8a8.checkpoint.skeleton import empty_model, saved
 from w8a8.errors import CheckpointError
 
 
@@ -33,7 +33,7 @@ def verify_structure(directory: Path | Directory, like: Any = None) -> None:
             raise CheckpointError(f"{path}: {min(odd)} is in the index or in the file, and not in both")
     model = empty_model(written, like=like, simulated=True)
     found = FileNames(model).placed(written.entries)
-    wanted = _once(model)
+    wanted = saved(model)
     for aliases, tensor in wanted:
         name = next((name for name in aliases if name in found), None)
         if name is None:
@@ -71,14 +71,3 @@ def _same(written: Tensor, held: Tensor) -> bool:
         and written.shape == held.shape
         and torch.equal(written.reshape(-1).view(torch.uint8), held.reshape(-1).view(torch.uint8))
     )
-
-
-def _once(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Each tensor of the state dict with all its names: a tied one has several, and is written under one or more."""
-    by_tensor: dict[int, tuple[list[str], Tensor]] = {}
-    left_out = not_saved(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in left_out:
-            continue
-        by_tensor.setdefault(id(tensor), ([], tensor))[0].append(name)
-    return list(by_tensor.values())

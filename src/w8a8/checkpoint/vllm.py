@@ -120,13 +120,15 @@ def findings(
     quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     if packed is None:
         packed = {name for name, scheme in quantized.items() if in_words(scheme)}
-    found = [*_by_scheme(quantized, packed), *_fused(schemes), *_experts(schemes)]
-    heads = set(heads)
+    told = {name: _refused(scheme, packed=name in packed) for name, scheme in quantized.items()}
+    found = [*_by_reason({name: None if why is None else (True, *why) for name, why in told.items()})]
+    found += [*_fused(schemes), *_experts(schemes)]
+    heads, transposed = set(heads), set(transposed)
     padded = {name: (n + -n % _VOCABULARY if name in heads else n, k) for name, (n, k) in (shapes or {}).items()}
-    runs = {name: scheme for name, scheme in quantized.items() if _refused(scheme, packed=name in packed) is None}
+    runs = {name: scheme for name, scheme in quantized.items() if told[name] is None}
     found += _by_shape(runs, padded)
     found += _about(
-        [name for name in quantized if name in set(transposed)],
+        [name for name in quantized if name in transposed],
         "quantised Conv1D",
         "its GPT-2 transposes these weights as it loads them, and the file has them row by row",
         "run it here, or leave these layers float",
@@ -177,13 +179,13 @@ def foresee_as_it_is(
     )
 
 
-def _by_scheme(quantized: Mapping[str, Scheme], packed: Collection[str]) -> list[Finding]:
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for name, scheme in quantized.items():
-        reason = _refused(scheme, packed=name in packed)
+def _by_reason(reasons: Mapping[str, tuple[bool, str, str, str] | None]) -> list[Finding]:
+    """One finding for each reason, about the layers that have it."""
+    layers: dict[tuple[bool, str, str, str], list[str]] = {}
+    for name, reason in reasons.items():
         if reason is not None:
-            reasons.setdefault(reason, []).append(name)
-    return [Finding(True, tuple(names), *reason) for reason, names in reasons.items()]
+            layers.setdefault(reason, []).append(name)
+    return [Finding(refused, tuple(names), *reason) for (refused, *reason), names in layers.items()]
 
 
 def _refused(scheme: Scheme, *, packed: bool) -> tuple[str, str, str] | None:
@@ -246,18 +248,13 @@ def _by_shape(quantized: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, i
     rows = {name: n for name, (n, _) in shapes.items()}
     for shards in _shards(shapes):
         rows |= dict.fromkeys(shards, sum(rows[name] for name in shards))
-    reasons: dict[tuple[bool, str, str, str], list[str]] = {}
+    reasons = {}
     for name, scheme in quantized.items():
-        if name not in shapes:
-            continue
-        n, k = rows[name], shapes[name][1]
-        if ".experts." in name:
-            reason = _misfit_expert(scheme, n if name.rpartition(".")[2] in _DOWN else k)
-        else:
-            reason = _misfit(scheme, n, k)
-        if reason is not None:
-            reasons.setdefault(reason, []).append(name)
-    return [Finding(refused, tuple(names), *reason) for (refused, *reason), names in reasons.items()]
+        if name in shapes:
+            n, k = rows[name], shapes[name][1]
+            width = n if name.rpartition(".")[2] in _DOWN else k
+            reasons[name] = _misfit_expert(scheme, width) if ".experts." in name else _misfit(scheme, n, k)
+    return _by_reason(reasons)
 
 
 def _misfit(scheme: Scheme, n: int, k: int) -> tuple[bool, str, str, str] | None:

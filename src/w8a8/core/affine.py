@@ -23,6 +23,7 @@ Shapes: see `w8a8.core.scheme`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,7 +195,7 @@ def fake_quantize(
         out = torch.empty_like(x)
     elif (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         raise SchemeError(
-            f"out= is {_describe(out)}, the input is {_describe(x)}: they must agree in shape, dtype and device"
+            f"out= is {described(out)}, the input is {described(x)}: they must agree in shape, dtype and device"
         )
     for block, scale, zero_point, target in _blocks(x, params, spec, out):
         values = round_to_codes(block, scale, zero_point, spec)
@@ -343,7 +344,7 @@ def _own_or_given(x: Tensor, spec: QuantSpec, operand: Operand, params: QParams 
         raise SchemeError(
             f"params with a scale of shape {tuple(params.scale.shape)} "
             f"{'without' if params.zero_point is None else 'with'} a zero point do not fit {spec} on "
-            f"{_describe(x)}: it takes shape {tuple(want)} {'without' if spec.symmetric else 'with'} a zero point"
+            f"{described(x)}: it takes shape {tuple(want)} {'without' if spec.symmetric else 'with'} a zero point"
         )
     if params.zero_point is not None and params.zero_point.shape != want:
         raise SchemeError(f"zero_point has shape {tuple(params.zero_point.shape)}, the scale {tuple(want)}")
@@ -356,9 +357,9 @@ def _own_or_given(x: Tensor, spec: QuantSpec, operand: Operand, params: QParams 
 def _check(x: Tensor, spec: QuantSpec, operand: Operand) -> None:
     spec.check(operand)
     if x.dtype not in _DTYPES:
-        raise SchemeError(f"expected a float tensor to quantise, found {_describe(x)}; convert it with .float()")
+        raise SchemeError(f"expected a float tensor to quantise, found {described(x)}; convert it with .float()")
     if operand is Operand.WEIGHT and x.ndim != 2:
-        raise SchemeError(f"a weight is (N, K), found {_describe(x)}; reshape it to two axes")
+        raise SchemeError(f"a weight is (N, K), found {described(x)}; reshape it to two axes")
     if x.ndim == 0:
         raise SchemeError("an activation is (..., K), found a scalar; reshape it to one axis or more")
     if isinstance(spec.granularity, PerGroup) and x.shape[-1] % spec.granularity.size:
@@ -375,7 +376,7 @@ def describe_non_finite(x: Tensor) -> str:
     bad = ~torch.isfinite(x.to(torch.float32))
     index = tuple(int(i) for i in bad.nonzero()[0])
     return (
-        f"{x[index].item()} at index {index} of {_describe(x)} ({int(bad.sum())} of {x.numel()} are not finite "
+        f"{x[index].item()} at index {index} of {described(x)} ({int(bad.sum())} of {x.numel()} are not finite "
         "in float32); a scale needs finite values: repair the tensor first"
     )
 
@@ -385,5 +386,6 @@ def _same_shape(x: Tensor, y: Tensor) -> None:
         raise SchemeError(f"two tensors of one shape are compared, found {tuple(x.shape)} and {tuple(y.shape)}")
 
 
-def _describe(x: Tensor) -> str:
+def described(x: Any) -> str:
+    """Dtype and shape in words, of what has them."""
     return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"

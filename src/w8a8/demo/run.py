@@ -124,15 +124,7 @@ def run_demo(
     length = context_length(opened.model)
     assert length is not None, "an OPT has a context"
     float_perplexity = perplexity(opened.model, text, seq_len=length).perplexity.mean
-    rows = [
-        DemoRow(
-            "float",
-            None,
-            float_perplexity,
-            1.0,
-            (opened.directory / "model.safetensors").stat().st_size,
-        )
-    ]
+    rows = [DemoRow("float", None, float_perplexity, 1.0, (opened.directory / "model.safetensors").stat().st_size)]
     coverage = sample = ""
     for done, scheme in enumerate(SCHEMES, start=1):
         simulated = copy.deepcopy(opened.model)
@@ -145,15 +137,9 @@ def run_demo(
             loaded = OpenedModel(load(directory).to(torch.float32), opened.tokenizer, directory, quantized=True)
             size = (directory / "model.safetensors").stat().st_size
             measured = compare(loaded.model, opened.model, text, seq_len=length)
-            rows.append(
-                DemoRow(
-                    scheme,
-                    perplexity(simulated, text, seq_len=length).perplexity.mean,
-                    measured.model.perplexity.mean,
-                    measured.top1_agreement.mean,
-                    size,
-                )
-            )
+            expected = perplexity(simulated, text, seq_len=length).perplexity.mean
+            found = measured.model.perplexity.mean
+            rows.append(DemoRow(scheme, expected, found, measured.top1_agreement.mean, size))
             if not sample:
                 coverage = str(result.coverage)
                 sample = continue_text(loaded, PROMPT, max_new_tokens=_NEW_TOKENS).text

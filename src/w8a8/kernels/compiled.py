@@ -38,25 +38,8 @@ class Library:
         self.packed_bytes = function("packed_bytes", _I64, _I64, _I64)
         self.panel_group = function("panel_group", _I32)
         self.pack = function("pack", ctypes.c_int, _P, _I64, _I64, _I64, _P, _P, _I32)
-        self.quantize_rows = function(
-            "quantize_rows",
-            ctypes.c_int,
-            _P,
-            _I32,
-            _I64,
-            _I64,
-            _I64,
-            _I32,
-            _I32,
-            _F32,
-            _I32,
-            _I32,
-            _P,
-            _I64,
-            _P,
-            _P,
-            _I32,
-        )
+        rows = (_P, _I32, _I64, _I64, _I64, _I32, _I32, _F32, _I32, _I32, _P, _I64, _P, _P, _I32)
+        self.quantize_rows = function("quantize_rows", ctypes.c_int, *rows)
         self.advise_huge = function("advise_huge", ctypes.c_int, _P, _I64)
         self.isa_name = function("isa_name", ctypes.c_char_p)
         self.isa_count = function("isa_count", ctypes.c_int)

@@ -41,14 +41,9 @@ class LinearBuffers(nn.Module):
     """The buffers of a quantised linear layer: made empty, then filled, packed, moved, saved and loaded.
 
     Args:
-        in_features: K.
-        out_features: N.
-        scheme: What is quantised and how.
-        bias: The dtype of the bias, or None: no bias.
         integer: Whether the layer multiplies integers: it then has sums, and packs its codes for the native kernel.
-        kernel: The kernel to run, or "auto".
-        device: Where the empty buffers are made; "meta" makes none.
         dtype: Of the float weight, which `weight` tells and `.to(dtype)` changes.
+        Others: As for `QuantLinear`.
     """
 
     weight: Weight

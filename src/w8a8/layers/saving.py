@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from w8a8.core.affine import described
 from w8a8.errors import ModelError
 
 Describe: TypeAlias = Callable[[Any, str], None]
@@ -83,16 +84,12 @@ def _check_tensors(model: str, prefix: str, layer: nn.Module, given: Mapping[str
     if not any(name.startswith(prefix) for name in given):
         return
     for name in sorted(held.keys() | {name for name in given if name.startswith(prefix)}):
-        want, found = (None if tensor is None else _told(tensor) for tensor in (held.get(name), given.get(name)))
+        want, found = (None if tensor is None else described(tensor) for tensor in (held.get(name), given.get(name)))
         if want != found:
             raise ModelError(
                 f"{model} is to be saved with a state dict that was given, in which {name} is {found or 'missing'}, "
                 f"and the quantised layer holds {want or 'none'}: give the state dict of the quantised model, or none"
             )
-
-
-def _told(tensor: Any) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 def _saved() -> Mapping[str, Any] | None:

@@ -121,18 +121,8 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
             continue
         seen.update(map(id, own))
         products = multiplied.get(name, frozenset()) if not isinstance(module, nn.Embedding) else frozenset()
-        found.append(
-            _float(
-                name,
-                module,
-                own,
-                model,
-                products,
-                stacked=name in stacked,
-                reason=reasons.get(name),
-                share=shares.get(id(module), 1.0),
-            )
-        )
+        share = shares.get(id(module), 1.0)
+        found.append(_float(name, module, own, model, products, name in stacked, reasons.get(name), share))
     return Coverage(tuple(found))
 
 
@@ -157,7 +147,6 @@ def _float(
     own: list[nn.Parameter],
     model: nn.Module,
     multiplied: frozenset[str],
-    *,
     stacked: bool,
     reason: str | None,
     share: float,

@@ -15,17 +15,8 @@ Code = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 MAKING = frozenset(
     {
-        "__init__",
-        "__repr__",
-        "__setstate__",
-        "_apply",
-        "_init_weights",
-        "_load_from_state_dict",
-        "_reset_parameters",
-        "_save_to_state_dict",
-        "extra_repr",
-        "init_weights",
-        "reset_parameters",
+        *("__init__", "_init_weights", "init_weights", "_reset_parameters", "reset_parameters", "_apply"),
+        *("__setstate__", "_load_from_state_dict", "_save_to_state_dict", "__repr__", "extra_repr"),
     }
 )
 """Methods that make, fill, move or show a module: torch's names, and transformers', for what is not computing."""

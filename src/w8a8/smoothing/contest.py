@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w8a8.calibration.calibrate import static_grids
+from w8a8.calibration.calibrate import grids_of_schemes
 from w8a8.calibration.data import Calibration
 from w8a8.core.affine import QParams
 from w8a8.core.scheme import Scheme
@@ -92,12 +92,10 @@ class Contest:
         with swapped(self.model, layers):
             return Score(distance, self._loss_nats())
 
-    def _grids(self) -> dict[str, QParams] | None:
+    def _grids(self) -> dict[str, QParams]:
         activations = self.scheme.activations
-        if not self.scheme.static or activations is None:
-            return None
-        observer = "absmax" if activations.symmetric else "minmax"
-        return static_grids(self.model, self.chosen, activations, self._data, observer)
+        observer = "absmax" if activations is None or activations.symmetric else "minmax"
+        return grids_of_schemes(self.model, dict.fromkeys(self.chosen, self.scheme), self._data, observer)
 
     def _loss_nats(self) -> float:
         """The mean over all predicted tokens of -log p."""

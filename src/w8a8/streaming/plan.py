@@ -25,7 +25,7 @@ from w8a8.checkpoint.files import CONFIG, SINGLE
 from w8a8.checkpoint.headers import Entry, Told, each_once, in_order
 from w8a8.checkpoint.layout import to_json
 from w8a8.checkpoint.names import FileNames
-from w8a8.checkpoint.skeleton import check_counts, empty_model, not_saved
+from w8a8.checkpoint.skeleton import by_tensor, check_counts, empty_model, not_saved, saved
 from w8a8.checkpoint.vllm import Finding, foresee_as_it_is
 from w8a8.core.scheme import PerTensor, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, SchemeError, few
@@ -260,17 +260,13 @@ def _check_complete(source: Directory, model: nn.Module, found: Mapping[str, Ent
         UnplacedError: some are not in the files: transformers may have a way to make them while loading.
         CheckpointError: another shape.
     """
-    shared: dict[int, list[str]] = {}
-    left_out = not_saved(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in left_out:
-            continue
-        shared.setdefault(id(tensor), []).append(name)
-        if name in found and tuple(tensor.shape) != found[name].shape:
+    wanted = saved(model)
+    for name, tensor in ((name, tensor) for names, tensor in wanted for name in names if name in found):
+        if tuple(tensor.shape) != found[name].shape:
             raise CheckpointError(
                 f"{found[name].file}: {name} has shape {found[name].shape}, {CONFIG} says {tuple(tensor.shape)}"
             )
-    missing = [names[0] for names in shared.values() if not any(name in found for name in names)]
+    missing = [names[0] for names, _ in wanted if not any(name in found for name in names)]
     if missing:
         raise UnplacedError(
             f"{source.path}: {len(missing)} tensors are missing: {few(missing, 4)}; where transformers makes them "
@@ -305,16 +301,13 @@ def _copies(model: nn.Module, found: Mapping[str, Entry], chosen: set[str]) -> s
     Raises:
         UnplacedError: the two are not equal, so that it is transformers' to say which of them counts.
     """
-    first: dict[int, str] = {}
     copies = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in found or name in chosen:
-            continue
-        kept = first.setdefault(id(tensor), name)
-        if kept != name:
-            if not _same_bytes(found[kept], found[name]):
+    for names, _ in by_tensor(model):
+        there = [name for name in names if name in found and name not in chosen]
+        for name in there[1:]:
+            if not _same_bytes(found[there[0]], found[name]):
                 raise UnplacedError(
-                    f"{found[name].file}: {name} and {kept} are one weight by {CONFIG}, and two in the files; "
+                    f"{found[name].file}: {name} and {there[0]} are one weight by {CONFIG}, and two in the files; "
                     "transformers decides while loading, so this model can only be quantised in memory (--no-stream)"
                 )
             copies.add(name)
@@ -341,22 +334,15 @@ def _apart(model: nn.Module, aliases: Mapping[str, list[str]], there: set[str]) 
         aliases: Of the float model.
         there: The names in the model that are written already.
     """
-    left_out = not_saved(model)
-    groups: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in aliases and name not in left_out:
-            groups.setdefault(id(tensor), []).append(name)
-    for names in groups.values():
-        if there.isdisjoint(names):
-            yield names[0]
+    for names, _ in saved(model):
+        several = [name for name in names if name in aliases]
+        if several and there.isdisjoint(several):
+            yield several[0]
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
     """The names of each tensor that has several, by each of them."""
-    shared: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        shared.setdefault(id(tensor), []).append(name)
-    return {name: names for names in shared.values() if len(names) > 1 for name in names}
+    return {name: names for names, _ in by_tensor(model) if len(names) > 1 for name in names}
 
 
 def _copied(names: FileNames, place: str, dtype: torch.dtype, entry: Entry) -> Step:
@@ -381,7 +367,10 @@ def _cut(steps: list[Step], shard_bytes: int) -> tuple[Shard, ...]:
         if groups[-1] and sum(s.bytes for s in groups[-1]) + step.bytes > shard_bytes:
             groups.append([])
         groups[-1].append(step)
-    if len(groups) == 1:
-        return (Shard(SINGLE, tuple(groups[0])),)
-    names = (f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1))
-    return tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
+    return (Shard(SINGLE, tuple(groups[0])),) if len(groups) == 1 else numbered(groups)
+
+
+def numbered(groups: Sequence[Sequence[Step]]) -> tuple[Shard, ...]:
+    """Files by the names that those of several have."""
+    count = len(groups)
+    return tuple(Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(g)) for i, g in enumerate(groups, start=1))
