@@ -20,6 +20,8 @@ class W8A8Error(Exception):
         def add_note(self, note: str) -> None:
             self.__notes__ = [*getattr(self, "__notes__", ()), note]
 
+    __str__ = Exception.__str__  # OSError's would look for the number of an error
+
     def explain(self) -> str:
         """The message and the places that were added on the way up, one per line."""
         return "\n  ".join([str(self), *getattr(self, "__notes__", ())])
@@ -56,13 +58,9 @@ class CalibrationError(W8A8Error, ValueError):
 class CheckpointError(W8A8Error, OSError):
     """A directory that is missing, torn, untruthful, in the way, or in a format unknown here."""
 
-    __str__ = Exception.__str__
-
 
 class HubError(W8A8Error, OSError):
     """A repository of the hub that could not be pushed to."""
-
-    __str__ = Exception.__str__
 
 
 class FormatError(CheckpointError):
@@ -75,8 +73,6 @@ class ElsewhereError(W8A8Error, RuntimeError):
 
 class TextError(W8A8Error, OSError):
     """A text that is missing, unreadable or too short for what was asked."""
-
-    __str__ = Exception.__str__
 
 
 class ReportError(W8A8Error, ValueError):

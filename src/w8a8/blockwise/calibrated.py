@@ -45,7 +45,7 @@ from w8a8.model.swapping import swap, swapped
 from w8a8.report.records import GroupReport
 from w8a8.report.smoothed import SmoothReport
 from w8a8.smoothing.smooth import smooth_observed
-from w8a8.smoothing.smoother import cut, observed, samples
+from w8a8.smoothing.smoother import Smoother, cut, observed, samples
 from w8a8.smoothing.way import NONE
 from w8a8.streaming.job import Work
 from w8a8.streaming.journal import Journal, write_whole
@@ -195,16 +195,10 @@ class Blocks(Work):
                 found = samples(walk.model, data, [prefix + name for name in names])
             return {name.removeprefix(prefix): sample for name, sample in found.items()}
 
-        return smooth_observed(
-            block,
-            observed(block, probe, lambda: walk.arguments(number, inputs, first)),
-            probe,
-            sampled,
-            way=self.request.smoothing,
-            scheme=self.request.scheme,
-            chosen=frozenset(name.removeprefix(prefix) for name in chosen),
-            description=data.description,
-        )[0]
+        scheme = self.request.scheme
+        flow = observed(block, probe, lambda: walk.arguments(number, inputs, first))
+        smoother = Smoother(block, flow, probe, sampled, {name.removeprefix(prefix): scheme for name in chosen})
+        return smooth_observed(smoother, self.request.smoothing, scheme, data.description)[0]
 
     def _grids(self, names: Sequence[str], data: Calibration) -> dict[str, QParams]:
         """The static grids of what these layers read, by their names in the model."""

@@ -107,12 +107,8 @@ def to_json(config: QuantizationConfig) -> dict[str, Any]:
             f"group_{i}": {
                 "targets": list(group.targets),
                 "format": formats[i],
-                "weights": _args(group.scheme.weights, dynamic=False),
-                "input_activations": (
-                    None
-                    if group.scheme.activations is None
-                    else _args(group.scheme.activations, dynamic=group.scheme.activations.dynamic)
-                ),
+                "weights": _args(group.scheme.weights, weight=True),
+                "input_activations": _args(group.scheme.activations),
                 "output_activations": None,
             }
             for i, group in enumerate(config.groups)
@@ -196,7 +192,9 @@ def check_writable(scheme: Scheme) -> None:
             _strategy(spec.granularity, weight=spec is scheme.weights)
 
 
-def _args(spec: QuantSpec, *, dynamic: bool) -> dict[str, Any]:
+def _args(spec: QuantSpec | None, *, weight: bool = False) -> dict[str, Any] | None:
+    if spec is None:
+        return None
     group = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
     return {
         "num_bits": spec.bits,
@@ -204,7 +202,7 @@ def _args(spec: QuantSpec, *, dynamic: bool) -> dict[str, Any]:
         "symmetric": spec.symmetric,
         "strategy": _strategy(spec.granularity, weight=not isinstance(spec.granularity, PerToken)),
         "group_size": group,
-        "dynamic": dynamic,
+        "dynamic": spec.dynamic and not weight,
     }
 
 

@@ -26,19 +26,18 @@ from typing import Any
 from torch import nn
 
 from w8a8.calibration.data import Calibration
-from w8a8.calibration.sampling import ROWS, Sample
+from w8a8.calibration.sampling import ROWS
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
-from w8a8.dataflow.groups import Dataflow, Refusal
+from w8a8.dataflow.groups import Refusal
 from w8a8.errors import ModelError
-from w8a8.model.inputs import ModelInputs
 from w8a8.model.selection import select
 from w8a8.report.records import GroupReport
 from w8a8.report.smoothed import Score, SmoothReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, winner
 from w8a8.smoothing.fold import Undo, fold_
-from w8a8.smoothing.smoother import Smoother, look
+from w8a8.smoothing.smoother import Smoother
 from w8a8.smoothing.way import AUTO, NONE, SEARCHED, Smoothing
 
 __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "smooth_undoable"]
@@ -107,49 +106,30 @@ def smooth_undoable(
     progress: Progress | None = None,
 ) -> tuple[SmoothReport, Undo]:
     """`smooth_`, and what takes it back: for a caller that has more to do, and may fail."""
-    flow, probe, sampled = look(model, calibration, rows=rows, seed=seed, progress=progress)
+    schemes = dict.fromkeys(chosen, scheme)
+    smoother = Smoother.of(model, calibration, schemes, rows=rows, seed=seed, progress=progress)
     return smooth_observed(
-        model,
-        flow,
-        probe,
-        sampled,
-        way=way,
-        scheme=scheme,
-        chosen=frozenset(chosen),
-        description=calibration.description,
-        contest=lambda: Contest(model, calibration, scheme, chosen),
-        progress=progress,
+        smoother, way, scheme, calibration.description, lambda: Contest(model, calibration, scheme, chosen)
     )
 
 
 def smooth_observed(
-    model: nn.Module,
-    flow: Dataflow,
-    probe: ModelInputs,
-    sampled: Callable[[Sequence[str]], dict[str, Sample]],
-    *,
+    smoother: Smoother,
     way: Smoothing,
     scheme: Scheme,
-    chosen: frozenset[str],
     description: str,
     contest: Callable[[], Contest] | None = None,
-    progress: Progress | None = None,
 ) -> tuple[SmoothReport, Undo]:
-    """Smooth what was observed: a model, or a block of one as if it were all.
+    """Smooth what was observed: a model, or a block of one as if it were all; changed in place if everything succeeds.
 
     Args:
-        model: Changed in place if everything succeeds.
-        flow: Its groups.
-        probe: What it is called with to be compared.
-        sampled: Called once with names of modules in it, for what they read.
         way: `AUTO` needs a `contest`.
-        chosen: The linears that will be quantised.
+        description: Of the data.
         contest: Made after the sampling.
 
     Returns, Raises:
         As `smooth_`, and what takes it back.
     """
-    smoother = Smoother(model, flow, probe, sampled, dict.fromkeys(chosen, scheme), progress=progress)
     gate = smoother.gate
     scores: dict[str, Score] = {}
     kept = None
@@ -162,14 +142,14 @@ def smooth_observed(
         change, bound = gate.whole_change(), gate.whole_bound()
         if change > bound:
             raise ModelError(
-                f"smoothing changed the float output of {type(model).__name__} by {change:.2e} (relative norm on the "
-                f"probe), over {bound:.2e}, though every block kept its own output within its bound; all weights are "
-                "as they were: use smooth='none', or a model in float32"
+                f"smoothing changed the float output of {type(smoother.model).__name__} by {change:.2e} (relative norm "
+                f"on the probe), over {bound:.2e}, though every block kept its own output within its bound; all "
+                "weights are as they were: use smooth='none', or a model in float32"
             )
     except BaseException:
         smoother.undo()
         raise
-    refused = tuple(_refused(refusal) for refusal in flow.refused)
+    refused = tuple(_refused(refusal) for refusal in smoother.flow.refused)
     groups = tuple(smoother.reports)
     report = SmoothReport(scheme.name, way.told, description, groups, refused, change, bound, scores, kept)
     return report, smoother.as_undo()

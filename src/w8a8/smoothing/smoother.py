@@ -89,7 +89,14 @@ class Smoother:
         progress: Progress | None = None,
     ) -> "Smoother":
         """Observe a model and sample what its groups read."""
-        flow, probe, sampled = look(model, calibration, rows=rows, seed=seed, progress=progress)
+        inputs = calibration.first(model)
+        check_inputs(model, inputs)
+        probe = cut(inputs)
+
+        def sampled(names: Sequence[str]) -> dict[str, Sample]:
+            return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
+
+        flow = observed(model, probe, lambda: inputs)
         return cls(model, flow, probe, sampled, schemes, readers=readers, progress=progress)
 
     def smooth(self, way: Smoothing, groups: Sequence[Group] | None = None) -> None:
@@ -132,20 +139,6 @@ class Smoother:
     def as_undo(self) -> Undo:
         """What `undo` does to the weights, for later."""
         return Undo(tuple(self._originals.values()))
-
-
-def look(
-    model: nn.Module, calibration: Calibration, *, rows: int, seed: int, progress: Progress | None
-) -> tuple[Dataflow, ModelInputs, Callable[[Sequence[str]], dict[str, Sample]]]:
-    """What smoothing a whole model starts from: its groups, a probe to compare on, and what samples named modules."""
-    inputs = calibration.first(model)
-    check_inputs(model, inputs)
-    probe = cut(inputs)
-
-    def sampled(names: Sequence[str]) -> dict[str, Sample]:
-        return samples(model, calibration, names, rows=rows, seed=seed, progress=progress)
-
-    return observed(model, probe, lambda: inputs), probe, sampled
 
 
 def observed(model: nn.Module, probe: ModelInputs, inputs: Callable[[], ModelInputs]) -> Dataflow:
