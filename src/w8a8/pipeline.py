@@ -104,15 +104,8 @@ def quantize(
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
-    return carry_out(
-        Choice.of(model, scheme, include, exclude, head=head),
-        kernel=kernel,
-        strict=strict,
-        calibration=calibration,
-        observer=observer,
-        smooth=smooth,
-        progress=progress,
-    )
+    choice = Choice.of(model, scheme, include, exclude, head=head)
+    return carry_out(choice, calibration, observer, smooth, progress, kernel=kernel, strict=strict)
 
 
 def simulate(
@@ -140,19 +133,12 @@ def simulate(
     Raises:
         SchemeError, PatternError, NonFiniteError, CalibrationError: as `quantize`.
     """
-    return carry_out(
-        Choice.of(model, scheme, include, exclude),
-        simulated=True,
-        calibration=calibration,
-        observer=observer,
-        smooth=smooth,
-        progress=progress,
-    )
+    choice = Choice.of(model, scheme, include, exclude)
+    return carry_out(choice, calibration, observer, smooth, progress, simulated=True)
 
 
 def carry_out(
     choice: Choice,
-    *,
     calibration: Any = None,
     observer: str | Callable[[], Observer] = "absmax",
     smooth: Smoothing | str | float | None = None,

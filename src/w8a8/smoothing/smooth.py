@@ -82,22 +82,14 @@ def smooth_(
     """
     if alpha not in (AUTO.told, SEARCHED.told):
         check_alpha(alpha)
-    return smooth_undoable(
-        model,
-        Calibration.of(calibration),
-        way=Smoothing.of(alpha),
-        scheme=Scheme.of(scheme),
-        chosen=select(model, include, exclude).chosen,
-        rows=rows,
-        seed=seed,
-        progress=progress,
-    )[0]
+    data, way, scheme = Calibration.of(calibration), Smoothing.of(alpha), Scheme.of(scheme)
+    chosen = select(model, include, exclude).chosen
+    return smooth_undoable(model, data, way, scheme, chosen, rows, seed, progress)[0]
 
 
 def smooth_undoable(
     model: nn.Module,
     calibration: Calibration,
-    *,
     way: Smoothing,
     scheme: Scheme,
     chosen: Sequence[str],
