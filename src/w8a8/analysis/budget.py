@@ -298,11 +298,7 @@ def _costs(
 
 def _size(layer: nn.Module, *, without_weight: bool = False) -> int:
     """Bytes of a layer; a tied float weight is not its own: quantised it becomes a copy, and the float one stays."""
-    return sum(
-        t.numel() * t.element_size()
-        for name, t in layer.state_dict().items()
-        if not (without_weight and name == "weight")
-    )
+    return sum(t.nbytes for name, t in layer.state_dict().items() if not (without_weight and name == "weight"))
 
 
 def _check_sample(model: Any, text: Text | Tensor, sample: Sample, windows: int, seed: int) -> Sample:

@@ -50,11 +50,8 @@ def solve(
     milp, bounds, linear_constraint = milp_of_scipy()
     sizes = np.array([size for group in groups for size in group.bytes], dtype=np.float64)
     costs = np.array([max(0.0, kl) for group in groups for kl in group.kl_nats])
-    one_each = np.zeros((len(groups), len(sizes)))
-    at = 0
-    for index, group in enumerate(groups):
-        one_each[index, at : at + len(group.options)] = 1
-        at += len(group.options)
+    lengths = [len(group.options) for group in groups]
+    one_each = np.repeat(np.eye(len(groups)), lengths, axis=1)  # a row for each group, 1 where its options lie
     if limit is not None:
         least = fixed + sum(min(group.bytes) for group in groups)
         if limit < least:
@@ -82,11 +79,8 @@ def solve(
     )
     if found.x is None:
         raise SchemeError(f"no choice keeps to the budget: {found.message}")
-    picked, at = [], 0
-    for group in groups:
-        picked.append(group.options[int(np.argmax(found.x[at : at + len(group.options)]))])
-        at += len(group.options)
-    return tuple(picked)
+    shares = np.split(found.x, np.cumsum(lengths)[:-1])
+    return tuple(group.options[int(np.argmax(share))] for group, share in zip(groups, shares, strict=True))
 
 
 def total(groups: Sequence[GroupCosts], picked: Sequence[str], fixed: int) -> Choice:

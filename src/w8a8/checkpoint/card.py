@@ -19,7 +19,7 @@ from w8a8.checkpoint.vllm import VERSION, Finding
 from w8a8.core.row_sample import ROWS
 from w8a8.core.scheme import PRESETS
 from w8a8.errors import few
-from w8a8.model.coverage import Coverage
+from w8a8.model.coverage import Coverage, percentage
 
 PLACE = "path/to/this/directory"
 """What a card calls its directory while that has no name on the hub."""
@@ -156,10 +156,8 @@ def _about(facts: Facts) -> Iterator[str]:
     yield _table(("scheme", "layers", "what it is"), rows)
     size = f"Tensors in the files: {_megabytes(facts.bytes)}"
     size += f"; in those of the float model: {_megabytes(origin.bytes)}." if origin.bytes is not None else "."
-    yield (
-        f"{_share(done.parameters, every.parameters)} of the parameters and {_share(done.macs, every.macs)} of the "
-        f"multiply-adds of a token are in these layers. {size}"
-    )
+    parameters, macs = percentage(done.parameters, every.parameters), percentage(done.macs, every.macs)
+    yield f"{parameters} of the parameters and {macs} of the multiply-adds of a token are in these layers. {size}"
     worst = coverage.worst_weights(_WORST)
     if worst:
         yield (
@@ -272,7 +270,3 @@ def _cell(text: str) -> str:
 
 def _megabytes(count: int) -> str:
     return f"{count / 1e6:.2f} MB"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"

@@ -13,7 +13,7 @@ that these inputs did not take, an expert that got no token.  Where a matrix was
 source's channels, the source is refused.  Slices of one stacked parameter (fused experts) stand for each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -137,6 +137,16 @@ class Dataflow:
         return {"groups": groups, "refused": [asdict(refusal) for refusal in self.refused], "unread": self.unread}
 
 
+def begin_alike(names: Iterable[str]) -> list[str]:
+    """The parts that all of some dotted names begin with."""
+    alike = []
+    for parts in zip(*(name.split(".") if name else [] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        alike.append(parts[0])
+    return alike
+
+
 def _read_by(readers: Sequence[Reader], channels: int) -> Tensor:
     """(C,) bool: the channels that some reader reads."""
     seen = torch.zeros(channels, dtype=torch.bool, device="cpu")
@@ -180,12 +190,7 @@ class _Conclusion:
 
     def block(self, source: Source, readers: list[Reader]) -> str:
         """The smallest module that ran and holds the source and its readers."""
-        paths = [name.split(".") if name else [] for name in (source.module, *(r.module for r in readers))]
-        common = []
-        for parts in zip(*paths, strict=False):
-            if len(set(parts)) > 1:
-                break
-            common.append(parts[0])
+        common = begin_alike((source.module, *(r.module for r in readers)))
         while common and ".".join(common) not in self.trace.called:
             common.pop()
         return ".".join(common)

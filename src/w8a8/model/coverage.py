@@ -80,8 +80,8 @@ class Coverage:
         done, every = totals["quantized"], totals["all"]
         lines = [
             f"{done.modules} of {every.modules} modules quantised: "
-            f"{_share(done.parameters, every.parameters)} of the parameters, "
-            f"{_share(done.macs, every.macs)} of the multiply-adds; {every.bytes / 1e6:.2f} MB in all"
+            f"{percentage(done.parameters, every.parameters)} of the parameters, "
+            f"{percentage(done.macs, every.macs)} of the multiply-adds; {every.bytes / 1e6:.2f} MB in all"
         ]
         for reason, modules in self.left_by_reason().items():
             count = sum(m.parameters for m in modules)
@@ -121,8 +121,8 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
             continue
         seen.update(map(id, own))
         products = multiplied.get(name, frozenset()) if not isinstance(module, nn.Embedding) else frozenset()
-        share = shares.get(id(module), 1.0)
-        found.append(_float(name, module, own, model, products, name in stacked, reasons.get(name), share))
+        active = shares.get(id(module), 1.0)
+        found.append(_float(name, module, own, model, products, name in stacked, reasons.get(name), active))
     return Coverage(tuple(found))
 
 
@@ -201,5 +201,6 @@ def _active_share(model: nn.Module, experts: int) -> float:
     return per_token / experts if isinstance(per_token, int) else 1.0
 
 
-def _share(part: int, whole: int) -> str:
+def percentage(part: int, whole: int) -> str:
+    """In words: `12.3 %`."""
     return f"{100 * part / whole:.1f} %" if whole else "0 %"

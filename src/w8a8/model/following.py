@@ -142,12 +142,10 @@ class Following(ABC):
                 values = self._eval(value, frame)
                 self._assign(target, values, frame)
                 return values
-            case ast.ListComp(generators=generators) | ast.SetComp(generators=generators):
-                return self._comprehension(generators, [node.elt], frame)
-            case ast.GeneratorExp(generators=generators):
-                return self._comprehension(generators, [node.elt], frame)
-            case ast.DictComp(generators=generators):
-                return self._comprehension(generators, [node.key, node.value], frame)
+            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp():
+                return self._comprehension(node.generators, [node.elt], frame)
+            case ast.DictComp():
+                return self._comprehension(node.generators, [node.key, node.value], frame)
             case ast.Lambda(body=body):
                 return self._eval(body, frame)
             case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):

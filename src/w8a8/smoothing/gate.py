@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.dataflow.groups import Group
+from w8a8.dataflow.groups import Group, begin_alike
 from w8a8.errors import ModelError
 from w8a8.model.experts import OTHER_KIND
 from w8a8.model.inputs import ModelInputs, call, copied, evaluating, seeded, tensors_in
@@ -236,7 +236,7 @@ def closed_blocks(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         block = group.block
         while (other := crossing(block)) is not None:
-            block = _common(block, other)
+            block = ".".join(begin_alike((block, other)))
         closed.append(block)
     return closed
 
@@ -351,13 +351,3 @@ def _within(group: Group, block: str) -> Group:
 
 def _is_within(name: str, block: str) -> bool:
     return not block or name == block or name.startswith(block + ".")
-
-
-def _common(a: str, b: str) -> str:
-    """The smallest module that holds both, by dotted names."""
-    shared = []
-    for x, y in zip(a.split("."), b.split("."), strict=False):
-        if x != y:
-            break
-        shared.append(x)
-    return ".".join(shared)

@@ -58,13 +58,9 @@ class Room:
 
     def _fill(self, path: Path, flags: int, begin: int, end: int, needed: int) -> bool:
         """Whether at least the bytes that are needed are here; not where the file system knows no such flag."""
+        descriptor = None
         try:
             descriptor = os.open(path, os.O_RDONLY | flags)
-        except OSError as error:
-            if flags and error.errno == errno.EINVAL:
-                return False
-            raise
-        try:
             count = 0
             while count < needed:
                 step = os.preadv(descriptor, [self._view(count, end - begin)], begin + count)
@@ -77,7 +73,8 @@ class Room:
                 return False
             raise
         finally:
-            os.close(descriptor)
+            if descriptor is not None:
+                os.close(descriptor)
 
     def _view(self, start: int, end: int) -> memoryview:
         array: Any = self._held[start:end].numpy()
