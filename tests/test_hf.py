@@ -30,7 +30,7 @@ from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
 from w8a8.demo.run import demo_directory
-from w8a8.errors import CheckpointError, FormatError, ModelError, PatternError, SchemeError
+from w8a8.errors import CheckpointError, FormatError, KernelError, ModelError, PatternError, SchemeError
 from w8a8.hf import enabling
 from w8a8.layers.linear import quant_linears
 from w8a8.model.experts import Experts, holds_experts
@@ -98,6 +98,11 @@ class TestQuantisingWhileLoading:
     def test_in_another_dtype_it_is_what_quantize_makes_of_the_model_in_that_dtype(self, dtype):
         model = opened(demo_directory(), dtype=dtype, quantization_config=W8A8Config())
         assert torch.equal(model(IDS).logits, quantized(demo_directory(), dtype=dtype)(IDS).logits)
+
+    def test_it_takes_how_layers_are_run(self):
+        model = opened(demo_directory(), quantization_config=W8A8Config(kernel="reference", strict=True, head="int8"))
+        assert {(layer.kernel, layer.strict) for _, layer in quant_linears(model)} == {("reference", True)}
+        assert torch.equal(model(IDS).logits, quantized(demo_directory(), head="int8")(IDS).logits)
 
     @pytest.mark.parametrize("options", [{"head": "int8"}, {"include": ["*fc?"], "exclude": ["*.1.*"]}], ids=str)
     def test_its_options_are_those_of_quantize(self, options):
@@ -194,6 +199,29 @@ class TestEnable:
         model = opened(FIXTURES / name)
         assert torch.equal(model(IDS).logits, w8a8.load(FIXTURES / name)(IDS).logits)
         assert all(layer.weight_scale.dtype is torch.float32 for _, layer in quant_linears(model))
+
+    def test_it_takes_how_layers_are_run_and_the_last_call_holds(self, tmp_path):
+        w8a8.save(quantized(demo_directory()), tmp_path / "saved")
+        w8a8.enable(kernel="torch_cpu")
+        w8a8.enable(kernel="reference", head="int8", strict=True)
+        found = opened(tmp_path / "saved")
+        wanted = w8a8.load(tmp_path / "saved", head="int8")
+        assert {layer.kernel for _, layer in quant_linears(found)} == {"reference"}
+        assert all(layer.strict for _, layer in quant_linears(found))
+        assert "lm_head" in dict(quant_linears(found))
+        assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+        assert {kernel for calls in w8a8.ledger(found).values() for kernel in calls} == {"reference"}
+        with w8a8.enabled(kernel="torch_cpu"):
+            assert {layer.kernel for _, layer in quant_linears(opened(tmp_path / "saved"))} == {"torch_cpu"}
+        assert {layer.kernel for _, layer in quant_linears(opened(tmp_path / "saved"))} == {"reference"}
+
+    @pytest.mark.parametrize("call", [W8A8Config, w8a8.enable], ids=["W8A8Config", "enable"])
+    def test_what_names_no_kernel_or_head_is_told_before_anything_is_loaded(self, call):
+        with pytest.raises(KernelError, match=r"unknown kernel 'natve' \(closest: native"):
+            call(kernel="natve")
+        with pytest.raises(ModelError, match="head='int4'"):
+            call(head="int4")
+        assert not isinstance(AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"], enabling._Ours)
 
     def test_before_and_after_it_transformers_does_as_it_always_did(self, tmp_path):
         w8a8.save(quantized(demo_directory()), tmp_path / "saved")
@@ -341,7 +369,7 @@ class TestEnable:
                 asked.append(config)
                 return "theirs"
 
-        assert enabling._Ours(Theirs).from_dict(theirs) == "theirs"
+        assert enabling._Ours(Theirs, {}).from_dict(theirs) == "theirs"
         assert asked == [theirs]
         with pytest.raises(FormatError):  # `load` does not run it either
             from_json(theirs, "config.json")

@@ -37,6 +37,15 @@ def test_what_is_missing_is_told_with_its_reason(monkeypatch):
     assert "native kernel runs" not in found.machine
 
 
+def test_what_the_environment_asks_for_is_told(monkeypatch):
+    for name in ("W8A8_KERNEL", "W8A8_ISA", "W8A8_NATIVE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    assert "the environment says" not in diagnose().machine
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("W8A8_KERNEL", "auto")
+    assert diagnose().machine["the environment says"] == "W8A8_KERNEL=auto, OMP_NUM_THREADS=1"
+
+
 def test_the_processor_is_named_without_linux_too(monkeypatch, tmp_path):
     monkeypatch.setattr(diagnosis, "Path", lambda _: tmp_path / "nothing")
     assert diagnosis._processor()

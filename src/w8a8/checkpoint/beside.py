@@ -23,7 +23,8 @@ README = "README.md"
 SOURCE_README = "README.source.md"
 """Where the card of the float model is kept."""
 
-_MODULES = "modules.json"
+MODULES = "modules.json"
+"""Of sentence-transformers: what follows the model, and where it lies."""
 
 
 def companions(directory: Path) -> list[Path]:
@@ -72,7 +73,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def _modules(directory: Path) -> set[str]:
     """The sub-folders that modules.json names."""
-    path = directory / _MODULES
+    path = directory / MODULES
     if not path.is_file():
         return set()
     try:

@@ -60,6 +60,7 @@ class Facts:
     coverage: What is quantised and what is not.
     model: The name of the model's class.
     of_transformers: Whether transformers has that class.
+    around: The class of sentence-transformers that the directory is of, where it is of one.
     conv1d: Whether `Conv1D` layers are among the quantised.
     findings: What vLLM would make of the directory.
     bytes: Of the tensors in its files.
@@ -74,6 +75,7 @@ class Facts:
     bytes: int
     versions: Mapping[str, str]
     origin: Origin = Origin()
+    around: str | None = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,12 @@ def _float(coverage: Coverage) -> Iterator[str]:
 def _running(facts: Facts) -> Iterator[str]:
     yield "## How to run it"
     yield f"With [w8a8]({HOME}), each layer as its scheme says:"
-    yield _block("python", f'import w8a8\n\nmodel = w8a8.load("{PLACE}")')
+    if facts.around is None:
+        yield _block("python", f'import w8a8\n\nmodel = w8a8.load("{PLACE}")')
+    else:
+        imported = f"from sentence_transformers import {facts.around}\n\nimport w8a8"
+        yield _block("python", f'{imported}\n\nw8a8.enable()\nmodel = {facts.around}("{PLACE}")')
+        yield "`w8a8.load` gives the model in it by itself, without what the other modules do."
     yield "### In transformers"
     refused = _refused_by_transformers(facts)
     if refused is not None:

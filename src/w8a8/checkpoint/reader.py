@@ -89,10 +89,9 @@ def load(
     with torch.inference_mode(False):  # where a model is loaded says nothing of where it is used
         model, packed = empty_layers(directory, simulated=simulated, kernel=kernel, strict=strict)
         _fill(model, directory, packed)
-        if wanted is Head.INT8 and heads_of(model):  # none where the file's own head is int8
-            scheme = _measured_as_it_comes(directory.quantization.groups[0].scheme)
-            choice = Choice.of(model, scheme, heads_of(model))
-            choice.enact(build(model, choice.schemes, simulated=simulated, kernel=kernel, strict=strict))
+        if wanted is Head.INT8:
+            scheme = directory.quantization.groups[0].scheme
+            quantize_heads(model, scheme, simulated=simulated, kernel=kernel, strict=strict)
     model.config.__dict__.pop("quantization_config", None)
     inscribe(inscription(model))
     generation = directory.path / GENERATION_CONFIG
@@ -141,6 +140,19 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> An
     names = FileNames(model)
     tell_unwanted(names.model, [name for name in directory.entries if names.unwanted(names.in_model(name))])
     return model.eval()
+
+
+def quantize_heads(model: Any, scheme: Scheme, **options: Any) -> None:
+    """Quantise the float heads of a model of which a file has the rest in int8; none where the file's own are.
+
+    Args:
+        model: Changed.
+        scheme: Of the file; where it is static, activations are measured as they come.
+        options: As for `QuantLinear`.
+    """
+    if names := heads_of(model):
+        choice = Choice.of(model, _measured_as_it_comes(scheme), names)
+        choice.enact(build(model, choice.schemes, **options))
 
 
 def _measured_as_it_comes(scheme: Scheme) -> Scheme:

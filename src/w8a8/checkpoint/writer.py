@@ -25,7 +25,7 @@ from w8a8.checkpoint.directory import Directory, Tensors
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG
 from w8a8.checkpoint.verify import verify_values
 from w8a8.checkpoint.vllm import foresee_as_it_is
-from w8a8.errors import CheckpointError, ModelError, SchemeError
+from w8a8.errors import CheckpointError, ModelError, SchemeError, few
 from w8a8.layers.linear import quant_linears
 from w8a8.model.coverage import Coverage, coverage
 from w8a8.model.roles import heads
@@ -62,8 +62,8 @@ def save(
         private: Of a new repository, see `w8a8.push_to_hub`.
 
     Raises:
-        ModelError: not a transformers model, and none in it or several; nothing in it is quantised; a tensor that
-            safetensors cannot hold.
+        ModelError: not a transformers model, and none in it or several; nothing in it is quantised, or something
+            around it is; a tensor that safetensors cannot hold.
         SchemeError: the file format has no word for a layer's scheme; `max_shard_size` is no size.
         CheckpointError: the directory exists and may not be overwritten, or cannot be made; what was written is not
             what the model holds; `beside` is not there, or a file of it is a link that leads elsewhere.
@@ -114,6 +114,14 @@ def _one_model(model: Any) -> Any:
         raise ModelError(
             f"expected a transformers model with a config, or a module with a save_pretrained around one, found "
             f"{type(model).__name__}, with {len(found)} of them in it; save each by itself"
+        )
+    inside = {id(module) for module in found[0].modules()}
+    outside = [name for name, layer in quant_linears(model) if id(layer) not in inside]
+    if outside:
+        raise ModelError(
+            f"{type(model).__name__} is to be saved, and {few(outside)} in it is quantised and lies outside of its "
+            f"{type(found[0]).__name__}: such files hold float weights, and would not be read again; quantise the "
+            f"float model with exclude={outside!r}"
         )
     return found[0]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from w8a8 import kernels
 from w8a8.checkpoint.layout import runs_here
 from w8a8.hf.quantizer import W8A8Config
 
@@ -17,18 +18,27 @@ _LOG = logging.getLogger(__name__)
 _THEIRS = "compressed-tensors"
 
 
-def enable() -> None:
+def enable(*, head: str = "float", kernel: str = kernels.AUTO, strict: bool = False) -> None:
     """Let transformers run compressed-tensors directories by this package, in this process.
 
     Whatever `w8a8.load` runs: 8-bit integer layers in integers, and weight-only ones, packed or not, with a float
     product and their weights in int8, where transformers would keep them decompressed.  What `load` does not run (fp8,
     reordered groups, quantised caches) is loaded by transformers as before, and so is everything after `disable`.
-    Calling it twice is calling it once.
+    Called twice, the second call says how what is loaded from then on is run.
+
+    Args:
+        head, kernel, strict: As for `w8a8.load`.
+
+    Raises:
+        ModelError: `head` is neither "float" nor "int8".
+        KernelError: no kernel has this name.
     """
-    theirs = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
-    if not isinstance(theirs, _Ours):
-        ours: Any = _Ours(theirs)
-        AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours
+    W8A8Config(head=head, kernel=kernel, strict=strict)  # it checks them
+    theirs: Any = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
+    ours: Any = _Ours(
+        theirs.theirs if isinstance(theirs, _Ours) else theirs, {"head": head, "kernel": kernel, "strict": strict}
+    )
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours
 
 
 def disable() -> None:
@@ -39,10 +49,10 @@ def disable() -> None:
 
 
 @contextlib.contextmanager
-def enabled() -> Iterator[None]:
+def enabled(*, head: str = "float", kernel: str = kernels.AUTO, strict: bool = False) -> Iterator[None]:
     """`enable` for the length of a `with` block."""
     before = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
-    enable()
+    enable(head=head, kernel=kernel, strict=strict)
     try:
         yield
     finally:
@@ -52,11 +62,14 @@ def enabled() -> Iterator[None]:
 class _Ours:
     """Stands where transformers has its class for compressed-tensors configurations, and makes ours where it can."""
 
-    def __init__(self, theirs: Any) -> None:
+    def __init__(self, theirs: Any, options: Mapping[str, Any]) -> None:
         self.theirs = theirs
+        self.options = options
 
     def from_dict(self, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """The configuration that a file describes."""
         ours = runs_here(config_dict)
         _LOG.info("w8a8: this directory is run by %s", "w8a8" if ours else "transformers' own quantizer")
-        return (W8A8Config if ours else self.theirs).from_dict(config_dict, **kwargs)
+        if ours:
+            return W8A8Config.from_dict(config_dict, **self.options, **kwargs)
+        return self.theirs.from_dict(config_dict, **kwargs)

@@ -20,11 +20,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from w8a8 import kernels
 from w8a8.checkpoint.describe import describe
 from w8a8.checkpoint.files import CONFIG
 from w8a8.checkpoint.headers import each_once, read_header
 from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.checkpoint.names import remember
+from w8a8.checkpoint.reader import quantize_heads
 from w8a8.checkpoint.skeleton import as_stored, insert_quant_linears
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
@@ -49,10 +51,12 @@ class W8A8Config(QuantizationConfigMixin):
         scheme: A scheme that integers can run, or a weight-only one, by value or by name, without static activations.
         include, exclude: As for `w8a8.quantize`.
         head: "int8" quantises the output head too.
+        kernel, strict: As for `w8a8.quantize`; of this process, and in no file.
 
     Raises:
         SchemeError: the scheme is unknown, needs calibration, or cannot be executed.
         ModelError: `head` is neither "float" nor "int8".
+        KernelError: no kernel has this name.
     """
 
     def __init__(
@@ -62,17 +66,30 @@ class W8A8Config(QuantizationConfigMixin):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         head: str = "float",
+        kernel: str = kernels.AUTO,
+        strict: bool = False,
     ) -> None:
+        kernels.check_name(kernel)
         self.quant_method: Any = METHOD
         self.checkpoint: dict[str, Any] | None = None  # what a file says; then nothing else counts
         self.scheme = Scheme.of(scheme)
         self.include, self.exclude, self.head = list(include), list(exclude), Head.of(head)
+        self.kernel, self.strict = kernel, strict
         self.scheme.check_without_data("load the float model and call w8a8.quantize(model, scheme, calibration=...)")
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From the `quantization_config` of a file."""
-        config = cls()
+    def from_dict(
+        cls,
+        config_dict: Mapping[str, Any],
+        return_unused_kwargs: bool = False,
+        *,
+        head: str = "float",
+        kernel: str = kernels.AUTO,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """From the `quantization_config` of a file, and how it is to be run, as for `w8a8.load`."""
+        config = cls(head=head, kernel=kernel, strict=strict)
         config.checkpoint = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -86,7 +103,14 @@ class W8A8Config(QuantizationConfigMixin):
             "include": self.include,
             "exclude": self.exclude,
             "head": self.head.value,
+            "kernel": self.kernel,
+            "strict": self.strict,
         }
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """How the layers are to be run, as `QuantLinear` takes it."""
+        return {"kernel": self.kernel, "strict": self.strict}
 
 
 @register_quantizer(METHOD)
@@ -102,6 +126,7 @@ class W8A8Quantizer(HfQuantizer):
         self._quantized: set[str] = set()  # parameters that a QuantLinear takes
         self._arriving: list[Arriving] = []
         self._unstacked = False  # the model's experts have layers of their own
+        self._stored_scheme: Scheme | None = None  # the first that a file has
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is needed beside this package."""
@@ -152,7 +177,9 @@ class W8A8Quantizer(HfQuantizer):
             quantization = from_json(self.quantization_config.checkpoint, where)
             swap(model, experts)
             another = bool(stored) and type(model).__name__ not in (model.config.architectures or ())
-            packed = insert_quant_linears(model, quantization, where, stored, of_another=another)
+            running = self.quantization_config.running
+            packed = insert_quant_linears(model, quantization, where, stored, of_another=another, **running)
+            self._stored_scheme = quantization.groups[0].scheme
             self._quantized = {name for name, _ in quant_linears(model)}
             self._arriving = arriving_of(model, stored, packed)
             self._unstacked = holds_experts(model)
@@ -163,7 +190,8 @@ class W8A8Quantizer(HfQuantizer):
         choice = _untied(model, choice, config.include)
         swap(model, choice.taken)
         self._unstacked = holds_experts(model)
-        layers = {name: empty_layer(model, name, scheme) for name, scheme in choice.schemes.items()}
+        running = config.running
+        layers = {name: empty_layer(model, name, scheme, **running) for name, scheme in choice.schemes.items()}
         for layer in layers.values():
             # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
             layer.as_stored({"weight": layer.codes.to(dtype or torch.get_default_dtype())})
@@ -187,10 +215,13 @@ class W8A8Quantizer(HfQuantizer):
                     )
                 for key, tensor in came.items():
                     layer.take(key, tensor)
-        if self.quantization_config.head is Head.INT8:
-            choice = Choice.of(model, self.quantization_config.scheme, [], head=Head.INT8)
-            choice.enact(build(model, choice.schemes))
-        self.quantization_config.checkpoint = to_json(describe(model))
+        config = self.quantization_config
+        if config.head is Head.INT8 and self._stored_scheme is not None:
+            quantize_heads(model, self._stored_scheme, **config.running)
+        elif config.head is Head.INT8:
+            choice = Choice.of(model, config.scheme, [], head=Head.INT8)
+            choice.enact(build(model, choice.schemes, **config.running))
+        config.checkpoint = to_json(describe(model))
         remember(model)
         layers = [layer for _, layer in quant_linears(model)]
         _LOG.info("w8a8: %d linear layers run as %s", len(layers), layers[0].extra_repr().partition("scheme=")[2])

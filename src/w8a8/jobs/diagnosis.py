@@ -13,7 +13,8 @@ from w8a8._version import __version__
 from w8a8.kernels import compiled
 from w8a8.kernels.native import NATIVE
 
-_PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "compressed-tensors")
+_PACKAGES = ("torch", "transformers", "safetensors", "accelerate", "compressed-tensors", "sentence-transformers")
+_VARIABLES = ("W8A8_KERNEL", "W8A8_ISA", "W8A8_NATIVE", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def diagnose() -> Diagnosis:
         "cores, and threads torch uses": f"{os.cpu_count()}, {torch.get_num_threads()}",
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use",
     }
+    if asked := [f"{name}={os.environ[name]}" for name in _VARIABLES if name in os.environ]:
+        machine["the environment says"] = ", ".join(asked)
     if kernels.available()[NATIVE.name] is None:
         sets = compiled.instruction_sets()
         machine["native kernel has"] = ", ".join(name for name, reason in sets.items() if reason is None)

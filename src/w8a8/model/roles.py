@@ -1,10 +1,14 @@
-"""What some linear layers are for: output heads, routers of mixtures, adapters.  By default they stay float."""
+"""What some linear layers are for: output heads, routers of mixtures, adapters, what follows a model in its files.
+
+By default they stay float.
+"""
 
 import enum
 from collections import Counter
 from collections.abc import Mapping, Set
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from w8a8.errors import ModelError
 from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
@@ -105,3 +109,14 @@ def adapters_of(model: nn.Module) -> set[str]:
             modules = (inner for each in inside if isinstance(each, nn.Module) for inner in each.modules())
             found |= {id(module) for module in modules}
     return {name for name, module in model.named_modules() if id(module) in found}
+
+
+def beside_models(model: nn.Module) -> set[str]:
+    """The linear layers outside of transformers' models in what saves itself around such, as `SentenceTransformer`.
+
+    Each such module is written into a folder of its own, of which no config.json tells that it is quantised.
+    """
+    inside = {id(m) for part in model.modules() if isinstance(part, PreTrainedModel) for m in part.modules()}
+    if not inside or id(model) in inside or not hasattr(model, "save_pretrained"):
+        return set()
+    return {name for name, module in model.named_modules() if is_linear(module) and id(module) not in inside}

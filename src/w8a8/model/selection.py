@@ -1,7 +1,7 @@
 """Choosing among the linear layers of a model by names and patterns, and giving each its scheme.
 
 A pattern is the exact name of a layer, or else a glob over the dotted module names; a `*` crosses dots.  A
-pattern that matches no linear layer is an error.  Five kinds of layer are not taken by a glob, only by their exact
+pattern that matches no linear layer is an error.  Six kinds of layer are not taken by a glob, only by their exact
 name in `include`:
 
 - the output head (`lm_head`, or what the model calls its output embedding): files with a float head are
@@ -9,7 +9,9 @@ name in `include`:
 - a layer whose weight is shared with another module (OPT's head is its embedding): quantising it makes a
   copy, and the two are no longer one;
 - a router, which says what experts run, and how much they count (`w8a8.model.roles`): vLLM's are float;
-- an adapter, of peft's or made in its way.
+- an adapter, of peft's or made in its way;
+- what lies outside of the model in a module that saves itself around one, as the dense layer of a
+  `SentenceTransformer`: its files have no word for it.
 
 Layers that are tied to one another, and to nothing else, are taken together, each with codes of its own.
 
@@ -27,7 +29,7 @@ from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError, PatternError, SchemeError, closest
 from w8a8.layers.linear import check_materialised, is_linear, quant_linears
 from w8a8.model.obstacles import obstacles
-from w8a8.model.roles import Head, adapters_of, heads, routers_of
+from w8a8.model.roles import Head, adapters_of, beside_models, heads, routers_of
 from w8a8.model.usage import look
 
 Schemes: TypeAlias = Scheme | str | Mapping[str, Scheme | str | None]
@@ -75,7 +77,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     usage = look(model)
     never = obstacles(model, linears, usage)
     output, routers, adapters = set(heads(model)), routers_of(model, linears, usage.choosing), adapters_of(model)
-    shared = _shared_weights(model, linears)
+    shared, beside = _shared_weights(model, linears), beside_models(model)
     reasons: dict[str, str] = {}
     for name in linears:
         reason = never.get(name)
@@ -94,6 +96,8 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
                 reason = f"a router stays float by default ({routers[name]})"
             elif name in adapters:
                 reason = "an adapter stays float by default"
+            elif name in beside:
+                reason = f"it lies outside of the model in this {type(model).__name__}, and in files that alone is int8"
             if reason is not None:
                 reason += f"; {name!r} in include, by its name, {does}"
         if reason is not None:

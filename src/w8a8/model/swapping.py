@@ -45,14 +45,20 @@ def build(
     return layers
 
 
-def empty_layer(model: nn.Module, name: str, scheme: Scheme) -> QuantLinear:
+def empty_layer(model: nn.Module, name: str, scheme: Scheme, **options: Any) -> QuantLinear:
     """The layer that is to take the place of one of the model's, without values.  The model is not modified.
+
+    Args:
+        model: It has the layer.
+        name: Of the layer.
+        scheme: What to quantise and how.
+        options: As for `QuantLinear`.
 
     Raises:
         SchemeError: as `QuantLinear`, with a note that names the layer.
     """
     with noted(f"while quantising {name}"):
-        return QuantLinear.in_place_of(model.get_submodule(name), scheme)
+        return QuantLinear.in_place_of(model.get_submodule(name), scheme, **options)
 
 
 def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
