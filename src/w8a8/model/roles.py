@@ -1,7 +1,4 @@
-"""What some linear layers are for: output heads, routers of mixtures, adapters, what follows a model in its files.
-
-By default they stay float.
-"""
+"""What some linear layers are for: heads, routers, adapters, what follows a model.  By default they stay float."""
 
 import enum
 from collections import Counter
