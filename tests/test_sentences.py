@@ -17,6 +17,7 @@ from transformers import (
 import w8a8
 from tests.checkpoint.test_beside import tree
 from tests.cli.test_commands import call  # noqa: F401 - a fixture
+from tests.conftest import crossed
 from tests.sentences import CONFIGS, SENTENCES, bert, embedder, ranker, tokenizer, write
 from w8a8 import W8A8Config
 from w8a8.errors import ModelError
@@ -31,7 +32,6 @@ MODELS = {
     "qwen3": {"name": "qwen3", "pooling": "lasttoken"},
 }
 PAIRS = [(SENTENCES[0], text) for text in SENTENCES[1:]]
-# the second is loaded once more than the first is quantised
 WAYS = {
     "streamed": [],
     "in memory": ["--no-stream"],
@@ -108,8 +108,7 @@ class TestAnEmbedder:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["bert-mean-dense", "modernbert-dense", "qwen3"])
+@crossed("way name", list(WAYS), ["bert-mean-dense", "modernbert-dense", "qwen3"])
 def test_the_command_keeps_the_whole_directory(call, floats, tmp_path, name, way):  # noqa: F811
     (tmp_path / "text.txt").write_text(" ".join(SENTENCES) * 40)
     options = [str(tmp_path / "text.txt") if part == "TEXT" else part for part in WAYS[way]]
@@ -191,8 +190,7 @@ PIPELINES = {
 }
 
 
-@pytest.mark.parametrize("task", PIPELINES)
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@crossed("task name", list(PIPELINES), ["bert", "modernbert"])
 def test_pipelines_run_directories(tmp_path, name, task):
     auto = PIPELINES[task]
     write(tmp_path / "float", auto, CONFIGS[name]())

@@ -50,6 +50,9 @@ from w8a8.jobs.comparison import ModelPair as ModelPair
 from w8a8.jobs.comparison import compare_models as compare_models
 from w8a8.jobs.diagnosis import Diagnosis as Diagnosis
 from w8a8.jobs.diagnosis import diagnose as diagnose
+from w8a8.jobs.encoders import EncoderPair as EncoderPair
+from w8a8.jobs.encoders import Judgement as Judgement
+from w8a8.jobs.encoders import judge_encoders as judge_encoders
 from w8a8.jobs.inspection import Inspected as Inspected
 from w8a8.jobs.inspection import inspect_model as inspect_model
 from w8a8.jobs.inspection import observe_model as observe_model

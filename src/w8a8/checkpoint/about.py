@@ -9,10 +9,10 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from w8a8._version import __version__
-from w8a8.checkpoint.beside import MODULES, README, SOURCE_README
+from w8a8.checkpoint.beside import README, SOURCE_README, class_around
 from w8a8.checkpoint.card import Facts, Measured, Origin, Told, card, with_measured
 from w8a8.checkpoint.directory import Directory, Tensors
-from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE, read_json
+from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE
 from w8a8.checkpoint.vllm import Finding
 from w8a8.errors import CheckpointError
 from w8a8.model.coverage import Coverage
@@ -55,7 +55,7 @@ def card_of(
             bytes=_tensor_bytes(written) or 0,
             versions={"w8a8": __version__} | {package: version(package) for package in _RESTS_ON},
             origin=_origin(directory, source, name),
-            around=_around(directory),
+            around=class_around(directory),
         )
     )
 
@@ -120,15 +120,6 @@ def front_matter_of(path: Path) -> Told:
         for key, value in fields.items()
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
     }
-
-
-def _around(directory: Path) -> str | None:
-    """The class of sentence-transformers that a directory is of; one that says nothing of it, as old ones, embeds."""
-    if not (directory / MODULES).is_file():
-        return None
-    path = directory / "config_sentence_transformers.json"
-    told = read_json(path).get("model_type") if path.is_file() else None
-    return told if isinstance(told, str) and told.isidentifier() else "SentenceTransformer"
 
 
 def _on_hub(directory: Path) -> tuple[str, str] | tuple[None, None]:

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from w8a8.checkpoint.files import CONFIG, WEIGHTS, inside
+from w8a8.checkpoint.files import CONFIG, WEIGHTS, inside, read_json
 from w8a8.errors import CheckpointError
 
 README = "README.md"
@@ -69,6 +69,20 @@ def copy_companions(source: Path, target: Path) -> None:
         place = target / (SOURCE_README if str(name) == README else name)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
+
+
+def class_around(directory: Path) -> str | None:
+    """The class of sentence-transformers that a directory is of, where it is of one.
+
+    Raises:
+        CheckpointError: what should tell it is torn.
+    """
+    if not (directory / MODULES).is_file():
+        return None
+    path = directory / "config_sentence_transformers.json"
+    told = read_json(inside(directory, path)).get("model_type") if path.is_file() else None
+    # older versions saved embedders only, and did not say so
+    return told if isinstance(told, str) and told.isidentifier() else "SentenceTransformer"
 
 
 def _modules(directory: Path) -> set[str]:

@@ -7,6 +7,7 @@ from w8a8.cli.output import ERRORS, error_cells, megabytes, print_line, print_ta
 
 if TYPE_CHECKING:
     from w8a8.jobs.comparison import Compared
+    from w8a8.jobs.encoders import Judgement
 
 
 def show_compared(model: str, against: str, found: "Compared") -> None:
@@ -58,6 +59,26 @@ def _show_predictions(model: str, against: str, found: Any) -> None:
         ("layer", "scheme", *ERRORS),
         [(layer.name, layer.scheme, *error_cells(layer)) for layer in worst],
     )
+
+
+def show_judged(model: str, against: str, found: "Judgement") -> None:
+    """What an encoder lost of what it is for, for people."""
+    rows = []
+    if found.alike is not None:
+        rows += [
+            ("cosine of a vector with the reference's", *_estimate(found.alike.cosine, 6)),
+            ("of 99 % of the vectors at least", *_estimate(found.alike.cosine_p1, 6)),
+        ]
+    for measure in found.measures:
+        rows += [
+            (f"model {measure.name}", *_estimate(measure.model, 4)),
+            (f"reference {measure.name}", *_estimate(measure.reference, 4)),
+            (f"{measure.name}, model - reference", *_estimate(measure.difference, 4)),
+        ]
+    rows.append(("weights on disk", sizes(model, against), ""))
+    print_table(f"{model} against {against}: {found.judged}", ("measure", "value", "95 % interval"), rows)
+    for measure in found.measures:
+        print_line(f"{measure.name}: {measure.verdict}.")
 
 
 def _speed_rows(both: Any) -> list[tuple[str, str, str]]:

@@ -19,7 +19,7 @@ from w8a8.cli.app import (
     TrustRemoteCode,
     app,
 )
-from w8a8.cli.compare import evaluation_rows, show_compared, windows_in_words
+from w8a8.cli.compare import evaluation_rows, show_compared, show_judged, windows_in_words
 from w8a8.cli.output import Watching, print_json, print_line, print_table
 from w8a8.core.plain import plain
 from w8a8.errors import SchemeError
@@ -34,6 +34,15 @@ def evaluate(
     ] = None,
     against: Annotated[
         str | None, typer.Option("--against", metavar="MODEL2", help="A reference to compare with, token by token.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Instead, with --against, of embedders, rerankers and classifiers: texts (.txt), pairs with scores or "
+            "texts with labels (.jsonl, .tsv), or a folder with corpus.jsonl, queries.jsonl and qrels/test.tsv.",
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option("--tasks", metavar="A,B", help="Instead: tasks of lm-evaluation-harness.")
@@ -67,11 +76,12 @@ def evaluate(
     """Measure a model's perplexity on a text, alone or against another model, or run tasks of the harness.
 
     Of a masked language model it is the pseudo-perplexity; of a model that reads text and predicts no tokens, with
-    --against, how far its outputs are from the other's.
+    --against, how far its outputs are from the other's.  With --data, what an encoder lost of what it is for.
     """
     from w8a8.checkpoint.opening import NamedModel
     from w8a8.evaluation.harness import run_tasks
     from w8a8.jobs.comparison import ModelPair, compare_models
+    from w8a8.jobs.encoders import EncoderPair, judge_encoders
     from w8a8.jobs.measuring import score_model
 
     named, watching = NamedModel(model, dtype, device, head, trust_remote_code), Watching()
@@ -79,8 +89,33 @@ def evaluate(
         found = run_tasks(named, tasks.split(","), limit=limit, num_fewshot=num_fewshot, include_path=include_path)
         _show_tasks(model, found, as_json=as_json)
         return
+    if data is not None:
+        others = {
+            "--text": text is not None,
+            "--seq-len": seq_len is not None,
+            "--stride": stride is not None,
+            "--max-tokens": max_tokens is not None,
+            "--one-at-a-time": one_at_a_time,
+            "--cache": cache is not None,
+            "--head": head != "float",
+            "--dtype": dtype != "auto",
+            "--device": device != "cpu",
+        }
+        if against is None or any(others.values()):
+            given = next((name for name, there in others.items() if there), "no --against")
+            raise SchemeError(
+                f"--data {data} compares two encoders as they are, on a CPU, and {given} was given: give "
+                "--against FLOAT_MODEL, and leave out the others"
+            )
+        pair = EncoderPair(model, against, data, seed=seed, trust_remote_code=trust_remote_code)
+        judged = judge_encoders(pair, watching)
+        if as_json:
+            print_json({"model_name": model, "reference_name": against, **judged.to_dict()})
+        else:
+            show_judged(model, against, judged)
+        return
     if text is None:
-        raise SchemeError("give --text FILE to score, or --tasks A,B to ask")
+        raise SchemeError("give --text FILE to score, --data PATH to judge an encoder on, or --tasks A,B to ask")
     windows: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "seed": seed}
     if against is not None:
         pair = ModelPair(named, against, text, one_at_a_time=one_at_a_time, cache=cache, **windows)

@@ -13,7 +13,7 @@ For fewer than `FEW` windows Student's interval of the ratio is taken instead.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,16 @@ class Bootstrap:
                 return self._interval(float(found), ordered[np.argmax(above, axis=1)].astype(np.float64))
             looked_at = min(n, 2 * looked_at)
 
+    def of(self, statistics: Callable[[NDArray[np.intp]], Sequence[float]]) -> list[Estimate]:
+        """Statistics that are no ratios of sums.
+
+        Args:
+            statistics: Of the windows with these numbers, of which some are there several times.
+        """
+        every = np.arange(self.windows)
+        drawn = np.array([statistics(np.repeat(every, weights.astype(np.intp))) for weights in self._weights])
+        return [self._interval(value, drawn[:, n]) for n, value in enumerate(statistics(every))]
+
     def _interval(self, value: float, drawn: Floats) -> Estimate:
         if self.windows < 2:
             return Estimate(value, math.nan, math.nan)
@@ -102,6 +112,22 @@ def verdict(ratio: Estimate) -> str:
         return f"worse by {_percent(low)} to {_percent(high)}"
     if high < 0:
         return f"better by {_percent(-high)} to {_percent(-low)}"
+    return "indistinguishable at 95 %"
+
+
+def better_or_worse(difference: Estimate) -> str:
+    """What an interval of a difference says, model less reference, of a measure of which more is better.
+
+    Example:
+        >>> better_or_worse(Estimate(-0.006, -0.009, -0.004))
+        'worse by 0.0040 to 0.0090'
+    """
+    if math.isnan(difference.low):
+        return "one alone: no interval, so nothing can be said"
+    if difference.high < 0:
+        return f"worse by {-difference.high:.4f} to {-difference.low:.4f}"
+    if difference.low > 0:
+        return f"better by {difference.low:.4f} to {difference.high:.4f}"
     return "indistinguishable at 95 %"
 
 

@@ -1,0 +1,234 @@
+"""Two encoders by name, judged on what such models are for: embeddings, rankings, labels.
+
+sentence-transformers is imported here, and where a directory is of it only: its own classes open the directory, after
+`w8a8.enable` has them run ours in integers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+from w8a8.checkpoint.beside import class_around
+from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.opening import open_model
+from w8a8.core.plain import plain
+from w8a8.core.progress import Progress
+from w8a8.errors import ModelError, TextError, closest
+from w8a8.evaluation.encoders import Alike, Array, Measure, alike, found_right, labelled_right, ranked_alike
+from w8a8.evaluation.judged import Judged, Labelled, Retrieval, ScoredPairs, Texts, read_judged
+from w8a8.hf.enabling import enabled
+from w8a8.jobs.watching import Watcher
+
+
+@dataclass(frozen=True)
+class EncoderPair:
+    """Two encoders that data tells apart.
+
+    model, against: Directories or hub ids; the second is the reference.
+    data: A file or a folder, see `w8a8.evaluation.judged`.
+    batch_size: Texts at once.
+    seed: Of the bootstrap.
+    trust_remote_code: As for `w8a8.load`.
+    """
+
+    model: str
+    against: str
+    data: Path
+    batch_size: int = 32
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What was measured.
+
+    judged: The number of texts, pairs or queries, in words.
+    alike: How far the vectors are from the reference's; None where there are none.
+    """
+
+    judged: str
+    alike: Alike | None
+    measures: tuple[Measure, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        measures = [{**plain(measure), "verdict": measure.verdict} for measure in self.measures]
+        return {"judged": self.judged, "alike": plain(self.alike), "measures": measures}
+
+
+def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgement:
+    """Compare two encoders on data: what `w8a8 eval --data` does.
+
+    Args:
+        pair: What is asked for.
+        watcher: Told how it goes; by default nobody.
+
+    Raises:
+        TextError: the data cannot be read, or has a label that the model does not know.
+        ModelError: the models cannot be asked what the data is for; sentence-transformers is not there.
+        CheckpointError: a model cannot be read.
+    """
+    watcher = watcher or Watcher()
+    data = read_judged(pair.data)
+    names = pair.model, pair.against
+    directories = [Directory.of(name, trust_remote_code=pair.trust_remote_code) for name in names]
+    ours, theirs = (_opened(directory, pair.batch_size) for directory in directories)
+    with watcher.stage("judging") as step:
+        return _judged(data, _Answers(ours, step, 0), _Answers(theirs, step, 1), pair)
+
+
+class _Encoder:
+    """A model that is asked with texts; what it has no answer to is an error."""
+
+    def __init__(self, name: str, model: Any, batch_size: int) -> None:
+        self.name, self.model, self.batch_size = name, model, batch_size
+
+    def vectors(self, texts: Sequence[str]) -> Array:
+        """(texts, width)."""
+        self.refuse("vectors of texts")
+
+    def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> Array:
+        """(pairs,)."""
+        self.refuse("scores of pairs")
+
+    def retrieved(self, queries: Sequence[str], documents: Sequence[str]) -> Array:
+        """(queries, documents)."""
+        self.refuse("which document answers a query")
+
+    def labels(self, texts: Sequence[str]) -> Array:
+        """(texts,) numbers of labels."""
+        self.refuse("labels of texts")
+
+    def number_of(self, label: str) -> int:
+        """Of a label by its name, or by its number as a text."""
+        self.refuse("labels of texts")
+
+    def refuse(self, asked: str) -> NoReturn:
+        raise ModelError(
+            f"{asked} were asked for by the data, and {self.name} is a {type(self.model).__name__}, which has none: an "
+            "embedder takes texts, pairs and a folder of BEIR, a reranker pairs, a classifier texts and labels"
+        )
+
+
+class _Embedder(_Encoder):
+    def vectors(self, texts: Sequence[str]) -> Array:
+        found: Array = self.model.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False)
+        return found
+
+    def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> Array:
+        first, second = (self.vectors([pair[place] for pair in pairs]) for place in (0, 1))
+        return _array(self.model.similarity_pairwise(first, second))
+
+    def retrieved(self, queries: Sequence[str], documents: Sequence[str]) -> Array:
+        options = {"batch_size": self.batch_size, "show_progress_bar": False}
+        asked = self.model.encode_query(list(queries), **options)  # with the prompts of either
+        return _array(self.model.similarity(asked, self.model.encode_document(list(documents), **options)))
+
+
+class _Ranker(_Encoder):
+    def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> Array:
+        found: Array = self.model.predict(list(pairs), batch_size=self.batch_size, show_progress_bar=False)
+        if found.ndim != 1:
+            self.refuse("single scores of pairs")
+        return found
+
+
+class _Classifier(_Encoder):
+    def __init__(self, name: str, model: Any, batch_size: int, tokenizer: Any) -> None:
+        super().__init__(name, model, batch_size)
+        self.tokenizer = tokenizer
+        known = model.config.id2label
+        self.numbers = {str(number): int(number) for number in known} | {str(v): int(k) for k, v in known.items()}
+
+    @torch.inference_mode()
+    def vectors(self, texts: Sequence[str]) -> Array:
+        found = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = list(texts[start : start + self.batch_size])
+            inputs = self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+            found.append(self.model(**inputs).logits.float())
+        return _array(torch.cat(found))
+
+    def labels(self, texts: Sequence[str]) -> Array:
+        found: Array = self.vectors(texts).argmax(-1)
+        return found
+
+    def number_of(self, label: str) -> int:
+        if label not in self.numbers:
+            raise TextError(
+                f"the data has the label {label!r}, which {self.name} does not know: {closest(label, self.numbers)}"
+            )
+        return self.numbers[label]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """A model whose answers are told as they come."""
+
+    encoder: _Encoder
+    step: Progress
+    before: int
+
+    def __call__(self, ask: Callable[[_Encoder], Array]) -> Array:
+        found = ask(self.encoder)
+        self.step(self.before + 1, 2, self.encoder.name)
+        return found
+
+
+def _judged(data: Judged, ours: _Answers, theirs: _Answers, pair: EncoderPair) -> Judgement:
+    seed = pair.seed
+    match data:
+        case Texts(texts):
+            vectors = [each(lambda encoder: encoder.vectors(texts)) for each in (ours, theirs)]
+            return Judgement(f"{len(texts)} texts", alike(vectors[0], vectors[1], seed=seed), ())
+        case ScoredPairs(pairs, scores):
+            a, b = (each(lambda encoder: encoder.pair_scores(pairs)) for each in (ours, theirs))
+            return Judgement(f"{len(pairs)} pairs", None, (ranked_alike(a, b, scores, seed=seed),))
+        case Labelled(texts, labels):
+            gold = [theirs.encoder.number_of(label) for label in labels]
+            a, b = (each(lambda encoder: encoder.labels(texts)) for each in (ours, theirs))
+            return Judgement(f"{len(texts)} texts", None, labelled_right(a, b, gold, seed=seed))
+        case Retrieval(corpus, queries, relevant):
+            number = {name: place for place, name in enumerate(corpus)}
+            wanted = [{number[name]: score for name, score in relevant[query].items()} for query in queries]
+            asked, documents = list(queries.values()), list(corpus.values())
+            a, b = (each(lambda encoder: encoder.retrieved(asked, documents)) for each in (ours, theirs))
+            told = f"{len(asked)} queries among {len(documents)} documents"
+            return Judgement(told, None, found_right(a, b, wanted, seed=seed))
+
+
+def _opened(directory: Directory, batch_size: int) -> _Encoder:
+    name, around = str(directory.path), class_around(directory.path)
+    if around is None:
+        opened = open_model(directory)
+        if not type(opened.model).__name__.endswith("ForSequenceClassification") or opened.tokenizer is None:
+            raise ModelError(
+                f"{name} was to be judged on data, and is neither a directory of sentence-transformers (it has no "
+                f"modules.json) nor a classifier with a tokenizer, but a {type(opened.model).__name__}: "
+                "--text FILE compares the outputs of any model that reads text"
+            )
+        return _Classifier(name, opened.model, batch_size, opened.tokenizer)
+    kinds = {"SentenceTransformer": _Embedder, "CrossEncoder": _Ranker}
+    if around not in kinds:
+        raise ModelError(f"{name} was to be judged on data, and is a {around}; known are {', '.join(kinds)}")
+    try:
+        import sentence_transformers
+    except ImportError as error:
+        raise ModelError(
+            f"{name} is a directory of sentence-transformers, which cannot be imported ({error}): "
+            "pip install 'w8a8[sentences]'"
+        ) from error
+    with enabled():
+        kind = getattr(sentence_transformers, around)
+        model = kind(name, device="cpu", trust_remote_code=directory.trust_remote_code)
+    return kinds[around](name, model, batch_size)
+
+
+def _array(tensor: Any) -> Array:
+    found: Array = torch.as_tensor(tensor).detach().cpu().numpy()
+    return found.astype(np.float64)

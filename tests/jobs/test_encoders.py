@@ -1,0 +1,144 @@
+"""Two encoders judged on what they are for: by the command and by the call, on each layout of data."""
+
+import itertools
+import json
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+)
+from transformers import AutoModelForSequenceClassification
+
+import w8a8
+from tests.cli.test_commands import call  # noqa: F401 - a fixture
+from tests.sentences import SENTENCES, bert, embedder, ranker, tokenizer, write
+from w8a8.errors import ModelError, TextError
+from w8a8.jobs.encoders import EncoderPair, judge_encoders
+
+PAIRS = [(a, b, number / 4) for number, (a, b) in enumerate(itertools.pairwise(SENTENCES))]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Float directories of an embedder, a reranker and a classifier, and beside each its int8 directory."""
+    place = tmp_path_factory.mktemp("models")
+    made = {"embedder": embedder(place, pooling="mean"), "ranker": ranker(place)}
+    for name, model in made.items():
+        model.save_pretrained(str(place / name))
+        w8a8.quantize(model)
+        w8a8.save(model, place / f"{name}-int8")
+    write(place / "classifier", AutoModelForSequenceClassification, bert(num_labels=3))
+    classifier = AutoModelForSequenceClassification.from_pretrained(place / "classifier")
+    w8a8.quantize(classifier)
+    w8a8.save(classifier, place / "classifier-int8", tokenizer())
+    return place
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    (place / "texts.txt").write_text("\n".join(SENTENCES))
+    rows = [{"sentence1": a, "sentence2": b, "score": score} for a, b, score in PAIRS]
+    (place / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    labelled = [{"text": text, "label": ("LABEL_0", 1, "2")[n % 3]} for n, text in enumerate(SENTENCES)]
+    (place / "labels.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    (place / "beir" / "qrels").mkdir(parents=True)
+    for file, texts in (("corpus", SENTENCES), ("queries", SENTENCES[:3])):
+        rows = [{"_id": f"{file[0]}{n}", "text": text} for n, text in enumerate(texts)]
+        (place / "beir" / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answers = "".join(f"q{n}\tc{n}\t1\n" for n in range(3))
+    (place / "beir" / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{answers}")
+    return place
+
+
+def judged(models, name, data, **more):
+    return judge_encoders(EncoderPair(str(models / f"{name}-int8"), str(models / name), data, **more))
+
+
+def test_an_embedder_on_texts_pairs_and_what_is_to_be_found(models, data):
+    told = judged(models, "embedder", data / "texts.txt")
+    assert told.judged == "6 texts"
+    assert told.alike is not None
+    assert 0.99 < told.alike.cosine_p1.mean < told.alike.cosine.mean < 1
+    (correlation,) = judged(models, "embedder", data / "pairs.jsonl").measures
+    assert correlation.name == "Spearman's correlation"
+    assert correlation.model.mean == pytest.approx(correlation.reference.mean + correlation.difference.mean)
+    gain, recall = judged(models, "embedder", data / "beir", batch_size=2).measures
+    assert recall.model.mean == 1.0  # of six
+    assert 0 < gain.model.mean < 1  # queries have a prompt
+    assert gain.difference.mean == pytest.approx(gain.model.mean - gain.reference.mean)
+
+
+def test_the_figures_are_those_of_sentence_transformers_own_evaluators(models, data):
+    model = SentenceTransformer(str(models / "embedder"), device="cpu")
+    (correlation,) = judged(models, "embedder", data / "pairs.jsonl").measures
+    first, second, scores = zip(*PAIRS, strict=True)
+    wanted = EmbeddingSimilarityEvaluator(list(first), list(second), list(scores), show_progress_bar=False)(model)
+    assert correlation.reference.mean == pytest.approx(wanted["spearman_cosine"], rel=1e-6)
+    gain, _ = judged(models, "embedder", data / "beir").measures
+    corpus = {f"c{n}": text for n, text in enumerate(SENTENCES)}
+    queries = {f"q{n}": text for n, text in enumerate(SENTENCES[:3])}
+    answers = {f"q{n}": {f"c{n}"} for n in range(3)}
+    wanted = InformationRetrievalEvaluator(queries, corpus, answers, show_progress_bar=False)(model)
+    assert gain.reference.mean == pytest.approx(wanted["cosine_ndcg@10"], rel=1e-6)
+
+
+def test_a_reranker_on_pairs_and_a_classifier_on_labels(models, data):
+    (correlation,) = judged(models, "ranker", data / "pairs.jsonl").measures
+    assert -1 <= correlation.model.mean <= 1
+    accuracy, f1 = judged(models, "classifier", data / "labels.jsonl", batch_size=4).measures
+    assert accuracy.model.mean in [n / 6 for n in range(7)]
+    assert 0 <= f1.reference.mean <= 1
+    told = judged(models, "classifier", data / "texts.txt").alike
+    assert told is not None
+    assert told.rows == 6
+
+
+def test_what_is_judged_is_measured_in_integers(models, data, monkeypatch):
+    seen = []
+    forward = w8a8.QuantLinear.forward
+    monkeypatch.setattr(w8a8.QuantLinear, "forward", lambda self, x: seen.append(self) or forward(self, x))
+    judged(models, "embedder", data / "texts.txt")
+    assert len({id(layer) for layer in seen}) == 13  # of the int8 model
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "message"),
+    [
+        ("ranker", "texts.txt", "vectors of texts were asked for by the data, and .*ranker.* is a CrossEncoder"),
+        ("ranker", "beir", "which document answers a query were asked for"),
+        ("embedder", "labels.jsonl", "labels of texts were asked for by the data, and .* is a SentenceTransformer"),
+        ("classifier", "pairs.jsonl", "scores of pairs were asked for by the data, and .* is a BertForSequence"),
+    ],
+)
+def test_what_a_model_has_no_answer_to_is_told(models, data, name, what, message):
+    with pytest.raises(ModelError, match=message):
+        judged(models, name, data / what)
+
+
+def test_a_label_that_the_model_does_not_know_is_told(models, tmp_path):
+    (tmp_path / "labels.jsonl").write_text('{"text": "snow", "label": "LABEL_3"}')
+    with pytest.raises(TextError, match=r"the label 'LABEL_3', which .* does not know: closest: LABEL_"):
+        judged(models, "classifier", tmp_path / "labels.jsonl")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_tells_it(call, models, data):  # noqa: F811
+    names = models / "embedder-int8", "--against", models / "embedder"
+    code, out, err = call("eval", *names, "--data", data / "pairs.jsonl")
+    assert code == 0, err
+    assert "Spearman's correlation, model - reference" in out
+    code, out, err = call("eval", *names, "--data", data / "texts.txt", "--json")
+    assert code == 0, err
+    assert 0.99 < json.loads(out)["alike"]["cosine"]["mean"] < 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [([], "no --against"), (["--against", "M", "--dtype", "bfloat16"], "--dtype")]
+)
+def test_what_is_not_heeded_is_refused(call, models, data, more, said):  # noqa: F811
+    code, _, err = call("eval", models / "embedder-int8", "--data", data / "texts.txt", *more)
+    assert code == 2
+    assert f"and {said} was given" in " ".join(err.split())
