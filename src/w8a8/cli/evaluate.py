@@ -107,8 +107,8 @@ def evaluate(
                 f"--data {data} compares two encoders as they are, on a CPU, and {given} was given: give "
                 "--against FLOAT_MODEL, and leave out the others"
             )
-        pair = EncoderPair(model, against, data, seed=seed, trust_remote_code=trust_remote_code)
-        judged = judge_encoders(pair, watching)
+        encoders = EncoderPair(model, against, data, seed=seed, trust_remote_code=trust_remote_code)
+        judged = judge_encoders(encoders, watching)
         if as_json:
             print_json({"model_name": model, "reference_name": against, **judged.to_dict()})
         else:
