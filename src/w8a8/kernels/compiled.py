@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from w8a8.errors import KernelError
 from w8a8.kernels.request import describe
 
-ABI = 6  # of csrc/w8a8.h
+ABI = 7  # of csrc/w8a8.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -56,13 +56,15 @@ class Library:
         assert spec is not None, "the file ends in .so"
         self._door = module_from_spec(spec)
         self.linear = self._door.linear
+        self.fused, self.normalize, self.attend = self._door.fused, self._door.normalize, self._door.attend
         self.prepare(getattr(Tensor, "__dlpack_c_exchange_api__", None))
 
     def prepare(self, table: object) -> None:
         """Tell the door what torch is: with DLPack's table of functions, which torch has from 2.9 on, or None."""
         self._door.prepare(
             Tensor,
-            (*DTYPES, torch.int8, torch.int32),
+            torch.nn.Parameter,
+            (*DTYPES, torch.int8, torch.int32, torch.bool),
             table,
             torch.get_num_threads,
             torch.is_grad_enabled,

@@ -152,6 +152,52 @@ struct Cpuid {
 };
 #endif
 
+// One row of a residual sum and LayerNorm, float32.
+struct NormRow {
+  const float *x, *add;           // add may be null
+  float *sum, *out;               // (k); sum is written only where there is something to add
+  const float *weight, *bias;     // (k) or null
+  float eps;
+  int64_t k;
+};
+
+// Attention, float32: where each operand lies, and who sees whom.
+struct Heads {
+  float *data;
+  int64_t batch, head, token;     // strides, in floats; the innermost is 1
+  float *at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
+};
+struct Attention {
+  Heads q, k, v, out;
+  int64_t queries, keys, dims, shared;   // shared: heads of q to one of k and v
+  float scale;
+  bool causal;                           // query i sees keys 0..i
+  const void *mask;                      // or null; float32 to add, or bytes that are not zero where a key is seen
+  bool mask_is_float;
+  int64_t mask_at[4];                    // strides by batch, head, query, key, in elements
+};
+// How many keys have to be looked at: those behind the last one that any query sees have no weight.
+int64_t visible_keys(const Attention &t, int64_t batch, int64_t head);
+// What is added to the scores of a query, (room): minus infinity where it sees no key.
+void write_bias(const Attention &t, int64_t batch, int64_t head, int64_t query, int64_t keys, int64_t room, float *bias);
+constexpr int kMostQueries = 12;         // that any instruction set takes at once
+// Floats of scratch memory that `attend` takes.
+inline int64_t attention_scratch(const Attention &t) {
+  const int64_t room = round_up(t.keys, 16), dims = round_up(t.dims, 16);
+  return room * (1 + t.dims + kMostQueries) + dims * kMostQueries + t.keys * dims;
+}
+
+// What lies between products; isa/floats.h.  All give the same bits.
+struct Floats {
+  void (*activate)(int kind, float *y, int64_t n);
+  void (*norm)(const NormRow &row);
+  void (*attend)(const Attention &t, int64_t batch, int64_t head, float *scratch);
+};
+extern const Floats kPortableFloats;
+#ifdef W8A8_X86
+extern const Floats kAvx2Floats, kAvx512Floats;
+#endif
+
 struct Isa {
   const char *name;
   bool (*usable)();
@@ -165,6 +211,7 @@ struct Isa {
   // Columns [n0, n0 + cols) of rows [m0, m0 + rows); sums has row stride ld.
   void (*finish)(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
   double (*peak)(int64_t rounds);   // runs `rounds` rounds of the product instruction, returns operations done
+  const Floats *floats;
   const char *(*why_not)() = nullptr;   // where there is more to say than that this CPU has not got it
   const Tiles *tiles = nullptr;         // instead of `tile`
 };

@@ -23,6 +23,7 @@ struct Job {
   int dtype;
   void *const *y;
   const int64_t *ldy;
+  const int32_t *activation;   // by layer, or null
   const Isa *isa;
   Quantize q;
   Workspace *space;
@@ -48,6 +49,7 @@ struct Job {
     int64_t n0;      // its first column
     int cols;
     Finish finish;
+    int activation;
   };
   int layer_of(int64_t panel) const {
     int l = 0;
@@ -63,7 +65,15 @@ struct Job {
     const w8a8_layer &layer = *layers[l];
     const int64_t n0 = (panel - panel_begin[l]) * kPanel;
     return {data_of(panel), n0, static_cast<int>(std::min<int64_t>(kPanel, layer.n - n0)),
-            {&layer, q.sx, q.zx, q.offset, dtype, y[l], ldy[l]}};
+            {&layer, q.sx, q.zx, q.offset, dtype, y[l], ldy[l]}, activation ? activation[l] : W8A8_IDENTITY};
+  }
+  // From sums to outputs, rows [m0, m0 + rows) of a panel.
+  void finish(const Panel &panel, const int32_t *sums, int64_t m0, int rows) const {
+    isa->finish(panel.finish, sums, kPanel, m0, rows, panel.n0, panel.cols);
+    if (panel.activation == W8A8_IDENTITY) return;
+    for (int64_t m = m0; m < m0 + rows; ++m)
+      isa->floats->activate(panel.activation, static_cast<float *>(panel.finish.y) + m * panel.finish.ldy + panel.n0,
+                            panel.cols);
   }
 };
 

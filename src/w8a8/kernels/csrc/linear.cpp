@@ -73,15 +73,21 @@ int check(const w8a8_layer *const *layers, int count, int dtype, int64_t m, int6
 
 using namespace w8a8;
 
-extern "C" int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, const void *x, int32_t dtype, int64_t m,
-                                int64_t ldx, void *const *y, const int64_t *ldy, int32_t threads) {
+extern "C" int w8a8_linear_fused(const w8a8_norm *before, const w8a8_layer *const *layers, int32_t count, const void *x,
+                                 int32_t dtype, int64_t m, int64_t ldx, void *const *y, const int64_t *ldy,
+                                 const int32_t *activation, int32_t threads) {
   const int status = check(layers, count, dtype, m, ldx, ldy);
-  if (status != W8A8_OK || m == 0) return status;
+  if (status != W8A8_OK) return status;
+  if ((before || activation) && dtype != W8A8_F32) return W8A8_BAD_ARGUMENT;
+  if (before && (layers[0]->mode == W8A8_TENSOR_SYM || layers[0]->mode == W8A8_TENSOR_ASYM)) return W8A8_BAD_ARGUMENT;
+  for (int i = 0; activation && i < count; ++i)
+    if (activation[i] < W8A8_IDENTITY || activation[i] > W8A8_SILU) return W8A8_BAD_ARGUMENT;
+  if (m == 0) return W8A8_OK;
   static thread_local Workspace space;
   const w8a8_layer &first = *layers[0];
 
   Job job;
-  job.layers = layers, job.dtype = dtype, job.y = y, job.ldy = ldy;
+  job.layers = layers, job.dtype = dtype, job.y = y, job.ldy = ldy, job.activation = activation;
   job.space = &space;
   job.panel_bytes = panel_bytes(first.k);
   job.panel_begin[0] = 0;
@@ -93,6 +99,7 @@ extern "C" int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, 
 
   Quantize &q = job.q;
   q.isa = &use, q.x = x, q.dtype = dtype, q.mode = first.mode, q.bits = first.bits;
+  q.before = before;
   q.x_scale = first.x_scale, q.x_zero_point = first.x_zero_point;
   q.m = m, q.k = first.k, q.ldx = ldx;
   q.left = use.left, q.offset = left_offset(use.left), q.ld_bytes = left_stride(first.k, use.left);
@@ -129,6 +136,11 @@ extern "C" int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, 
   run_on_threads(work, &job, threads);
   space.memory.shrink();
   return W8A8_OK;
+}
+
+extern "C" int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, const void *x, int32_t dtype, int64_t m,
+                                int64_t ldx, void *const *y, const int64_t *ldy, int32_t threads) {
+  return w8a8_linear_fused(nullptr, layers, count, x, dtype, m, ldx, y, ldy, nullptr, threads);
 }
 
 extern "C" int w8a8_linear(const w8a8_layer *layer, const void *x, int32_t dtype, int64_t m, int64_t ldx, void *y,

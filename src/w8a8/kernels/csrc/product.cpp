@@ -92,7 +92,7 @@ void product_task(const Job &job, int64_t task) {
       }
       const int8_t *fetch = single ? panel.data + stream_ahead : ahead + (t - t0) * slice;
       job.isa->tile[rows](job.q.codes + m0 * job.q.ld_bytes, job.q.ld_bytes, panel.data, ksteps, sums, fetch, lines);
-      job.isa->finish(panel.finish, sums, kPanel, m0, rows, panel.n0, panel.cols);
+      job.finish(panel, sums, m0, rows);
     }
   }
 }

@@ -1,7 +1,10 @@
 #include "quantize.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <limits>
+
+#include "scratch.h"
 
 namespace w8a8 {
 namespace {
@@ -59,8 +62,21 @@ Grid shared_grid(const Quantize &q) {
   return grid_of(all, q.asym(), q.bits);
 }
 
+const float *norm_row_of(const Isa &isa, const w8a8_norm &norm, const float *x, int64_t m, int64_t k, float *spare) {
+  float *const sum = norm.sum ? norm.sum + m * k : spare + k, *const out = norm.out ? norm.out + m * k : spare;
+  isa.floats->norm({x, norm.add ? norm.add + m * k : nullptr, sum, out, norm.weight, norm.bias, norm.eps, k});
+  return out;
+}
+
 void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
   const char *row = row_of(q.x, q.dtype, q.ldx, m);
+  if (q.before) {
+    static thread_local Scratch spare;
+    char *memory = spare.get(q.k * 8);
+    if (!memory) std::abort();   // a row's worth of memory is nowhere to be had
+    row = reinterpret_cast<const char *>(norm_row_of(*q.isa, *q.before, reinterpret_cast<const float *>(row), m, q.k,
+                                                     reinterpret_cast<float *>(memory)));
+  }
   char *out = q.codes + m * q.ld_bytes;
   const RowRange r = q.shared_dynamic() ? q.ranges[m] : q.isa->range(row, q.dtype, q.k, q.asym());
   if (!r.finite()) {

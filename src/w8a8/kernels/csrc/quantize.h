@@ -20,6 +20,7 @@ struct Quantize {
   float *sx;             // (M,)
   int32_t *zx;           // (M,)
   RowRange *ranges;      // (M,), only read and written where the whole tensor shares a dynamic scale
+  const w8a8_norm *before = nullptr;   // what is done to a row of float32 first; then no dynamic scale is shared
 
   bool asym() const { return mode & 1; }
   bool shared_dynamic() const { return mode == W8A8_TENSOR_SYM || mode == W8A8_TENSOR_ASYM; }
@@ -30,6 +31,9 @@ void measure_row(const Quantize &q, int64_t m);
 
 // The grid that all rows share, from the ranges of all rows or from what was given; unused for per-token modes.
 Grid shared_grid(const Quantize &q);
+
+// What the norm makes of row m of x: in the place that was given for it, or in `spare`, 2 k floats.
+const float *norm_row_of(const Isa &isa, const w8a8_norm &norm, const float *x, int64_t m, int64_t k, float *spare);
 
 // Codes, scale and zero point of row m.  Rows are independent.
 void quantize_row(const Quantize &q, int64_t m, const Grid &shared);

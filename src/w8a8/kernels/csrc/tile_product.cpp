@@ -87,8 +87,7 @@ void tile_product_task(const Job &job, int64_t task, int worker) {
         job.isa->tiles->run(b);
         if (!whole) continue;
         for (int i = 0; i < b.panels; ++i) {
-          const Job::Panel done = job.at(p + i);
-          job.isa->finish(done.finish, b.sums + i * per_panel, kPanel, m0, rows, done.n0, done.cols);
+          job.finish(job.at(p + i), b.sums + i * per_panel, m0, rows);
         }
       }
     }

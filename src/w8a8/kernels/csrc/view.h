@@ -41,7 +41,7 @@ class Ref {
 };
 
 // Element types: those of w8a8_dtype, then these.
-enum : int { kInt8 = 3, kInt32 = 4, kTypes = 5, kOtherType = -1 };
+enum : int { kInt8 = 3, kInt32 = 4, kBool = 5, kTypes = 6, kOtherType = -1 };
 
 // The part of DLPack 1.x that is used, as its documentation lays it out.
 namespace dlpack {
@@ -60,13 +60,14 @@ struct Exchange {
   void *stream;
 };
 constexpr int32_t kCpu = 1;
-enum : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+enum : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kTruth = 6 };
 }  // namespace dlpack
 
 // Given once, kept for the life of the process.
 struct Tensors {
   PyObject *type = nullptr;            // torch.Tensor
-  PyObject *dtypes[kTypes] = {};       // float32, bfloat16, float16, int8, int32
+  PyObject *parameter = nullptr;       // torch.nn.Parameter
+  PyObject *dtypes[kTypes] = {};       // float32, bfloat16, float16, int8, int32, bool
   const dlpack::Exchange *exchange = nullptr;
   PyObject *dtype, *is_cpu, *shape, *stride, *data_ptr, *is_neg;   // interned
 };
@@ -103,6 +104,7 @@ inline int type_of(const dlpack::Tensor &t) {
     case dlpack::kFloat << 8 | 16: return 2;
     case dlpack::kInt << 8 | 8: return kInt8;
     case dlpack::kInt << 8 | 32: return kInt32;
+    case dlpack::kTruth << 8 | 8: return kBool;
     default: return kOtherType;
   }
 }
@@ -150,8 +152,9 @@ inline bool ask_exchange(const Tensors &torch, PyObject *tensor, View *to) {
 
 // Whether this is plain memory of this process: an object of torch.Tensor itself, strided, on the CPU, with its values
 // behind its address.  The view holds as long as no other Python code runs.
-inline bool look(const Tensors &torch, PyObject *tensor, View *to) {
-  if (reinterpret_cast<PyObject *>(Py_TYPE(tensor)) != torch.type) return false;
+inline bool look(const Tensors &torch, PyObject *tensor, View *to, bool or_parameter = false) {
+  PyObject *const type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
+  if (type != torch.type && !(or_parameter && type == torch.parameter)) return false;
   if (!(torch.exchange ? ask_exchange(torch, tensor, to) : ask_attributes(torch, tensor, to))) return false;
   to->count = 1;
   for (int i = 0; i < to->axes; ++i)

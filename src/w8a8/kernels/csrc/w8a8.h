@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 6       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
+#define W8A8_ABI 7       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
@@ -60,12 +60,55 @@ typedef struct w8a8_layer {
   float x_scale;           /* STATIC_* only */
 } w8a8_layer;
 
+/* What may stand before and behind a product in the same pass, float32 only. */
+enum w8a8_activation {   /* of a product's output, in its place */
+  W8A8_IDENTITY = 0,
+  W8A8_RELU = 1,
+  W8A8_GELU = 2,         /* by the error function */
+  W8A8_GELU_TANH = 3,
+  W8A8_SILU = 4
+};
+
+/* sum = x + add; out = LayerNorm(sum, or x where add is null).  Rows of k floats, one after the other. */
+typedef struct w8a8_norm {
+  const float *add;      /* or null */
+  float *sum;            /* or null: not wanted */
+  float *out;            /* or null: not wanted */
+  const float *weight, *bias;   /* (k) or null */
+  float eps;
+} w8a8_norm;
+
 /* y[i] = x @ layer[i].T for `count` layers that read the same x in the same mode (q, k and v; gate and up); x is quantised
- * once.  Nothing calls it with more than one layer yet but its test.
+ * once.
  * x: (M, K), row stride ldx in elements, inner stride 1.  y[i]: (M, N_i), row stride ldy[i], the dtype of x.
  * threads: how many to use at most; 0 asks the OpenMP runtime (omp_get_max_threads of the calling thread). */
 W8A8_API int w8a8_linear_many(const w8a8_layer *const *layers, int32_t count, const void *x, int32_t dtype, int64_t m,
                               int64_t ldx, void *const *y, const int64_t *ldy, int32_t threads);
+
+/* The same with float32 rows that are normalised just before they are quantised (`before` may be null; the scale of a row
+ * has to be its own, or given: not W8A8_TENSOR_*), and outputs that are activated while they are hot: activation[i] is an
+ * enum w8a8_activation of layer i, null for none. */
+W8A8_API int w8a8_linear_fused(const w8a8_norm *before, const w8a8_layer *const *layers, int32_t count, const void *x,
+                               int32_t dtype, int64_t m, int64_t ldx, void *const *y, const int64_t *ldy,
+                               const int32_t *activation, int32_t threads);
+
+/* Only the first part: m rows of k floats. */
+W8A8_API int w8a8_normalize(const w8a8_norm *norm, const float *x, int64_t m, int64_t k, int32_t threads);
+
+/* softmax(scale q k^T + mask) v by heads, float32.  Strides are in elements, by batch, head and token; the innermost is 1.
+ * shared: how many heads of q use one of k and v.  mask: null, or float32 to add (mask_is_float), or bytes that are not
+ * zero where a key is seen, with strides by batch, head, query and key.  causal: query i sees the keys 0..i.  A query that
+ * sees no key gives zeros. */
+typedef struct w8a8_attention {
+  const float *q, *k, *v;
+  float *out;
+  const void *mask;
+  int64_t batch, heads, shared, queries, keys, dims;
+  int64_t q_at[3], k_at[3], v_at[3], out_at[3], mask_at[4];
+  float scale;
+  int32_t causal, mask_is_float;
+} w8a8_attention;
+W8A8_API int w8a8_attend(const w8a8_attention *a, int32_t threads);
 
 /* The same for one layer. */
 W8A8_API int w8a8_linear(const w8a8_layer *layer, const void *x, int32_t dtype, int64_t m, int64_t ldx, void *y,

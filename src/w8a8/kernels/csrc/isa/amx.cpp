@@ -143,7 +143,7 @@ const Tiles kTiles = {configure, Hardware::release, Product::run};
 }  // namespace
 
 const Isa kAmx = {"amx", [] { return why_not() == nullptr; }, Left::kU8, 0, 0, {}, avx512_range, avx512_codes,
-                  avx512_finish, peak, why_not, &kTiles};
+                  avx512_finish, peak, &kAvx512Floats, why_not, &kTiles};
 #else
 const Isa kAmx = {"amx", [] { return false; }, Left::kU8, 0, 0, {}, avx512_range, avx512_codes, avx512_finish,
                   [](int64_t) { return 0.0; }, [] { return "not compiled in: it takes Linux and GCC 11 or clang 12"; },

@@ -232,7 +232,7 @@ W8A8_TARGET_END
 
 const Isa kAvx2 = {"avx2", usable, Left::kS16, 6, 1,
                    {nullptr, tile<1, 8>, tile<2, 4>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>},
-                   avx2_range, avx2_codes, avx2_finish, peak};
+                   avx2_range, avx2_codes, avx2_finish, peak, &kAvx2Floats};
 
 }  // namespace w8a8
 #endif

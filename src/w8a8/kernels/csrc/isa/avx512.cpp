@@ -279,7 +279,7 @@ W8A8_TARGET_END
 const Isa kAvx512Vnni = {"avx512vnni", usable, Left::kU8, 14, 14,
                          {nullptr, tile<1, 4>, tile<2, 4>, tile<3, 2>, tile<4, 1>, tile<5, 1>, tile<6, 1>, tile<7, 1>,
                           tile<8, 1>, tile<9, 1>, tile<10, 1>, tile<11, 1>, tile<12, 1>, tile<13, 1>, tile<14, 1>},
-                         avx512_range, avx512_codes, avx512_finish, peak};
+                         avx512_range, avx512_codes, avx512_finish, peak, &kAvx512Floats};
 
 }  // namespace w8a8
 #endif

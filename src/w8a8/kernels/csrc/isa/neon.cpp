@@ -228,7 +228,7 @@ W8A8_TARGET_END
 // At most 3 x 8 or 6 x 4 sums beside the codes and two registers of weights: 29 and 32.
 const Isa kNeonDot = {"neon_dot", usable, Left::kS8, 6, 3,
                       {nullptr, neon_tile_one, tile<2, 8>, tile<3, 8>, tile<4, 4>, tile<5, 4>, tile<6, 4>},
-                      neon_range, neon_codes, neon_finish, peak};
+                      neon_range, neon_codes, neon_finish, peak, &kPortableFloats};
 
 }  // namespace w8a8
 #endif

@@ -89,6 +89,6 @@ double peak(int64_t rounds) {
 
 const Isa kPortable = {"portable", [] { return true; }, Left::kS8, 4, 4,
                        {nullptr, tile<1>, tile<2>, tile<3>, tile<4>},
-                       portable_range, portable_codes, portable_finish, peak};
+                       portable_range, portable_codes, portable_finish, peak, &kPortableFloats};
 
 }  // namespace w8a8

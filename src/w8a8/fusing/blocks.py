@@ -1,0 +1,168 @@
+"""A block whose forward is a fused graph, as long as nothing about the block or the call asks for anything else.
+
+A graph is made at the first call of each kind, from what the block then computes.  At every call it is looked whether
+the block is as it was: no child was exchanged, none has hooks or another forward, none is in training; whether PyTorch's
+dispatcher has something to do; and whether the call's tensors are such as the graph is for.  If not, the block's own
+forward runs.  Plain attributes that the block's code reads, an epsilon or a flag, are part of the graph: who changes one
+calls `w8a8.optimize` again.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.utils import _pytree as pytree
+
+from w8a8.errors import ModelError
+from w8a8.fusing.capture import Argument, Captured, fits
+from w8a8.fusing.families import Family
+from w8a8.fusing.matching import Told, fuse
+from w8a8.kernels.fused import dispatcher_is_needed
+
+_KINDS = 4  # graphs for calls that differ in nothing but sizes: one row or many, one token or many
+_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+class Fused:
+    """Takes the place of a block's `forward`.
+
+    Args:
+        block: Keeps its code, its layers and its state dict.
+        family: Whom it shares graphs with.
+    """
+
+    def __init__(self, block: nn.Module, family: Family | None = None) -> None:
+        self.block = block
+        self.family = family or Family()
+        self.told: list[Told] = []
+        self.refused: list[str] = []
+        self._graphs: dict[Any, list[tuple[tuple[Argument, ...], Callable[..., Any], Callable[[Any], Any]]]] = {}
+        self._tried: dict[Any, int] = {}
+        self._watch()
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy, or what a pickle makes, finds its graphs anew
+        return {"block": self.block}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["block"])  # type: ignore[misc]
+
+    def _watch(self) -> None:
+        inner = [module for module in self.block.modules() if module is not self.block]
+        self._inner = [(vars(module), module._forward_hooks, module._forward_pre_hooks) for module in inner]
+        self._children = [
+            (module._modules, tuple(module._modules.values())) for module in self.block.modules() if module._modules
+        ]
+
+    def _changed(self) -> str | None:
+        """What keeps the graphs from standing for the block now."""
+        if torch_module._has_any_global_hook():
+            return "every module has hooks"
+        for held, hooks, pre_hooks in self._inner:
+            if hooks or pre_hooks:
+                return "a module in it has hooks"
+            if held["training"]:
+                return "a module in it is in training"
+            if "forward" in held:
+                return "a module in it has a forward of its own"
+        if any(tuple(now.values()) != before for now, before in self._children):
+            return "a module in it was exchanged"
+        return "it is in training" if self.block.training else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._graph(args, kwargs)
+        if found is None:
+            return type(self.block).forward(self.block, *args, **kwargs)
+        run, shaped, tensors = found
+        return shaped(run(*tensors))
+
+    def _graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if dispatcher_is_needed() or forward_ad._current_level >= 0 or self._changed() is not None:
+            return None
+        tensors: list[Tensor] = []
+        key: list[Any] = []
+        if not _flatten(args, tensors, key) or not _flatten(kwargs, tensors, key):
+            self._refuse("an argument is neither a tensor nor a plain value")
+            return None
+        if torch.is_grad_enabled() and self._wants_gradient(tensors):
+            return None
+        kind = tuple(key)
+        for arguments, run, shaped in self._graphs.get(kind, ()):
+            if fits(arguments, tensors):
+                return run, shaped, tensors
+        captured = self._captured(kind, args, kwargs, tensors)
+        if captured is None:
+            return None
+        run, told = fuse(self.block, captured)
+        self.told.append(told)
+        shaped = _shape_of(captured.outputs)
+        self._graphs.setdefault(kind, []).append((captured.arguments, run, shaped))
+        return run, shaped, tensors
+
+    def _captured(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Captured | None:
+        """A graph for this call: one of the family's, or a new one."""
+        known = self.family.graphs.setdefault(kind, [])
+        for captured in known:
+            if fits(captured.arguments, tensors):
+                return captured
+        if self._tried.get(kind, 0) >= _KINDS:
+            return None
+        self._tried[kind] = self._tried.get(kind, 0) + 1
+        try:
+            captured = self.family.capture(self.block, args, kwargs)
+        except ModelError as error:
+            if self.family.differing:  # it may be that which differs
+                self.family = Family()
+                return self._captured(kind, args, kwargs, tensors)
+            self._refuse(str(error))
+            return None
+        known.append(captured)
+        return captured if fits(captured.arguments, tensors) else None
+
+    def _refuse(self, reason: str) -> None:
+        if reason not in self.refused:
+            self.refused.append(reason)
+
+    def _wants_gradient(self, tensors: list[Tensor]) -> bool:
+        return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.block.parameters())
+
+
+def _flatten(values: Any, tensors: list[Tensor], key: list[Any]) -> bool:
+    """Take a call's tensors out of it, in pytree's order; what is left is a key.  False where something is neither."""
+    if isinstance(values, dict):
+        key.append(len(values))
+        for name in values:
+            key.append(name)
+        values = values.values()
+    else:
+        key.append(len(values))
+    for value in values:
+        kind = type(value)
+        if kind is Tensor or kind is nn.Parameter:
+            tensors.append(value)
+            key.append(Tensor)
+        elif kind in _PLAIN:
+            key.append(kind)
+            key.append(value)
+        elif kind in (tuple, list, dict):
+            key.append(kind)
+            if not _flatten(value, tensors, key):
+                return False
+        else:
+            return False
+    return True
+
+
+def _shape_of(spec: pytree.TreeSpec) -> Callable[[Any], Any]:
+    """How a call's outputs are put together again."""
+    if spec.is_leaf():
+        return _only
+    if spec.type is tuple and all(child.is_leaf() for child in spec.children()):
+        return tuple
+    return lambda flat: pytree.tree_unflatten(flat, spec)
+
+
+def _only(flat: Any) -> Any:
+    return flat[0]

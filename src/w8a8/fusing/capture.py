@@ -1,0 +1,152 @@
+"""One call of a block as a graph of operations, with sizes as symbols, and what has to hold for it to stand for another call.
+
+The block's code runs once on tensors without values (`make_fx`, before autograd and decompositions), so that what is
+found is what it computes, whatever it is called.  A value that its code asks for ends the attempt, and sizes that it
+compares become conditions: a graph is used for a call only where they hold.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+
+from w8a8.errors import ModelError
+from w8a8.layers.linear import QuantLinear
+
+@dataclass(frozen=True)
+class Argument:
+    """What a tensor among the arguments has to be like."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]  # a number that it must be, or the name of a size: equal where names are, at least 2
+    whole: bool  # whether it has to be contiguous
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A block's call as a graph, in which nothing of the block itself is left: what it holds is named.
+
+    graph: Placeholders are the tensors among the arguments, in order.  A get_attr node has in its meta, as "place", what
+        it stands for; the op of a quantised layer has, as "layer", the path of the layer.
+    arguments: What those tensors have to be like.
+    outputs: How the outputs are nested.
+    """
+
+    graph: fx.Graph
+    arguments: tuple[Argument, ...]
+    outputs: pytree.TreeSpec
+
+
+def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    """Run the block's code once, without values.
+
+    Raises:
+        ModelError: it cannot be a graph, or holds only for sizes in ways that are not told here.
+    """
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    outputs: list[pytree.TreeSpec] = []
+
+    def run(*tensors: Tensor) -> Any:
+        now = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            now[place] = tensor
+        again, named = pytree.tree_unflatten(now, structure)
+        flat, spec = pytree.tree_flatten(type(block).forward(block, *again, **named))
+        outputs[:] = [spec]
+        return flat
+
+    tensors = [leaves[i].detach() for i in places]
+    shapes = ShapeEnv(duck_shape=False)  # sizes that happen to be equal are not one size
+    fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    trace = make_fx(run, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)
+    try:
+        module = trace(*(fake.from_tensor(tensor, static_shapes=False) for tensor in tensors))
+    except Exception as error:  # whatever the code of somebody else's block does on tensors without values
+        raise ModelError(f"it does not run on tensors without values: {type(error).__name__}: {error}") from error
+    graph = module.graph
+    graph.eliminate_dead_code()
+    arguments = []
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, tensor in zip(inputs, tensors, strict=True):
+        arguments.append(Argument(tensor.dtype, tuple(map(_size, node.meta["val"].shape)), not _only_masks(node)))
+        if arguments[-1].whole and not tensor.is_contiguous():
+            raise ModelError("an argument is not contiguous")
+    if any(isinstance(size, str) and not size.isidentifier() for each in arguments for size in each.shape):
+        raise ModelError("the sizes of its arguments depend on one another")
+    for guard in shapes.guards:
+        left = shapes.replace(guard.expr)
+        if left.free_symbols:
+            raise ModelError(f"its code asks whether {left}")
+    _name(block, module)
+    return Captured(graph, tuple(arguments), outputs[0])
+
+
+def _name(block: nn.Module, module: fx.GraphModule) -> None:
+    """Exchange what the block holds for where it is."""
+    held = {
+        id(tensor): (path, kind, name)
+        for path, inner in block.named_modules()
+        for kind in ("_parameters", "_buffers")
+        for name, tensor in getattr(inner, kind).items()
+        if tensor is not None
+    }
+    layers = {inner._number: path for path, inner in block.named_modules() if isinstance(inner, QuantLinear)}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            place = held.get(id(getattr(module, node.target)))
+            if place is None:
+                raise ModelError("its code reads a tensor that is not among its parameters and buffers")
+            node.meta["place"] = place
+            node.meta["dtype"] = getattr(module, node.target).dtype
+        elif node.target is torch.ops.w8a8.int8_linear.default:
+            path = layers.get(node.args[-1])  # the op's last operand is the layer's number
+            if path is None:
+                raise ModelError("its code calls a quantised layer that is not in it")
+            node.meta["layer"] = path
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise ModelError(f"its code writes into a tensor: {node.target}")
+
+
+def _size(size: Any) -> int | str:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_number else str(expression)
+
+
+def _only_masks(node: fx.Node) -> bool:
+    """Whether a tensor is read as the mask of attention and by nothing else: of that, strides do not matter."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    return all(
+        user.target is attention and mask_of(user) is node and node not in user.args[:3] for user in node.users
+    )
+
+
+def mask_of(attention: fx.Node) -> Any:
+    """What an attention is given as its mask."""
+    return attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")  # noqa: PLR2004
+
+
+def fits(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> bool:
+    """Whether a graph stands for a call with these tensors."""
+    sizes: dict[str, int] = {}
+    for argument, tensor in zip(arguments, tensors, strict=True):
+        shape = tensor.shape
+        if tensor.dtype is not argument.dtype or len(shape) != len(argument.shape):
+            return False
+        if argument.whole and not tensor.is_contiguous():
+            return False
+        for wanted, size in zip(argument.shape, shape, strict=True):
+            if type(wanted) is int:
+                if wanted != size:
+                    return False
+            elif size < 2 or sizes.setdefault(wanted, size) != size:  # type: ignore[arg-type]
+                return False
+    return True

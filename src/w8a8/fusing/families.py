@@ -1,0 +1,116 @@
+"""Blocks that are alike share the graphs that are made of one of them.
+
+Alike are blocks of one class whose modules, layers, parameters and plain attributes are: what differs, the number of a
+block for one, is exchanged for `Unread` while the graph is made, which can be used for nothing.  A graph that is made all
+the same does not depend on it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from torch import nn
+
+from w8a8.errors import ModelError
+from w8a8.fusing.capture import Captured, capture
+from w8a8.layers.linear import QuantLinear
+
+_OWN = frozenset(vars(nn.Module()))  # what every module has
+
+
+class Unread:
+    """Stands for a value that differs between blocks, and must not matter."""
+
+    def _used(self, *_: object, **__: object) -> NoReturn:
+        raise ModelError("its code reads a value that other blocks of its kind have otherwise")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _used  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __truediv__ = _used
+    __call__ = __getitem__ = __getattr__ = __iter__ = __len__ = __contains__ = __hash__ = _used  # type: ignore[assignment]
+
+
+class Family:
+    """Blocks that are alike, and their graphs.
+
+    Args:
+        differing: Path and name of the attributes in which they differ.
+    """
+
+    def __init__(self, differing: tuple[tuple[str, str], ...] = ()) -> None:
+        self.differing = differing
+        self.graphs: dict[Any, list[Captured]] = {}
+
+    def capture(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+        """The graph of a call of one of them.
+
+        Raises:
+            ModelError: it cannot be one.
+        """
+        with self._unread(block):
+            return capture(block, args, kwargs)
+
+    @contextmanager
+    def _unread(self, block: nn.Module) -> Iterator[None]:
+        held = [(vars(block.get_submodule(path)), name) for path, name in self.differing]
+        values = [attributes[name] for attributes, name in held]
+        try:
+            for attributes, name in held:
+                attributes[name] = Unread()
+            yield
+        finally:
+            for (attributes, name), value in zip(held, values, strict=True):
+                attributes[name] = value
+
+
+def families(blocks: list[nn.Module]) -> list[tuple[nn.Module, Family]]:
+    """Each block with those that it shares graphs with."""
+    alike: dict[Any, list[nn.Module]] = {}
+    for block in blocks:
+        alike.setdefault(_shape_of(block), []).append(block)
+    found = []
+    for group in alike.values():
+        differing = _differing(group)
+        shared = None if differing is None else Family(differing)
+        found += [(block, Family() if shared is None else shared) for block in group]
+    return found
+
+
+def _shape_of(block: nn.Module) -> tuple[Any, ...]:
+    return tuple(
+        (
+            path,
+            type(module),
+            _tensors(module._parameters) + _tensors(module._buffers),
+            (module.mode, module._call, module.scheme) if isinstance(module, QuantLinear) else None,
+        )
+        for path, module in block.named_modules()
+    )
+
+
+def _tensors(held: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, None if t is None else (t.dtype, tuple(t.shape))) for name, t in held.items())
+
+
+def _differing(group: list[nn.Module]) -> tuple[tuple[str, str], ...] | None:
+    """In which attributes blocks differ, path and name; None where one of them is no plain value."""
+    found = []
+    for path, module in group[0].named_modules():
+        if isinstance(module, QuantLinear):
+            continue
+        others = [block.get_submodule(path) for block in group[1:]]
+        for name, value in vars(module).items():
+            if name in _OWN or (not path and name == "forward"):
+                continue
+            if any(name not in vars(other) for other in others):
+                return None
+            theirs = [vars(other)[name] for other in others]
+            if all(each is value for each in theirs):
+                continue
+            plain = int | float | bool | str | tuple | type(None)
+            if not all(type(each) is type(value) and isinstance(each, plain) for each in theirs):
+                return None
+            if any(each != value for each in theirs):
+                found.append((path, name))
+    return tuple(found)
+
+

@@ -1,0 +1,122 @@
+"""A model whose blocks run fused: made so, undone, and told what came of it."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from w8a8.errors import ModelError
+from w8a8.fusing.blocks import Fused
+from w8a8.fusing.families import families
+from w8a8.kernels.compiled import unavailable_because
+from w8a8.layers.linear import Mode, QuantLinear
+
+
+@dataclass(frozen=True)
+class Fusions:
+    """What is fused in a model so far: graphs are made at the first call of each kind.
+
+    blocks: How many blocks have one.
+    waiting: How many were not called yet.
+    fused: What was fused, and how often, over all graphs.
+    left: What was not, and how often.
+    refused: Why blocks run as they are, by name.
+    """
+
+    blocks: int
+    waiting: int
+    fused: dict[str, int]
+    left: dict[str, int]
+    refused: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.blocks} blocks run fused" + (f", {self.waiting} were not called yet" if self.waiting else "")]
+        lines += [f"  {times} x {what}" for what, times in self.fused.items()]
+        lines += [f"  left, {times} x {what}" for what, times in self.left.items()]
+        lines += [f"  {name} runs as it is: {why}" for name, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+def optimize(model: nn.Module) -> Fusions:
+    """Run what lies between the integer layers of a model in fewer passes, in place.
+
+    What each block of the model computes is looked at when it is first called, and its norms, residual sums,
+    activations and attention then run in the native kernel, in the same pass as the products beside them where that can
+    be; layers that read the same tensor quantise it once.  The codes are those of the tensors that the model computes,
+    by the contract; the float operations between agree with PyTorch's to about a millionth, which moves a code now and
+    then.  `model.state_dict()` and the model's classes stay as they are.  `restore` undoes it.
+
+    Args:
+        model: With integer layers (`w8a8.quantize`, `w8a8.load`).  Called again, it forgets the graphs and makes them
+            anew.
+
+    Returns:
+        What is fused so far, which is nothing until the model is called: ask `fusions` again then.
+
+    Raises:
+        ModelError: the model has no integer layers, no block of its own has any, or there is no native kernel.
+    """
+    why = unavailable_because()
+    if why is not None:
+        raise ModelError(f"the model was to be optimised, which the native kernel does, and it is not there: {why}")
+    if not any(_is_integer(module) for module in model.modules()):
+        raise ModelError("the model was to be optimised and has no integer layers; quantise it first: w8a8.quantize")
+    restore(model)
+    blocks = _blocks(model)
+    if not blocks:
+        raise ModelError(
+            "the model was to be optimised, and none of its integer layers is in a block of an nn.ModuleList or "
+            "nn.Sequential whose forward is its class's own"
+        )
+    for block, family in families(blocks):
+        vars(block)["forward"] = Fused(block, family)
+    return fusions(model)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `optimize`: every block runs its own forward again."""
+    for _, block in list(_fused(model)):
+        del vars(block)["forward"]
+
+
+def fusions(model: nn.Module) -> Fusions:
+    """What is fused in a model, and what is not."""
+    made, left, refused = Counter[str](), Counter[str](), {}
+    count = waiting = 0
+    for name, block in _fused(model):
+        forward = vars(block)["forward"]
+        count += bool(forward.told)
+        waiting += not forward.told and not forward.refused
+        for told in forward.told:
+            made += told.fused
+            left += told.left
+        if forward.refused:
+            refused[name] = "; ".join(forward.refused)
+    return Fusions(count, waiting, dict(made), dict(left), refused)
+
+
+def _is_integer(module: nn.Module) -> bool:
+    return isinstance(module, QuantLinear) and module.mode is Mode.INTEGER
+
+
+def _fused(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Fused)]
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost elements of lists that hold integer layers and are not such layers."""
+    found: list[nn.Module] = []
+
+    def look(module: nn.Module) -> None:
+        for child in module.children():
+            listed = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(
+                child, QuantLinear | nn.ModuleList | nn.Sequential
+            )
+            if listed and "forward" not in vars(child) and any(_is_integer(inner) for inner in child.modules()):
+                if child not in found:
+                    found.append(child)
+            else:
+                look(child)
+
+    look(model)
+    return found
