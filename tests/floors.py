@@ -24,7 +24,7 @@ FLOORS = [
     {"dataflow", "checkpoint"},
     {"calibration"},
     {"evaluation"},
-    {"smoothing", "streaming", "hf"},
+    {"smoothing", "streaming", "hf", "fusing"},
     {"pipeline", "blockwise"},
     {"analysis", "directories"},
     {"jobs", "demo"},
@@ -34,7 +34,7 @@ FLOORS = [
 # in a room, the order in which its files may import one another
 INSIDE = {
     "core": ["scheme", "plain", "progress", "affine", "packed", "tokens", "row_sample"],
-    "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "select", "ops"],
+    "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "fused", "select", "ops"],
     "layers": ["saving", "straight_through", "weight", "weights", "buffers", "linear"],
     "model": [
         "pretrained",
@@ -108,6 +108,7 @@ INSIDE = {
         "budget",
         "study",
     ],
+    "fusing": ["capture", "steps", "matching", "families", "blocks", "models"],
     "hf": ["arriving", "quantizer", "enabling"],
     "jobs": [
         "watching",

@@ -41,6 +41,10 @@ from w8a8.core.scheme import QuantSpec as QuantSpec
 from w8a8.core.scheme import Scheme as Scheme
 from w8a8.directories import quantize_directory as quantize_directory
 from w8a8.errors import W8A8Error as W8A8Error
+from w8a8.fusing.models import Fusions as Fusions
+from w8a8.fusing.models import fusions as fusions
+from w8a8.fusing.models import optimize as optimize
+from w8a8.fusing.models import restore as restore
 from w8a8.hf import W8A8Config as W8A8Config
 from w8a8.hf import disable as disable
 from w8a8.hf import enable as enable

@@ -14,6 +14,7 @@ from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
+from w8a8.fusing.models import check_fusible, optimize
 from w8a8.layers.linear import ledger, uncalled
 from w8a8.model.choice import Choice
 from w8a8.model.coverage import Coverage, coverage
@@ -65,6 +66,7 @@ def quantize(
     calibration: Any = None,
     observer: str | Callable[[], Observer] = "absmax",
     smooth: Smoothing | str | float | None = None,
+    fuse: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Turn the linear layers of a model into int8 layers, in place.
@@ -90,6 +92,7 @@ def quantize(
             that makes an observer per tensor, `lambda: Percentile(p=99.9)`.
         smooth: "auto" (the default where there is a calibration), "searched", an alpha in 0..1, or "none" (the default
             without): scale activations into weights first, see `w8a8.smoothing.smooth`.
+        fuse: Whether what lies between the layers runs fused too, `w8a8.optimize`.
         progress: Called as progress(done, total, name).
 
     Returns:
@@ -100,12 +103,17 @@ def quantize(
             layer, or there is nothing to quantise; it is static, or to be smoothed for, and there is no calibration.
         CalibrationError: the calibration data cannot be used, or a layer read none of it.
         PatternError: a pattern matches no linear layer, or one of `scheme` none of the chosen.
-        ModelError: `head` is unknown, or there is none to quantise.
+        ModelError: `head` is unknown, or there is none to quantise; with `fuse`, there would be nothing to fuse.
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
     choice = Choice.of(model, scheme, include, exclude, head=head)
-    return carry_out(choice, calibration, observer, smooth, progress, kernel=kernel, strict=strict)
+    if fuse:
+        check_fusible(model, [name for name, each in choice.schemes.items() if each.activations is not None])
+    result = carry_out(choice, calibration, observer, smooth, progress, kernel=kernel, strict=strict)
+    if fuse:
+        optimize(model)
+    return result
 
 
 def simulate(

@@ -1,1 +1,1 @@
-"""Fusing: what lies between the integer layers of a model runs in as few passes as it takes, found by what it computes."""
+"""Fusing: what lies between the integer layers of a model in as few passes as it takes, found by what it computes."""

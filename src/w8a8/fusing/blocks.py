@@ -1,9 +1,9 @@
 """A block whose forward is a fused graph, as long as nothing about the block or the call asks for anything else.
 
 A graph is made at the first call of each kind, from what the block then computes.  At every call it is looked whether
-the block is as it was: no child was exchanged, none has hooks or another forward, none is in training; whether PyTorch's
-dispatcher has something to do; and whether the call's tensors are such as the graph is for.  If not, the block's own
-forward runs.  Plain attributes that the block's code reads, an epsilon or a flag, are part of the graph: who changes one
+the block is as it was: no child was exchanged, none has hooks or another forward, none is in training; whether the
+dispatcher of PyTorch has something to do; and whether the tensors are such as the graph is for.  If not, the block's
+own forward runs.  Plain attributes that its code reads, an epsilon or a flag, are part of the graph: who changes one
 calls `w8a8.optimize` again.
 """
 
@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from w8a8.errors import ModelError
-from w8a8.fusing.capture import Argument, Captured, fits
+from w8a8.fusing.capture import Argument, Captured, fits, made_whole
 from w8a8.fusing.families import Family
 from w8a8.fusing.matching import Told, fuse
 from w8a8.kernels.fused import dispatcher_is_needed
@@ -41,7 +40,9 @@ class Fused:
         self.refused: list[str] = []
         self._graphs: dict[Any, list[tuple[tuple[Argument, ...], Callable[..., Any], Callable[[Any], Any]]]] = {}
         self._tried: dict[Any, int] = {}
-        self._watch()
+        self._inner: list[tuple[dict[str, Any], Any, Any]] | None = (
+            None  # at the first call: a copy is not whole before
+        )
 
     def __getstate__(self) -> dict[str, Any]:  # a copy, or what a pickle makes, finds its graphs anew
         return {"block": self.block}
@@ -58,6 +59,9 @@ class Fused:
 
     def _changed(self) -> str | None:
         """What keeps the graphs from standing for the block now."""
+        if self._inner is None:
+            self._watch()
+        assert self._inner is not None, "it was made just now"
         if torch_module._has_any_global_hook():
             return "every module has hooks"
         for held, hooks, pre_hooks in self._inner:
@@ -79,7 +83,11 @@ class Fused:
         return shaped(run(*tensors))
 
     def _graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if dispatcher_is_needed() or forward_ad._current_level >= 0 or self._changed() is not None:
+        if dispatcher_is_needed():
+            return None
+        changed = self._changed()
+        if changed is not None:
+            self._refuse(changed)
             return None
         tensors: list[Tensor] = []
         key: list[Any] = []
@@ -91,7 +99,7 @@ class Fused:
         kind = tuple(key)
         for arguments, run, shaped in self._graphs.get(kind, ()):
             if fits(arguments, tensors):
-                return run, shaped, tensors
+                return run, shaped, made_whole(arguments, tensors)
         captured = self._captured(kind, args, kwargs, tensors)
         if captured is None:
             return None
@@ -99,9 +107,11 @@ class Fused:
         self.told.append(told)
         shaped = _shape_of(captured.outputs)
         self._graphs.setdefault(kind, []).append((captured.arguments, run, shaped))
-        return run, shaped, tensors
+        return run, shaped, made_whole(captured.arguments, tensors)
 
-    def _captured(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Captured | None:
+    def _captured(
+        self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> Captured | None:
         """A graph for this call: one of the family's, or a new one."""
         known = self.family.graphs.setdefault(kind, [])
         for captured in known:
@@ -133,8 +143,7 @@ def _flatten(values: Any, tensors: list[Tensor], key: list[Any]) -> bool:
     """Take a call's tensors out of it, in pytree's order; what is left is a key.  False where something is neither."""
     if isinstance(values, dict):
         key.append(len(values))
-        for name in values:
-            key.append(name)
+        key.extend(values)
         values = values.values()
     else:
         key.append(len(values))

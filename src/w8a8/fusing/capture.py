@@ -1,8 +1,8 @@
-"""One call of a block as a graph of operations, with sizes as symbols, and what has to hold for it to stand for another call.
+"""One call of a block as a graph of operations with sizes as symbols, and for which other calls that graph stands.
 
 The block's code runs once on tensors without values (`make_fx`, before autograd and decompositions), so that what is
-found is what it computes, whatever it is called.  A value that its code asks for ends the attempt, and sizes that it
-compares become conditions: a graph is used for a call only where they hold.
+found is what it computes, whatever it is called.  Code that asks for a value ends the attempt, and so does code that
+compares sizes in ways that `Argument` cannot tell.
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,22 @@ from torch.utils import _pytree as pytree
 from w8a8.errors import ModelError
 from w8a8.layers.linear import QuantLinear
 
+
 @dataclass(frozen=True)
 class Argument:
     """What a tensor among the arguments has to be like."""
 
     dtype: torch.dtype
-    shape: tuple[int | str, ...]  # a number that it must be, or the name of a size: equal where names are, at least 2
-    whole: bool  # whether it has to be contiguous
+    shape: tuple[int | str, ...]  # a number, or the name of a size of at least 2
+    whole: bool  # whether the graph is for a contiguous one: a copy stands for another
 
 
 @dataclass(frozen=True)
 class Captured:
     """A block's call as a graph, in which nothing of the block itself is left: what it holds is named.
 
-    graph: Placeholders are the tensors among the arguments, in order.  A get_attr node has in its meta, as "place", what
-        it stands for; the op of a quantised layer has, as "layer", the path of the layer.
+    graph: Placeholders are the tensors among the arguments, in order.  A get_attr node has in its meta, as "place",
+        what it stands for; the op of a quantised layer has, as "layer", the path of the layer.
     arguments: What those tensors have to be like.
     outputs: How the outputs are nested.
     """
@@ -61,7 +62,7 @@ def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         outputs[:] = [spec]
         return flat
 
-    tensors = [leaves[i].detach() for i in places]
+    tensors = [leaves[i].detach().contiguous() for i in places]
     shapes = ShapeEnv(duck_shape=False)  # sizes that happen to be equal are not one size
     fake = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     trace = make_fx(run, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)
@@ -75,8 +76,6 @@ def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     for node, tensor in zip(inputs, tensors, strict=True):
         arguments.append(Argument(tensor.dtype, tuple(map(_size, node.meta["val"].shape)), not _only_masks(node)))
-        if arguments[-1].whole and not tensor.is_contiguous():
-            raise ModelError("an argument is not contiguous")
     if any(isinstance(size, str) and not size.isidentifier() for each in arguments for size in each.shape):
         raise ModelError("the sizes of its arguments depend on one another")
     for guard in shapes.guards:
@@ -124,14 +123,12 @@ def _size(size: Any) -> int | str:
 def _only_masks(node: fx.Node) -> bool:
     """Whether a tensor is read as the mask of attention and by nothing else: of that, strides do not matter."""
     attention = torch.ops.aten.scaled_dot_product_attention.default
-    return all(
-        user.target is attention and mask_of(user) is node and node not in user.args[:3] for user in node.users
-    )
+    return all(user.target is attention and mask_of(user) is node and node not in user.args[:3] for user in node.users)
 
 
 def mask_of(attention: fx.Node) -> Any:
     """What an attention is given as its mask."""
-    return attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")  # noqa: PLR2004
+    return attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
 
 
 def fits(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> bool:
@@ -141,8 +138,6 @@ def fits(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> bool:
         shape = tensor.shape
         if tensor.dtype is not argument.dtype or len(shape) != len(argument.shape):
             return False
-        if argument.whole and not tensor.is_contiguous():
-            return False
         for wanted, size in zip(argument.shape, shape, strict=True):
             if type(wanted) is int:
                 if wanted != size:
@@ -150,3 +145,9 @@ def fits(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> bool:
             elif size < 2 or sizes.setdefault(wanted, size) != size:  # type: ignore[arg-type]
                 return False
     return True
+
+
+def made_whole(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors as the graph is for them: copies of those that have to be contiguous and are not."""
+    pairs = zip(arguments, tensors, strict=True)
+    return [tensor.contiguous() if argument.whole else tensor for argument, tensor in pairs]

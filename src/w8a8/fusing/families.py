@@ -1,8 +1,8 @@
 """Blocks that are alike share the graphs that are made of one of them.
 
-Alike are blocks of one class whose modules, layers, parameters and plain attributes are: what differs, the number of a
-block for one, is exchanged for `Unread` while the graph is made, which can be used for nothing.  A graph that is made all
-the same does not depend on it.
+Alike are blocks of one class whose modules, layers, parameters and attributes are.  A plain value that differs, the
+number of a block for one, is exchanged for `Unread` while the graph is made, which can be used for nothing: a graph
+that is made all the same does not depend on it.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from w8a8.errors import ModelError
 from w8a8.fusing.capture import Captured, capture
 from w8a8.layers.linear import QuantLinear
 
+_PLAIN = (int, float, bool, str, tuple, type(None))
 _OWN = frozenset(vars(nn.Module()))  # what every module has
 
 
@@ -24,9 +25,11 @@ class Unread:
     def _used(self, *_: object, **__: object) -> NoReturn:
         raise ModelError("its code reads a value that other blocks of its kind have otherwise")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _used  # type: ignore[assignment]
+    __eq__ = __ne__ = _used
+    __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __int__ = __float__ = __index__ = _used
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __truediv__ = _used
-    __call__ = __getitem__ = __getattr__ = __iter__ = __len__ = __contains__ = __hash__ = _used  # type: ignore[assignment]
+    __call__ = __getitem__ = __getattr__ = __iter__ = __len__ = __contains__ = _used
+    __hash__ = _used
 
 
 class Family:
@@ -106,11 +109,8 @@ def _differing(group: list[nn.Module]) -> tuple[tuple[str, str], ...] | None:
             theirs = [vars(other)[name] for other in others]
             if all(each is value for each in theirs):
                 continue
-            plain = int | float | bool | str | tuple | type(None)
-            if not all(type(each) is type(value) and isinstance(each, plain) for each in theirs):
+            if not all(type(each) is type(value) and isinstance(each, _PLAIN) for each in theirs):
                 return None
             if any(each != value for each in theirs):
                 found.append((path, name))
     return tuple(found)
-
-

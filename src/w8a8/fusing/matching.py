@@ -1,10 +1,10 @@
 """From the graph of a block to one with fewer passes: a literal walk over what it computes.
 
-    layer_norm(a + b) -> layers that read it         one pass, which hands the sum and the norm on where others read them
-    layers that read the same tensor                 quantised once, one product
-    layer -> gelu, relu or silu                      in the product's own output, while it is hot
-    layer_norm(a + b)                                one pass
-    scaled_dot_product_attention                     ours
+    layer_norm(a + b) -> layers that read it    one pass, which hands sum and norm on where others read them
+    layers that read the same tensor            quantised once, one product
+    layer -> gelu, relu or silu                 in the product's own output, while it is hot
+    layer_norm(a + b)                           one pass
+    scaled_dot_product_attention                ours
 
 Everything else stays as it is.  A graph has no operation that writes into its input (`capture`).  Float32 only.
 """
@@ -49,8 +49,13 @@ def fuse(block: nn.Module, captured: Captured) -> tuple[Callable[..., Any], Told
     return walk.run(), walk.told
 
 
+def _is_node(value: Any) -> bool:
+    """Whether an argument is a node; nodes are typed Any here, for fx types what they hold too widely to be of use."""
+    return isinstance(value, fx.Node)
+
+
 def _value(node: Any) -> Any:
-    return node.meta.get("val") if isinstance(node, fx.Node) else None
+    return node.meta.get("val") if _is_node(node) else None
 
 
 def _shape(node: Any) -> tuple[str, ...]:
@@ -88,12 +93,11 @@ class _Walk:
 
     # --- the pieces
 
-    def step(self, before: fx.Node, call: Any, args: tuple[Any, ...]) -> fx.Node:
+    def step(self, before: Any, call: Any, args: tuple[Any, ...]) -> Any:
         with self.graph.inserting_before(before):
-            new = self.graph.call_function(call, args)
-        return new
+            return self.graph.call_function(call, args)
 
-    def item(self, step: fx.Node, place: int, like: fx.Node) -> fx.Node:
+    def item(self, step: Any, place: int, like: Any) -> Any:
         with self.graph.inserting_after(step):
             new = self.graph.call_function(_item, (step, place))
         new.meta["val"] = like.meta.get("val")
@@ -102,7 +106,7 @@ class _Walk:
     def drop_nothings(self) -> None:
         """Dropout that drops nothing, views that change nothing, transposes of transposes, copies of what is whole."""
         for node in list(self.graph.nodes):
-            source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            source = node.args[0] if node.args and _is_node(node.args[0]) else None
             if source is None:
                 continue
             drops = False
@@ -121,9 +125,12 @@ class _Walk:
                 node.replace_all_uses_with(source)
                 self.graph.erase_node(node)
 
-    def attention(self, node: fx.Node) -> None:
+    def attention(self, node: Any) -> None:
         """Ours, for float32 in four axes; its output lies as the next layer reads it."""
-        named = {**dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)), **node.kwargs}
+        named = {
+            **dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)),
+            **node.kwargs,
+        }
         q, k, v, mask = named["query"], named["key"], named["value"], mask_of(node)
         if named.get("dropout_p", 0.0) or not all(_is_float32(each) for each in (q, k, v)) or len(_shape(q)) != _HEADS:
             self.told.left["attention that is not float32 of four axes"] += 1
@@ -145,7 +152,7 @@ class _Walk:
         self.graph.erase_node(node)
         self.told.fused["attention"] += 1
 
-    def layer_of(self, node: fx.Node) -> QuantLinear | None:
+    def layer_of(self, node: Any) -> QuantLinear | None:
         """The layer that a product is of, where it can be in a pass with others."""
         layer = self.block.get_submodule(node.meta["layer"])
         assert isinstance(layer, QuantLinear), "it was one when the graph was made, and no child was exchanged since"
@@ -153,7 +160,7 @@ class _Walk:
             return None
         return layer if _is_float32(node.args[0]) else None
 
-    def linears(self, node: fx.Node, all_linears: list[fx.Node]) -> None:
+    def linears(self, node: Any, all_linears: list[Any]) -> None:
         """A product, with those that read the same tensor, what comes before and what comes behind."""
         if node._erased:
             return
@@ -162,14 +169,14 @@ class _Walk:
             self.alone(node)
             return
         x = node.args[0]
-        together = [node]
+        together, layers = [node], [layer]
         for other in all_linears:
             if other is node or other._erased or other.args[0] is not x or len(together) == _MOST:
                 continue
             same = self.layer_of(other)
             if same is not None and same._call[3:] == layer._call[3:] and _same_grid(same, layer):
                 together.append(other)
-        layers = [self.layer_of(each) for each in together]
+                layers.append(same)
         activations, ends = [], []
         for each in together:
             name, end = _activation(each)
@@ -196,7 +203,7 @@ class _Walk:
         if norm is not None:
             self.graph.eliminate_dead_code()
 
-    def with_norm(self, norm_node: fx.Node, norm: NormOf, make: Any) -> fx.Node:
+    def with_norm(self, norm_node: Any, norm: NormOf, make: Any) -> Any:
         """A step in the place of a norm; what else reads the norm, or the sum before it, reads the step's."""
         total = norm_node.args[0]
         adds = _is_sum(total)
@@ -216,9 +223,10 @@ class _Walk:
 
     def norm_of(self, node: Any) -> NormOf | None:
         """A LayerNorm over the last axis, with what the block holds or without."""
-        if not isinstance(node, fx.Node) or node.target is not _ATEN.layer_norm.default or not _is_float32(node):
+        if not _is_node(node) or node.target is not _ATEN.layer_norm.default or not _is_float32(node):
             return None
-        x, sizes, weight, bias, eps = (*node.args, None, None, 1e-5)[: 5] if len(node.args) < 5 else node.args[:5]
+        x, sizes, *rest = node.args
+        weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
         if len(sizes) != 1 or not _is_float32(x):
             return None
         places = []
@@ -231,7 +239,7 @@ class _Walk:
             places.append(place)
         return NormOf(places[0], places[1], eps)
 
-    def norm_alone(self, node: fx.Node) -> None:
+    def norm_alone(self, node: Any) -> None:
         norm = self.norm_of(node)
         if norm is None:
             self.told.left["a norm that is not float32 over the last axis"] += 1
@@ -239,7 +247,7 @@ class _Walk:
         self.with_norm(node, norm, lambda wanted: NormStep(norm, wants_sum=wanted))
         self.told.fused["sum and norm"] += 1
 
-    def alone(self, node: fx.Node) -> None:
+    def alone(self, node: Any) -> None:
         """A product that nothing stands beside: the layer as it is."""
         layer = self.block.get_submodule(node.meta["layer"])
         new = self.step(node, Layer(layer), (node.args[0],))
@@ -248,7 +256,7 @@ class _Walk:
         self.graph.erase_node(node)
 
     def place_of(self, node: Any) -> tuple[dict[str, Any], str] | None:
-        if not isinstance(node, fx.Node) or node.op != "get_attr":
+        if not _is_node(node) or node.op != "get_attr":
             return None
         path, kind, name = node.meta["place"]
         return getattr(self.block.get_submodule(path), kind), name
@@ -270,7 +278,7 @@ def _item(found: tuple[Any, ...], place: int) -> Any:
 
 def _is_sum(node: Any) -> bool:
     """Whether this is a + b of two float32 tensors of one shape."""
-    if not isinstance(node, fx.Node) or node.target is not _ATEN.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+    if not _is_node(node) or node.target is not _ATEN.add.Tensor or node.kwargs.get("alpha", 1) != 1:
         return False
     a, b = node.args[:2]
     return all(_is_float32(each) for each in (a, b)) and _shape(a) == _shape(b)
@@ -280,7 +288,7 @@ def _is_held_float32(place: tuple[dict[str, Any], str]) -> bool:
     return bool(place[0][place[1]].dtype is torch.float32)
 
 
-def _activation(node: fx.Node) -> tuple[str, fx.Node]:
+def _activation(node: Any) -> tuple[str, Any]:
     """The activation that is all that reads a product, or none: its name, and the last node of both."""
     if len(node.users) == 1:
         (user,) = node.users
@@ -296,7 +304,7 @@ def _activation(node: fx.Node) -> tuple[str, fx.Node]:
 
 def _rows_are_alone(layer: QuantLinear) -> bool:
     """Whether the scale of a row is its own, or given: a row can be quantised as soon as it is there."""
-    bits, per_token, _ = layer._grid
+    _, per_token, _ = layer._grid
     activations = layer.scheme.activations
     return per_token or (activations is not None and not activations.dynamic)
 

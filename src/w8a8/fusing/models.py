@@ -1,6 +1,7 @@
 """A model whose blocks run fused: made so, undone, and told what came of it."""
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,21 +57,47 @@ def optimize(model: nn.Module) -> Fusions:
     Raises:
         ModelError: the model has no integer layers, no block of its own has any, or there is no native kernel.
     """
-    why = unavailable_because()
-    if why is not None:
-        raise ModelError(f"the model was to be optimised, which the native kernel does, and it is not there: {why}")
-    if not any(_is_integer(module) for module in model.modules()):
+    layers = {name for name, module in model.named_modules() if _is_integer(module)}
+    if not layers:
         raise ModelError("the model was to be optimised and has no integer layers; quantise it first: w8a8.quantize")
+    blocks = check_fusible(model, layers)
     restore(model)
-    blocks = _blocks(model)
-    if not blocks:
-        raise ModelError(
-            "the model was to be optimised, and none of its integer layers is in a block of an nn.ModuleList or "
-            "nn.Sequential whose forward is its class's own"
-        )
     for block, family in families(blocks):
         vars(block)["forward"] = Fused(block, family)
     return fusions(model)
+
+
+def check_fusible(model: nn.Module, layers: Collection[str]) -> list[nn.Module]:
+    """The blocks of a model that `optimize` takes: the outermost elements of lists that hold such layers.
+
+    Args:
+        model: Float or quantised.
+        layers: The names of its layers that are or will be integer layers.
+
+    Raises:
+        ModelError: there is none, or no native kernel.
+    """
+    why = unavailable_because()
+    if why is not None:
+        raise ModelError(f"the model was to be optimised, which the native kernel does, and it is not there: {why}")
+    found: list[nn.Module] = []
+    taken: list[str] = []
+    for name, block in model.named_modules():  # parents come before children
+        above = model.get_submodule(name.rpartition(".")[0]) if name else None
+        if not isinstance(above, nn.ModuleList | nn.Sequential) or isinstance(block, nn.ModuleList | nn.Sequential):
+            continue
+        own = vars(block).get("forward")
+        if any(name.startswith(f"{outer}.") for outer in taken) or not (own is None or isinstance(own, Fused)):
+            continue
+        if any(layer.startswith(f"{name}.") for layer in layers):
+            found.append(block)
+            taken.append(name)
+    if not found:
+        raise ModelError(
+            "the model was to be optimised, and none of its integer layers is in a block of an nn.ModuleList or "
+            "nn.Sequential whose forward is its class's own; run it without"
+        )
+    return found
 
 
 def restore(model: nn.Module) -> None:
@@ -101,22 +128,3 @@ def _is_integer(module: nn.Module) -> bool:
 
 def _fused(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Fused)]
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost elements of lists that hold integer layers and are not such layers."""
-    found: list[nn.Module] = []
-
-    def look(module: nn.Module) -> None:
-        for child in module.children():
-            listed = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(
-                child, QuantLinear | nn.ModuleList | nn.Sequential
-            )
-            if listed and "forward" not in vars(child) and any(_is_integer(inner) for inner in child.modules()):
-                if child not in found:
-                    found.append(child)
-            else:
-                look(child)
-
-    look(model)
-    return found

@@ -1,4 +1,4 @@
-"""What a fused graph runs in the place of several operations: the native pass, or where it cannot, the plain operations."""
+"""What a fused graph runs in the place of several operations: the native pass, or the plain operations without it."""
 
 from typing import Any
 
