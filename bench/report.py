@@ -12,6 +12,7 @@ import allocator
 import blocks
 import calibration
 import demo
+import encoders
 import evaluation
 import experts
 import layout
@@ -82,6 +83,16 @@ def _models(result: dict[str, Any]) -> str:
         + f"\n\n`{ours}` makes this many times as many tokens in a second as each of the others:\n\n"
         + model.ratios(result, ours)
         + "\n"
+    )
+
+
+def _encoders(result: dict[str, Any]) -> str:
+    return (
+        "Random weights, one thread, processor time. Here a ratio is float32's time divided by that of the column, and "
+        "the last line of a model the least cosine of a token's output to float32's of all cells. torch.ao is dynamic, "
+        "its activations per tensor; ONNX Runtime dynamic, weights per channel; OpenVINO quantised by NNCF, static "
+        "activations. `fused` is `w8a8.optimize`. `mixed` is eight texts of 16 to 128 tokens, padded; of pictures and "
+        "sound a cell is a batch.\n\n" + encoders.table(result) + "\n\n" + encoders.summary(result) + "\n"
     )
 
 
@@ -206,6 +217,7 @@ def _sensitivity(result: dict[str, Any]) -> str:
 SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("linear", "One linear layer, float32 in and out, through `QuantLinear.forward`", _layers),
     ("model", "A whole model in transformers, random weights, tokens per second", _models),
+    ("encoders", "Encoders beside other runtimes", _encoders),
     ("overhead", "Where a token's time goes", _tokens),
     ("allocator", "New memory", _memory),
     ("layout", "Packed or row-major, our tile or oneDNN's product", _layouts),

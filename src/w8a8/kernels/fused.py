@@ -11,7 +11,7 @@ operands (tests/kernels/test_fused.py), as PyTorch's own operations are: a norm 
 the largest magnitude of its output, an activation within 1e-6 of |x|, attention within 4e-6 of the largest magnitude of
 v.  All instruction sets give the same bits.
 
-Nobody here looks whether PyTorch's dispatcher has something to do: who calls has seen to that (`w8a8.fusing.block`).
+Nobody here looks whether PyTorch's dispatcher has something to do: who calls has seen to that (`w8a8.fusing.blocks`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
