@@ -284,7 +284,7 @@ def main() -> None:
         example = next(
             (inputs for cell, inputs in cells.items() if not cell.startswith("1x")), next(iter(cells.values()))
         )
-        models[name] = {}
+        models.setdefault(name, {})
         with torch.no_grad():
             runs = {peer: PEERS[peer](copy.deepcopy(float_model), example) for peer in peers}
             for cell, inputs in cells.items():
@@ -292,13 +292,13 @@ def main() -> None:
                 ms = record["median_ms"]
                 ratios = "  ".join(f"{p} {ms['float32'] / t:.2f}x" for p, t in ms.items() if p != "float32")
                 print(f"{name} {cell}: float32 {ms['float32']:.2f} ms; {ratios}", flush=True)
-        result = {
-            "machine": describe_machine(),
-            "versions": versions("onnxruntime", "openvino", "nncf"),
-            "peers": peers,
-            "models": models,
-        }
-        keep("encoders", result, arguments.output)
+                result = {
+                    "machine": describe_machine(),
+                    "versions": versions("onnxruntime", "openvino", "nncf"),
+                    "peers": peers,
+                    "models": models,
+                }
+                keep("encoders", result, arguments.output)  # a run that is ended loses one cell
     print("\n" + summary(result))
 
 
