@@ -142,10 +142,10 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale:
 def dispatcher_is_needed() -> bool:
     """Whether somebody looks on, or wants a forward derivative: all then goes through the dispatcher of PyTorch."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.compiler.is_compiling()  # first: dynamo sees that it is true, and looks at nothing behind it
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.compiler.is_compiling()
         or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch.is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
