@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from w8a8.errors import ModelError
@@ -49,6 +46,11 @@ def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Raises:
         ModelError: it cannot be a graph, or holds only for sizes in ways that are not told here.
     """
+    # what is needed here alone takes longer to import than the rest of the package, and brings sympy
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     leaves, structure = pytree.tree_flatten((args, kwargs))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     outputs: list[pytree.TreeSpec] = []
