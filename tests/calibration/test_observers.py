@@ -220,7 +220,7 @@ def within(found, exact, absmax, resolution):
     return bool(((found * slack >= exact) & (found <= ceiling * slack) & (found <= absmax * slack)).all())
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(stream=streams(), p=st.sampled_from([50.1, 75.0, 90, 99.0, 99.9, 100.0]))
 def test_the_percentile_is_within_its_bound(stream, p):
     x, batches = stream
@@ -236,7 +236,7 @@ def test_the_percentile_is_within_its_bound(stream, p):
         assert within(-lo, exact_percentile(-v, p).clamp(min=0), absmax, RESOLUTION[granularity])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(stream=streams())
 def test_the_percentile_grows_with_p(stream):
     _, batches = stream

@@ -59,7 +59,10 @@ WITH_PARAMETERS_OF_THEIR_OWN = {
 }
 
 
-@pytest.mark.parametrize("family", WITH_PARAMETERS_OF_THEIR_OWN)
+@pytest.mark.parametrize(
+    "family",
+    ["gemma3", "xlnet", *(pytest.param(f, marks=pytest.mark.slow) for f in ("funnel", "vit-mae", "swinv2", "vit"))],
+)
 def test_a_parameter_of_three_dimensions_is_no_stack_and_nothing_below_it_is_ignored(family, tmp_path):
     model = WITH_PARAMETERS_OF_THEIR_OWN[family]().eval()
     told = w8a8.quantize(model).coverage

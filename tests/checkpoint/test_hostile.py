@@ -46,7 +46,7 @@ def saved(request, tmp_path_factory):
 
 @pytest.mark.parametrize("mutation", sorted(MUTATIONS))
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 def test_damage_is_an_error_of_ours_or_changes_nothing(saved, mutation, seed):
     path, expected = saved
     assert outcome(path, expected, path.with_name("scratch"), mutation, random.Random(seed))

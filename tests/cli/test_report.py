@@ -13,7 +13,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.checkpoint.opening import open_model
 from w8a8.cli import main
 from w8a8.cli.commands import app
-from w8a8.demo.corpus import held_out_text, training_text
+from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_directory
 from w8a8.errors import ModelError
 from w8a8.evaluation import encode
@@ -35,7 +35,7 @@ def quantize(monkeypatch, tmp_path, capsys):
 
     def run(*options):
         (tmp_path / "text.txt").write_text(held_out_text()[:1500])
-        (tmp_path / "calibration.txt").write_text(training_text()[:20000])
+        (tmp_path / "calibration.txt").write_text(held_out_text()[:20000])
         page = tmp_path / "page.html"
         fixed = ["-o", tmp_path / "out", "--report", page, "--eval-text", tmp_path / "text.txt"]
         names = {"TEXT": tmp_path / "text.txt", "CALIB": tmp_path / "calibration.txt"}
@@ -110,11 +110,11 @@ def test_a_page_is_not_made_of_another_smoothing(monkeypatch, tmp_path, capsys):
     """The calibration data is changed while the result is compared with the float model."""
     text, data = tmp_path / "text.txt", tmp_path / "calibration.txt"
     text.write_text(held_out_text()[:1500])
-    data.write_text(training_text()[:20000])
+    data.write_text(held_out_text()[:20000])
     compare = comparison.compare_models
 
     def meanwhile(*arguments):
-        data.write_text(training_text()[30000:50000])
+        data.write_text(held_out_text()[30000:50000])
         return compare(*arguments)
 
     monkeypatch.setattr(comparison, "compare_models", meanwhile)

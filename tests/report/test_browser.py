@@ -13,7 +13,7 @@ from w8a8.analysis import remedies, sensitivity
 from w8a8.analysis.errors import channel_absmax
 from w8a8.calibration.data import Calibration
 from w8a8.core.plain import plain
-from w8a8.demo.corpus import training_text
+from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_model
 from w8a8.evaluation import compare, encode
 from w8a8.pipeline import quantize
@@ -41,7 +41,7 @@ def demo_records():
     """A real result: the shipped model, smoothed, measured, quantised and compared with what it was."""
     opened, reference = demo_model(), demo_model()
     before = sum(p.numel() * p.element_size() for p in reference.model.parameters())
-    ids = encode(opened.tokenizer, training_text()[:12000]).first(1024)
+    ids = encode(opened.tokenizer, held_out_text()[:12000]).first(1024)
     data, sample = Calibration.of(ids.ids.view(8, 128)), {"windows": 1, "seq_len": 64}
     absmax = channel_absmax(opened.model, ids, **sample)
     smooth = smooth_(opened.model, data, alpha=0.5, scheme="w8a8-static")
