@@ -6,7 +6,7 @@ import subprocess
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # the machine may be busy, and the models are tiny
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ def crossed(names: str, *values: Sequence[Any], ids: Callable[[Any], str] | None
         for place, case in zip(product(*map(range, map(len, values))), product(*values), strict=True)
     ]
     return pytest.mark.parametrize(names.split(), cases, ids=ids)
+
+
+def every_third(values: Iterable[Any]) -> list[Any]:
+    """The values for `parametrize`; but for one of three they are slow."""
+    return [pytest.param(value, marks=pytest.mark.slow if i % 3 else []) for i, value in enumerate(values)]
 
 
 def named(value: Any) -> str:

@@ -9,25 +9,36 @@ one: the native kernel in each instruction set that is here, torch_cpu first, th
 nothing but the reference.
 """
 
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from w8a8.kernels import available, compiled, native
+import pytest
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 900  # on busy cores; a single test that hangs is ended sooner
 # without the native kernel a warning says once that another runs, and the tests take warnings for errors
 _NOT_BUILT = ["-W", "ignore:kernel 'native' cannot run:UserWarning"]
+# torch and transformers are imported once, and each process of tests is a fork of that; libgomp looks at its start
+os.environ["OMP_NUM_THREADS"] = "1"
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
 # oneDNN then saturates, on x86, and torch_cpu finds itself unavailable
 _NO_INT8 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def preferences() -> list[dict[str, str]]:
     """The environments, each of them one machine."""
+    from w8a8.kernels import (
+        available,
+        compiled,
+        native,
+    )  # not in the processes that run the tests, before they are told
+
     found: list[dict[str, str]] = []
     if native.unavailable_because() is None:
         found += [{"W8A8_ISA": name} for name, reason in compiled.instruction_sets().items() if reason is None]
@@ -43,37 +54,32 @@ def marked() -> list[str]:
 
 def run(preference: dict[str, str]) -> bool:
     """Whether the tests pass; one line is printed, and all that pytest says where they do not."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "kernels and not once",
-        "-p",
-        "no:cacheprovider",
-        *_NOT_BUILT,
-        *marked(),
-    ]
     began = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **preference},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT_S,
-            check=False,
-        )
-        good, told = done.returncode == 0, done.stdout
-    except subprocess.TimeoutExpired as error:
-        good, told = False, f"{error.stdout or ''}\nnot finished after {LIMIT_S} s"
+    with tempfile.NamedTemporaryFile() as told:
+        process = _PROCESSES.Process(target=_tests, args=(preference, told.name))
+        process.start()
+        process.join(LIMIT_S)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        good = process.exitcode == 0
+        said = "passed" if good else f"FAILED\n{Path(told.name).read_text()}\nexit code {process.exitcode}"
     name = " ".join(f"{key}={value}" for key, value in preference.items())
-    said = "passed" if good else f"FAILED\n{told}"
     sys.stdout.write(f"{name}: {said} ({time.perf_counter() - began:.0f} s)\n")
     sys.stdout.flush()
     return good
+
+
+def _tests(preference: dict[str, str], told: str) -> None:
+    """Run them in this process, which has imported nothing of the package; what is said goes to a file."""
+    os.environ |= preference
+    os.chdir(ROOT)
+    with open(told, "wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    # pytest's own asserts are woven in as modules are imported, and some have been
+    options = ["-m", "kernels and not once", "-p", "no:cacheprovider", "--assert=plain", *_NOT_BUILT]
+    sys.exit(pytest.main([*options, *marked()]))
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import w8a8
-from tests.conftest import gpt2, llama, mixtral, model_files, nemotron_h, opt, qwen3_moe
+from tests.conftest import every_third, gpt2, llama, mixtral, model_files, nemotron_h, opt, qwen3_moe
 from tests.core.test_packed import SCHEMES as PACKABLE
 from tests.core.test_packed import packed_directory
 from w8a8 import QuantLinear, W8A8Config, hf
@@ -236,7 +236,9 @@ class TestEnable:
             assert list(quant_linears(opened(tmp_path / "saved")))
         assert not list(quant_linears(opened(tmp_path / "saved")))
 
-    @pytest.mark.parametrize("scheme", [s for s in PACKABLE if s.weight_only or s.weights.bits == 8], ids=str)
+    @pytest.mark.parametrize(
+        "scheme", every_third(s for s in PACKABLE if s.weight_only or s.weights.bits == 8), ids=str
+    )
     def test_packed_directories_run_as_load_runs_them(self, tmp_path, scheme):
         packed_directory(tmp_path / "d", scheme)
         wanted = w8a8.load(tmp_path / "d")

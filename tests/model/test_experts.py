@@ -11,7 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import w8a8
-from tests.conftest import _MOE, logits, mixtral, nemotron_h, phimoe, qwen2_moe, qwen3_moe, relative_error
+from tests.conftest import _MOE, crossed, logits, mixtral, nemotron_h, phimoe, qwen2_moe, qwen3_moe, relative_error
 from w8a8.checkpoint.vllm import foresee
 from w8a8.errors import CalibrationError, NonFiniteError, PatternError, SchemeError
 from w8a8.layers.linear import quant_linears
@@ -324,8 +324,7 @@ class TestLeavingAlone:
 
 
 class TestQuantizing:
-    @pytest.mark.parametrize("family", TAKEN)
-    @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-o1"])
+    @crossed("family scheme", list(TAKEN), ["w8a8", "w8a8-asym", "w8a8-o1"])
     def test_every_expert_runs_in_integers(self, family, scheme, tokens):
         model = TAKEN[family][0]()
         exact = logits(model, tokens)

@@ -248,6 +248,7 @@ def test_killed_twenty_times_at_random_the_result_is_the_same_to_the_byte(tmp_pa
     assert contents(target) == whole
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_make_the_same_bytes(tmp_path, large, whole):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "w8a8"]
     arguments = ["quantize", large, "-o", tmp_path / "out", *SHARDS, "--json"]
