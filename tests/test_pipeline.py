@@ -186,7 +186,7 @@ def test_a_model_is_opened_in_the_class_that_its_config_names(tmp_path):
     loaded = w8a8.load(tmp_path / "out")
     with torch.inference_mode():
         assert torch.equal(loaded(ids).last_hidden_state, opened.model(ids).last_hidden_state)
-    with pytest.raises(ModelError, match="BertModel predicts no tokens"):
+    with pytest.raises(ModelError, match="BertModel is a model that reads text and predicts no tokens"):
         perplexity(loaded, ids[0], seq_len=8)
 
 

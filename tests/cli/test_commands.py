@@ -192,6 +192,7 @@ def test_smoothing_is_asked_for_told_and_saved(call, tmp_path, demo_dir, text, o
     assert theirs.get_parameter(norm).shape == (128,)
 
 
+@pytest.mark.slow
 def test_calibration_streams_block_by_block_what_it_does_in_memory(call, tmp_path, demo_dir, text):
     arguments = ["--scheme", "w8a8-static", "--calib", text, "--calib-samples", "2", "--calib-length", "64"]
     dry = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--stream", "--dry-run")

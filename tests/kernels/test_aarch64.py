@@ -17,6 +17,7 @@ TOOLS = {
 MISSING = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"AArch64 is not tried here: Debian's {MISSING} are not installed"),
     pytest.mark.not_under(*SETTINGS, reason="the driver is a program without PyTorch"),
 ]
@@ -44,7 +45,7 @@ def run(driver, cpu, cases, isa=""):
     ("cpu", "paths"),
     [
         ("max", ["portable", "neon_dot", "neon_i8mm"]),
-        pytest.param("cortex-a76", ["portable", "neon_dot"], marks=pytest.mark.slow),
+        ("cortex-a76", ["portable", "neon_dot"]),
         ("cortex-a53", ["portable"]),
     ],
 )

@@ -27,6 +27,7 @@ def driver():
     return ROOT / "build/native/driver"
 
 
+@pytest.mark.slow  # and `make -C tests/native check`, which CI calls
 def test_every_path_equals_naive_loops_tiles_too(driver):
     environment = {name: value for name, value in os.environ.items() if name != "W8A8_ISA"}
     done = subprocess.run([driver, "90"], env=environment, capture_output=True, text=True, check=False, timeout=300)

@@ -45,7 +45,7 @@ def test_tensors_may_come_in_any_order_and_in_parts(place):
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("piece", [1, 700, 1 << 20])
+@pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 700, 1 << 20])
 def test_the_size_of_the_pieces_does_not_show(place, plan, monkeypatch, piece):
     (whole,) = plan.shards
     once = write_shard(whole, place)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from w8a8.checkpoint.headers import NAMES
 from w8a8.checkpoint.layout import Group, QuantizationConfig, check_writable, to_json
@@ -25,6 +24,7 @@ from w8a8.errors import ModelError
 from w8a8.layers.linear import Mode, QuantLinear, is_linear, quant_linears
 from w8a8.layers.saving import Saving
 from w8a8.model.experts import Experts, stack_names
+from w8a8.model.pretrained import is_pretrained
 
 
 def describe(model: nn.Module) -> QuantizationConfig:
@@ -40,7 +40,7 @@ def describe(model: nn.Module) -> QuantizationConfig:
         ModelError: not a transformers model, or nothing in it is quantised.
         SchemeError: the file format has no word for a scheme.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not is_pretrained(model):
         raise ModelError(f"expected a transformers model with a config, found {type(model).__name__}")
     names = FileNames(model)
     by_scheme: dict[Scheme, list[str]] = {}
@@ -133,7 +133,7 @@ def inscribe(inscribed: list[tuple[Any, dict[str, Any]]]) -> None:
 
 def transformers_models(model: nn.Module) -> list[Any]:
     """The model itself, where it is one of transformers; else those that it holds and that are in no other of them."""
-    if isinstance(model, PreTrainedModel):  # not by a `config`: modules around a model hand out that of the model
+    if is_pretrained(model):  # not by a `config`: modules around a model hand out that of the model
         return [model]
     return [found for child in model.children() for found in transformers_models(child)]
 

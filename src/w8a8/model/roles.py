@@ -5,11 +5,11 @@ from collections import Counter
 from collections.abc import Mapping, Set
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from w8a8.errors import ModelError
 from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
 from w8a8.model.experts import Experts, expert_counts
+from w8a8.model.pretrained import is_pretrained
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """What models call the layers that weigh experts."""
@@ -113,7 +113,7 @@ def beside_models(model: nn.Module) -> set[str]:
 
     Each such module is written into a folder of its own, of which no config.json tells that it is quantised.
     """
-    inside = {id(m) for part in model.modules() if isinstance(part, PreTrainedModel) for m in part.modules()}
+    inside = {id(m) for part in model.modules() if is_pretrained(part) for m in part.modules()}
     if not inside or id(model) in inside or not hasattr(model, "save_pretrained"):
         return set()
     return {name for name, module in model.named_modules() if is_linear(module) and id(module) not in inside}
