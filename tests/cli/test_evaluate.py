@@ -144,7 +144,7 @@ def test_a_task_that_is_not_there_is_told(call, quantized):  # noqa: F811
 def test_neither_text_nor_tasks_is_told(call, quantized):  # noqa: F811
     code, _, err = call("eval", quantized)
     assert code == 2
-    assert "give --text FILE to score, or --tasks A,B" in err
+    assert "give --text FILE to score, --data PATH to judge an encoder on, or --tasks A,B" in err
 
 
 def test_without_the_harness_the_way_to_install_it_is_told(call, quantized, monkeypatch):  # noqa: F811

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from w8a8.checkpoint.beside import class_around
 from w8a8.checkpoint.directory import Directory
@@ -229,6 +229,6 @@ def _opened(directory: Directory, batch_size: int) -> _Encoder:
     return kinds[around](name, model, batch_size)
 
 
-def _array(tensor: Any) -> Array:
-    found: Array = torch.as_tensor(tensor).detach().cpu().numpy()
-    return found.astype(np.float64)
+def _array(tensor: Tensor) -> Array:
+    found: Array = tensor.detach().to("cpu", torch.float64).numpy()
+    return found
