@@ -21,7 +21,7 @@ def _norm(k: int) -> fused.Norm:
 
 
 def _linears(k: int, *sizes: int, scheme: str = "w8a8") -> list[QuantLinear]:
-    return [QuantLinear.from_float(torch.nn.Linear(k, n), scheme) for n in sizes]
+    return [QuantLinear.from_float(torch.nn.Linear(k, n), scheme, kernel="native") for n in sizes]
 
 
 def _told(layers: list[QuantLinear], *activations: str) -> tuple[fused.Layer, ...]:
