@@ -79,6 +79,7 @@ def _out(model: Any, call: dict[str, Tensor]) -> Tensor:
         return model(**call).last_hidden_state
 
 
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
 @pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_fused_model_computes_what_it_did(name, scheme):
@@ -102,6 +103,7 @@ def test_a_fused_model_computes_what_it_did(name, scheme):
     assert torch.equal(_out(model, call), plain)
 
 
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
 def test_the_fused_kernels_ran_and_blocks_that_are_alike_share_their_graphs(monkeypatch):
     model = _bert()
     w8a8.quantize(model, fuse=True)
@@ -116,6 +118,7 @@ def test_the_fused_kernels_ran_and_blocks_that_are_alike_share_their_graphs(monk
     assert all(set(counts) == {"native"} for counts in w8a8.ledger(model).values() if counts)
 
 
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
 def test_one_graph_serves_every_length_and_batch():
     model = _bert()
     w8a8.quantize(model)
@@ -151,7 +154,12 @@ def test_a_token_of_padding_changes_no_other():
     assert torch.equal(first[seen], second[seen])
 
 
-@pytest.mark.parametrize("change", ["hook", "child", "forward", "training", "gradient"])
+_NO_GRADIENT = pytest.mark.not_under("inference", reason="no derivative can be asked for in that mode")
+
+
+@pytest.mark.parametrize(
+    "change", ["hook", "child", "forward", "training", pytest.param("gradient", marks=_NO_GRADIENT)]
+)
 def test_a_block_that_is_not_what_it_was_runs_as_it_is(change):
     model = _bert()
     w8a8.quantize(model, fuse=True)
@@ -219,6 +227,7 @@ def test_hidden_states_are_those_of_every_block():
     assert all(relative_error(a, b) < 2e-2 for a, b in zip(fused, plain, strict=True))
 
 
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
 def test_a_decoder_with_a_cache_runs_as_it_is_and_it_is_told():
     model = llama()
     w8a8.quantize(model)

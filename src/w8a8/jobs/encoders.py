@@ -17,6 +17,7 @@ from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.opening import open_model
 from w8a8.core.plain import plain
 from w8a8.core.progress import Progress
+from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, TextError, closest
 from w8a8.evaluation.encoders import Alike, Array, Measure, alike, found_right, labelled_right, ranked_alike
 from w8a8.evaluation.judged import Judged, Labelled, Retrieval, ScoredPairs, Texts, read_judged
@@ -77,8 +78,9 @@ def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgeme
     data = read_judged(pair.data)
     names = pair.model, pair.against
     directories = [Directory.of(name, trust_remote_code=pair.trust_remote_code) for name in names]
-    ours, theirs = (_opened(directory, pair.batch_size) for directory in directories)
-    with watcher.stage("judging") as step:
+    with usual_defaults():  # sentence-transformers makes tensors without saying where
+        ours, theirs = (_opened(directory, pair.batch_size) for directory in directories)
+    with watcher.stage("judging") as step, usual_defaults():
         return _judged(data, _Answers(ours, step, 0), _Answers(theirs, step, 1), pair)
 
 
