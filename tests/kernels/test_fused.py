@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kernels.test_door import WRONG, K, X
 from w8a8.kernels import compiled, fused
 from w8a8.kernels.native import unavailable_because
 from w8a8.layers.linear import QuantLinear
@@ -175,3 +176,56 @@ def test_what_the_kernel_does_not_take_is_left_to_others():
     assert fused.attention(q, q[:, :1], q, None, 1.0, causal=False) is None
     assert fused.attention(q, q, q, torch.zeros(3, 4), 1.0, causal=False) is None
     assert fused.attention(q, q, q[..., :2], None, 1.0, causal=False) is None
+
+
+@pytest.mark.filterwarnings("ignore:kernel 'native' cannot run")
+@pytest.mark.parametrize("kind", X | WRONG)
+def test_whatever_it_is_handed_the_door_gives_what_is_right_or_nothing(kind):
+    """As test_door.py has it for the layer alone; that no foreign memory is read is seen by `make door`."""
+    (layer,), norm, x = _linears(K, 8), _norm(K), torch.randn(4, K)
+    given = (X | WRONG)[kind](x)
+    heads = given.view(1, 2, 2, K) if isinstance(given, Tensor) and _is_plain(given, x) else given
+    q = x.view(1, 2, 2, K)
+    calls = [
+        (lambda t: fused.linears(t, _told([layer], "gelu"), norm, None), lambda t: _gelu_of(layer, norm, t), given),
+        (lambda t: fused.norm(x, norm, t), lambda t: _added(x, norm, t), given),
+        (
+            lambda t: fused.norm(x, fused.Norm(t, None, 1e-5)),
+            lambda t: _added(x, fused.Norm(t, None, 1e-5), None),
+            given,
+        ),
+        (lambda t: fused.attention(t, q, q, None, 1.0, False), lambda t: _attended(t, q, q), heads),
+        (lambda t: fused.attention(q, t, t, None, 1.0, False), lambda t: _attended(q, t, t), heads),
+        (
+            lambda t: fused.attention(q, q, q, t, 1.0, False),
+            lambda t: fused.plain_attention(q, q, q, t, 1.0, False),
+            heads,
+        ),
+    ]
+    with torch.no_grad():
+        for run, right, tensor in calls:
+            try:
+                found = run(tensor)
+            except (TypeError, ValueError, RuntimeError):
+                continue
+            if found is None:
+                continue
+            wanted = right(tensor)
+            y = found if isinstance(found, Tensor) else found[-1]
+            assert torch.allclose(y, wanted, rtol=1e-4, atol=1e-5)
+
+
+def _is_plain(given: Tensor, x: Tensor) -> bool:
+    return given.layout is torch.strided and given.shape == x.shape and given.is_contiguous()
+
+
+def _added(x: Tensor, norm: fused.Norm, add: Tensor | None) -> Tensor:
+    return fused.plain_norm(x, norm, None if add is None else add.reshape(x.shape))[1]
+
+
+def _gelu_of(layer: QuantLinear, norm: fused.Norm, x: Tensor) -> Tensor:
+    return F.gelu(layer(fused.plain_norm(x, norm)[1]))
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return fused.plain_attention(q, k, v, None, 1.0, False)
