@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -258,3 +259,26 @@ def test_what_cannot_be_optimised_is_an_error_before_anything_is_changed():
     with pytest.raises(ModelError, match="block"):
         w8a8.quantize(lone, fuse=True)
     assert type(lone[0]) is nn.Linear
+
+
+def test_threads_that_call_a_block_first_at_once_all_compute_and_it_is_fused():
+    model, inputs = _bert(), {"input_ids": torch.randint(0, 50, (3, 11))}
+    w8a8.quantize(model)
+    plain = _out(model, inputs)
+    w8a8.optimize(model)
+    found, begin = [], threading.Barrier(4)
+
+    def call() -> None:
+        begin.wait(30)
+        found.append(_out(model, inputs))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(found) == 4
+    assert all(relative_error(each, plain) < 1e-2 for each in found)  # a code may be another by one
+    _out(model, inputs)
+    told = w8a8.fusions(model)
+    assert (told.waiting, told.refused) == (0, {})

@@ -7,6 +7,7 @@ own forward runs.  Plain attributes that its code reads, an epsilon or a flag, a
 calls `w8a8.optimize` again.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,12 @@ from w8a8.kernels.fused import dispatcher_is_needed
 
 _KINDS = 4  # graphs for calls that differ in nothing but sizes: one row or many, one token or many
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+_TRACING = threading.RLock()
+"""What PyTorch traces with is the process's: one thread makes a graph, and calls in others run as they are meanwhile.
+
+Nobody waits for it, so that a child of a fork, in which the thread that holds it does not exist, goes on too.
+"""
 
 
 class Fused:
@@ -52,10 +59,11 @@ class Fused:
 
     def _watch(self) -> None:
         inner = [module for module in self.block.modules() if module is not self.block]
-        self._inner = [(vars(module), module._forward_hooks, module._forward_pre_hooks) for module in inner]
         self._children = [
             (module._modules, tuple(module._modules.values())) for module in self.block.modules() if module._modules
         ]
+        # last: it tells other threads that all of it is there
+        self._inner = [(vars(module), module._forward_hooks, module._forward_pre_hooks) for module in inner]
 
     def _changed(self) -> str | None:
         """What keeps the graphs from standing for the block now."""
@@ -100,7 +108,12 @@ class Fused:
         for arguments, run, shaped in self._graphs.get(kind, ()):
             if fits(arguments, tensors):
                 return run, shaped, made_whole(arguments, tensors)
-        captured = self._captured(kind, args, kwargs, tensors)
+        if not _TRACING.acquire(blocking=False):
+            return None
+        try:
+            captured = self._captured(kind, args, kwargs, tensors)
+        finally:
+            _TRACING.release()
         if captured is None:
             return None
         run, told = fuse(self.block, captured)

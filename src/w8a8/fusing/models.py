@@ -11,6 +11,7 @@ from w8a8.fusing.blocks import Fused
 from w8a8.fusing.families import families
 from w8a8.kernels.compiled import unavailable_because
 from w8a8.layers.linear import Mode, QuantLinear
+from w8a8.model.selection import check_module
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,10 @@ def optimize(model: nn.Module) -> Fusions:
         What is fused so far, which is nothing until the model is called: ask `fusions` again then.
 
     Raises:
-        ModelError: the model has no integer layers, no block of its own has any, or there is no native kernel.
+        ModelError: not a module; the model has no integer layers, no block of its own has any, or there is no native
+            kernel.
     """
+    check_module(model)
     layers = {name for name, module in model.named_modules() if _is_integer(module)}
     if not layers:
         raise ModelError("the model was to be optimised and has no integer layers; quantise it first: w8a8.quantize")
@@ -127,4 +130,5 @@ def _is_integer(module: nn.Module) -> bool:
 
 
 def _fused(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    check_module(model)
     return [(name, module) for name, module in model.named_modules() if isinstance(vars(module).get("forward"), Fused)]
