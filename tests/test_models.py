@@ -11,13 +11,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
-KINDS = ("bert", "codegen", "qwen3_moe", "vit")
-"""Masked, causal, experts, pictures: the quick ones."""
-MORE_KINDS = (
+KINDS = (
+    *("bert", "codegen", "qwen3_moe", "vit"),
     *("llama", "gpt2", "mamba", "gemma3", "llava", "xlnet", "t5", "bart", "whisper", "wav2vec2"),
     *("clip", "swin", "convnext", "resnet", "blip", "deepseek_v3"),
 )
-"""Conv1D, state space, vision and language, relative, encoder-decoder, speech, convolutions, latent attention."""
+"""Masked, causal, experts, pictures, Conv1D, state space, vision and language, relative, encoder-decoder, speech,
+convolutions, latent attention."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def results(models):
 
 
 @pytest.mark.filterwarnings("default")  # those of transformers' models
-@pytest.mark.parametrize("model_type", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in MORE_KINDS)])
+@pytest.mark.parametrize("model_type", KINDS)
 def test_a_model_of_each_kind_passes_every_column(models, model_type):
     trials = importlib.import_module("zoo.trials")
     row = trials.row_of(model_type)
