@@ -102,3 +102,11 @@ def test_an_unknown_scheme_is_refused_and_the_stacks_are_put_back():
 def test_a_choice_of_all_is_in_the_models_order():
     model = llama()
     assert list(Choice.of(model).schemes) == [n for n, _ in model.named_modules() if n.endswith("_proj")]
+
+
+@pytest.mark.parametrize(
+    "ask", [w8a8.quantize, w8a8.ledger, w8a8.unstack_experts_, w8a8.optimize, w8a8.restore, w8a8.fusions]
+)
+def test_what_is_no_module_is_refused_in_words(ask):
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, found int"):
+        ask(3)

@@ -10,8 +10,7 @@ from w8a8.errors import ModelError
 from w8a8.fusing.blocks import Fused
 from w8a8.fusing.families import families
 from w8a8.kernels.compiled import unavailable_because
-from w8a8.layers.linear import Mode, QuantLinear
-from w8a8.model.selection import check_module
+from w8a8.layers.linear import Mode, QuantLinear, check_module
 
 
 @dataclass(frozen=True)

@@ -337,13 +337,20 @@ def check_materialised(model: nn.Module) -> None:
             )
 
 
+def check_module(model: object) -> None:
+    """Raise `ModelError` where a model is no module."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
+
+
 def quant_linears(model: nn.Module) -> Iterable[tuple[str, QuantLinear]]:
     """Name and layer of every `QuantLinear` in the model, each once."""
+    check_module(model)
     return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear))
 
 
 def ledger(model: nn.Module) -> dict[str, dict[str, int]]:
-    """How often each kernel ran, for every integer layer of the model by name."""
+    """How often each kernel ran, for every integer layer of the model by name; `ModelError` where it is no module."""
     return {name: layer.kernel_calls() for name, layer in quant_linears(model) if layer.mode is Mode.INTEGER}
 
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from w8a8.core.scheme import Scheme
-from w8a8.layers.linear import QuantLinear
+from w8a8.layers.linear import QuantLinear, check_module
 from w8a8.model import ties
 from w8a8.model.experts import Experts, own_weights, unstacked
 from w8a8.model.roles import Head
-from w8a8.model.selection import Schemes, Selection, assign, check_module, select, with_head
+from w8a8.model.selection import Schemes, Selection, assign, select, with_head
 from w8a8.model.swapping import swap, swapped
 
 
@@ -108,7 +108,11 @@ def unstack_experts_(model: nn.Module) -> dict[str, str]:
 
     Returns:
         Why other stacks stay as they are, by name.
+
+    Raises:
+        ModelError: not a module.
     """
+    check_module(model)
     experts, reasons = unstacked(model)
     swap(model, experts)
     return reasons

@@ -27,7 +27,7 @@ from torch import nn
 
 from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError, PatternError, SchemeError, closest
-from w8a8.layers.linear import check_materialised, is_linear, quant_linears
+from w8a8.layers.linear import check_materialised, check_module, is_linear, quant_linears
 from w8a8.model.obstacles import obstacles
 from w8a8.model.roles import Head, adapters_of, beside_models, heads, routers_of
 from w8a8.model.usage import look
@@ -178,12 +178,6 @@ def with_head(model: nn.Module, include: Sequence[str], head: Head | str) -> lis
     if not names:
         raise ModelError(f"head='int8' was asked for, and {type(model).__name__} has no float output head to quantise")
     return [*patterns, *names]
-
-
-def check_module(model: object) -> None:
-    """Raise `ModelError` where a model is no module."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"expected a torch.nn.Module, found {type(model).__name__}: load the model first")
 
 
 def matching(pattern: str, names: Collection[str]) -> set[str]:
