@@ -347,6 +347,30 @@ def test_a_forward_that_was_set_on_a_module_is_read():
     assert "0.a" in select(model).reasons
 
 
+class WithEmptyPlaces(Base):
+    """Informer's last block has nothing behind it, and an absent child may be registered as such."""
+
+    def __init__(self):
+        super().__init__()
+        self.behind = nn.ModuleList([nn.Linear(16, 16), None])
+        self.last = nn.ModuleDict({"none": None, "some": nn.Linear(16, 16)})
+        self.register_module("absent", None)
+
+    def forward(self, x):
+        for block, behind in zip(self.blocks, self.behind, strict=True):
+            x = block(x) if behind is None else behind(block(x))
+        for each in self.last.values():
+            x = x if each is None else each(x)
+        x = x if self.absent is None else self.absent(x)
+        return x if self.behind[1] is None else self.behind[1](x)
+
+
+def test_an_empty_place_among_the_children_is_no_module():
+    model = WithEmptyPlaces()
+    assert look(model).read == {}
+    assert len(w8a8.quantize(model).schemes) == 6
+
+
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_of_models_that_only_call_their_layers_nothing_is_left(family):
     model = families.FAMILIES[family][0]()

@@ -251,7 +251,7 @@ class Following(ABC):
             if isinstance(index, ast.Constant) and isinstance(index.value, int | str):
                 at = index.value
                 keys = [key for i, key in enumerate(keys) if at in (i, i - len(keys), key)]
-            found |= {Value("module", (*value.path, key)) for key in keys}
+            found |= {Value("module", (*value.path, key)) for key in keys if module._modules[key] is not None}
         return frozenset(found)
 
     def _product(self, values: Values) -> Values:
