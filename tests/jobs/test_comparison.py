@@ -3,6 +3,7 @@ import json
 import pytest
 
 import w8a8
+from tests.jobs.conftest import Heard
 from w8a8.core.plain import plain
 from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_directory
@@ -10,20 +11,8 @@ from w8a8.errors import ModelError
 from w8a8.jobs.comparison import ModelPair, compare_models
 from w8a8.jobs.quantization import quantize_to
 from w8a8.jobs.request import Job
-from w8a8.jobs.watching import Watcher
 
 LAYER = "model.decoder.layers.0.fc1"
-
-
-class Heard(Watcher):
-    """Keeps the names of the stages."""
-
-    def __init__(self):
-        self.stages = []
-
-    def stage(self, label):
-        self.stages.append(label)
-        return super().stage(label)
 
 
 @pytest.fixture(scope="module")

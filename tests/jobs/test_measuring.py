@@ -4,27 +4,16 @@ import pytest
 
 import w8a8
 from tests.conftest import llama
+from tests.jobs.conftest import Heard
 from w8a8.analysis.study import Study
 from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_directory, demo_model
 from w8a8.errors import ModelError, SchemeError, TextError
 from w8a8.evaluation import encode, perplexity
 from w8a8.jobs.measuring import rank_layers, score_model, study_model, time_models
-from w8a8.jobs.watching import Watcher
 
 LAYER = "model.decoder.layers.0.fc1"
 SHORT = {"prompt": 4, "new": 1, "seconds": 0.0}
-
-
-class Heard(Watcher):
-    """Keeps the names of the stages."""
-
-    def __init__(self):
-        self.stages = []
-
-    def stage(self, label):
-        self.stages.append(label)
-        return super().stage(label)
 
 
 @pytest.fixture

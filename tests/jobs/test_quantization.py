@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.jobs.conftest import Heard
 from w8a8.cli import main
 from w8a8.core.plain import plain
 from w8a8.demo.corpus import held_out_text
@@ -12,7 +13,6 @@ from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, SchemeError
 from w8a8.jobs.quantization import quantize_to
 from w8a8.jobs.request import BudgetSearch, CalibrationText, Job, Way
-from w8a8.jobs.watching import Watcher
 
 DEMO = str(demo_directory())
 
@@ -22,29 +22,6 @@ def calibration(tmp_path):
     path = tmp_path / "calibration.txt"
     path.write_text(held_out_text()[:20000])
     return CalibrationText(str(path), samples=2, length=32)
-
-
-class Heard(Watcher):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.stages, self.notes, self.plans, self.told = [], [], [], []
-
-    def stage(self, label):
-        self.stages.append(label)
-        return super().stage(label)
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def planned(self, plan, prediction):
-        self.plans.append((plan, prediction))
-
-    def made(self, made):
-        self.told.append(("made", made.compared is None))
-
-    def compared(self, made):
-        self.told.append(("compared", made.compared is None))
 
 
 @pytest.mark.parametrize("name", ["dangling", "n" * 256, "n\0ul"], ids=["dangling", "long", "NUL"])
