@@ -46,6 +46,17 @@ def test_a_graph_that_would_hold_what_differs_is_not_shared():
     assert block.number == 1
 
 
+def test_another_thread_that_calls_the_block_meanwhile_finds_its_number(monkeypatch):
+    block, family = families(list(_model(reads=False)))[1]
+    seen = []
+    monkeypatch.setattr("w8a8.fusing.families.capture", lambda twin, *_: seen.append((block.number, twin)))
+    family.capture(block, (torch.randn(3, 16),), {})
+    ((number, twin),) = seen
+    assert number == 1
+    assert isinstance(twin.number, Unread)
+    assert twin.up is block.up
+
+
 def test_blocks_of_other_widths_are_not_alike():
     model = nn.Sequential(_Block(0, reads=False), _Block(1, reads=False)).eval()
     model[1].down = nn.Linear(32, 8)

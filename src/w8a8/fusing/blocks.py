@@ -25,7 +25,7 @@ from w8a8.kernels.fused import dispatcher_is_needed
 _KINDS = 4  # graphs for calls that differ in nothing but sizes: one row or many, one token or many
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
-_TRACING = threading.RLock()
+_TRACING = threading.Lock()
 """What PyTorch traces with is the process's: one thread makes a graph, and calls in others run as they are meanwhile.
 
 Nobody waits for it, so that a child of a fork, in which the thread that holds it does not exist, goes on too.
@@ -111,9 +111,13 @@ class Fused:
         if not _TRACING.acquire(blocking=False):
             return None
         try:
-            captured = self._captured(kind, args, kwargs, tensors)
+            return self._made(kind, args, kwargs, tensors)
         finally:
             _TRACING.release()
+
+    def _made(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        """The function of a graph for this call, kept; a family's graphs are one thread's at a time, too."""
+        captured = self._captured(kind, args, kwargs, tensors)
         if captured is None:
             return None
         run, told = fuse(self.block, captured)

@@ -1,12 +1,10 @@
 """Blocks that are alike share the graphs that are made of one of them.
 
 Alike are blocks of one class whose modules, layers, parameters and attributes are.  A plain value that differs, the
-number of a block for one, is exchanged for `Unread` while the graph is made, which can be used for nothing: a graph
-that is made all the same does not depend on it.
+number of a block for one, is exchanged for `Unread` in the copy of its modules that the graph is made of, which can be
+used for nothing: a graph that is made all the same does not depend on it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
@@ -49,20 +47,22 @@ class Family:
         Raises:
             ModelError: it cannot be one.
         """
-        with self._unread(block):
-            return capture(block, args, kwargs)
+        twin = _twin(block, {})
+        for path, name in self.differing:
+            vars(twin.get_submodule(path))[name] = Unread()
+        return capture(twin, args, kwargs)
 
-    @contextmanager
-    def _unread(self, block: nn.Module) -> Iterator[None]:
-        held = [(vars(block.get_submodule(path)), name) for path, name in self.differing]
-        values = [attributes[name] for attributes, name in held]
-        try:
-            for attributes, name in held:
-                attributes[name] = Unread()
-            yield
-        finally:
-            for (attributes, name), value in zip(held, values, strict=True):
-                attributes[name] = value
+
+def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    """The same tensors and layers in modules of their own: another thread may be calling those of the model."""
+    if isinstance(module, QuantLinear):
+        return module
+    if id(module) not in known:
+        twin = known[id(module)] = type(module).__new__(type(module))
+        twin.__dict__ = dict(vars(module))
+        children = module._modules.items()
+        twin._modules = {name: None if each is None else _twin(each, known) for name, each in children}
+    return known[id(module)]
 
 
 def families(blocks: list[nn.Module]) -> list[tuple[nn.Module, Family]]:
