@@ -7,7 +7,7 @@ data.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.core.progress import Progress
@@ -29,7 +29,7 @@ def quantize_directory(
     output: str | Path,
     scheme: Scheme | str = "w8a8",
     *,
-    calibration: Any = None,
+    calibration: object = None,
     observer: "str | Callable[[], Observer]" = "absmax",
     smooth: "Smoothing | str | float | None" = None,
     include: Sequence[str] = ("*",),

@@ -63,7 +63,7 @@ def quantize(
     head: str = "float",
     kernel: str = kernels.AUTO,
     strict: bool = False,
-    calibration: Any = None,
+    calibration: object = None,
     observer: str | Callable[[], Observer] = "absmax",
     smooth: Smoothing | str | float | None = None,
     fuse: bool = False,
@@ -77,7 +77,7 @@ def quantize(
     becomes a copy of its own, and the config's `tie_word_embeddings` is then set to False.
 
     Args:
-        model: Any module; changed only if everything succeeds.
+        model: Of any class; changed only if everything succeeds.
         scheme: A scheme that integers can run, a weight-only one, or a preset's name; or a mapping from exact names and
             globs to such schemes, or None: the first pattern that matches a layer decides, and what is None or matched
             by none stays float.  Smoothing is then for the scheme that most layers have.
@@ -122,7 +122,7 @@ def simulate(
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
-    calibration: Any = None,
+    calibration: object = None,
     observer: str | Callable[[], Observer] = "absmax",
     smooth: Smoothing | str | float | None = None,
     progress: Progress | None = None,
@@ -133,7 +133,7 @@ def simulate(
 
     Args:
         model, include, exclude, calibration, observer, smooth, progress: As for `quantize`.
-        scheme: Any scheme, up to 16 bits.
+        scheme: Of any kind, up to 16 bits.
 
     Returns:
         The model, and what was done to it.
@@ -147,7 +147,7 @@ def simulate(
 
 def carry_out(
     choice: Choice,
-    calibration: Any = None,
+    calibration: object = None,
     observer: str | Callable[[], Observer] = "absmax",
     smooth: Smoothing | str | float | None = None,
     progress: Progress | None = None,

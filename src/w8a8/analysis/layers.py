@@ -134,7 +134,7 @@ def sensitivity(
     Args:
         model: A float causal language model.  Not modified.
         text: What `w8a8.evaluation.encode` makes, or (T,) token ids.
-        scheme: Any scheme, by layer too, as for `w8a8.quantize`; what integers cannot run is simulated.
+        scheme: Of any kind, by layer too, as for `w8a8.quantize`; what integers cannot run is simulated.
         include, exclude: As for `w8a8.quantize`.
         windows: How many are drawn from the text; all where it has fewer.
         seq_len: Tokens in a window, by default the model's context, at most 256.

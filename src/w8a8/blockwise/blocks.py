@@ -15,7 +15,7 @@ this one is the embedding and the masks, made again for each block.
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,10 @@ from w8a8.model.inputs import ModelInputs, as_inputs, call, check_inputs, evalua
 
 State = tuple[torch.dtype, tuple[int, ...]]
 
-_FORMS: tuple[Callable[[Tensor], Any], ...] = (lambda h: h, lambda h: (h,), lambda h: (h, None))
+Form: TypeAlias = Callable[[Tensor], object]
+"""What a block returns of the tensor that it works on."""
+
+_FORMS: tuple[Form, ...] = (lambda h: h, lambda h: (h,), lambda h: (h, None))
 _WRONG_FORM = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)  # what a model says of another one
 
 
@@ -39,7 +42,7 @@ class StandIn(nn.Module):
         self._walk = (walk,)
         self.number = number
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         walk = self._walk[0]
         hidden = walk.entering(self.number, _hidden(args, kwargs))
         return walk.form(hidden)
@@ -50,7 +53,7 @@ class StandIn(nn.Module):
         except AttributeError:  # what the model asks of a block besides calling it: the type of its attention
             return getattr(self.__dict__["_block"][0], name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
+    def __deepcopy__(self, memo: dict[int, object]) -> "StandIn":
         return self
 
 
@@ -107,7 +110,7 @@ class BlockWalk:
                 hidden = self._passed(inputs)[0]
                 self.states.append((hidden.dtype, tuple(hidden.shape)))
 
-    def _observed_form(self, inputs: ModelInputs) -> Callable[[Tensor], Any]:
+    def _observed_form(self, inputs: ModelInputs) -> Form:
         for form in _FORMS:
             self.form = form
             with contextlib.suppress(*_WRONG_FORM), evaluating(self.model):
@@ -157,7 +160,9 @@ class BlockWalk:
         """
         block = self.blocks[number]
 
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def enter(
+            module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]]:
             hidden = _hidden(args, kwargs)
             true = self._true(hidden)
             return (
@@ -186,7 +191,7 @@ class BlockWalk:
         """
         seen: list[ModelInputs] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             seen.append(as_inputs(module, args, kwargs))
             raise _Reached
 
@@ -215,7 +220,7 @@ class BlockWalk:
             record: Called with what the block returns.
         """
 
-        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[object, ...], output: Any) -> None:
             if self._in_loop:
                 if record is not None:
                     record(current, output if isinstance(output, Tensor) else output[0])
@@ -258,7 +263,7 @@ def _largest_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return name, lists[name]
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _hidden(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
     """What a block works on: the first tensor that it is given."""
     found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if found is None:

@@ -19,13 +19,14 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
+from w8a8.calibration.summaries import Summary
 from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import QuantSpec, Scheme
@@ -42,6 +43,7 @@ class Statistic(Protocol):
 
 
 T = TypeVar("T", bound="Statistic | Sequence[Statistic]")
+Measured: TypeAlias = tuple[object, object, object]  # how a summary was made
 
 
 def collect(
@@ -167,9 +169,9 @@ class _Shared:
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
-        self._found: dict[int, tuple[weakref.ref[Tensor], int, dict[Any, Any]]] = {}
+        self._found: dict[int, tuple[weakref.ref[Tensor], int, dict[Measured, Summary]]] = {}
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """A forward pass begins: nothing is known yet."""
         self._found.clear()
         mask = kwargs.get("attention_mask")
@@ -178,7 +180,7 @@ class _Shared:
         if isinstance(mask, Tensor) and mask.ndim == 2 and not two_streams and not bool(mask.all()):
             self.mask = mask.to(torch.bool)
 
-    def route(self, experts: Experts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def route(self, experts: Experts, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
         """Send tokens that do not count to no expert: behind the router a row says nothing of its place."""
         given = inspect.signature(experts.forward).bind(*args, **kwargs).arguments
         if self.mask is None or len(given["top_k_index"]) != self.mask.numel():
@@ -187,7 +189,7 @@ class _Shared:
         given["top_k_index"] = given["top_k_index"].masked_fill(hidden, experts.num_experts)
         return (), given
 
-    def measured(self, x: Tensor) -> dict[Any, Any]:
+    def measured(self, x: Tensor) -> dict[Measured, Summary]:
         """A place for what is measured of this tensor, kept until it dies or changes."""
         if x.is_inference():  # has no version counter
             return {}
@@ -211,7 +213,7 @@ class _Shared:
 
 
 def _hook(name: str, statistics: Sequence[Statistic], shared: _Shared) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         if x is None:
             raise CalibrationError(f"{name} was called without a tensor: only what reads one can be observed")

@@ -18,6 +18,7 @@ from w8a8.calibration.sources import SAMPLES, batched, hub_texts, windows_of_fil
 from w8a8.core.progress import Progress, tell
 from w8a8.errors import CalibrationError
 from w8a8.model.inputs import ModelInputs, as_inputs, call, check_inputs, evaluating
+from w8a8.model.pretrained import Tokenizer
 
 
 class Calibration:
@@ -28,7 +29,7 @@ class Calibration:
     """
 
     def __init__(
-        self, batches: Sequence[ModelInputs], description: str, *, loop: Callable[[Any], object] | None = None
+        self, batches: Sequence[ModelInputs], description: str, *, loop: Callable[[nn.Module], object] | None = None
     ) -> None:
         self.batches = tuple(batches)
         self.description = description
@@ -38,8 +39,8 @@ class Calibration:
     @classmethod
     def of(
         cls,
-        source: Any,
-        tokenizer: Any = None,
+        source: object,
+        tokenizer: Tokenizer | None = None,
         *,
         samples: int | None = None,
         length: int = 512,
@@ -79,7 +80,8 @@ class Calibration:
                 f"calibration data is of an unknown kind: {type(source).__name__}; give batches in a list: [batch]"
             )
         if isinstance(source, str | os.PathLike):
-            return cls._of_name(source, tokenizer, samples or SAMPLES, length, batch_size, seed)
+            windows = _windows_of_name(source, tokenizer, samples or SAMPLES, length, seed)
+            return cls._of_windows(windows, batch_size, f"{source}, seed {seed}")
         if isinstance(source, Tensor):
             if source.is_floating_point():
                 raise CalibrationError(
@@ -97,17 +99,6 @@ class Calibration:
         )
 
     @classmethod
-    def _of_name(
-        cls, source: "str | os.PathLike[str]", tokenizer: Any, samples: int, length: int, batch_size: int, seed: int
-    ) -> "Calibration":
-        path = Path(source)
-        if path.exists() or path.suffix in (".txt", ".jsonl") or not isinstance(source, str):
-            windows = windows_of_file(path, tokenizer, samples, length, seed)
-        else:
-            windows = windows_of_texts(hub_texts(source, samples, seed), tokenizer, samples, length, seed)
-        return cls._of_windows(windows, batch_size, f"{source}, seed {seed}")
-
-    @classmethod
     def _of_windows(cls, windows: Sequence[Tensor], batch_size: int, where: str) -> "Calibration":
         tokens = sum(len(window) for window in windows)
         batches = [{"input_ids": ids} for ids in batched(windows, batch_size)]
@@ -115,7 +106,7 @@ class Calibration:
 
     @classmethod
     def _of_items(
-        cls, items: Iterator[Any], tokenizer: Any, samples: int | None, length: int, batch_size: int, seed: int
+        cls, items: Iterator[Any], tokenizer: Tokenizer | None, samples: int | None, length: int, size: int, seed: int
     ) -> "Calibration":
         """Of texts all, to draw among them; of model inputs no more than are asked for."""
         first = next(items, None)
@@ -127,7 +118,7 @@ class Calibration:
                 item.get("text") if rows and isinstance(item, Mapping) else item for item in chain([first], items)
             ]
             windows = windows_of_texts(texts, tokenizer, samples or SAMPLES, length, seed)
-            return cls._of_windows(windows, batch_size, f"{len(texts)} texts, seed {seed}")
+            return cls._of_windows(windows, size, f"{len(texts)} texts, seed {seed}")
         batches = list(islice(chain([first], items), samples))
         for i, batch in enumerate(batches):
             if not isinstance(batch, Mapping | Tensor | tuple):
@@ -160,9 +151,7 @@ class Calibration:
             )
         return self._first
 
-    @torch.inference_mode(
-        False
-    )  # what is shared by the readers of a tensor is told by its version, which this mode has not
+    @torch.inference_mode(False)  # which has no versions, by which what readers of a tensor share is told
     @torch.no_grad()  # inside of the line above, which ends it
     def run(self, model: nn.Module, progress: Progress | None = None) -> None:
         """Pass everything through a model: in evaluation mode, without gradients and without a cache.
@@ -187,7 +176,7 @@ class Calibration:
         assert self._loop is not None, "only a loop has no batches"
         calls = 0
 
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             nonlocal calls
             calls += 1
             if self._first is None:
@@ -200,6 +189,15 @@ class Calibration:
             self._loop(model)
         if not calls:
             raise CalibrationError(f"{self.description} made no call of the model that it was given: call model(...)")
+
+
+def _windows_of_name(
+    source: str | os.PathLike[str], tokenizer: Tokenizer | None, samples: int, length: int, seed: int
+) -> list[Tensor]:
+    path = Path(source)
+    if path.exists() or path.suffix in (".txt", ".jsonl") or not isinstance(source, str):
+        return windows_of_file(path, tokenizer, samples, length, seed)
+    return windows_of_texts(hub_texts(source, samples, seed), tokenizer, samples, length, seed)
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: the loop has shown what was asked for

@@ -17,19 +17,19 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from w8a8.errors import CalibrationError, TextError
+from w8a8.model.pretrained import Tokenizer
 
 SAMPLES = 128
 _HUB_TEXTS = 2000  # of a hub data set that is scored
 _SHUFFLED = 1000  # texts of a hub data set among which the next one is drawn
 
 
-def windows_of_file(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:
+def windows_of_file(path: Path, tokenizer: Tokenizer | None, samples: int, length: int, seed: int) -> list[Tensor]:
     """Windows of token ids (T,) from a .txt or .jsonl file.
 
     Raises:
@@ -67,7 +67,9 @@ def content_of(source: str | Path) -> str:
     return "\n\n".join(_json_texts(content, path)) if path.suffix == ".jsonl" else content
 
 
-def windows_of_texts(texts: Sequence[str], tokenizer: Any, samples: int, length: int, seed: int) -> list[Tensor]:
+def windows_of_texts(
+    texts: Sequence[str], tokenizer: Tokenizer | None, samples: int, length: int, seed: int
+) -> list[Tensor]:
     """One window of token ids (T,) from each of `samples` texts, drawn among those that are not empty.
 
     Raises:
@@ -124,7 +126,7 @@ def hub_texts(name: str, samples: int, seed: int) -> list[str]:
     """
     repository, _, split = name.partition(":")
     try:
-        datasets: Any = importlib.import_module("datasets")
+        datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise CalibrationError(
             f"the calibration data {name!r} is no file here, and to read it as a data set of the hub takes the "
@@ -143,7 +145,7 @@ def hub_texts(name: str, samples: int, seed: int) -> list[str]:
     return [row["text"] for row in found]
 
 
-def encode(tokenizer: Any, text: str, where: str) -> Tensor:
+def encode(tokenizer: Tokenizer | None, text: str, where: str) -> Tensor:
     """Token ids (T,) int64 without special tokens; T may be 0.
 
     Raises:

@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from w8a8.checkpoint.files import CONFIG
 from w8a8.errors import CheckpointError
+from w8a8.model.pretrained import Config, Pretrained
 
 OTHERS_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError),
@@ -26,7 +27,9 @@ OTHERS_ERRORS = (
 """What transformers raises over a config that makes no sense: whatever its code stumbles on."""
 
 
-def architecture(directory: Path, stated: Mapping[str, Any], *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def architecture(
+    directory: Path, stated: Mapping[str, Any], *, trust_remote_code: bool = False
+) -> tuple[type[Pretrained], Config]:
     """The model class that config.json names, and the config.
 
     Args:
@@ -52,7 +55,7 @@ def architecture(directory: Path, stated: Mapping[str, Any], *, trust_remote_cod
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{directory / CONFIG}: architectures is {names!r}, expected a list of names")
     found = (getattr(transformers, name, None) for name in names)
-    kind: Any = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    kind = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     if kind is None:
         kind = next((c for c in _registered(config) if c.__name__ in names), None)
     if kind is None and trust_remote_code and isinstance(own, dict):
@@ -66,7 +69,7 @@ def architecture(directory: Path, stated: Mapping[str, Any], *, trust_remote_cod
     return kind, config
 
 
-def _registered(config: Any) -> Iterator[type]:
+def _registered(config: Config) -> Iterator[type[Pretrained]]:
     """The classes of models that a caller has registered with transformers' Auto classes for a config."""
     for auto in vars(modeling_auto).values():
         own = getattr(getattr(auto, "_model_mapping", None), "_extra_content", {})

@@ -10,7 +10,7 @@ repeated from the card of the float model where that has them, and left out wher
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import yaml
 
@@ -108,11 +108,11 @@ def card(facts: Facts) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def front_matter(facts: Facts) -> dict[str, Any]:
+def front_matter(facts: Facts) -> dict[str, object]:
     """What the hub is to read of a card."""
     told = facts.origin.told
     library = told.get("library_name")
-    found: dict[str, Any] = {"library_name": library if isinstance(library, str) else "transformers"}
+    found: dict[str, object] = {"library_name": library if isinstance(library, str) else "transformers"}
     found |= {key: told[key] for key in _REPEATED if key in told}
     if facts.origin.repository is not None:
         found |= {"base_model": facts.origin.repository, "base_model_relation": "quantized"}

@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from w8a8.errors import ModelError
 from w8a8.layers.linear import Mode, QuantLinear, is_linear, quant_linears
 from w8a8.layers.saving import Saving
 from w8a8.model.experts import Experts, stack_names
-from w8a8.model.pretrained import is_pretrained
+from w8a8.model.pretrained import Pretrained, is_pretrained
 
 
 def describe(model: nn.Module) -> QuantizationConfig:
@@ -63,7 +62,7 @@ def describe(model: nn.Module) -> QuantizationConfig:
     return QuantizationConfig(tuple(groups), left)
 
 
-def check_storable(model: Any) -> None:
+def check_storable(model: nn.Module) -> None:
     """Raise `ModelError` where a tensor that `save_pretrained` would write is none that the files can have.
 
     That is told by its dtype and its layout; the library would tell it when parts of the model are written already,
@@ -86,7 +85,7 @@ def check_storable(model: Any) -> None:
             )
 
 
-def config_of(model: Any, dtype: torch.dtype) -> dict[str, Any]:
+def config_of(model: Pretrained, dtype: torch.dtype) -> dict[str, object]:
     """The config.json that transformers' `save_pretrained` would write for a model, without saving it."""
     config = copy.deepcopy(model.config)
     config.dtype = str(dtype).removeprefix("torch.")
@@ -108,7 +107,7 @@ def _routers(model: nn.Module, stacked: Collection[str]) -> set[str]:
     return found
 
 
-def inscription(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+def inscription(model: nn.Module) -> list[tuple[Pretrained, dict[str, object]]]:
     """What the configs of the transformers models that this is, or holds, are to say: each model with its description.
 
     A model with a simulated layer is not described: what it computes is not what its files would.
@@ -124,21 +123,21 @@ def inscription(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
     return found
 
 
-def inscribe(inscribed: list[tuple[Any, dict[str, Any]]]) -> None:
+def inscribe(inscribed: list[tuple[Pretrained, dict[str, object]]]) -> None:
     """Put the descriptions into the models' configs, which are changed."""
     for part, told in inscribed:
         part.config.quantization_config = told
         remember(part)
 
 
-def transformers_models(model: nn.Module) -> list[Any]:
+def transformers_models(model: nn.Module) -> list[Pretrained]:
     """The model itself, where it is one of transformers; else those that it holds and that are in no other of them."""
     if is_pretrained(model):  # not by a `config`: modules around a model hand out that of the model
         return [model]
     return [found for child in model.children() for found in transformers_models(child)]
 
 
-def write_description(model: Any, directory: str | os.PathLike[str]) -> None:
+def write_description(model: Pretrained, directory: str | os.PathLike[str]) -> None:
     """Have the config.json of a directory say what is quantised in the model that was, or is being, saved there.
 
     Args:
@@ -152,7 +151,7 @@ def write_description(model: Any, directory: str | os.PathLike[str]) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _without_descriptions(config: dict[str, Any]) -> dict[str, Any]:
+def _without_descriptions(config: dict[str, object]) -> dict[str, object]:
     """Neither its own nor that of a part, which was quantised before it had this place."""
     inner = {key: _without_descriptions(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {key: value for key, value in inner.items() if key != "quantization_config"}

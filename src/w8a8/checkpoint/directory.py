@@ -21,6 +21,7 @@ from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE, WEIGHTS, header, inside
 from w8a8.checkpoint.headers import Entry, each_once
 from w8a8.checkpoint.layout import QuantizationConfig, from_json
 from w8a8.errors import CheckpointError
+from w8a8.model.pretrained import Config, Pretrained
 
 _MAX_NAME = 255  # bytes, on the file systems there are
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -132,7 +133,7 @@ class Directory(Tensors):
         return self.path / CONFIG
 
     @property
-    def architecture(self) -> tuple[Any, Any]:
+    def architecture(self) -> tuple[type[Pretrained], Config]:
         """The model class that config.json names, and the config as transformers reads it, the caller's own.
 
         Raises:
@@ -142,7 +143,7 @@ class Directory(Tensors):
         return kind, copy.deepcopy(config)  # making a model writes into it
 
     @cached_property
-    def _architecture(self) -> tuple[Any, Any]:
+    def _architecture(self) -> tuple[type[Pretrained], Config]:
         return architecture(self.path, self.config, trust_remote_code=self.trust_remote_code)
 
 

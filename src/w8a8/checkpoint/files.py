@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from w8a8.checkpoint.headers import Entry, read_header
+from w8a8.checkpoint.headers import Entry, read_header, twice
 from w8a8.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -49,12 +50,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if name := twice(pairs):
+        raise ValueError(f"{name!r} is there twice")
+    return dict(pairs)
 
 
 def inside(directory: Path, path: Path) -> Path:
@@ -111,8 +110,6 @@ def opened(path: Path) -> Iterator[Any]:
     Raises:
         CheckpointError: the library refuses it all the same.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

@@ -12,13 +12,14 @@ not as many as dtype and shape say; tensors that overlap, leave holes, or reach 
 Sizes are Python's integers: no product overflows.
 """
 
+import itertools
 import json
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, TypeGuard
 
 import torch
 
@@ -131,19 +132,16 @@ def header_of(tensors: list[Told], path: Path) -> tuple[bytes, dict[str, Entry]]
 
     The header is padded with spaces so that the tensors begin at a multiple of eight.
     """
-    told: dict[str, Any] = {_METADATA: {"format": "pt"}}
-    position = 0
-    for name, dtype, shape in tensors:
-        end = position + math.prod(shape) * dtype.itemsize
-        told[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-        position = end
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors]
+    ends = list(itertools.accumulate(sizes, initial=0))
+    told: dict[str, object] = {_METADATA: {"format": "pt"}}
+    for (name, dtype, shape), offsets in zip(tensors, itertools.pairwise(ends), strict=True):
+        told[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
     text = json.dumps(told, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    entries = {}
-    for name, dtype, shape in tensors:
-        begin, end = told[name]["data_offsets"]
-        entries[name] = Entry(name, dtype, shape, start + begin, start + end, path)
+    places = zip(tensors, itertools.pairwise(ends), strict=True)
+    entries = {name: Entry(name, dtype, shape, start + a, start + b, path) for (name, dtype, shape), (a, b) in places}
     return len(text).to_bytes(8, "little") + text, entries
 
 
@@ -165,9 +163,14 @@ def _text(file: BinaryIO, path: Path) -> tuple[bytes, int]:
     return text, 8 + length
 
 
-def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+def _parsed(text: bytes, path: Path) -> dict[str, object]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        if name := twice(pairs):
+            raise CheckpointError(f"{path}: the header has {name!r} twice")
+        return dict(pairs)
+
     try:
-        told = json.loads(text.decode("utf-8"), object_pairs_hook=lambda pairs: _once(pairs, path))
+        told = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON: {error}") from error
     if not isinstance(told, dict):
@@ -175,16 +178,13 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
     return told
 
 
-def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{path}: the header has {twice!r} twice")
-    return found
+def twice(pairs: list[tuple[str, object]]) -> str | None:
+    """The first name that a JSON object has more than once, if it has one."""
+    names = [name for name, _ in pairs]
+    return next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
 
 
-def _entry(name: str, told: Any, start: int, path: Path) -> Entry:
+def _entry(name: str, told: object, start: int, path: Path) -> Entry:
     if len(name) > MAX_NAME:
         raise CheckpointError(
             f"{path}: a tensor's name has {len(name):,} characters, {name[:40]!r}...; the limit is {MAX_NAME:,}"
@@ -207,7 +207,7 @@ def _entry(name: str, told: Any, start: int, path: Path) -> Entry:
     return Entry(name, DTYPES[dtype], tuple(shape), start + offsets[0], start + offsets[1], path)
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: object) -> TypeGuard[list[int]]:
     """Whether this is a list of non-negative integers of a size that files have."""
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 

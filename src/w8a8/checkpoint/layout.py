@@ -92,7 +92,7 @@ class QuantizationConfig:
         return chosen
 
 
-def to_json(config: QuantizationConfig) -> dict[str, Any]:
+def to_json(config: QuantizationConfig) -> dict[str, object]:
     """The `quantization_config` that goes into config.json.
 
     Raises:
@@ -192,7 +192,7 @@ def check_writable(scheme: Scheme) -> None:
             _strategy(spec.granularity, weight=spec is scheme.weights)
 
 
-def _args(spec: QuantSpec | None, *, weight: bool = False) -> dict[str, Any] | None:
+def _args(spec: QuantSpec | None, *, weight: bool = False) -> dict[str, object] | None:
     if spec is None:
         return None
     group = spec.granularity.size if isinstance(spec.granularity, PerGroup) else None
@@ -224,7 +224,7 @@ def _strategy(granularity: Granularity, *, weight: bool) -> str:
             )
 
 
-def _spec(args: Any, path: str, *, weight: bool) -> QuantSpec | None:
+def _spec(args: object, path: str, *, weight: bool) -> QuantSpec | None:
     if args is None:
         return None
     if not isinstance(args, Mapping):
@@ -273,7 +273,7 @@ def _scheme(weights: QuantSpec, activations: QuantSpec | None, path: str) -> Sch
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _strings(value: Any, path: str) -> tuple[str, ...]:
+def _strings(value: object, path: str) -> tuple[str, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, str) for v in value):
         raise CheckpointError(f"{path} is {value!r}, expected a list of strings")
     for target in value:

@@ -21,7 +21,7 @@ from torch import nn
 from w8a8.checkpoint.headers import Entry, each_once
 from w8a8.layers.linear import QuantLinear, is_linear
 from w8a8.model.experts import holds_experts, stack_names
-from w8a8.model.pretrained import conversions, renames, stacks_experts
+from w8a8.model.pretrained import Conversion, conversions, renames, stacks_experts
 
 _REMADE = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
 """Tables that old files hold and models make themselves: what such a buffer ends with, and what is then left out."""
@@ -123,7 +123,7 @@ def renamed_stacks(model: nn.Module) -> list[str]:
     return [name for name in stack_names(model) if _renamed(f"{name}.", back) != f"{name}."]
 
 
-def _renamings(model: nn.Module) -> list[Any]:
+def _renamings(model: nn.Module) -> list[Conversion]:
     """Of the files' names, those that are undone in what is written."""
     return [each for each in conversions(model) if renames(each, prefix=False)]
 
@@ -137,7 +137,7 @@ def _stored(model: nn.Module) -> Iterator[str]:
                 yield f"{path}.{key}" if path else key
 
 
-def _reversed(renamings: list[Any]) -> list[Any]:
+def _reversed(renamings: list[Conversion]) -> list[Conversion]:
     return [renaming.reverse_transform() for renaming in reversed(renamings)]
 
 
@@ -153,7 +153,7 @@ def remember(model: Any) -> None:
     model._weight_conversions = FileNames(model).renamings
 
 
-def _renamed(name: str, renamings: Iterable[Any]) -> str:
+def _renamed(name: str, renamings: Iterable[Conversion]) -> str:
     """By each renaming in turn, as transformers does; its own function for it came with 5.21."""
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)

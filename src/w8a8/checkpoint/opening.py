@@ -7,11 +7,13 @@ from typing import Any, TypeAlias
 
 import torch
 import transformers
+from torch import nn
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.reader import load, load_float
 from w8a8.errors import ModelError
 from w8a8.model.kinds import Asked
+from w8a8.model.pretrained import Pretrained, Tokenizer
 from w8a8.model.roles import Head
 
 
@@ -19,8 +21,8 @@ from w8a8.model.roles import Head
 class OpenedModel:
     """A model by name: itself, its tokenizer, where its files are, and whether they hold codes."""
 
-    model: Any
-    tokenizer: Any
+    model: Pretrained
+    tokenizer: Tokenizer | None
     directory: Path
     quantized: bool
 
@@ -85,21 +87,22 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
         )
     if quantized:
         model = load(directory, head=named.head)
-        if wanted is not None:
-            model.to(wanted)
+        _move(model, wanted)
     else:
         model = load_float(directory, dtype=named.dtype if wanted is None else wanted)
-    return OpenedModel(_moved(model.eval(), named.device), open_tokenizer(directory), directory.path, quantized)
+    _move(model.eval(), named.device)
+    return OpenedModel(model, open_tokenizer(directory), directory.path, quantized)
 
 
-def _moved(model: Any, device: str) -> Any:
+def _move(model: nn.Module, to: str | torch.dtype | None) -> None:
+    """To a device or a dtype, in place."""
     try:
-        return model.to(device)
+        model.to(to)
     except (RuntimeError, AssertionError) as error:  # torch says either for a device it does not have
-        raise ModelError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"device {to!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def open_tokenizer(directory: Directory) -> Any:
+def open_tokenizer(directory: Directory) -> Tokenizer | None:
     """The tokenizer, or None where the directory has none."""
     path = directory.path
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):

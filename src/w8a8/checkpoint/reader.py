@@ -34,6 +34,7 @@ from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, ModelError, few
 from w8a8.layers.linear import QuantLinear, quant_linears
 from w8a8.model.choice import Choice
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.roles import Head
 from w8a8.model.roles import heads as heads_of
 from w8a8.model.swapping import build
@@ -56,7 +57,7 @@ def load(
     kernel: str = kernels.AUTO,
     strict: bool = False,
     trust_remote_code: bool = False,
-) -> Any:
+) -> Pretrained:
     """A model from a directory: a compressed-tensors one runs in int8, a float one is a float model.
 
     Args:
@@ -100,10 +101,11 @@ def load(
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory.path)
         except OTHERS_ERRORS as error:
             raise CheckpointError(f"{generation}: transformers cannot read it: {error}") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
-def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> Any:
+def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> Pretrained:
     """The float model of a directory, in evaluation mode, all of whose weights are in its safetensors files.
 
     Args:
@@ -117,7 +119,7 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> An
     kind, _ = directory.architecture
     try:
         with torch.inference_mode(False), usual_defaults():
-            model, told = kind.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 directory.path,
                 dtype=dtype,
                 use_safetensors=True,
@@ -127,6 +129,8 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> An
             )
     except OTHERS_ERRORS as error:
         raise ModelError(f"{directory.path}: transformers cannot open it: {error}") from error
+    model: Pretrained
+    model, told = loaded
     for key, what in (
         ("missing_keys", "are not in the files and would be random"),
         ("mismatched_keys", "have another shape in the files"),
@@ -139,10 +143,11 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> An
             )
     names = FileNames(model)
     tell_unwanted(names.model, [name for name in directory.entries if names.unwanted(names.in_model(name))])
-    return model.eval()
+    model.eval()
+    return model
 
 
-def quantize_heads(model: Any, scheme: Scheme, **options: Any) -> None:
+def quantize_heads(model: nn.Module, scheme: Scheme, **options: Any) -> None:
     """Quantise the float heads of a model of which a file has the rest in int8; none where the file's own are.
 
     Args:
@@ -162,7 +167,7 @@ def _measured_as_it_comes(scheme: Scheme) -> Scheme:
     return replace(scheme, activations=replace(scheme.activations, dynamic=True))
 
 
-def _fill(model: Any, directory: Directory, packed: set[str]) -> None:
+def _fill(model: Pretrained, directory: Directory, packed: set[str]) -> None:
     """Map every tensor into its place, then see that none is missing.
 
     Args:
@@ -211,7 +216,7 @@ def stored_keys(layer: QuantLinear, *, packed: bool) -> set[str]:
     return keys | ({WORDS, SHAPE} if packed else {"weight"})
 
 
-def place_tensor(layer: Any, key: str, tensor: Tensor, where: str, *, packed: bool = False) -> None:
+def place_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str, *, packed: bool = False) -> None:
     """Check one tensor of a file and put it into its layer, which packs codes for the kernel or keeps them.
 
     Args:

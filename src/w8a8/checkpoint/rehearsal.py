@@ -13,26 +13,28 @@ import copy
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 
 from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.writer import save
+from w8a8.core.affine import QParams
 from w8a8.core.scheme import Scheme
 from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, W8A8Error
 from w8a8.layers.linear import quant_linears
 from w8a8.model.choice import Choice
 from w8a8.model.kinds import input_config, output_config
+from w8a8.model.pretrained import Pretrained, Tokenizer
 from w8a8.model.swapping import build
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 _VOCABULARY = 8
 
 
-def rehearse(model: Any, scheme: Scheme, target: Path, tokenizer: Any = None) -> str | None:
+def rehearse(model: Pretrained, scheme: Scheme, target: Path, tokenizer: Tokenizer | None = None) -> str | None:
     """Quantise and save a stand-in for a model beside the target, look at the result, and remove it.
 
     Args:
@@ -47,25 +49,21 @@ def rehearse(model: Any, scheme: Scheme, target: Path, tokenizer: Any = None) ->
     """
     place = next(parent for parent in target.absolute().parents if parent.exists())
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.rehearsal-", dir=place) as directory:
-        small = _quantised_stand_in(model, scheme, Path(directory) / "config")
-        if isinstance(small, str):
-            small, why_not = None, small
-        else:
-            why_not = None
+        made = _quantised_stand_in(model, scheme, Path(directory) / "config")
         try:
-            if small is not None:
-                save(small, Path(directory) / "model", tokenizer)
+            if not isinstance(made, str):
+                save(made, Path(directory) / "model", tokenizer)
             elif tokenizer is not None:
                 tokenizer.save_pretrained(Path(directory) / "model")
         except (W8A8Error, OSError, ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-            what = "its tokenizer" if small is None else "a model of one block of it"
+            what = "its tokenizer" if isinstance(made, str) else "a model of one block of it"
             raise CheckpointError(
                 f"{type(model).__name__} cannot be saved: {what} failed with {type(error).__name__}: {error}"
             ) from error
-    return why_not
+    return made if isinstance(made, str) else None
 
 
-def _quantised_stand_in(model: Any, scheme: Scheme, place: Path) -> Any:
+def _quantised_stand_in(model: Pretrained, scheme: Scheme, place: Path) -> Pretrained | str:
     """The stand-in, quantised; or a sentence on why there is none.
 
     Args:
@@ -89,7 +87,7 @@ def _quantised_stand_in(model: Any, scheme: Scheme, place: Path) -> Any:
     return small
 
 
-def _shapes(model: Any) -> dict[str, torch.Size]:
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     """What tells one model from another of its class.
 
     Names do not: Moshi gives its depth decoder its own vocabulary whenever its config is read.
@@ -97,7 +95,7 @@ def _shapes(model: Any) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _stand_in(model: Any) -> Any:
+def _stand_in(model: Pretrained) -> Pretrained:
     """One block of random values, in the class and the dtype of the model."""
     config = copy.deepcopy(model.config)
     for part in {id(c): c for c in (config, input_config(config), output_config(config))}.values():
@@ -109,18 +107,17 @@ def _stand_in(model: Any) -> Any:
             setattr(part, name, 1)
         part.vocab_size, part.pad_token_id = _VOCABULARY, None
     with usual_defaults(), init_empty_weights(include_buffers=False):
-        small = type(model)._from_config(config, dtype=model.dtype)
+        small: Pretrained = type(model)._from_config(config, dtype=model.dtype)
     small.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in small.parameters():
             tensor.fill_(1.0)
     small.tie_weights()
-    return small.eval()
+    small.eval()
+    return small
 
 
-def _ones(names: Iterable[str], scheme: Scheme) -> Any:
-    from w8a8.core.affine import QParams
-
+def _ones(names: Iterable[str], scheme: Scheme) -> dict[str, QParams] | None:
     if not scheme.static or scheme.activations is None:
         return None
     zero = None if scheme.activations.symmetric else torch.zeros(1, dtype=torch.int32, device="cpu")

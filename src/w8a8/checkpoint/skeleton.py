@@ -25,12 +25,13 @@ from w8a8.errors import CheckpointError, SchemeError, noted
 from w8a8.layers.linear import QuantLinear, is_linear
 from w8a8.model import ties
 from w8a8.model.experts import Experts, unstacked, usual_names
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.swapping import swap, swapped
 
 _COUNT = re.compile(r"(\w+_)?(layers?|experts|blocks|depth)")
 
 
-def empty_model(directory: Directory, **options: Any) -> Any:
+def empty_model(directory: Directory, **options: Any) -> Pretrained:
     """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
 
     Args:
@@ -45,7 +46,9 @@ def empty_model(directory: Directory, **options: Any) -> Any:
     return empty_layers(directory, **options)[0]
 
 
-def empty_layers(directory: Directory, *, like: Any = None, **options: Any) -> tuple[Any, set[str]]:
+def empty_layers(
+    directory: Directory, *, like: Pretrained | None = None, **options: Any
+) -> tuple[Pretrained, set[str]]:
     """`empty_model`, and the names of the layers whose weights the files have in words."""
     if directory.quantization is not None:
         check_counts(directory)
@@ -70,7 +73,7 @@ def empty_layers(directory: Directory, *, like: Any = None, **options: Any) -> t
 
 
 @torch.no_grad()
-def _fill_what_no_file_holds(model: Any) -> None:
+def _fill_what_no_file_holds(model: Pretrained) -> None:
     """Give what the model makes itself the values that it has after transformers' own loading.
 
     These are buffers that are not saved, and parameters that the class leaves out when it is (Marian's positions).  A
@@ -88,7 +91,7 @@ def _fill_what_no_file_holds(model: Any) -> None:
     model.initialize_weights()
 
 
-def _widen(model: Any) -> None:
+def _widen(model: Pretrained) -> None:
     """Have what the model's class keeps in float32 in that, as transformers' own loading does; buffers too."""
     stated = getattr(model.config, "dtype", None)
     plan = {} if stated is None else model._get_dtype_plan(stated)
@@ -187,7 +190,7 @@ def check_counts(directory: Directory) -> None:
             raise CheckpointError(f"{where}: {key} is {value}, more than the files of this model can hold ({limit})")
 
 
-def _check_floats(model: Any, found: Mapping[str, Entry]) -> None:
+def _check_floats(model: nn.Module, found: Mapping[str, Entry]) -> None:
     buffers, names = {name for name, _ in model.named_buffers()}, FileNames(model)
     for name, entry in found.items():
         place = names.in_model(name)
@@ -195,7 +198,7 @@ def _check_floats(model: Any, found: Mapping[str, Entry]) -> None:
             raise CheckpointError(f"{entry.where} is {described(entry)}, expected float values")
 
 
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+def _numbers(value: object, key: str = "") -> Iterator[tuple[str, int]]:
     """Every integer in a JSON value, with its key."""
     if isinstance(value, dict):
         for name, inner in value.items():

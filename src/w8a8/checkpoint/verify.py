@@ -6,19 +6,19 @@ saved.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import mapped
 from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.skeleton import empty_model, saved
 from w8a8.errors import CheckpointError
+from w8a8.model.pretrained import Pretrained
 
 
-def verify_structure(directory: Path | Directory, like: Any = None) -> None:
+def verify_structure(directory: Path | Directory, like: Pretrained | None = None) -> None:
     """Raise `CheckpointError` where the files do not hold what config.json says.
 
     Reads no values, so it takes milliseconds for a model of any size.
@@ -50,7 +50,7 @@ def verify_structure(directory: Path | Directory, like: Any = None) -> None:
         raise CheckpointError(f"{written.path}: {min(extra)} was written, and the model has no such tensor")
 
 
-def verify_values(directory: Path, model: nn.Module) -> None:
+def verify_values(directory: Path, model: Pretrained) -> None:
     """Raise `CheckpointError` where the files do not hold the very values of a model.
 
     Costs a read of the files.

@@ -28,13 +28,14 @@ from w8a8.checkpoint.vllm import foresee_as_it_is
 from w8a8.errors import CheckpointError, ModelError, SchemeError, few
 from w8a8.layers.linear import quant_linears
 from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.pretrained import Pretrained, Tokenizer
 from w8a8.model.roles import heads
 
 
 def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     *,
     beside: str | os.PathLike[str] | None = None,
     covered: Coverage | None = None,
@@ -107,7 +108,7 @@ def save(
         hub.push_to_hub(target, push_to_hub, private=private)
 
 
-def _one_model(model: Any) -> Any:
+def _one_model(model: nn.Module) -> Pretrained:
     """The transformers model that is saved: the model itself, or the one that it holds."""
     found = transformers_models(model) if isinstance(model, nn.Module) else []
     if len(found) != 1 or not hasattr(model, "save_pretrained"):

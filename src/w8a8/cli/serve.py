@@ -31,6 +31,7 @@ def serve(context: typer.Context, model: Model, trust_remote_code: TrustRemoteCo
     directory = Directory.of(model, trust_remote_code=trust_remote_code)
     kind, config = directory.architecture  # told now, not at the first request
     check_served(kind, config)
+    assert config.architectures, "by which the class was found"
     if not hasattr(transformers, config.architectures[0]):  # where the server of 5.23 looks, code of its own or not
         setattr(transformers, config.architectures[0], kind)
     hf.enable()

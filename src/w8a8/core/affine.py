@@ -21,9 +21,9 @@ are rounded block by block, so that an in-place call never holds a second copy o
 Shapes: see `w8a8.core.scheme`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,18 @@ from w8a8.errors import NonFiniteError, SchemeError
 _TINY = torch.finfo(torch.float32).tiny  # the smallest normal float32
 _BLOCK = 1 << 20  # elements rounded at a time: 4 MiB of float32
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Described(Protocol):
+    """A tensor, or what tells of one that is not there."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of all axes."""
 
 
 @dataclass(frozen=True)
@@ -386,6 +398,6 @@ def _same_shape(x: Tensor, y: Tensor) -> None:
         raise SchemeError(f"two tensors of one shape are compared, found {tuple(x.shape)} and {tuple(y.shape)}")
 
 
-def described(x: Any) -> str:
+def described(x: Described) -> str:
     """Dtype and shape in words, of what has them."""
     return f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"

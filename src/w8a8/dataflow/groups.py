@@ -15,7 +15,6 @@ source's channels, the source is refused.  Slices of one stacked parameter (fuse
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +113,7 @@ class Dataflow:
     unread: tuple[str, ...]
     missed: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data, for JSON; of a reader's channels only how many columns it has, and how many have one."""
         groups = [
             {

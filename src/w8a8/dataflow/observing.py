@@ -28,7 +28,7 @@ def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
     """Run the model once and see what could be folded into what.
 
     Args:
-        model: Any module with its weights.  Run in evaluation mode and without a cache where it has one; its
+        model: Of any class, with its weights.  Run in evaluation mode and without a cache where it has one; its
             parameters, training flags and hooks are afterwards what they were.
         inputs: Keyword arguments of its forward, or the one positional argument.  A few dozen tokens are enough,
             save for experts that are separate modules, each of which needs some.
@@ -90,7 +90,7 @@ def probe(model: nn.Module, *, tokens: int = 32, seed: int = 0) -> dict[str, Ten
     return inputs
 
 
-def _check(model: Any, inputs: Any) -> None:
+def _check(model: nn.Module, inputs: object) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module to observe, found {type(model).__name__}: load the model first")
     if not isinstance(inputs, Mapping | Tensor):
@@ -107,7 +107,7 @@ def _check(model: Any, inputs: Any) -> None:
         )
 
 
-def _run(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Any:
+def _run(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> object:
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     if "use_cache" in inspect.signature(model.forward).parameters:
         named.setdefault("use_cache", False)
@@ -124,7 +124,7 @@ def _following(model: nn.Module, trace: Trace) -> Iterator[None]:
         yield
 
 
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
     """The tensors of an output, however it is wrapped."""
     if isinstance(value, Tensor):
         yield value

@@ -6,7 +6,6 @@ probabilities times its values, a sum over experts.  `commuting` has the element
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ def constant(tags: Tensor, axes: Sequence[int]) -> bool:
     return bool((tags == first).all())
 
 
-def tensors(*values: Any) -> list[Tensor]:
+def tensors(*values: object) -> list[Tensor]:
     """All the tensors in arguments or results."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 

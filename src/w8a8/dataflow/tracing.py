@@ -131,8 +131,8 @@ class Trace:
         self.quantized = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
         self._stack: list[str] = []
         self._numbers: dict[tuple[str, int], int] = {}
-        self._tagged: weakref.WeakKeyDictionary[Any, _Tagged] = weakref.WeakKeyDictionary()
-        self._records: weakref.WeakKeyDictionary[Any, list[_Record]] = weakref.WeakKeyDictionary()
+        self._tagged: weakref.WeakKeyDictionary[torch.UntypedStorage, _Tagged] = weakref.WeakKeyDictionary()
+        self._records: weakref.WeakKeyDictionary[torch.UntypedStorage, list[_Record]] = weakref.WeakKeyDictionary()
         for name, parameter in model.named_parameters():
             if type(parameter.data) is Tensor and parameter.is_floating_point():
                 self._record(parameter, name, parameter.ndim, tuple(range(parameter.ndim)), 0.0)
@@ -288,15 +288,15 @@ class Call:
     mutated: list[Tensor]
     used: set[int] = field(default_factory=set)
 
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
+    def argument(self, index: int, name: str, default: object = None) -> Any:
         """An argument, however it was passed."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
-    def tags(self, value: Any) -> Tags:
+    def tags(self, value: object) -> Tags:
         """The tags of an argument; none for what is no tensor."""
         return self.trace.tags(value) if isinstance(value, Tensor) else {}
 
-    def view(self, value: Any) -> ParameterView | None:
+    def view(self, value: object) -> ParameterView | None:
         """The parameter that an argument is."""
         return self.trace.view(value) if isinstance(value, Tensor) else None
 
@@ -356,7 +356,7 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _written(func: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
     """The arguments that the schema says are written to."""
     written = []
     for index, argument in enumerate(func._schema.arguments):
@@ -365,7 +365,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
     return written
 
 
-def _storage(tensor: Tensor) -> Any:
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
     return tensor.untyped_storage() if tensor.layout is torch.strided else None
 
 

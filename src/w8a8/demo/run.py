@@ -22,7 +22,6 @@ from torch import nn
 
 from w8a8 import kernels
 from w8a8.checkpoint.opening import OpenedModel, open_model
-from w8a8.checkpoint.reader import load
 from w8a8.checkpoint.writer import save
 from w8a8.core.progress import Progress, tell
 from w8a8.demo.corpus import held_out_text
@@ -129,12 +128,11 @@ def run_demo(
     for done, scheme in enumerate(SCHEMES, start=1):
         simulated = copy.deepcopy(opened.model)
         simulate(simulated, scheme)
-        quantized = copy.deepcopy(opened.model)
-        result = quantize(quantized, scheme)
+        result = quantize(copy.deepcopy(opened.model), scheme)
         with tempfile.TemporaryDirectory(prefix="w8a8-demo-") as parent:
             directory = Path(parent) / scheme
-            save(quantized.to(torch.float16), directory, opened.tokenizer)  # as the shipped file has it
-            loaded = OpenedModel(load(directory).to(torch.float32), opened.tokenizer, directory, quantized=True)
+            save(result.model.to(torch.float16), directory, opened.tokenizer)  # as the shipped file has it
+            loaded = open_model(directory, dtype="float32")
             size = (directory / "model.safetensors").stat().st_size
             measured = compare(loaded.model, opened.model, text, seq_len=length)
             expected = perplexity(simulated, text, seq_len=length).perplexity.mean

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -45,6 +46,7 @@ def continue_text(
             model's context.
     """
     there = open_model(model, ASKED)
+    opened: Any = there.model
     if there.tokenizer is None:
         raise ModelError(f"{there.directory} has no tokenizer, so a prompt cannot be read; save one beside the model")
     with usual_defaults():
@@ -64,14 +66,11 @@ def continue_text(
     with torch.random.fork_rng(), torch.inference_mode(), usual_defaults():
         torch.manual_seed(seed)
         start = time.perf_counter()
-        out = there.model.generate(
-            input_ids=inputs["input_ids"].to(there.model.device),
-            attention_mask=inputs["attention_mask"].to(there.model.device),
-            generation_config=how,
-        )
+        given = {key: inputs[key].to(there.model.device) for key in ("input_ids", "attention_mask")}
+        out = opened.generate(**given, generation_config=how)
         seconds = time.perf_counter() - start
     new = out[0, length:]
-    return Continuation(prompt, there.tokenizer.decode(new, skip_special_tokens=True), int(new.numel()), seconds)
+    return Continuation(prompt, str(there.tokenizer.decode(new, skip_special_tokens=True)), int(new.numel()), seconds)
 
 
 def _first(*values: int | None) -> int:

@@ -1,7 +1,6 @@
 """What files hold of quantised layers, kept as it lies there while transformers reads it, and checked when all came."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, s
 from w8a8.core.packed import SHAPE
 from w8a8.errors import CheckpointError
 from w8a8.layers.linear import QuantLinear, quant_linears
+from w8a8.model.pretrained import initialised
 
 
 class Arriving:
@@ -34,9 +34,7 @@ class Arriving:
             {key: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for key, entry in found.items()}
         )
         if packed:  # GPT-2 initialises anew what it finds under that name, where a tied head is missing in the files
-            placeholder: Any = torch.empty(0, dtype=torch.float32, device="cpu")
-            placeholder._is_hf_initialized = True
-            layer.__dict__["weight"] = placeholder
+            layer.__dict__["weight"] = initialised()
 
     def take(self) -> None:
         """Check what came, and pack it for the kernel.

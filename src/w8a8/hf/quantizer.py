@@ -35,7 +35,7 @@ from w8a8.layers.linear import quant_linears
 from w8a8.layers.weights import make_weight
 from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, mark_arriving
-from w8a8.model.pretrained import stacks_experts
+from w8a8.model.pretrained import Conversion, Pretrained, stacks_experts
 from w8a8.model.roles import Head
 from w8a8.model.swapping import build, empty_layer, swap
 
@@ -71,7 +71,7 @@ class W8A8Config(QuantizationConfigMixin):
     ) -> None:
         kernels.check_name(kernel)
         self.quant_method: Any = METHOD
-        self.checkpoint: dict[str, Any] | None = None  # what a file says; then nothing else counts
+        self.checkpoint: dict[str, object] | None = None  # what a file says; then nothing else counts
         self.scheme = Scheme.of(scheme)
         self.include, self.exclude, self.head = list(include), list(exclude), Head.of(head)
         self.kernel, self.strict = kernel, strict
@@ -80,7 +80,7 @@ class W8A8Config(QuantizationConfigMixin):
     @classmethod
     def from_dict(
         cls,
-        config_dict: Mapping[str, Any],
+        config_dict: Mapping[str, object],
         return_unused_kwargs: bool = False,
         *,
         head: str = "float",
@@ -93,7 +93,7 @@ class W8A8Config(QuantizationConfigMixin):
         config.checkpoint = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """What goes into config.json: once a model is loaded, the compressed-tensors description of its layers."""
         if self.checkpoint is not None:
             return dict(self.checkpoint)
@@ -128,15 +128,15 @@ class W8A8Quantizer(HfQuantizer):
         self._unstacked = False  # the model's experts have layers of their own
         self._stored_scheme: Scheme | None = None  # the first that a file has
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: object, **kwargs: object) -> None:
         """Nothing is needed beside this package."""
 
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: Pretrained, param_name: str, **kwargs: object) -> bool:
         """Whether a tensor of the files goes into a `QuantLinear`: then it is ours to shape."""
         name, _, key = param_name.rpartition(".")
         return name in self._quantized and (self.pre_quantized or key == "weight")
 
-    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+    def update_weight_conversions(self, weight_conversions: list[Conversion], *model: Pretrained) -> list[Conversion]:
         """What transformers converts while it loads: all but experts, where those have layers of their own.
 
         Args:
@@ -165,7 +165,7 @@ class W8A8Quantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(
-        self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: Any
+        self, model: Pretrained, dtype: torch.dtype | None = None, checkpoint_files: Any = None, **kwargs: object
     ) -> None:
         """Put empty `QuantLinear` in their places."""
         self._dtype = dtype
@@ -199,7 +199,7 @@ class W8A8Quantizer(HfQuantizer):
         mark_arriving(model, arriving=True)
         self._quantized = set(layers)
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: Pretrained, **kwargs: object) -> Pretrained:
         """Check what came, pack it for the kernel, and have the configuration say what the layers are."""
         for arriving in self._arriving:
             arriving.take()
@@ -234,7 +234,7 @@ class _Quantize(ConversionOps):
     def __init__(self, quantizer: W8A8Quantizer) -> None:
         self.hf_quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def convert(self, input_dict: dict[str, Any], *args: object, **kwargs: Any) -> Any:
         """Codes and scales by their names in the model.
 
         Raises:
@@ -258,7 +258,7 @@ class _Quantize(ConversionOps):
         return named
 
 
-def _untied(model: Any, choice: Choice, include: Sequence[str]) -> Choice:
+def _untied(model: Pretrained, choice: Choice, include: Sequence[str]) -> Choice:
     """The choice without layers whose weight the files do not have under its own name.
 
     Raises:

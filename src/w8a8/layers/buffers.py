@@ -120,7 +120,7 @@ class LinearBuffers(nn.Module):
         if not (as_panels if self._packs(device) else packed is None):
             self.set_codes(self.codes)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Take what a copy or a pickle holds; what was laid out for another machine or process is laid out anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lay_out()
@@ -324,7 +324,7 @@ class LinearBuffers(nn.Module):
         """Nothing is tied; transformers asks each module that it saves, also where the state dict is given to it."""
         saving.check_given(self, LinearBuffers)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         saving.tell(destination)
         if self.packed_weight is not None:
             destination[prefix + "weight"] = self.codes
@@ -335,9 +335,9 @@ class LinearBuffers(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: Mapping[str, Any],
+        state_dict: Mapping[str, Tensor],
         prefix: str,
-        local_metadata: Mapping[str, Any],
+        local_metadata: Mapping[str, object],
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],

@@ -269,7 +269,7 @@ class QuantLinear(LinearBuffers):
         self._number = next(_LAYER_NUMBERS)
         weakref.finalize(self, kernels.forget, self._number)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy has its own page in the ledger
+    def __setstate__(self, state: dict[str, object]) -> None:  # a copy has its own page in the ledger
         super().__setstate__(state)
         self._take_number()
 

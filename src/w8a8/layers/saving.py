@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from w8a8.core.affine import described
 from w8a8.errors import ModelError
@@ -23,7 +23,7 @@ Describe: TypeAlias = Callable[[Any, str], None]
 """Called with the model that is being saved and the directory, in which config.json is."""
 
 
-def _undescribed(model: Any, directory: str) -> None:
+def _undescribed(model: nn.Module, directory: str) -> None:
     raise ModelError(
         f"{type(model).__name__} holds quantised layers that its config does not tell of, so {directory} would be read "
         "as float weights: save it with w8a8.save(model, directory)"
@@ -78,7 +78,7 @@ def check_given(layer: nn.Module, kind: type[nn.Module]) -> None:
     Saving.describe(model, str(asked["save_directory"]))
 
 
-def _check_tensors(model: str, prefix: str, layer: nn.Module, given: Mapping[str, Any]) -> None:
+def _check_tensors(model: str, prefix: str, layer: nn.Module, given: Mapping[str, Tensor]) -> None:
     """All tensors of a layer are given as it holds them, or none: a state dict may be a part."""
     held = {prefix + key: tensor for key, tensor in layer.state_dict().items()}
     if not any(name.startswith(prefix) for name in given):

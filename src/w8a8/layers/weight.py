@@ -11,7 +11,7 @@ the state dict has the codes under the name "weight".
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -43,7 +43,7 @@ class Weight:
         """Whether the codes are on a GPU of CUDA's."""
         return self.device.type == "cuda"
 
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, dim: int | None = None) -> torch.Size | int:
         """The shape, or one of its two numbers."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -65,10 +65,10 @@ class Weight:
     @classmethod
     def __torch_function__(
         cls,
-        function: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        function: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
     ) -> NoReturn:
         """Called by every function of torch that is handed one."""
         raise _refused(f"it was handed to {getattr(function, '__name__', function)}")

@@ -13,7 +13,6 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -66,7 +65,7 @@ class Coverage:
             for name, group in groups.items()
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data, for JSON, which has no infinity: the SQNR of a weight that lost nothing is None."""
         return {
             "totals": {name: asdict(totals) for name, totals in self.totals().items()},
@@ -94,7 +93,7 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
     """Look at a model as it is.
 
     Args:
-        model: Any module.  Not modified.
+        model: Of any class.  Not modified.
         reasons: Why the selection left a linear layer alone, by its name; other modules give their own.
 
     Raises:

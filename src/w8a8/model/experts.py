@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from w8a8.defaults import usual_defaults
 from w8a8.layers.linear import has_hooks, quant_linears
-from w8a8.model.pretrained import conversions, stacks_experts
+from w8a8.model.pretrained import Conversion, conversions, initialised, stacks_experts
 
 NAMES = ("gate_proj", "up_proj", "down_proj")
 """Of an expert's layers, where transformers has no conversion that says how the files call them; without a gate, the
@@ -61,7 +61,7 @@ class Experts(nn.Module):
 
     arriving = False
 
-    def __init__(self, stack: Any, names: tuple[str, ...] | None = None) -> None:
+    def __init__(self, stack: nn.Module, names: tuple[str, ...] | None = None) -> None:
         super().__init__()
         self.stacked = _stacked(stack)
         names = names or usual_names(self.stacked)
@@ -74,7 +74,7 @@ class Experts(nn.Module):
             expert = nn.Module()
             weights = (*reading[number].split(self.intermediate_dim), writing[number])
             for name, weight in zip(names, weights, strict=True):
-                expert.add_module(name, _linear(weight.detach(), requires_grad=stack.down_proj.requires_grad))
+                expert.add_module(name, _linear(weight.detach(), requires_grad=writing.requires_grad))
             self.add_module(str(number), expert)
         self.train(stack.training)
 
@@ -113,9 +113,7 @@ class Experts(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if self.arriving and name in self.stacked:
-            done: Any = torch.empty(0, dtype=torch.float32, device="cpu")
-            done._is_hf_initialized = True
-            return done
+            return initialised()
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
@@ -252,7 +250,7 @@ def _linear(weight: Tensor, *, requires_grad: bool) -> nn.Linear:
     return linear
 
 
-def _why_not(stack: Any, own: dict[str, nn.Parameter]) -> str | None:
+def _why_not(stack: nn.Module, own: dict[str, nn.Parameter]) -> str | None:
     if set(own) not in (set(_GATED), set(_PLAIN)):
         known = " or ".join(", ".join(sorted(names)) for names in (_GATED, _PLAIN))
         return f"its parameters are {', '.join(sorted(own))}, known are {known}"
@@ -279,7 +277,7 @@ def _why_not(stack: Any, own: dict[str, nn.Parameter]) -> str | None:
 
 
 @torch.no_grad()
-def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
+def _difference(stack: nn.Module, sizes: dict[int, int]) -> str | None:
     """How the class's forward differs from ours, on a small instance with random weights.
 
     Args:
@@ -319,7 +317,7 @@ def _difference(stack: Any, sizes: dict[int, int]) -> str | None:
     return f"{type(stack).__name__} computes something else (relative difference {error:.1e} on random weights)"
 
 
-def _names(stack: str, stacked: tuple[str, str], stacking: list[Any]) -> tuple[str, ...]:
+def _names(stack: str, stacked: tuple[str, str], stacking: list[Conversion]) -> tuple[str, ...]:
     """How the files call the layers of each expert of a stack."""
     usual = usual_names(stacked)
     found: list[list[str]] = []

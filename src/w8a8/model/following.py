@@ -11,7 +11,7 @@ import functools
 import operator
 import types
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +63,10 @@ class Uses:
     chosen_by: dict[Path, str] = field(default_factory=dict)
     multiplied: set[Path] = field(default_factory=set)
     returned: set[Path] = field(default_factory=set)
-    consulted: dict[Path, Any] = field(default_factory=dict)
+    consulted: dict[Path, object] = field(default_factory=dict)
 
 
-def locate(module: Any, path: Path) -> Any:
+def locate(module: object, path: Path) -> Any:
     """What lies at a path, without running a property; None where nothing does."""
     for name in path:
         if isinstance(module, nn.Module):
@@ -230,7 +230,7 @@ class Following(ABC):
             if is_linear(layer):
                 self._reads((*path, *name.split(".")), f"may read its weight by {how}", frame.function)
 
-    def _held(self, inside: Any, module: nn.Module, path: Path) -> Iterator[Path]:
+    def _held(self, inside: Collection[object], module: nn.Module, path: Path) -> Iterator[Path]:
         """The modules in a container that is no module, by their names below the module that has it."""
         named = {id(m): (*path, *name.split(".")) for name, m in module.named_modules() if name}
         for each in inside.values() if isinstance(inside, dict) else inside:

@@ -21,7 +21,7 @@ _NOT_TAKEN = (TypeError, ValueError, RuntimeError, LookupError, AttributeError)
 """What the forward of a model raises that is given too little, or something else than it takes."""
 
 
-def as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelInputs:
+def as_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, object]) -> ModelInputs:
     """What a loop called the model with, as one batch."""
     if not kwargs:
         return args[0] if len(args) == 1 else args
@@ -94,7 +94,7 @@ def _copied(value: Any, change: Callable[[Tensor], Tensor], seen: dict[int, Any]
 def _in_words(inputs: ModelInputs) -> str:
     """What a batch holds."""
 
-    def told(value: Any) -> str:
+    def told(value: object) -> str:
         return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
     if isinstance(inputs, Mapping):
@@ -152,7 +152,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
     """All tensors in an output or in inputs: tuples, lists, mappings."""
     if isinstance(value, Tensor):
         yield value

@@ -11,8 +11,10 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from w8a8.errors import ModelError
-from w8a8.model.pretrained import is_pretrained
+from w8a8.model.pretrained import Config, Pretrained, is_pretrained
 
 
 class Kind(enum.Enum):
@@ -45,7 +47,7 @@ _IN_PYTHON = (
 )
 
 
-def kind_of(kind: Any, config: Any) -> Kind:
+def kind_of(kind: type[Pretrained], config: Config) -> Kind:
     """What kind a model of this class and config is.
 
     Args:
@@ -73,7 +75,7 @@ def kind_of(kind: Any, config: Any) -> Kind:
     return Kind.OTHER if any(other in taken for other in _BESIDE) else Kind.TEXT
 
 
-def kind_of_model(model: Any) -> Kind | None:
+def kind_of_model(model: nn.Module) -> Kind | None:
     """The same of a model; None where it is none of transformers'."""
     return kind_of(type(model), model.config) if is_pretrained(model) else None
 
@@ -89,7 +91,7 @@ class Asked:
     what: str
     kinds: Set[Kind] = frozenset({Kind.CAUSAL})
 
-    def check(self, kind: Any, config: Any) -> Kind:
+    def check(self, kind: type[Pretrained], config: Config) -> Kind:
         """Raise `ModelError` where models of this class and config cannot do it; else say what kind they are."""
         found = kind_of(kind, config)
         if found not in self.kinds:
@@ -99,13 +101,13 @@ class Asked:
             )
         return found
 
-    def check_model(self, model: Any) -> None:
+    def check_model(self, model: nn.Module) -> None:
         """The same of a model, where it is one of transformers'."""
         if is_pretrained(model):
             self.check(type(model), model.config)
 
 
-def check_served(kind: Any, config: Any) -> None:
+def check_served(kind: type[Pretrained], config: Config) -> None:
     """Raise `ModelError` where transformers' server has no answer from a model: it writes text, or writes down sound.
 
     Args:
@@ -149,7 +151,7 @@ def output_config(config: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
-def context_length(model: Any) -> int | None:
+def context_length(model: nn.Module) -> int | None:
     """The longest sequence that the model has positions for, or None where its config does not say, or no limit."""
     for config in (model.config, input_config(model.config)):
         for name in ("max_position_embeddings", "n_positions"):
@@ -159,7 +161,7 @@ def context_length(model: Any) -> int | None:
     return None
 
 
-def _skipped(model: Any, positions: int) -> int:
+def _skipped(model: nn.Module, positions: int) -> int:
     """How many of the places are for no token: RoBERTa's are counted from behind the number of its padding."""
     for name, module in getattr(model, "named_modules", tuple)():
         padding = getattr(module, "padding_idx", None)

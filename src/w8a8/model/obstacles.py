@@ -16,7 +16,6 @@ Whatever is decided here is decided before a layer is made.
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from w8a8.defaults import usual_defaults
-from w8a8.layers.linear import has_hooks, is_conv1d, not_plain
+from w8a8.layers.linear import has_hooks, not_plain
 from w8a8.model.experts import OTHER_KIND
 from w8a8.model.places import places
 from w8a8.model.usage import Usage
@@ -52,7 +51,7 @@ def obstacles(model: nn.Module, linears: Mapping[str, nn.Module], usage: Usage) 
     return found
 
 
-def _kept_wide(model: Any, linears: Mapping[str, Any]) -> dict[str, str]:
+def _kept_wide(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, str]:
     """The layers in float32 that the model's class keeps so (T5's `wo`), each with the dtype of the others.
 
     Such a layer's input is cast for it where its weight is seen to be float32.  A quantised one would return the narrow
@@ -62,10 +61,11 @@ def _kept_wide(model: Any, linears: Mapping[str, Any]) -> dict[str, str]:
     held = {name: linear._parameters.get("weight") for name, linear in linears.items()}
     dtypes = {name: weight.dtype for name, weight in held.items() if weight is not None}
     halves = set(dtypes.values()) & {torch.float16, torch.bfloat16}
-    if len(halves) != 1 or not hasattr(model, "_get_dtype_plan"):
+    plan = getattr(model, "_get_dtype_plan", None)
+    if len(halves) != 1 or plan is None:
         return {}
     (half,) = halves
-    patterns = [re.compile(each.replace("*", ".*")) for each in model._get_dtype_plan(half)]
+    patterns = [re.compile(each.replace("*", ".*")) for each in plan(half)]
     return {
         name: str(half).removeprefix("torch.")
         for name, dtype in dtypes.items()
@@ -78,7 +78,7 @@ def _of_layer(linear: nn.Module) -> str | None:
     attached = next(_attached(linear), None)
     if attached is not None:
         return attached
-    if type(linear) is not nn.Linear and not is_conv1d(linear):
+    if isinstance(linear, nn.Linear) and type(linear) is not nn.Linear:
         with usual_defaults():  # a caller may be making models on the meta device
             why = _differs(linear)
         if why is not None:
@@ -112,7 +112,7 @@ def _attached(linear: nn.Module) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _differs(linear: Any) -> str | None:
+def _differs(linear: nn.Linear) -> str | None:
     """Why a subclass does something else than nn.Linear: nothing where its `forward` does the same in small."""
     if type(linear).__call__ is not nn.Module.__call__:
         return "is called in another way"

@@ -52,7 +52,7 @@ def _of_module(module: nn.Module, name: str, seen: set[int]) -> Iterator[Place]:
             yield from _inside(value, module.__dict__, key, f"{name}.{key}".strip("."), seen, _DEPTH)
 
 
-def _inside(value: Any, container: Any, key: Any, name: str, seen: set[int], depth: int) -> Iterator[Place]:
+def _inside(value: object, container: Any, key: Any, name: str, seen: set[int], depth: int) -> Iterator[Place]:
     """The places in what is held at `container[key]`."""
     if isinstance(value, nn.Module):
         yield Place(container, key, value, name)
@@ -67,7 +67,7 @@ def _inside(value: Any, container: Any, key: Any, name: str, seen: set[int], dep
         yield from _inside(inner, where, at, f"{name}{label}", seen, depth - 1)
 
 
-def _parts(value: Any) -> Iterator[tuple[Any, Any, Any, str]]:
+def _parts(value: object) -> Iterator[tuple[object, Any, Any, str]]:
     """What something holds: each part, the container and the key where another can be put in its place, a label."""
     match value:
         case dict():

@@ -4,18 +4,37 @@ A model of plain PyTorch is quantised in an environment without transformers, an
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import transformers
+    from transformers.core_model_loading import WeightTransform
+
+    Pretrained: TypeAlias = transformers.PreTrainedModel
+    Config: TypeAlias = transformers.PreTrainedConfig
+    Tokenizer: TypeAlias = transformers.PreTrainedTokenizerBase
+    Conversion: TypeAlias = WeightTransform
+else:  # to annotate with: where nobody has transformers, nobody has one of these
+    Pretrained, Config, Tokenizer, Conversion = nn.Module, object, object, object
 
 
-def is_pretrained(module: nn.Module) -> bool:
+def is_pretrained(module: nn.Module) -> TypeGuard[Pretrained]:
     """Whether a module is a `PreTrainedModel`."""
     loaded = sys.modules.get("transformers.modeling_utils")
     return loaded is not None and isinstance(module, loaded.PreTrainedModel)
 
 
-def conversions(model: nn.Module, *, legacy: bool = False) -> list[Any]:
+def initialised() -> Tensor:
+    """What stands under a name that transformers fills or initialises: it takes it to be done."""
+    tensor = torch.empty(0, dtype=torch.float32, device="cpu")
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def conversions(model: nn.Module, *, legacy: bool = False) -> list[Conversion]:
     """What transformers does with the files' tensors while it loads a model, with or without values.
 
     Args:
@@ -26,18 +45,17 @@ def conversions(model: nn.Module, *, legacy: bool = False) -> list[Any]:
         return []
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    pretrained: Any = model
-    return list(get_model_conversion_mapping(pretrained, add_legacy=legacy))
+    return list(get_model_conversion_mapping(model, add_legacy=legacy))
 
 
-def renames(conversion: Any, *, prefix: bool = True) -> bool:
+def renames(conversion: Conversion, *, prefix: bool = True) -> bool:
     """Whether one of the conversions gives a tensor another name only; also by a prefix, or not so."""
     from transformers.core_model_loading import PrefixChange, WeightRenaming
 
     return isinstance(conversion, WeightRenaming) and (prefix or not isinstance(conversion, PrefixChange))
 
 
-def stacks_experts(conversion: Any) -> bool:
+def stacks_experts(conversion: Conversion) -> bool:
     """Whether one of the conversions makes a stack of the files' expert layers."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 

@@ -7,7 +7,6 @@ function's source is not there, the names in its compiled code are taken for the
 import ast
 import types
 from collections.abc import Callable, Iterable, Mapping, Set
-from typing import Any
 
 from torch import nn
 
@@ -43,7 +42,7 @@ class Reading(Following):
         super().__init__(module)
         self.inside, self.making = inside, making
         self._stack: list[Frame] = []
-        self._done: dict[Any, Values] = {}
+        self._done: dict[tuple[object, ...], Values] = {}
 
     def read(self) -> Uses:
         """What the code does."""

@@ -54,7 +54,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     """Choose the layers to quantise.
 
     Args:
-        model: Any module.  Not modified.
+        model: Of any class.  Not modified.
         include: Exact names or globs; a layer must match one.
         exclude: Exact names or globs; a layer must match none.
 

@@ -7,7 +7,6 @@ import inspect
 import linecache
 import types
 from collections.abc import Iterator, Set
-from typing import Any
 
 from torch import nn
 
@@ -25,7 +24,7 @@ GENERAL = "transformers.modeling_utils"
 """What all of transformers' models have, which goes by no name of a layer, and is made for quantised ones too."""
 
 
-def function_of(found: Any) -> types.FunctionType | None:
+def function_of(found: object) -> types.FunctionType | None:
     """The Python function in a method, a property, a partial or a wrapper that says what it wraps; else None."""
     for _ in range(8):
         match found:
@@ -122,7 +121,7 @@ def names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def closed_over(function: types.FunctionType) -> dict[str, Any]:
+def closed_over(function: types.FunctionType) -> dict[str, object]:
     """What a function has from the functions around it, by name; without what is not bound yet."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return {name: cell.cell_contents for name, cell in cells if _is_bound(cell)}
@@ -136,7 +135,7 @@ def _is_bound(cell: types.CellType) -> bool:
     return True
 
 
-def resolve(function: types.FunctionType, node: ast.expr) -> Any:
+def resolve(function: types.FunctionType, node: ast.expr) -> object:
     """What a name, or attributes of one, stand for outside of the function: a module, a class, a function; or None."""
     match node:
         case ast.Name(id=name):

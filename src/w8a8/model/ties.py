@@ -7,12 +7,11 @@ Where something does (BART's two embeddings), it stays: transformers does not ti
 """
 
 from collections.abc import Collection
-from typing import Any
 
 from torch import nn
 
 from w8a8.model.kinds import output_config
-from w8a8.model.pretrained import is_pretrained
+from w8a8.model.pretrained import Config, Pretrained, is_pretrained
 
 
 def forget(model: nn.Module, layers: Collection[str]) -> None:
@@ -33,7 +32,7 @@ def untie(model: nn.Module, layers: Collection[str]) -> None:
                     each.tie_word_embeddings = False
 
 
-def _without(model: nn.Module, layers: Collection[str]) -> list[Any]:
+def _without(model: nn.Module, layers: Collection[str]) -> list[Config]:
     """The configs of the parts that tied one of the layers."""
     configs = []
     for prefix, part in _parts(model):
@@ -51,7 +50,7 @@ def _without(model: nn.Module, layers: Collection[str]) -> list[Any]:
     return configs
 
 
-def _parts(model: nn.Module) -> list[tuple[str, Any]]:
+def _parts(model: nn.Module) -> list[tuple[str, Pretrained]]:
     """The model and those in it that are models of transformers, each with what its names begin with."""
     named = model.named_modules()
     return [(f"{name}." if name else "", part) for name, part in named if is_pretrained(part)]

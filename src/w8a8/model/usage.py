@@ -13,7 +13,6 @@ only, and need values.
 
 from collections.abc import ValuesView
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -58,7 +57,7 @@ def look(model: nn.Module) -> Usage:
     return found
 
 
-_NUMBERS: dict[Any, int] = {}
+_NUMBERS: dict[tuple[object, ...], int] = {}
 _KNOWN: dict[tuple[int, frozenset[str]], list[Uses]] = {}
 """What was read in this process: a model is looked at several times, and reading takes longer than all else of that."""
 
@@ -68,7 +67,7 @@ class _Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self._signatures: dict[int, int] = {}
-        self._own: dict[Any, int] = {}  # of modules that are not kept
+        self._own: dict[tuple[object, ...], int] = {}  # of modules that are not kept
         self._own_known: dict[tuple[int, frozenset[str]], list[Uses]] = {}
         self._reading: set[int] = set()
         making = set(sources.MAKING)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from w8a8.errors import few
 from w8a8.report.records import GroupReport
@@ -46,7 +45,7 @@ class SmoothReport:
         """The groups that were folded."""
         return tuple(group for group in self.groups if group.reason is None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return asdict(self)
 

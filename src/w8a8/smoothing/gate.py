@@ -34,9 +34,8 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +60,8 @@ _HALF_EPS = 4
 class _Call:
     """What a block was given, detached copies."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
 
 
 class Gate:
@@ -265,8 +264,8 @@ def _capture(model: nn.Module, names: set[str], probe: ModelInputs) -> dict[str,
     """The first call of each block in one forward of the probe."""
     calls: dict[str, _Call] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
             if name not in calls:
                 calls[name] = _Call(*copied((args, kwargs), lambda t: t.detach().clone()))
 

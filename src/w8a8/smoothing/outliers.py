@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +118,7 @@ def _read(profile: Profile) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            entries: dict[str, Any] = dict(load_file(Path(profile)))
+            entries = dict(load_file(Path(profile)))
         except (OSError, SafetensorError) as error:
             raise ModelError(f"the profile {profile} cannot be read as a safetensors file: {error}") from error
     elif isinstance(profile, Mapping):

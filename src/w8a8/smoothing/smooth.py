@@ -21,7 +21,6 @@ size of the linear layers.  Samples are bounded: `rows` tokens for each group.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -45,7 +44,7 @@ __all__ = ["GroupReport", "SmoothReport", "fold_", "smooth_", "smooth_scales", "
 
 def smooth_(
     model: nn.Module,
-    calibration: Any,
+    calibration: object,
     *,
     alpha: float | str = "auto",
     scheme: Scheme | str = "w8a8",

@@ -165,7 +165,7 @@ def samples(
     return {name: sampler.sample() for name, sampler in samplers.items() if sampler.tokens}
 
 
-def _as_mapping(model: nn.Module, inputs: ModelInputs) -> Any:
+def _as_mapping(model: nn.Module, inputs: ModelInputs) -> Mapping[str, Any] | Tensor:
     """Inputs as `observe` takes them, which may write to their caches."""
     inputs = copied(inputs, lambda t: t)
     if isinstance(inputs, tuple):

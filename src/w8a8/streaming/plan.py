@@ -14,7 +14,6 @@ Shards are cut by bytes in the order of the source, so that they are the same fo
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +32,7 @@ from w8a8.layers.linear import is_conv1d
 from w8a8.model.choice import Choice
 from w8a8.model.coverage import Coverage, coverage
 from w8a8.model.experts import Experts, unstacked
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.swapping import empty_layer, swap
 
 PIECE = 8 << 20
@@ -121,7 +121,7 @@ class Plan:
     choice: Choice
     scheme: Scheme
     shards: tuple[Shard, ...]
-    config: dict[str, Any]
+    config: dict[str, object]
     coverage: Coverage
     findings: tuple[Finding, ...]
     unwanted: tuple[str, ...]
@@ -196,7 +196,7 @@ def _most_experts(source: Directory) -> int:
     return max([len(source.entries), *stacks])
 
 
-def _sources(source: Directory, model: Any) -> tuple[dict[str, Entry], tuple[str, ...]]:
+def _sources(source: Directory, model: Pretrained) -> tuple[dict[str, Entry], tuple[str, ...]]:
     """Where each parameter and buffer of the model lies in the files, in their order; and what the class leaves out."""
     tensors, names = set(model.state_dict()), FileNames(model)
     experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
@@ -274,7 +274,7 @@ def _check_complete(source: Directory, model: nn.Module, found: Mapping[str, Ent
         )
 
 
-def _dtypes(model: Any) -> dict[str, torch.dtype]:
+def _dtypes(model: Pretrained) -> dict[str, torch.dtype]:
     """What transformers loads each float tensor in: the config's dtype, save where the architecture keeps its own.
 
     Nothing where the config does not say: then files are taken as they are.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -206,5 +206,4 @@ def _made(step: Step, values: Tensor, sample: RowSample | None, *, last: bool) -
 
 def _memory(values: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
-    array: Any = values.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+    return values.reshape(-1).view(torch.uint8).numpy().data

@@ -13,7 +13,6 @@ import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +32,8 @@ class Room:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        held = torch.empty(
-            size + 3 * _PAGE, dtype=torch.uint8, device="cpu"
-        )  # a piece begins and ends somewhere in a page
+        # a piece begins and ends somewhere in a page
+        held = torch.empty(size + 3 * _PAGE, dtype=torch.uint8, device="cpu")
         self._held = held[-held.data_ptr() % _PAGE :]
 
     def read(self, path: Path, begin: int, end: int) -> Tensor:
@@ -77,8 +75,7 @@ class Room:
                 os.close(descriptor)
 
     def _view(self, start: int, end: int) -> memoryview:
-        array: Any = self._held[start:end].numpy()
-        return memoryview(array)
+        return self._held[start:end].numpy().data
 
 
 def sampled_digest(path: Path, entries: Sequence[Entry]) -> str:
