@@ -76,12 +76,12 @@ from w8a8.jobs.watching import Watcher as Watcher
 from w8a8.layers.linear import QuantLinear as QuantLinear
 from w8a8.layers.linear import ledger as ledger
 from w8a8.model.choice import unstack_experts_ as unstack_experts_
-from w8a8.model.coverage import Coverage as Coverage
 from w8a8.pipeline import Result as Result
 from w8a8.pipeline import quantize as quantize
 from w8a8.pipeline import simulate as simulate
-from w8a8.report.records import Remedy as Remedy
-from w8a8.report.smoothed import SmoothReport as SmoothReport
+from w8a8.records.coverage import Coverage as Coverage
+from w8a8.records.layers import Remedy as Remedy
+from w8a8.records.smoothing import SmoothReport as SmoothReport
 from w8a8.smoothing import outliers as outliers
 from w8a8.smoothing.smooth import smooth_ as smooth_
 from w8a8.smoothing.smooth import smooth_scales as smooth_scales

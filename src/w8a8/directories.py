@@ -14,10 +14,10 @@ from w8a8.core.progress import Progress
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
 from w8a8.model.roles import Head
-from w8a8.streaming.job import Streamed, Work, options, run
+from w8a8.records.streaming import Prediction, Streamed
+from w8a8.streaming.job import Work, options, run
 from w8a8.streaming.pieces import Pieces
 from w8a8.streaming.plan import SHARD_BYTES, Plan, make_plan
-from w8a8.streaming.resources import Prediction
 
 if TYPE_CHECKING:
     from w8a8.calibration.observers import Observer

@@ -17,9 +17,10 @@ from w8a8.core.scheme import Scheme
 from w8a8.fusing.models import check_fusible, optimize
 from w8a8.layers.linear import ledger, uncalled
 from w8a8.model.choice import Choice
-from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.coverage import coverage
 from w8a8.model.selection import Schemes
 from w8a8.model.swapping import build, swapped
+from w8a8.records.coverage import Coverage
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
 from w8a8.smoothing.way import NONE, Smoothing
 

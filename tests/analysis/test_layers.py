@@ -9,7 +9,7 @@ import w8a8
 from tests.analysis.conftest import TWO_BITS
 from tests.conftest import llama, opt
 from w8a8.analysis.errors import channel_absmax
-from w8a8.analysis.layers import Sensitivity, rankings, sensitivity
+from w8a8.analysis.layers import rankings, sensitivity
 from w8a8.analysis.sample import draw
 from w8a8.core.scheme import PerChannel, QuantSpec
 from w8a8.demo.corpus import held_out_text
@@ -19,7 +19,7 @@ from w8a8.evaluation import encode
 from w8a8.layers.linear import quant_linears
 from w8a8.model.choice import Choice
 from w8a8.model.swapping import build, swapped
-from w8a8.report.records import Channels
+from w8a8.records.layers import Channels, Sensitivity
 
 IDS = torch.randint(0, 96, (400,), generator=torch.Generator().manual_seed(3))
 

@@ -22,7 +22,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.checkpoint.opening import open_model
 from w8a8.directories import quantize_directory
 from w8a8.errors import CheckpointError, NonFiniteError
-from w8a8.streaming.resources import Prediction
+from w8a8.records.streaming import Prediction
 
 
 def in_memory(source, target, scheme, **options):

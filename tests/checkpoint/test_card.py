@@ -7,8 +7,7 @@ import yaml
 
 from w8a8.checkpoint.card import PLACE, Facts, Measured, Origin, addressed, card, with_measured
 from w8a8.checkpoint.vllm import Finding
-from w8a8.model.coverage import Coverage
-from w8a8.report.records import ModuleCoverage
+from w8a8.records.coverage import Coverage, ModuleCoverage
 
 
 def module(name, scheme, reason, lost=None, *, size=100):

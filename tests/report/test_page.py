@@ -9,12 +9,12 @@ import pytest
 
 from tests.report.standin import standin
 from w8a8.errors import ReportError
+from w8a8.records.layers import Histogram
 from w8a8.report import collect, report, write_report
 from w8a8.report.collect import verdict_of
 from w8a8.report.markup import embedded
 from w8a8.report.plots import shown_codes
 from w8a8.report.png import PALETTE, data_uri
-from w8a8.report.records import Histogram
 
 RATIO = {"mean": 1.006, "low": 1.004, "high": 1.009}
 

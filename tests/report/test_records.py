@@ -4,7 +4,8 @@ import pytest
 
 from tests.report.standin import standin
 from w8a8.errors import ReportError
-from w8a8.report.records import MAX_COLUMNS, binned, check, read_records
+from w8a8.records.layers import MAX_COLUMNS, binned
+from w8a8.report.records import check, read_records
 
 SMALL = {"schema": 1, "headline": {"model": "m", "scheme": "w8a8", "verdict": "fine"}}
 

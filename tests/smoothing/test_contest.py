@@ -11,7 +11,7 @@ from w8a8.core.scheme import Scheme
 from w8a8.evaluation import perplexity
 from w8a8.model.selection import select
 from w8a8.pipeline import simulate
-from w8a8.report.smoothed import Score
+from w8a8.records.smoothing import Score
 from w8a8.smoothing import contest
 from w8a8.smoothing.contest import Contest, winner
 

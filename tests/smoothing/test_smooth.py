@@ -15,7 +15,7 @@ from w8a8.dataflow.groups import Dataflow, Group, Reader, ScaledParameter, Sourc
 from w8a8.dataflow.observing import observe
 from w8a8.errors import CalibrationError, ModelError, PatternError, SchemeError
 from w8a8.layers.linear import quant_linears
-from w8a8.report.smoothed import Score
+from w8a8.records.smoothing import Score
 from w8a8.smoothing import smooth, smoother
 from w8a8.smoothing.gate import Gate
 from w8a8.smoothing.smooth import smooth_

@@ -22,9 +22,9 @@ from w8a8.checkpoint.headers import read_header
 from w8a8.core.scheme import Scheme
 from w8a8.directories import quantize_directory
 from w8a8.errors import CheckpointError, NonFiniteError, SchemeError
+from w8a8.records.streaming import Prediction
 from w8a8.streaming import job, pieces
 from w8a8.streaming.plan import UnplacedError, make_plan
-from w8a8.streaming.resources import Prediction
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,9 +10,10 @@ from tests.conftest import gpt2, llama
 from w8a8.checkpoint.directory import Directory
 from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError
+from w8a8.records.streaming import Prediction
 from w8a8.streaming import resources
 from w8a8.streaming.plan import PIECE, make_plan
-from w8a8.streaming.resources import Prediction, available_memory, predict
+from w8a8.streaming.resources import available_memory, predict
 
 GB = 10**9
 

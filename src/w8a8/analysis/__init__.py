@@ -1,10 +1,10 @@
 """Which layers matter: what each does to the model's predictions, and what to do about it under a budget."""
 
 from w8a8.analysis.budget import Allocation, Budget, allocate
-from w8a8.analysis.errors import LayerErrors, layer_errors
-from w8a8.analysis.layers import Sensitivity, sensitivity
+from w8a8.analysis.errors import layer_errors
+from w8a8.analysis.layers import sensitivity
 from w8a8.analysis.remedy import remedies
-from w8a8.report.records import Remedy
+from w8a8.records.layers import LayerErrors, Remedy, Sensitivity
 
 __all__ = [
     "Allocation",

@@ -45,7 +45,7 @@ from w8a8.model.experts import Experts
 from w8a8.model.kinds import Asked
 from w8a8.model.selection import Schemes, assign, select
 from w8a8.model.swapping import swapped
-from w8a8.report.records import Choice
+from w8a8.records.layers import Choice
 
 ASKED = Asked("--budget, which is spent on perplexity,")
 OPTIONS = ("w8a8", "w8a8-asym")

@@ -7,7 +7,6 @@ Readers of one tensor are found by watching which layers are given the same one.
 import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,35 +25,7 @@ from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear, float_operands, is_linear, quant_linears
 from w8a8.model.inputs import evaluating
 from w8a8.model.selection import select
-from w8a8.report.records import Channels, binned
-
-
-@dataclass(frozen=True)
-class LayerErrors:
-    """What was measured of one linear layer; None for what was not, or has no value (nothing lost: no SQNR).
-
-    name: Dotted.  kind: its last part.  block: its depth; None outside of the blocks.
-    group: The first of the layers with the same parent that read the same tensor as this one: q, k and v share one.
-    shape: [N, K].
-    scheme: Its preset's name, or the scheme in words.
-    weight_sqnr_db, input_sqnr_db, output_sqnr_db, cosine, saturated_share: See `w8a8.analysis.measure`.
-    dead_share: Of the input channels, those that were always zero.
-    outlier_ratio: The input's largest channel absmax over the median one.
-    """
-
-    name: str
-    kind: str
-    block: int | None
-    group: str
-    shape: list[int]
-    scheme: str
-    weight_sqnr_db: float | None
-    input_sqnr_db: float | None
-    output_sqnr_db: float | None
-    cosine: float | None
-    saturated_share: float | None
-    dead_share: float | None
-    outlier_ratio: float | None
+from w8a8.records.layers import Channels, LayerErrors, binned
 
 
 def layer_errors(

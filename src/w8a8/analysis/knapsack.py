@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w8a8.errors import ModelError, SchemeError
-from w8a8.report.records import Choice
+from w8a8.records.layers import Choice
 
 CURVE = 9
 """Points of a curve of choices."""

@@ -15,12 +15,11 @@ The alternative, Hessian traces (HAWQ, arXiv:1905.03696), needs gradients and te
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from w8a8.analysis.errors import LayerErrors, channel_ranges, channels, described, figures, observe_readers
+from w8a8.analysis.errors import channel_ranges, channels, described, figures, observe_readers
 from w8a8.analysis.measure import LayerMeasure
 from w8a8.analysis.replay import blocks_of, record, replay
 from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
@@ -30,88 +29,9 @@ from w8a8.core.progress import Progress, tell
 from w8a8.evaluation.text import Text
 from w8a8.model.kinds import Asked
 from w8a8.model.selection import Schemes, assign, select
-from w8a8.report.records import Channels, Histogram
+from w8a8.records.layers import TOP, LayerSensitivity, Rankings, Sensitivity
 
 ASKED = Asked("the sensitivity of layers")
-TOP = 10
-
-
-@dataclass(frozen=True)
-class LayerSensitivity(LayerErrors):
-    """The same, and what the layer does to the predictions.
-
-    kl_alone, kl_spared: Nats per token; see the module's docstring.
-    """
-
-    kl_alone: float
-    kl_spared: float
-
-
-@dataclass(frozen=True)
-class Rankings:
-    """Layers by damage, the worst first; those that only one order has among its worst `top`; how alike the orders are.
-
-    spearman: The rank correlation of the two orders; None for one layer.
-    """
-
-    kl_alone: list[str]
-    kl_spared: list[str]
-    disagree: list[str]
-    top: int
-    spearman: float | None
-
-    @property
-    def overlap(self) -> int:
-        """How many layers are among the worst `top` of both."""
-        return len({*self.kl_alone[: self.top]} & {*self.kl_spared[: self.top]})
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """The layers of a model, in its order, and what they were measured on.
-
-    kl_nats: KL(float || quantised) with all of them quantised, per token.
-    replayed: Whether forwards began at the changed block; False where that would not have been exact.
-    """
-
-    layers: tuple[LayerSensitivity, ...]
-    rankings: Rankings
-    channels: tuple[Channels, ...]
-    histograms: tuple[Histogram, ...]
-    kl_nats: float
-    tokens: int
-    windows: int
-    seq_len: int
-    seed: int
-    replayed: bool
-
-    def worst(self, count: int = TOP) -> list[LayerSensitivity]:
-        """The layers that cost most when quantised alone, the worst first."""
-        return sorted(self.layers, key=lambda layer: -layer.kl_alone)[:count]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Sensitivity":
-        """What `to_dict` gave, from JSON too."""
-        parts = {
-            "layers": tuple(LayerSensitivity(**layer) for layer in data["layers"]),
-            "rankings": Rankings(**data["rankings"]),
-            "channels": tuple(Channels(**channels) for channels in data["channels"]),
-            "histograms": tuple(Histogram(**histogram) for histogram in data["histograms"]),
-        }
-        return cls(**{**data, **parts})
-
-    def records(self) -> dict[str, Any]:
-        """The parts of a page: layers, rankings, channels and histograms."""
-        return {
-            "layers": [{k: v for k, v in asdict(layer).items() if k != "group"} for layer in self.layers],
-            "rankings": {k: v for k, v in asdict(self.rankings).items() if k not in ("top", "spearman")},
-            "channels": [asdict(channels) for channels in self.channels],
-            "histograms": [asdict(histogram) for histogram in self.histograms],
-        }
 
 
 def sensitivity(

@@ -23,7 +23,7 @@ from w8a8.core.affine import QParams, grid_of_range, sqnr_db
 from w8a8.core.scheme import MAX_CODE_BITS, PerChannel, PerTensor, QuantSpec
 from w8a8.core.tokens import fake_quantize_tokens, quantize_tokens
 from w8a8.layers.linear import QuantLinear, float_operands
-from w8a8.report.records import Histogram
+from w8a8.records.layers import Histogram
 
 BINS = 64
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from w8a8.analysis.layers import Sensitivity
 from w8a8.analysis.replay import record, replay
 from w8a8.analysis.sample import divergence, draw, layers_for
 from w8a8.analysis.smoothed import SmoothedGroup, smoothed_groups
@@ -27,7 +26,7 @@ from w8a8.core.scheme import PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import float_operands
 from w8a8.model.selection import Schemes, assign, select
-from w8a8.report.records import Remedy
+from w8a8.records.layers import Remedy, Sensitivity
 
 GROUPED = Scheme(QuantSpec(granularity=PerGroup(32)), QuantSpec(granularity=PerToken()))
 REMEDIES = ("w8a8", "w8a8-asym", GROUPED, "w8a16")

@@ -42,15 +42,14 @@ from w8a8.core.progress import Progress, tell
 from w8a8.errors import W8A8Error
 from w8a8.model.experts import Experts
 from w8a8.model.swapping import swap, swapped
-from w8a8.report.records import GroupReport
-from w8a8.report.smoothed import SmoothReport
+from w8a8.records.smoothing import GroupReport, SmoothReport
+from w8a8.records.streaming import Prediction
 from w8a8.smoothing.smooth import smooth_observed
 from w8a8.smoothing.smoother import Smoother, cut, observed, samples
 from w8a8.smoothing.way import NONE
 from w8a8.streaming.job import Work
 from w8a8.streaming.journal import Journal, write_whole
 from w8a8.streaming.plan import Plan, Shard
-from w8a8.streaming.resources import Prediction
 from w8a8.streaming.shard import write_tensors
 from w8a8.streaming.team import Team
 

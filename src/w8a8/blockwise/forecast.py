@@ -25,12 +25,13 @@ from w8a8.blockwise.request import Request
 from w8a8.calibration.calibrate import checked_observer, collect
 from w8a8.calibration.data import Calibration
 from w8a8.layers.linear import float_operands
+from w8a8.records.streaming import Prediction
 from w8a8.smoothing.alpha import Product, search
 from w8a8.smoothing.gate import Gate
 from w8a8.smoothing.smoother import cut, observed, samples
 from w8a8.smoothing.way import NONE
 from w8a8.streaming.plan import Plan
-from w8a8.streaming.resources import Prediction, predict
+from w8a8.streaming.resources import predict
 
 _COPY = 512 << 20  # of the float64 copy in which smoothing compares a block with what it was, see `smoothing.gate`
 _SPARE = 256 << 20  # samples, histograms, and what malloc keeps

@@ -15,7 +15,7 @@ from w8a8.checkpoint.directory import Directory, Tensors
 from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE
 from w8a8.checkpoint.vllm import Finding
 from w8a8.errors import CheckpointError
-from w8a8.model.coverage import Coverage
+from w8a8.records.coverage import Coverage
 
 _RESTS_ON = ("torch", "transformers", "safetensors")
 _FENCE = "---"

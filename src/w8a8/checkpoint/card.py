@@ -19,7 +19,7 @@ from w8a8.checkpoint.vllm import VERSION, Finding
 from w8a8.core.row_sample import ROWS
 from w8a8.core.scheme import PRESETS
 from w8a8.errors import few
-from w8a8.model.coverage import Coverage, percentage
+from w8a8.records.coverage import Coverage, percentage
 
 PLACE = "path/to/this/directory"
 """What a card calls its directory while that has no name on the hub."""

@@ -27,9 +27,10 @@ from w8a8.checkpoint.verify import verify_values
 from w8a8.checkpoint.vllm import foresee_as_it_is
 from w8a8.errors import CheckpointError, ModelError, SchemeError, few
 from w8a8.layers.linear import quant_linears
-from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.coverage import coverage
 from w8a8.model.pretrained import Pretrained, Tokenizer
 from w8a8.model.roles import heads
+from w8a8.records.coverage import Coverage
 
 
 def save(

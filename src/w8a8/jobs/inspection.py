@@ -11,7 +11,8 @@ from w8a8.core.scheme import Scheme
 from w8a8.dataflow import Dataflow, observe, probe
 from w8a8.errors import SchemeError
 from w8a8.model.choice import Choice
-from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.coverage import coverage
+from w8a8.records.coverage import Coverage
 
 
 @dataclass(frozen=True)

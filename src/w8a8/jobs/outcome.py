@@ -3,15 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from w8a8.analysis import Allocation, Remedy, Sensitivity
+from w8a8.analysis import Allocation
 from w8a8.checkpoint.vllm import Finding
 from w8a8.core.scheme import Scheme
 from w8a8.jobs.comparison import Compared
 from w8a8.jobs.request import Job
-from w8a8.model.coverage import Coverage
 from w8a8.model.kinds import Kind, kind_of
-from w8a8.report.smoothed import SmoothReport
-from w8a8.streaming.job import Streamed
+from w8a8.records.coverage import Coverage
+from w8a8.records.layers import Remedy, Sensitivity
+from w8a8.records.smoothing import SmoothReport
+from w8a8.records.streaming import Streamed
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import Choice
 from w8a8.model.selection import assign, with_head
 from w8a8.model.swapping import swap, swapped
+from w8a8.records.smoothing import SmoothReport
 from w8a8.report import collect
 from w8a8.report.page import check_place
-from w8a8.report.smoothed import SmoothReport
 from w8a8.smoothing.smoother import Smoother
 from w8a8.smoothing.way import Smoothing
 

@@ -32,11 +32,10 @@ from w8a8.model.choice import Choice
 from w8a8.model.kinds import READS_TEXT, Asked
 from w8a8.model.selection import with_head
 from w8a8.model.swapping import swap
+from w8a8.records.smoothing import SmoothReport
+from w8a8.records.streaming import Prediction, Streamed
 from w8a8.report import write_report
-from w8a8.report.smoothed import SmoothReport
-from w8a8.streaming.job import Streamed
 from w8a8.streaming.plan import Plan, UnplacedError
-from w8a8.streaming.resources import Prediction
 
 
 def quantize_to(job: Job, watcher: Watcher | None = None) -> Made:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from w8a8.core.progress import Progress
 
 if TYPE_CHECKING:
+    from w8a8.records.streaming import Prediction
     from w8a8.streaming.plan import Plan
-    from w8a8.streaming.resources import Prediction
 
 
 class Watcher:

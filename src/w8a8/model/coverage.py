@@ -10,83 +10,12 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
   model's config). Attention's own products between tokens and elementwise work are not counted, nor are convolutions.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-
 from torch import nn
 
-from w8a8.errors import few
 from w8a8.layers.linear import Mode, QuantLinear, check_materialised, is_linear
 from w8a8.model.experts import CONVOLUTIONS, Experts, stack_names
 from w8a8.model.usage import look
-from w8a8.report.records import ModuleCoverage, Totals
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Every parameter-holding module of a model, quantised or left, in the model's order."""
-
-    modules: tuple[ModuleCoverage, ...]
-
-    @property
-    def quantized(self) -> tuple[ModuleCoverage, ...]:
-        """The modules that became `QuantLinear`."""
-        return tuple(m for m in self.modules if m.reason is None)
-
-    @property
-    def left(self) -> tuple[ModuleCoverage, ...]:
-        """The modules that stayed float, each with its reason."""
-        return tuple(m for m in self.modules if m.reason is not None)
-
-    def left_by_reason(self) -> dict[str, list[ModuleCoverage]]:
-        """The modules that stayed float, grouped."""
-        groups: dict[str, list[ModuleCoverage]] = {}
-        for module in self.left:
-            groups.setdefault(module.reason or "", []).append(module)
-        return groups
-
-    def worst_weights(self, count: int = 10) -> tuple[ModuleCoverage, ...]:
-        """The quantised modules whose weights lost most, those of the lowest SQNR first."""
-        measured = [m for m in self.quantized if m.weight_sqnr_db is not None]
-        return tuple(sorted(measured, key=lambda m: m.weight_sqnr_db or 0.0)[:count])
-
-    def with_weight_sqnr(self, found: Mapping[str, float]) -> "Coverage":
-        """The same with the SQNR of weights, in dB, by the names of their modules."""
-        return Coverage(tuple(replace(m, weight_sqnr_db=found.get(m.name)) for m in self.modules))
-
-    def totals(self) -> dict[str, Totals]:
-        """Sums for `"quantized"`, `"float"` and `"all"`."""
-        groups = {"quantized": self.quantized, "float": self.left, "all": self.modules}
-        return {
-            name: Totals(
-                len(group), sum(m.parameters for m in group), sum(m.bytes for m in group), sum(m.macs for m in group)
-            )
-            for name, group in groups.items()
-        }
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain data, for JSON, which has no infinity: the SQNR of a weight that lost nothing is None."""
-        return {
-            "totals": {name: asdict(totals) for name, totals in self.totals().items()},
-            "modules": [
-                asdict(replace(m, weight_sqnr_db=None) if m.weight_sqnr_db == math.inf else m) for m in self.modules
-            ],
-        }
-
-    def __str__(self) -> str:
-        totals = self.totals()
-        done, every = totals["quantized"], totals["all"]
-        lines = [
-            f"{done.modules} of {every.modules} modules quantised: "
-            f"{percentage(done.parameters, every.parameters)} of the parameters, "
-            f"{percentage(done.macs, every.macs)} of the multiply-adds; {every.bytes / 1e6:.2f} MB in all"
-        ]
-        for reason, modules in self.left_by_reason().items():
-            count = sum(m.parameters for m in modules)
-            names = few(m.name for m in modules)
-            lines.append(f"  float: {names} ({len(modules)}, {count:,} parameters): {reason}")
-        return "\n".join(lines)
+from w8a8.records.coverage import Coverage, ModuleCoverage
 
 
 def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
@@ -198,8 +127,3 @@ def _active_share(model: nn.Module, experts: int) -> float:
     config = getattr(model, "config", None)
     per_token = getattr(config, "num_experts_per_tok", None)
     return per_token / experts if isinstance(per_token, int) else 1.0
-
-
-def percentage(part: int, whole: int) -> str:
-    """In words: `12.3 %`."""
-    return f"{100 * part / whole:.1f} %" if whole else "0 %"

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 
+from w8a8.records.layers import Channels, Histogram, Remedy
 from w8a8.report import plots, png
 from w8a8.report.markup import Column, Columns, drawing, figure, folded, table, text
 from w8a8.report.numbers import fixed, grouped, percent, scientific, significant, without
-from w8a8.report.records import Channels, Histogram, Layer, Records, Remedy
+from w8a8.report.records import Layer, Records
 
 _WORST = 10  # layers that are named as the worst
 _LEVELS = 255  # of a heat map's colours

@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from w8a8.errors import ReportError
-from w8a8.report.records import Budget, GroupReport, Histogram, Layer
+from w8a8.records.layers import Histogram
+from w8a8.records.smoothing import GroupReport
+from w8a8.report.records import Budget, Layer
 
 WIDTH, HEIGHT = 340, 210
 _SERIES = 8

@@ -8,14 +8,13 @@ Units: bytes; nats for losses and divergences; dB for SQNR (10 log10 of signal p
 cosines as plain ratios.  Lists of channels hold absmax per input channel, or per run of neighbouring channels where
 there are more than `MAX_COLUMNS`: their largest.
 
-Where the package tells the very same of a module, a group or a layer, it tells it with the dataclass from here.
+What the package tells of a module, a group or a layer anyway is here by its own dataclass (`w8a8.records`).
 
 JSON Schema with a validator was the alternative: a dependency, a second description of the same types, and messages
 that speak of the schema and not of the file.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import types
@@ -25,9 +24,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from w8a8.errors import ReportError, closest, noted
+from w8a8.records.coverage import ModuleCoverage, Totals
+from w8a8.records.layers import MAX_COLUMNS, Channels, Choice, Histogram, Rankings, Remedy
+from w8a8.records.smoothing import GroupReport
 
 SCHEMA = 1
-MAX_COLUMNS = 128  # of a heat map: more are narrower than a pixel on a phone
 _T = TypeVar("_T")
 
 
@@ -64,35 +65,6 @@ class Headline:
     kl_mean_nats: Interval | None = None
     kl_p99_nats: Interval | None = None
     top1_agreement: Interval | None = None
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over modules; `macs` are multiply-adds per token."""
-
-    modules: int
-    parameters: int
-    bytes: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class ModuleCoverage:
-    """One module that holds parameters.  `reason` says why it is float; None for a quantised one.
-
-    `weight_sqnr_db` is of a weight that was quantised by this call, on a sample of its rows (`w8a8.core.row_sample`):
-    +inf where that lost nothing, None where it was not measured, and in JSON for both.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    parameters: int
-    bytes: int
-    macs: int
-    scheme: str | None
-    reason: str | None
-    weight_sqnr_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,80 +105,11 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Rankings:
-    """Layers by damage, the worst first, and those on which the two orders do not agree."""
-
-    kl_alone: list[str]
-    kl_spared: list[str]
-    disagree: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Absmax of a layer's input channels, at most `MAX_COLUMNS`; `after` smoothing, or None."""
-
-    layer: str
-    before: list[float]
-    after: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """A tensor's values and the grid that rounds them.
-
-    what: "weight" or "input".
-    edges: Bin edges, ascending, one more than `counts`.
-    scale, zero_point, qmin, qmax: The grid: (q - zero_point) * scale for q in qmin..qmax; the loosest one where there
-        are several.  qmin is -qmax where it is not given.
-    """
-
-    layer: str
-    what: str
-    edges: list[float]
-    counts: list[int]
-    scale: float
-    qmax: int
-    qmin: int | None = None
-    zero_point: int = 0
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What became of one source when it was to be smoothed.
-
-    source: The module that makes the tensor.
-    readers: The modules that read it.
-    alpha: How far it was smoothed; None: not at all.
-    error_before, error_after: Relative output errors of its quantised linears under the scheme, summed, on tokens that
-        its scales were not made from (see `w8a8.smoothing.alpha`); None where they were not measured.
-    change: The relative change of the block's float output, as the gate saw it; None where nothing was folded.
-    reason: Why it was not smoothed; None where it was.
-    """
-
-    source: str
-    readers: tuple[str, ...]
-    alpha: float | None = None
-    error_before: float | None = None
-    error_after: float | None = None
-    change: float | None = None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
 class Smoothing:
     """Alpha per group, in the order of the forward; `kept` won the contest."""
 
     groups: list[GroupReport]
     kept: str | None = None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to spend bytes; `measured_kl_nats` is None where only the sum of the layers' costs is known."""
-
-    bytes: int
-    predicted_kl_nats: float
-    measured_kl_nats: float | None = None
 
 
 @dataclass(frozen=True)
@@ -216,20 +119,6 @@ class Budget:
     points: list[Choice]
     chosen: int | None = None
     constraint: str | None = None
-
-
-@dataclass(frozen=True)
-class Remedy:
-    """What would help a layer.
-
-    gain_kl_nats: The measured fall of the model's KL, nats per token; negative: it would harm; None: it cannot be done.
-    note: How it was done, or why it cannot be.
-    """
-
-    layer: str
-    remedy: str
-    gain_kl_nats: float | None = None
-    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -318,14 +207,6 @@ def check(records: Any) -> Records:
         if not 0 <= read.budget.chosen < points:
             raise ReportError(f"records.budget.chosen is {read.budget.chosen}; it counts the {points} points from 0")
     return read
-
-
-def binned(absmax: list[float], columns: int = MAX_COLUMNS) -> list[float]:
-    """At most so many columns: the largest of each run of neighbours, so that no outlier is averaged away."""
-    if len(absmax) <= columns:
-        return list(absmax)
-    cuts = [i * len(absmax) // columns for i in range(columns + 1)]
-    return [max(absmax[a:b]) for a, b in itertools.pairwise(cuts)]
 
 
 def _dataclass(kind: type[_T], value: Any, where: str) -> _T:

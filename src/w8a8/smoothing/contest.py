@@ -29,7 +29,7 @@ from w8a8.core.affine import QParams
 from w8a8.core.scheme import Scheme
 from w8a8.model.inputs import ModelInputs, call, evaluating, seeded, tensors_in
 from w8a8.model.swapping import build, swapped
-from w8a8.report.smoothed import Score
+from w8a8.records.smoothing import Score
 
 CANDIDATES = (0.3, 0.5, 0.7, 0.85)
 """Alphas for all groups that compete with the searched ones."""

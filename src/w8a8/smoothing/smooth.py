@@ -31,8 +31,7 @@ from w8a8.core.scheme import Scheme
 from w8a8.dataflow.groups import Refusal
 from w8a8.errors import ModelError
 from w8a8.model.selection import select
-from w8a8.report.records import GroupReport
-from w8a8.report.smoothed import Score, SmoothReport
+from w8a8.records.smoothing import GroupReport, Score, SmoothReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, winner
 from w8a8.smoothing.fold import Undo, fold_

@@ -23,7 +23,7 @@ from w8a8.dataflow.observing import observe
 from w8a8.errors import NonFiniteError
 from w8a8.layers.linear import float_operands
 from w8a8.model.inputs import ModelInputs, check_inputs, copied
-from w8a8.report.records import GroupReport
+from w8a8.records.smoothing import GroupReport
 from w8a8.smoothing.alpha import Choice, Product, search
 from w8a8.smoothing.fold import Undo, fold_, touched
 from w8a8.smoothing.gate import Gate, Unrounded

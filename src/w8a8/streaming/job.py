@@ -15,7 +15,6 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,35 +27,14 @@ from w8a8.checkpoint.files import CONFIG, INDEX
 from w8a8.checkpoint.verify import verify_structure
 from w8a8.checkpoint.writer import check_target, replace_directory
 from w8a8.core.progress import Progress
-from w8a8.core.scheme import Scheme
 from w8a8.errors import CheckpointError, W8A8Error
-from w8a8.model.coverage import Coverage
-from w8a8.report.smoothed import SmoothReport
+from w8a8.records.coverage import Coverage
+from w8a8.records.smoothing import SmoothReport
+from w8a8.records.streaming import Prediction, Streamed
 from w8a8.streaming.journal import Journal, disk_error, locked, write_whole
 from w8a8.streaming.plan import Plan, Shard
-from w8a8.streaming.resources import Prediction
 from w8a8.streaming.source import sampled_digest
 from w8a8.streaming.team import Team, team
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """What a job did, or would do.
-
-    smooth: What smoothing did to the blocks; None where nothing was smoothed.
-    shards, resumed: Files of weights, and how many an earlier run had finished.
-    first: Whether this process is the one that speaks for all that share the job.
-    """
-
-    output: Path
-    scheme: Scheme
-    coverage: Coverage
-    untied: dict[str, str]
-    smooth: SmoothReport | None
-    prediction: Prediction
-    shards: int
-    resumed: int
-    first: bool
 
 
 class Work(ABC):

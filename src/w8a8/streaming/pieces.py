@@ -4,9 +4,10 @@ from itertools import count
 from pathlib import Path
 
 from w8a8.core.progress import Progress, tell
+from w8a8.records.streaming import Prediction
 from w8a8.streaming.job import Work
 from w8a8.streaming.plan import Step
-from w8a8.streaming.resources import Prediction, predict
+from w8a8.streaming.resources import predict
 from w8a8.streaming.shard import write_shard
 from w8a8.streaming.team import Team
 

@@ -30,10 +30,11 @@ from w8a8.core.scheme import PerTensor, QuantSpec, Scheme
 from w8a8.errors import CheckpointError, SchemeError, few
 from w8a8.layers.linear import is_conv1d
 from w8a8.model.choice import Choice
-from w8a8.model.coverage import Coverage, coverage
+from w8a8.model.coverage import coverage
 from w8a8.model.experts import Experts, unstacked
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.swapping import empty_layer, swap
+from w8a8.records.coverage import Coverage
 
 PIECE = 8 << 20
 """Bytes of the source that are in memory at once, save for tensors that must be seen whole."""

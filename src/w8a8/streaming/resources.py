@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -19,41 +18,13 @@ import torch
 
 from w8a8.errors import CheckpointError
 from w8a8.layers.weights import quantize_weight
+from w8a8.records.streaming import Prediction
 from w8a8.streaming.plan import PIECE, Plan, Step
 
 _TRIAL = 16 << 20  # bytes written in the trial
 _SPARE = 160 << 20  # bytes of memory for all else: what malloc keeps for each thread, headers, the journal
 _PIECES = 4  # of the source that are in memory at once: being read, being quantised, and waiting for the disk
 _CGROUPS = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the job will take, and what there is.  Bytes, and seconds.
-
-    write_seconds: Of `seconds`, what one byte of output takes.
-    """
-
-    peak_bytes: int
-    memory_bytes: int
-    output_bytes: int
-    free_bytes: int
-    source_bytes: int
-    seconds: float
-    write_seconds: float = 0.0
-
-    def check(self, target: Path) -> None:
-        """Raise `CheckpointError` where memory or disk will not do."""
-        if self.output_bytes > self.free_bytes:
-            raise CheckpointError(
-                f"{target} will take {self.output_bytes / 1e9:.2f} GB, and {self.free_bytes / 1e9:.2f} GB are free "
-                "there; make room, or choose another disk"
-            )
-        if self.peak_bytes > self.memory_bytes:
-            raise CheckpointError(
-                f"the job will take {self.peak_bytes / 1e9:.2f} GB of memory, and {self.memory_bytes / 1e9:.2f} GB are "
-                "available; close other programs, or take fewer processes"
-            )
 
 
 def predict(plan: Plan, target: Path, *, processes: int = 1, here: int = 1, finished_bytes: int = 0) -> Prediction:

@@ -1,10 +1,31 @@
-"""What smoothing tells: plain records, as JSON and as a table."""
+"""What smoothing did to a model, group by group."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from w8a8.errors import few
-from w8a8.report.records import GroupReport
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What became of one source when it was to be smoothed.
+
+    source: The module that makes the tensor.
+    readers: The modules that read it.
+    alpha: How far it was smoothed; None: not at all.
+    error_before, error_after: Relative output errors of its quantised linears under the scheme, summed, on tokens that
+        its scales were not made from (see `w8a8.smoothing.alpha`); None where they were not measured.
+    change: The relative change of the block's float output, as the gate saw it; None where nothing was folded.
+    reason: Why it was not smoothed; None where it was.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    alpha: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    change: float | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
