@@ -24,7 +24,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,6 +42,7 @@ from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear
 from w8a8.model.experts import Experts
 from w8a8.model.kinds import Asked
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import Schemes, assign, select
 from w8a8.model.swapping import swapped
 from w8a8.records.layers import Choice
@@ -109,12 +109,12 @@ class Allocation:
     tokens: int
     checked_tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON; schemes by their names."""
         schemes = {name: FLOAT if scheme is None else scheme.name for name, scheme in self.schemes.items()}
         return {**asdict(self), "schemes": schemes}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """The budget's part of a page."""
         points = sorted({*self.curve, self.chosen}, key=lambda choice: (choice.bytes, choice.predicted_kl_nats))
         return {
@@ -137,7 +137,7 @@ class Allocation:
 
 
 def allocate(
-    model: Any,
+    model: Pretrained,
     text: Text | Tensor,
     budget: Budget | str | int,
     *,
@@ -147,7 +147,7 @@ def allocate(
     windows: int = WINDOWS,
     seq_len: int | None = None,
     seed: int = 0,
-    calibration: Any = None,
+    calibration: object = None,
     observer: str | Callable[[], Observer] = "absmax",
     progress: Progress | None = None,
 ) -> Allocation:
@@ -216,7 +216,7 @@ def allocate(
     )
 
 
-def _groups(model: nn.Module, sample: Sample, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+def _groups(model: Pretrained, sample: Sample, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Layers that have to have one scheme, in the model's order."""
     start, ids = sample.windows[0]
     first = observe_readers(model, ids, start, names)
@@ -265,7 +265,7 @@ def _choices(group: tuple[str, ...], offered: Sequence[Mapping[str, Scheme]]) ->
 
 
 def _costs(
-    model: nn.Module,
+    model: Pretrained,
     sample: Sample,
     choices: Mapping[tuple[str, ...], Sequence[Scheme]],
     built: Mapping[str, Mapping[str, QuantLinear]],
@@ -301,7 +301,7 @@ def _size(layer: nn.Module, *, without_weight: bool = False) -> int:
     return sum(t.nbytes for name, t in layer.state_dict().items() if not (without_weight and name == "weight"))
 
 
-def _check_sample(model: Any, text: Text | Tensor, sample: Sample, windows: int, seed: int) -> Sample:
+def _check_sample(model: nn.Module, text: Text | Tensor, sample: Sample, windows: int, seed: int) -> Sample:
     """Other windows of the same text; the same ones where it has no others."""
     used = {start for start, _ in sample.windows}
     more = draw(model, text, windows=len(used) + 2 * windows, seq_len=sample.seq_len, seed=seed)
@@ -309,7 +309,7 @@ def _check_sample(model: Any, text: Text | Tensor, sample: Sample, windows: int,
     return Sample(others, sample.seq_len) if others else sample
 
 
-def _measured(model: nn.Module, sample: Sample, layers: Mapping[str, nn.Module]) -> tuple[float, float]:
+def _measured(model: Pretrained, sample: Sample, layers: Mapping[str, nn.Module]) -> tuple[float, float]:
     """KL and the difference of the losses, nats per token."""
     kl = losses = 0.0
     for start, ids in sample.windows:

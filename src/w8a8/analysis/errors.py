@@ -6,7 +6,7 @@ Readers of one tensor are found by watching which layers are given the same one.
 
 import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear, float_operands, is_linear, quant_linears
 from w8a8.model.inputs import evaluating
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import select
 from w8a8.records.layers import Channels, LayerErrors, binned
 
 
 def layer_errors(
-    reference: Any,
+    reference: Pretrained,
     model: nn.Module,
     text: Text | Tensor,
     *,
@@ -71,7 +72,7 @@ def layer_errors(
     )
 
 
-def channel_absmax(model: Any, text: Text | Tensor, **options: Any) -> dict[str, Tensor]:
+def channel_absmax(model: nn.Module, text: Text | Tensor, **options: Any) -> dict[str, Tensor]:
     """The largest magnitude of each input channel of each float linear, (K,), to compare with after smoothing.
 
     Args:
@@ -93,7 +94,7 @@ def channel_ranges(model: nn.Module, names: Sequence[str], data: Calibration) ->
 
 
 def observe_readers(
-    model: nn.Module,
+    model: Pretrained,
     ids: Tensor,
     start: int,
     names: Sequence[str],
@@ -111,8 +112,8 @@ def observe_readers(
     found = dict(zip(names, names, strict=True))
     readers: dict[tuple[str, int], tuple[weakref.ref[Tensor], str]] = {}
 
-    def hook(name: str) -> Any:
-        def see(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
             x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             key = name.rpartition(".")[0], id(x)
             if key not in readers or readers[key][0]() is not x:  # the id may be a dead tensor's

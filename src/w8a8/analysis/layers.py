@@ -15,7 +15,6 @@ The alternative, Hessian traces (HAWQ, arXiv:1905.03696), needs gradients and te
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from w8a8.calibration.observers import Observer
 from w8a8.core.progress import Progress, tell
 from w8a8.evaluation.text import Text
 from w8a8.model.kinds import Asked
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import Schemes, assign, select
 from w8a8.records.layers import TOP, LayerSensitivity, Rankings, Sensitivity
 
@@ -35,7 +35,7 @@ ASKED = Asked("the sensitivity of layers")
 
 
 def sensitivity(
-    model: Any,
+    model: Pretrained,
     text: Text | Tensor,
     scheme: Schemes = "w8a8",
     *,
@@ -44,7 +44,7 @@ def sensitivity(
     windows: int = WINDOWS,
     seq_len: int | None = None,
     seed: int = 0,
-    calibration: Any = None,
+    calibration: object = None,
     observer: str | Callable[[], Observer] = "absmax",
     before_smoothing: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,

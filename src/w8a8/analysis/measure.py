@@ -14,7 +14,6 @@ of the layers before it.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -142,7 +141,7 @@ def _widened(lo: float, hi: float) -> tuple[float, float]:
 
 
 def _histogram(
-    name: str, what: str, edges: list[float], counts: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Any
+    name: str, what: str, edges: list[float], counts: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None
 ) -> Histogram:
     loosest = int(scale.argmax())
     zero = 0 if zero_point is None else int(zero_point.flatten()[loosest])

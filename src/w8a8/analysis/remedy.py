@@ -10,9 +10,8 @@ are left out.  Where L has no group that could be smoothed, the remedy has no ga
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import float_operands
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import Schemes, assign, select
 from w8a8.records.layers import Remedy, Sensitivity
 
@@ -41,7 +41,7 @@ SMOOTH = "smoothing"
 class _Trial:
     """One model to measure: its quantised layers, what of them is not as in the quantised model, and a fold."""
 
-    layers: dict[str, Any]
+    layers: Mapping[str, nn.Module]
     changed: tuple[str, ...]
     group: SmoothedGroup | None = None
 
@@ -50,7 +50,7 @@ class _Trial:
 
 
 def remedies(
-    model: Any,
+    model: Pretrained,
     text: Text | Tensor,
     found: Sensitivity,
     scheme: Schemes = "w8a8",
@@ -59,7 +59,7 @@ def remedies(
     exclude: Sequence[str] = (),
     count: int = 5,
     options: Sequence[Scheme | str] = REMEDIES,
-    calibration: Any = None,
+    calibration: object = None,
     observer: str | Callable[[], Observer] = "absmax",
     progress: Progress | None = None,
 ) -> tuple[Remedy, ...]:

@@ -14,13 +14,13 @@ The alternative, to call the blocks by themselves in a loop, needs to know how a
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from w8a8.evaluation.scores import logits_of
 from w8a8.model.inputs import evaluating
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.swapping import swapped
 
 
@@ -36,10 +36,10 @@ class Recording:
     ids: Tensor
     start: int
     logits: Tensor
-    outputs: dict[str, Any]
+    outputs: dict[str, object]
 
 
-def record(model: nn.Module, ids: Tensor, start: int, layers: Mapping[str, nn.Module]) -> Recording:
+def record(model: Pretrained, ids: Tensor, start: int, layers: Mapping[str, nn.Module]) -> Recording:
     """Run a window through a model, some of its layers swapped, and keep what its blocks return.
 
     Args:
@@ -51,11 +51,11 @@ def record(model: nn.Module, ids: Tensor, start: int, layers: Mapping[str, nn.Mo
     Raises:
         ModelError: the model predicts no tokens, or its logits are not finite.
     """
-    outputs: dict[str, Any] = {}
+    outputs: dict[str, object] = {}
     calls: list[str] = []
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             calls.append(name)
             outputs[name] = _cloned(output)
 
@@ -73,7 +73,7 @@ def record(model: nn.Module, ids: Tensor, start: int, layers: Mapping[str, nn.Mo
     return found if all(torch.equal(again, logits) for again in resumed) else whole
 
 
-def replay(model: nn.Module, recording: Recording, layers: Mapping[str, nn.Module], changed: Iterable[str]) -> Tensor:
+def replay(model: Pretrained, recording: Recording, layers: Mapping[str, nn.Module], changed: Iterable[str]) -> Tensor:
     """The logits (T, V) of the recorded window, in a model that differs from the recorded one in a few layers.
 
     Args:
@@ -103,7 +103,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def _returning(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+def _returning(model: nn.Module, outputs: Mapping[str, object]) -> Iterator[None]:
     """Have blocks return what they did, for the length of a `with` block, instead of running."""
     blocks = {name: model.get_submodule(name) for name in outputs}
     own = {name: block.__dict__["forward"] for name, block in blocks.items() if "forward" in block.__dict__}
@@ -118,10 +118,10 @@ def _returning(model: nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
                 block.__dict__["forward"] = own[name]
 
 
-def _cloned(value: Any) -> Any:
+def _cloned(value: object) -> object:
     """The tensors of a block's output copied, since some models add to them in place."""
     if isinstance(value, Tensor):
         return value.clone()
-    if type(value) in (tuple, list):
-        return type(value)(_cloned(item) for item in value)
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(map(_cloned, value))
     return value

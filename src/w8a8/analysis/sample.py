@@ -7,7 +7,6 @@ need no seed, and would be of one document.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ class Sample:
 
 
 def draw(
-    model: Any, text: Text | Tensor, *, windows: int = WINDOWS, seq_len: int | None = None, seed: int = 0
+    model: nn.Module, text: Text | Tensor, *, windows: int = WINDOWS, seq_len: int | None = None, seed: int = 0
 ) -> Sample:
     """A seeded sample of a text's windows, in the order of the text.
 

@@ -8,9 +8,8 @@ the perplexity of a short text cannot.
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from w8a8.evaluation import Evaluation, perplexity
 from w8a8.evaluation.scores import default_length
 from w8a8.layers.linear import QuantLinear
 from w8a8.model.kinds import Asked
+from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import select
 from w8a8.model.swapping import build, swapped
 
@@ -68,7 +68,7 @@ def grid(bits: Sequence[int] = (8, 6, 4)) -> Iterator[Scheme]:
 
 
 def study(
-    model: Any,
+    model: Pretrained,
     ids: Tensor,
     *,
     seq_len: int | None = None,
@@ -110,11 +110,11 @@ def study(
     return Study(float_model, tuple(cells))
 
 
-def _layer_inputs(model: Any, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
+def _layer_inputs(model: Pretrained, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
     """What each layer is fed in one forward of the float model."""
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
+    def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             inputs[name] = arguments[0].detach()
 

@@ -1,12 +1,13 @@
 """The application, and what several commands have in common: options, and the table of what is quantised."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from w8a8._version import __version__
 from w8a8.cli.output import megabytes, percent, print_line, print_table
 from w8a8.errors import few
+from w8a8.records.coverage import Coverage
 
 app = typer.Typer(
     add_completion=False,
@@ -69,7 +70,7 @@ def _main(
     pass
 
 
-def show_coverage(found: Any) -> None:
+def show_coverage(found: Coverage) -> None:
     totals = found.totals()
     rows = [
         (

@@ -1,11 +1,14 @@
 """The command `bench`: how fast a model reads and writes, beside others."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app
 from w8a8.cli.output import Watching, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from w8a8.evaluation.speed import Rate
 
 
 @app.command()
@@ -61,5 +64,5 @@ def bench(
     print_line("One round: each model in turn reads the prompt and writes. Medians; times is beside the first.")
 
 
-def _cells(rate: Any, first: Any) -> tuple[str, str, str]:
+def _cells(rate: "Rate", first: "Rate") -> tuple[str, str, str]:
     return f"{rate.median:.1f}", f"{rate.low:.1f} .. {rate.high:.1f}", f"{rate.median / first.median:.2f}"

@@ -1,11 +1,13 @@
 """Two models side by side, as `eval --against` and `quantize --eval-text` tell them."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from w8a8.cli.output import ERRORS, error_cells, megabytes, print_line, print_table
 
 if TYPE_CHECKING:
+    from w8a8.evaluation import Comparison, Estimate, Evaluation
+    from w8a8.evaluation.outputs import OutputComparison
     from w8a8.jobs.comparison import Compared
     from w8a8.jobs.encoders import Judgement
 
@@ -14,12 +16,13 @@ def show_compared(model: str, against: str, found: "Compared") -> None:
     """For people."""
     from w8a8.evaluation.outputs import OutputComparison
 
-    show = _show_outputs if isinstance(found.both, OutputComparison) else _show_predictions
-    show(model, against, found)
+    if isinstance(found.both, OutputComparison):
+        _show_outputs(model, against, found.both)
+    else:
+        _show_predictions(model, against, found.both, found)
 
 
-def _show_outputs(model: str, against: str, found: Any) -> None:
-    both = found.both
+def _show_outputs(model: str, against: str, both: "OutputComparison") -> None:
     rows = [
         ("||model - reference|| / ||reference||", *_estimate(both.relative_error, 5)),
         ("cosine of a row with the reference's", *_estimate(both.cosine, 6)),
@@ -31,9 +34,8 @@ def _show_outputs(model: str, against: str, found: Any) -> None:
     print_table(title, ("measure", "value", "95 % interval"), rows)
 
 
-def _show_predictions(model: str, against: str, found: Any) -> None:
+def _show_predictions(model: str, against: str, both: "Comparison", found: "Compared") -> None:
     """The headline: sizes, both models' figures, their difference, and what it says; then the worst layers."""
-    both = found.both
     bound = "" if both.top_k is None else f", at least (top {both.top_k})"
     rows = [
         *evaluation_rows("model ", both.model),
@@ -81,7 +83,7 @@ def show_judged(model: str, against: str, found: "Judgement") -> None:
         print_line(f"{measure.name}: {measure.verdict}.")
 
 
-def _speed_rows(both: Any) -> list[tuple[str, str, str]]:
+def _speed_rows(both: "Comparison") -> list[tuple[str, str, str]]:
     speed, reference = both.model_tok_per_s, both.reference_tok_per_s
     rows = [(f"model reading, tokens/s, floats in {both.model_dtype}", f"{speed:.1f}", "")]
     if reference is not None:
@@ -100,11 +102,11 @@ def _on_disk(model: str) -> int:
     return Directory.of(model).bytes
 
 
-def windows_in_words(e: Any) -> str:
+def windows_in_words(e: "Evaluation") -> str:
     return f"{e.tokens:,} tokens in {e.windows} windows of {e.seq_len}, {e.stride} apart"
 
 
-def evaluation_rows(prefix: str, e: Any) -> list[tuple[str, str, str]]:
+def evaluation_rows(prefix: str, e: "Evaluation") -> list[tuple[str, str, str]]:
     name = "pseudo-perplexity" if e.pseudo else "perplexity"
     return [
         (f"{prefix}{name}", *_estimate(e.perplexity, 4)),
@@ -113,5 +115,5 @@ def evaluation_rows(prefix: str, e: Any) -> list[tuple[str, str, str]]:
     ]
 
 
-def _estimate(e: Any, digits: int) -> tuple[str, str]:
+def _estimate(e: "Estimate", digits: int) -> tuple[str, str]:
     return f"{e.mean:.{digits}f}", f"{e.low:.{digits}f} .. {e.high:.{digits}f}"

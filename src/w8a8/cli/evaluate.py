@@ -134,7 +134,7 @@ def evaluate(
     )
 
 
-def _show_tasks(model: str, found: dict[str, dict[str, Any]], *, as_json: bool) -> None:
+def _show_tasks(model: str, found: dict[str, dict[str, object]], *, as_json: bool) -> None:
     if as_json:
         print_json({"model": model, "tasks": found})
         return

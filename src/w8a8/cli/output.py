@@ -4,14 +4,14 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from w8a8.core.plain import plain
 from w8a8.core.progress import Progress
 from w8a8.jobs.watching import Watcher
+from w8a8.records.layers import LayerErrors
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
 
@@ -92,7 +92,7 @@ ERRORS = ("weight dB", "input dB", "output dB", "outliers", "saturated", "dead")
 """What `error_cells` tells of a layer."""
 
 
-def error_cells(layer: Any) -> tuple[str, ...]:
+def error_cells(layer: LayerErrors) -> tuple[str, ...]:
     """SQNRs in dB, outlier ratio, shares of saturated codes and of dead channels; empty for what has no value."""
     return (
         _figure(layer.weight_sqnr_db, 1),

@@ -1,11 +1,12 @@
 """The command `sensitivity`: which layers matter."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from w8a8.cli.app import Device, DrawingSeed, Dtype, Exclude, Include, Json, Model, Preset, SeqLen, app
 from w8a8.cli.output import ERRORS, Watching, error_cells, print_json, print_line, print_table
+from w8a8.records.layers import Sensitivity
 
 
 @app.command()
@@ -43,7 +44,7 @@ def sensitivity(
     show_sensitivity(model, found)
 
 
-def show_sensitivity(model: str, found: Any) -> None:
+def show_sensitivity(model: str, found: Sensitivity) -> None:
     """The ten worst layers, and whether the two orders agree."""
     by_spared = {name: rank for rank, name in enumerate(found.rankings.kl_spared, start=1)}
     rows = [

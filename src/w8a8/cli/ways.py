@@ -1,16 +1,18 @@
 """What `quantize` prints of its work: before it, and as each part of it is done."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from w8a8.cli.app import show_coverage
 from w8a8.cli.compare import show_compared, sizes
 from w8a8.cli.output import Watching, print_line, print_note, print_table
 from w8a8.cli.sensitivity import show_sensitivity
+from w8a8.records.streaming import Prediction
 
 if TYPE_CHECKING:
     from w8a8.jobs.outcome import Made
     from w8a8.jobs.request import Job
+    from w8a8.streaming.plan import Plan
 
 
 class WatchingJob(Watching):
@@ -20,7 +22,7 @@ class WatchingJob(Watching):
         super().__init__()
         self.job = job
 
-    def planned(self, plan: Any, prediction: Any) -> None:
+    def planned(self, plan: "Plan", prediction: Prediction) -> None:
         """A table, and where the usual contest of smoothing is not held, that."""
         if self.job.calibration is not None and self.job.smooth in (None, "auto"):
             print_note("smoothing: searched group by group; the contest of auto takes the whole model, see --no-stream")
@@ -95,7 +97,7 @@ def _show_weights(made: "Made") -> None:
     )
 
 
-def _show_prediction(plan: Any, found: Any) -> None:
+def _show_prediction(plan: "Plan", found: Prediction) -> None:
     minutes = f"{found.seconds / 60:.1f} min" if found.seconds > 60 else f"{found.seconds:.1f} s"
     rows = [
         ("memory at the peak", f"{found.peak_bytes / 1e9:.2f} GB", f"{found.memory_bytes / 1e9:.2f} GB available"),

@@ -234,7 +234,7 @@ def _with_bias(call: Call, x: Any, bias: Any) -> Tags | None:
     return {number: tags[number]}
 
 
-def _scale_free(value: Any) -> bool:
+def _scale_free(value: Tensor | float) -> bool:
     """0, an infinity or NaN: a positive scale leaves it as it is."""
     number = float(value)
     return number == 0.0 or not math.isfinite(number)

@@ -21,7 +21,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +33,7 @@ from w8a8.evaluation.intervals import Bootstrap, Estimate, verdict
 from w8a8.evaluation.scores import token_kl, token_losses
 from w8a8.evaluation.stored import Reference, stored_kl
 from w8a8.evaluation.text import Text
+from w8a8.model.pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Comparison:
 
 
 def perplexity(
-    model: Any,
+    model: Pretrained,
     text: Text | Tensor,
     *,
     seq_len: int | None = None,
@@ -119,8 +119,8 @@ def perplexity(
 
 
 def compare(
-    model: Any,
-    reference: Any,
+    model: Pretrained,
+    reference: Pretrained | Reference,
     text: Text | Tensor,
     *,
     seq_len: int,
@@ -176,7 +176,9 @@ def compare(
         tell(progress, done, len(cut), "comparison")
     draw, counts = Bootstrap(len(cut), seed=seed), [end - first for _, first, end in cut]
     difference = draw.ratio([a - b for a, b in zip(ours, theirs, strict=True)], counts)
-    stored = isinstance(reference, Reference) and reference.top.shape[1] < reference.vocabulary
+    top_k = None
+    if isinstance(reference, Reference) and reference.top.shape[1] < reference.vocabulary:
+        top_k = reference.top.shape[1]
     return Comparison(
         _evaluation(ours, text, cut, seq_len, stride, draw, pseudo=scores.is_masked(model)),
         _evaluation(theirs, text, cut, seq_len, stride, draw, pseudo=scores.is_masked(model)),
@@ -185,7 +187,7 @@ def compare(
         draw.ratio([float(values.astype(np.float64).sum()) for values in kl], counts),
         draw.quantile(kl, 0.99),
         draw.ratio(agree, counts),
-        reference.top.shape[1] if stored else None,
+        top_k,
         verdict(difference.exp()),
         statistics.median(our_speed),
         statistics.median(their_speed) if their_speed else None,
@@ -194,11 +196,11 @@ def compare(
     )
 
 
-def _dtype(model: Any) -> str:
+def _dtype(model: Pretrained) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
-def _timed(model: Any, text: Text, window: tuple[int, int, int], speed: list[float]) -> Tensor:
+def _timed(model: Pretrained, text: Text, window: tuple[int, int, int], speed: list[float]) -> Tensor:
     """`predictions`, which waits for its result, and the tokens of the window that were told in a second."""
     began = time.perf_counter()
     logits = scores.predictions(model, text, window)

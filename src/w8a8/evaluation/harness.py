@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from w8a8.checkpoint.opening import Named, OpenedModel, open_model
 from w8a8.defaults import usual_defaults
@@ -21,7 +20,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     include_path: Path | None = None,
     batch_size: int = 1,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, object]]:
     """What the harness measures: for each task its metrics by the harness's names, standard errors beside them.
 
     Args:
@@ -38,9 +37,8 @@ def run_tasks(
     """
     there = open_model(model, ASKED)
     try:
-        harness: Any = importlib.import_module("lm_eval")
-        wrapper: Any = importlib.import_module("lm_eval.models.huggingface")
-        manager: Any = importlib.import_module("lm_eval.tasks")
+        harness = importlib.import_module("lm_eval")
+        wrapper, manager = (importlib.import_module(f"lm_eval.{part}") for part in ("models.huggingface", "tasks"))
     except ImportError as error:
         raise ModelError(
             f"tasks are measured by lm-evaluation-harness, which cannot be imported ({error}): pip install 'w8a8[eval]'"

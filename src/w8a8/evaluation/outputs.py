@@ -13,10 +13,10 @@ Cosines are blind to a wrong scale, so the error stands beside them.  Intervals 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from w8a8.core.progress import Progress, tell
@@ -69,7 +69,7 @@ def compare_outputs(
         raise ModelError("outputs were to be compared, and there is no batch: give at least one")
     squares: list[float] = []
     sizes: list[float] = []
-    cosines: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+    cosines: list[NDArray[np.float32]] = []
     same: list[float] = []
     name = ""
     for done, batch in enumerate(batches, start=1):

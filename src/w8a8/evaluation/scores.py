@@ -13,16 +13,15 @@ pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659).  Whether a model is c
 (`check_causal`): BERT with the head of a decoder generates, and is not.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w8a8.core.scheme import PerToken
 from w8a8.errors import ModelError
 from w8a8.evaluation.text import Frame, Text, windows_for
 from w8a8.layers.linear import quant_linears
 from w8a8.model.kinds import PREDICTS_TOKENS, Asked, Kind, context_length, kind_of_model, way_out
+from w8a8.model.pretrained import Pretrained
 
 ASKED = Asked("a perplexity", PREDICTS_TOKENS)
 ROWS = 512  # rows of logits turned to float32 at a time
@@ -30,7 +29,7 @@ COPIES = 8  # of a window, each with another token masked, in one forward
 _LOOK = 16  # tokens that causality is seen on
 
 
-def cut(model: Any, text: Text, seq_len: int, stride: int | None) -> list[tuple[int, int, int]]:
+def cut(model: Pretrained, text: Text, seq_len: int, stride: int | None) -> list[tuple[int, int, int]]:
     """The windows of a text that a model can be scored on: start, first scored, end.
 
     Raises:
@@ -51,17 +50,17 @@ def cut(model: Any, text: Text, seq_len: int, stride: int | None) -> list[tuple[
     return found
 
 
-def is_masked(model: Any) -> bool:
+def is_masked(model: nn.Module) -> bool:
     """Whether a model is scored by pseudo-perplexity."""
     return kind_of_model(model) is Kind.MASKED
 
 
-def default_length(model: Any) -> int:
+def default_length(model: nn.Module) -> int:
     """Tokens in a window where nothing is said: the model's context, at most 2048."""
     return min(context_length(model) or 2048, 2048)
 
 
-def scoring_length(model: Any, text: Text) -> int:
+def scoring_length(model: nn.Module, text: Text) -> int:
     """Tokens in a window that a text is scored in: of a masked model, which reads it once for each token, few."""
     longest = default_length(model)
     if not is_masked(model):
@@ -69,7 +68,7 @@ def scoring_length(model: Any, text: Text) -> int:
     return min(longest - (0 if text.frame is None else len(text.frame)), 128)
 
 
-def predictions(model: Any, text: Text, window: tuple[int, int, int]) -> Tensor:
+def predictions(model: Pretrained, text: Text, window: tuple[int, int, int]) -> Tensor:
     """(S, V) logits for each scored token of a window of `cut`.
 
     Raises:
@@ -83,7 +82,7 @@ def predictions(model: Any, text: Text, window: tuple[int, int, int]) -> Tensor:
 
 
 @torch.inference_mode()
-def check_causal(model: Any, ids: Tensor) -> None:
+def check_causal(model: Pretrained, ids: Tensor) -> None:
     """Raise `ModelError` where what a model says of a token depends on that token.
 
     Args:
@@ -106,7 +105,7 @@ def check_causal(model: Any, ids: Tensor) -> None:
         )
 
 
-def _masked_logits(model: Any, ids: Tensor, frame: Frame, first: int, start: int) -> Tensor:
+def _masked_logits(model: Pretrained, ids: Tensor, frame: Frame, first: int, start: int) -> Tensor:
     """(S, V): of each token from `first` on what the model says of it, masked."""
     framed = torch.cat([ids.new_tensor(frame.before), ids, ids.new_tensor(frame.after)])
     found = []
@@ -119,7 +118,7 @@ def _masked_logits(model: Any, ids: Tensor, frame: Frame, first: int, start: int
     return torch.cat(found)
 
 
-def logits_of(model: Any, ids: Tensor, start: int) -> Tensor:
+def logits_of(model: Pretrained, ids: Tensor, start: int) -> Tensor:
     """(T, V) for one window.
 
     Args:
@@ -132,7 +131,7 @@ def logits_of(model: Any, ids: Tensor, start: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _logits(model: Any, ids: Tensor, start: int) -> Tensor:
+def _logits(model: Pretrained, ids: Tensor, start: int) -> Tensor:
     """(B, T, V) for copies of one window."""
     takes = {} if is_masked(model) else {"use_cache": False}
     out = model(input_ids=ids.to(model.device), **takes)

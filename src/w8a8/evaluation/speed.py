@@ -15,14 +15,15 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w8a8.core.progress import Progress, tell
 from w8a8.errors import ModelError
 from w8a8.model.kinds import Asked, context_length
+from w8a8.model.pretrained import Pretrained
 
 ASKED = Asked("reading and writing tokens")
 PROMPT, NEW = 512, 32
@@ -48,7 +49,7 @@ class Speed:
 
 
 def measure_speed(
-    models: Mapping[str, Any],
+    models: Mapping[str, Pretrained],
     *,
     prompt: int | None = None,
     new: int = NEW,
@@ -90,7 +91,7 @@ def measure_speed(
     }
 
 
-def _length(models: Mapping[str, Any], prompt: int | None, new: int) -> int:
+def _length(models: Mapping[str, Pretrained], prompt: int | None, new: int) -> int:
     """Of the prompt, where it and what is written fit into every context."""
     limits = {name: limit for name, model in models.items() if (limit := context_length(model)) is not None}
     room = min(limits.values(), default=PROMPT + new) - new
@@ -105,12 +106,13 @@ def _length(models: Mapping[str, Any], prompt: int | None, new: int) -> int:
 
 
 @torch.inference_mode()
-def _once(name: str, model: Any, length: int, new: int, batch: int, seed: int) -> tuple[float, float]:
+def _once(name: str, model: Pretrained, length: int, new: int, batch: int, seed: int) -> tuple[float, float]:
     """Seconds of reading and of writing."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(
-        vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
-    ).to(model.device)
+    vocabulary, drawn = (
+        cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
+        torch.Generator().manual_seed(seed),
+    )
+    ids = torch.randint(vocabulary, (batch, length), generator=drawn, dtype=torch.int64, device="cpu").to(model.device)
     # what transformers calls it from 5.24 on, and before
     cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     began = _now(model)
@@ -132,7 +134,7 @@ def _best(logits: Tensor) -> Tensor:
     return logits[:, -1:].argmax(-1)
 
 
-def _now(model: Any) -> float:
+def _now(model: Pretrained) -> float:
     """The time when all that was asked of the model's device is done."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

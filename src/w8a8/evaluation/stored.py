@@ -20,6 +20,7 @@ from w8a8.core.progress import Progress, tell
 from w8a8.errors import CheckpointError, ModelError
 from w8a8.evaluation.scores import ROWS, cut, predictions, token_losses
 from w8a8.evaluation.text import Text
+from w8a8.model.pretrained import Pretrained
 
 TOP_K = 512
 _TENSORS = ("losses", "best", "top", "log_p", "log_rest")
@@ -88,7 +89,7 @@ class Reference:
 
 
 def store(
-    reference: Any,
+    reference: Pretrained,
     text: Text,
     *,
     seq_len: int,

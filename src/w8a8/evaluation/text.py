@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w8a8.errors import ModelError, TextError
 from w8a8.model.kinds import context_length
+from w8a8.model.pretrained import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Text:
         return int(self.byte_ends[end - 1]) - (int(self.byte_ends[first - 1]) if first else 0)
 
 
-def encode(tokenizer: Any, text: str) -> Text:
+def encode(tokenizer: Tokenizer | None, text: str) -> Text:
     """A text, tokenised without special tokens.
 
     Raises:
@@ -64,7 +64,7 @@ def encode(tokenizer: Any, text: str) -> Text:
     return Text(ids, ends, _frame(tokenizer, text[:64]))
 
 
-def _frame(tokenizer: Any, text: str) -> Frame | None:
+def _frame(tokenizer: Tokenizer, text: str) -> Frame | None:
     """What the tokenizer puts around a text."""
     mask = getattr(tokenizer, "mask_token_id", None)
     if mask is None:
@@ -101,7 +101,7 @@ def windows(tokens: int, seq_len: int, stride: int, *, unscored: int = 1) -> Ite
 
 
 def windows_for(
-    model: Any, ids: Tensor, seq_len: int, stride: int | None, *, frame: Frame | None = None
+    model: nn.Module, ids: Tensor, seq_len: int, stride: int | None, *, frame: Frame | None = None
 ) -> list[tuple[int, int, int]]:
     """The windows of a text that a model can score; with a frame every token of each is.
 

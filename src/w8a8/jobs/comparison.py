@@ -61,7 +61,7 @@ class Compared:
     layers: tuple[LayerErrors, ...]
     why_not: str | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return {**plain(self.both), "layers": plain(self.layers), "layers_not_measured": self.why_not}
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from w8a8.checkpoint.opening import Named, NamedModel, open_model
 from w8a8.checkpoint.skeleton import empty_layers
@@ -30,7 +29,7 @@ class Inspected:
     vllm: tuple[Finding, ...]
     coverage: Coverage
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return {**{k: v for k, v in vars(self).items() if k != "coverage"}, **self.coverage.to_dict()}
 

@@ -16,6 +16,7 @@ from w8a8.evaluation import Evaluation, Text, encode, perplexity, scores, speed
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import unstack_experts_
 from w8a8.model.kinds import Asked
+from w8a8.model.pretrained import Pretrained
 from w8a8.pipeline import quantize
 
 
@@ -103,7 +104,7 @@ def time_models(
         "take a dynamic scheme, or save the model with `w8a8 quantize --calib FILE` and name both, the float one as "
         "--against"
     )
-    models: dict[str, Any] = {}
+    models: dict[str, Pretrained] = {}
     for name in dict.fromkeys((*against, str(named.name))):
         each = replace(named, name=name)
         is_float = each.directory.quantization is None
@@ -111,7 +112,8 @@ def time_models(
             each = replace(each, head="float")
         models[name] = open_model(each, speed.ASKED).model
         if is_float and not against:
-            models[f"{name} in {wanted.name}"] = quantize(open_model(each).model, wanted, head=named.head).model
+            models[f"{name} in {wanted.name}"] = other = open_model(each).model
+            quantize(other, wanted, head=named.head)
     with (watcher or Watcher()).stage("timing") as step:
         return speed.measure_speed(models, progress=step, **options)
 

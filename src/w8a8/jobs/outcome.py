@@ -1,7 +1,6 @@
 """What came out of a job that quantises: one frozen value, and JSON at the edge."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from w8a8.analysis import Allocation
 from w8a8.checkpoint.vllm import Finding
@@ -65,9 +64,9 @@ class Made:
         """What kind of model it is."""
         return kind_of(*self.job.named.directory.architecture)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """What `w8a8 quantize --json` tells."""
-        found: dict[str, Any] = {
+        found: dict[str, object] = {
             "output": self.job.output,
             "scheme": self.scheme.name,
             "untied": self.untied,

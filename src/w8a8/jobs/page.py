@@ -18,6 +18,7 @@ from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.opening import open_model
 from w8a8.core.plain import plain
 from w8a8.core.scheme import Scheme
+from w8a8.dataflow import Group
 from w8a8.errors import ReportError
 from w8a8.evaluation import encode
 from w8a8.jobs.diagnosis import diagnose
@@ -105,7 +106,7 @@ def _smooth_again(
         ReportError: it is not what was folded before.
     """
 
-    def key(group: Any) -> tuple[str, ...]:
+    def key(group: Group) -> tuple[str, ...]:
         return (group.source.module, *dict.fromkeys(reader.module for reader in group.readers))
 
     smoother = Smoother.of(model, data, dict.fromkeys(chosen, Scheme.of(done.scheme)))
@@ -123,7 +124,7 @@ def _smooth_again(
             )
 
 
-def page_records(made: Made) -> dict[str, Any]:
+def page_records(made: Made) -> dict[str, object]:
     """The records of a page about a saved model, for `w8a8.report.write_report` or a JSON file.
 
     Args:

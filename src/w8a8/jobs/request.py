@@ -7,7 +7,8 @@ import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import observer_of
@@ -17,6 +18,7 @@ from w8a8.checkpoint.vllm import Finding
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
 from w8a8.evaluation.scores import default_length
+from w8a8.model.pretrained import Tokenizer
 from w8a8.streaming.plan import SHARD_BYTES
 
 _LONGEST_WINDOW = 512  # of calibration data, where nothing is said
@@ -147,7 +149,7 @@ class Job:
             return Way.BLOCKS if self.stream else Way.MEMORY
         return Way.MEMORY if self.stream is False else Way.FILES
 
-    def calibrate_on(self, model: Any, tokenizer: Any) -> Calibration | None:
+    def calibrate_on(self, model: nn.Module, tokenizer: Tokenizer | None) -> Calibration | None:
         """The calibration data, always the same; None where none was given.
 
         Args:

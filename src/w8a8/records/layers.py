@@ -121,7 +121,7 @@ class Sensitivity:
         """The layers that cost most when quantised alone, the worst first."""
         return sorted(self.layers, key=lambda layer: -layer.kl_alone)[:count]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON; `from_dict` reads it."""
         return asdict(self)
 

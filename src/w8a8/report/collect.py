@@ -20,11 +20,11 @@ def collect(
     coverage: Mapping[str, Any] | None = None,
     smooth: Mapping[str, Any] | None = None,
     comparison: Mapping[str, Any] | None = None,
-    headline: Mapping[str, Any] | None = None,
-    layers: Sequence[Mapping[str, Any]] = (),
-    reproduce: Mapping[str, Any] | None = None,
-    **parts: Any,
-) -> dict[str, Any]:
+    headline: Mapping[str, object] | None = None,
+    layers: Sequence[Mapping[str, object]] = (),
+    reproduce: Mapping[str, object] | None = None,
+    **parts: object,
+) -> dict[str, object]:
     """Records of one quantised model.
 
     Args:
@@ -45,7 +45,12 @@ def collect(
     Raises:
         ReportError: a part does not follow the schema.
     """
-    found: dict[str, Any] = {"model": model, "scheme": scheme, "bytes_before": bytes_before, "bytes_after": bytes_after}
+    found: dict[str, object] = {
+        "model": model,
+        "scheme": scheme,
+        "bytes_before": bytes_before,
+        "bytes_after": bytes_after,
+    }
     if coverage is not None and bytes_after is None:
         found["bytes_after"] = coverage["totals"]["all"]["bytes"]
     if comparison is not None:
@@ -63,7 +68,7 @@ def collect(
             "dtype_after": comparison["model_dtype"],
         }
     found["verdict"] = verdict or verdict_of(comparison)
-    records: dict[str, Any] = {
+    records: dict[str, object] = {
         "schema": SCHEMA,
         "headline": found | dict(headline or {}),
         "layers": [dict(layer) for layer in layers],

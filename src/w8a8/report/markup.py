@@ -36,7 +36,7 @@ def text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def embedded(value: Any) -> str:
+def embedded(value: object) -> str:
     """JSON that can stand in a script element: no `<`, `>`, `&`, U+2028 or U+2029 is left as itself.
 
     Raises:
@@ -48,7 +48,7 @@ def embedded(value: Any) -> str:
     return document
 
 
-def table(columns: Columns, rows: Sequence[Sequence[Any]], *, caption: str, key: str | None = None) -> str:
+def table(columns: Columns, rows: Sequence[Sequence[object]], *, caption: str, key: str | None = None) -> str:
     """A table; the first cell of a row is its heading.
 
     Args:
@@ -100,7 +100,7 @@ def drawing(svg: str, title: str) -> str:
     return svg.replace("<svg ", f'<svg role="group" aria-label="{text(title)}" ', 1)
 
 
-def _cell(column: Column, value: Any, numeric: bool, heading: bool, key: str | None) -> str:
+def _cell(column: Column, value: object, numeric: bool, heading: bool, key: str | None) -> str:
     number = isinstance(value, int | float)
     shown = ABSENT if value is None else text(column.shown(value))
     data = f' data-v="{value!r}"' if number and key is not None else ""

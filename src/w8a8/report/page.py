@@ -8,9 +8,9 @@ run.  Tables are written as HTML, so that the page reads without its script, whi
 import base64
 import hashlib
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from w8a8._version import __version__
 from w8a8.errors import ReportError
@@ -19,7 +19,7 @@ from w8a8.report.records import check
 from w8a8.report.sections import headline, sections
 
 
-def report(records: dict[str, Any]) -> str:
+def report(records: Mapping[str, object]) -> str:
     """A page from records.
 
     Args:
@@ -59,7 +59,7 @@ def report(records: dict[str, Any]) -> str:
     )
 
 
-def write_report(path: str | Path, records: dict[str, Any]) -> None:
+def write_report(path: str | Path, records: Mapping[str, object]) -> None:
     """Write the page of some records; a file that is there is replaced, at once or not at all.
 
     Raises:

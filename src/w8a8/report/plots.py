@@ -10,13 +10,16 @@ colour.  Every mark carries its data as its label.  Figures are drawn for a colu
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 from w8a8.errors import ReportError
 from w8a8.records.layers import Histogram
 from w8a8.records.smoothing import GroupReport
 from w8a8.report.records import Budget, Layer
+
+Spec: TypeAlias = dict[str, object]
+"""Of Vega-Lite, or a part of one."""
 
 WIDTH, HEIGHT = 340, 210
 _SERIES = 8
@@ -50,7 +53,7 @@ _CONFIG = {
 }
 
 
-def svg(spec: dict[str, Any]) -> str:
+def svg(spec: Spec) -> str:
     """Draw one specification.
 
     Raises:
@@ -195,33 +198,33 @@ def costs(budget: Budget) -> str:
 _POINT = {"type": "point", "filled": True, "size": 45, "opacity": 0.9}
 
 
-def _chart(**body: Any) -> str:
+def _chart(**body: object) -> str:
     return svg({"width": WIDTH, "height": HEIGHT, "config": _CONFIG, **body})
 
 
 def _marks(
-    rows: Sequence[dict[str, Any]], mark: dict[str, Any], *, label: bool = True, **encoding: Any
-) -> dict[str, Any]:
+    rows: Sequence[Mapping[str, object]], mark: Mapping[str, object], *, label: bool = True, **encoding: object
+) -> Spec:
     """A mark for each row, which tells its label."""
     told = {"description": {"field": "label"}} if label else {}
     return {"data": {"values": rows}, "mark": mark, "encoding": encoding | told}
 
 
-def _x(field: str, title: str, *, scale: dict[str, Any] | None = None, whole: bool = False) -> dict[str, Any]:
+def _x(field: str, title: str, *, scale: Spec | None = None, whole: bool = False) -> Spec:
     axis = {"tickCount": 6} | ({"tickMinStep": 1, "format": "d"} if whole else {})
     return {"field": field, "type": "quantitative", "title": title, "scale": scale or {}, "axis": axis}
 
 
-def _y(field: str, title: str, **more: Any) -> dict[str, Any]:
+def _y(field: str, title: str, **more: object) -> Spec:
     usual = {"scale": {"zero": False}, "axis": {"tickCount": 5}}
     return {"field": field, "type": "quantitative", "title": title, **usual, **more}
 
 
-def _place() -> dict[str, Any]:
+def _place() -> Spec:
     return _x("place", "group, in the order of the forward", scale={"nice": False, "padding": 8}, whole=True)
 
 
-def _logarithmic(found: Sequence[float | None]) -> dict[str, Any]:
+def _logarithmic(found: Sequence[float | None]) -> Spec:
     """An axis with a line per decade, or where there is hardly one, at 1, 2 and 5."""
     values = [value for value in found if value is not None]
     low, high = min(values), max(values)

@@ -168,7 +168,7 @@ def read_records(path: Path) -> dict[str, Any]:
     return dict(records)
 
 
-def check(records: Any) -> Records:
+def check(records: object) -> Records:
     """Records as dataclasses.
 
     Args:
@@ -209,7 +209,7 @@ def check(records: Any) -> Records:
     return read
 
 
-def _dataclass(kind: type[_T], value: Any, where: str) -> _T:
+def _dataclass(kind: type[_T], value: object, where: str) -> _T:
     if not isinstance(value, dict):
         raise _wrong(where, "an object", value)
     hints = typing.get_type_hints(kind)
@@ -224,7 +224,7 @@ def _dataclass(kind: type[_T], value: Any, where: str) -> _T:
     return kind(**{key: _value(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Any, value: object, where: str) -> Any:
     """A value as its annotation wants it: a dataclass, a list, a tuple, a dict, a union with None, or a plain type."""
     if isinstance(hint, types.UnionType):
         (inner,) = [option for option in typing.get_args(hint) if option is not types.NoneType]
@@ -253,5 +253,5 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _wrong(where: str, wanted: str, value: Any) -> ReportError:
+def _wrong(where: str, wanted: str, value: object) -> ReportError:
     return ReportError(f"{where} should be {wanted}, found {type(value).__name__} {value!r:.60}")
