@@ -126,7 +126,6 @@ INSIDE = {
     "cli": [
         "output",
         "app",
-        "pairs",
         "compare",
         "sensitivity",
         "ways",
@@ -134,7 +133,6 @@ INSIDE = {
         "evaluate",
         "inspect",
         "quantize",
-        "report",
         "run",
         "serve",
         "commands",

@@ -4,9 +4,8 @@ Readers of one tensor are found by watching which layers are given the same one.
 `measure`.
 """
 
-import contextlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from w8a8.errors import ModelError
 from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear, float_operands, is_linear, quant_linears
-from w8a8.model.inputs import evaluating
+from w8a8.model.inputs import evaluating, watched
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import select
 from w8a8.records.layers import Channels, LayerErrors, binned
@@ -112,21 +111,16 @@ def observe_readers(
     found = dict(zip(names, names, strict=True))
     readers: dict[tuple[str, int], tuple[weakref.ref[Tensor], str]] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            key = name.rpartition(".")[0], id(x)
-            if key not in readers or readers[key][0]() is not x:  # the id may be a dead tensor's
-                readers[key] = weakref.ref(x), name
-            found[name] = readers[key][1]
-            if measures is not None:
-                measures[name].update(x, output)
+    def see(name: str, args: tuple[object, ...], kwargs: dict[str, object], output: Tensor) -> None:
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        key = name.rpartition(".")[0], id(x)
+        if key not in readers or readers[key][0]() is not x:  # the id may be a dead tensor's
+            readers[key] = weakref.ref(x), name
+        found[name] = readers[key][1]
+        if measures is not None:
+            measures[name].update(x, output)
 
-        return see
-
-    with contextlib.ExitStack() as hooks, evaluating(model):
-        for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True))
+    with watched(model, names, see, after=True), evaluating(model):
         logits_of(model, ids, start)
     return found
 

@@ -12,14 +12,14 @@ The alternative, to call the blocks by themselves in a loop, needs to know how a
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from w8a8.evaluation.scores import logits_of
-from w8a8.model.inputs import evaluating
+from w8a8.model.inputs import evaluating, watched
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.swapping import swapped
 
@@ -54,16 +54,11 @@ def record(model: Pretrained, ids: Tensor, start: int, layers: Mapping[str, nn.M
     outputs: dict[str, object] = {}
     calls: list[str] = []
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            calls.append(name)
-            outputs[name] = _cloned(output)
+    def keep(name: str, args: object, kwargs: object, output: object) -> None:
+        calls.append(name)
+        outputs[name] = _cloned(output)
 
-        return hook
-
-    with contextlib.ExitStack() as hooks, evaluating(model), swapped(model, layers):
-        for name in blocks_of(model):
-            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
+    with evaluating(model), swapped(model, layers), watched(model, blocks_of(model), keep, after=True):
         logits = logits_of(model, ids, start)
     whole = Recording(ids, start, logits, {})
     if not outputs or len(calls) > len(outputs):

@@ -6,9 +6,8 @@ layer is fed with what it gets in the float model (the first window of the text)
 the perplexity of a short text cannot.
 """
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from w8a8.errors import SchemeError
 from w8a8.evaluation import Evaluation, perplexity
 from w8a8.evaluation.scores import default_length
 from w8a8.layers.linear import QuantLinear
+from w8a8.model.inputs import watched
 from w8a8.model.kinds import Asked
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import select
@@ -114,15 +114,10 @@ def _layer_inputs(model: Pretrained, names: Sequence[str], ids: Tensor) -> dict[
     """What each layer is fed in one forward of the float model."""
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            inputs[name] = arguments[0].detach()
+    def keep(name: str, args: tuple[Tensor, ...], kwargs: object) -> None:
+        inputs[name] = args[0].detach()
 
-        return hook
-
-    with contextlib.ExitStack() as hooks, torch.inference_mode():
-        for name in names:
-            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(keep(name)))
+    with watched(model, names, keep, after=False), torch.inference_mode():
         model(input_ids=ids[None].to(model.device), use_cache=False)
     return inputs
 

@@ -47,11 +47,7 @@ Measured: TypeAlias = tuple[object, object, object]  # how a summary was made
 
 
 def collect(
-    model: nn.Module,
-    calibration: Calibration,
-    statistics: Mapping[str, T],
-    *,
-    progress: Progress | None = None,
+    model: nn.Module, calibration: Calibration, statistics: Mapping[str, T], *, progress: Progress | None = None
 ) -> dict[str, T]:
     """Run the calibration once and feed what the named modules read to their statistics.
 

@@ -19,7 +19,7 @@ from w8a8.checkpoint.vllm import VERSION, Finding
 from w8a8.core.row_sample import ROWS
 from w8a8.core.scheme import PRESETS
 from w8a8.errors import few
-from w8a8.records.coverage import Coverage, percentage
+from w8a8.records.coverage import Coverage, megabytes, percentage
 
 PLACE = "path/to/this/directory"
 """What a card calls its directory while that has no name on the hub."""
@@ -156,8 +156,8 @@ def _about(facts: Facts) -> Iterator[str]:
     yield "## What is quantised"
     rows = [(_code(scheme), str(count), _in_words(scheme)) for scheme, count in schemes.items()]
     yield _table(("scheme", "layers", "what it is"), rows)
-    size = f"Tensors in the files: {_megabytes(facts.bytes)}"
-    size += f"; in those of the float model: {_megabytes(origin.bytes)}." if origin.bytes is not None else "."
+    size = f"Tensors in the files: {megabytes(facts.bytes)}"
+    size += f"; in those of the float model: {megabytes(origin.bytes)}." if origin.bytes is not None else "."
     parameters, macs = percentage(done.parameters, every.parameters), percentage(done.macs, every.macs)
     yield f"{parameters} of the parameters and {macs} of the multiply-adds of a token are in these layers. {size}"
     worst = coverage.worst_weights(_WORST)
@@ -273,7 +273,3 @@ def _code(text: str) -> str:
 def _cell(text: str) -> str:
     """Text from a model or a file on one line: neither markup of a page nor the end of a cell."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"

@@ -76,10 +76,7 @@ def push_to_hub(directory: str | Path, repository: str, *, private: bool | None 
                 f"its settings, or give another name; then: {again}"
             )
         api.upload_folder(
-            repo_id=repository,
-            folder_path=directory,
-            commit_message="Quantised by w8a8",
-            delete_patterns=_STALE,
+            repo_id=repository, folder_path=directory, commit_message="Quantised by w8a8", delete_patterns=_STALE
         )
     except HubError:
         raise

@@ -81,11 +81,7 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
         asked.check(*directory.architecture)
     quantized = directory.quantization is not None
     wanted = _dtype(named.dtype)
-    if Head.of(named.head) is Head.INT8 and not quantized:
-        raise ModelError(
-            f"head={named.head!r} was asked for, but {directory.path} holds a float model; quantise it first"
-        )
-    if quantized:
+    if quantized or Head.of(named.head) is Head.INT8:  # which a float model is refused with there
         model = load(directory, head=named.head)
         _move(model, wanted)
     else:

@@ -156,15 +156,10 @@ def quantize_heads(model: nn.Module, scheme: Scheme, **options: Any) -> None:
         options: As for `QuantLinear`.
     """
     if names := heads_of(model):
-        choice = Choice.of(model, _measured_as_it_comes(scheme), names)
+        if scheme.activations is not None:
+            scheme = replace(scheme, activations=replace(scheme.activations, dynamic=True))
+        choice = Choice.of(model, scheme, names)
         choice.enact(build(model, choice.schemes, **options))
-
-
-def _measured_as_it_comes(scheme: Scheme) -> Scheme:
-    """The scheme with dynamic activations."""
-    if scheme.activations is None:
-        return scheme
-    return replace(scheme, activations=replace(scheme.activations, dynamic=True))
 
 
 def _fill(model: Pretrained, directory: Directory, packed: set[str]) -> None:

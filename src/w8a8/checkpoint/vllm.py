@@ -24,19 +24,14 @@ from torch import nn
 from w8a8.checkpoint.names import renamed_stacks
 from w8a8.core.packed import in_words
 from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
-from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
+from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear, shape_of
 from w8a8.model.choice import Choice
 from w8a8.model.roles import ROUTERS
 from w8a8.model.roles import heads as heads_of
 
 VERSION = "0.33.0"
 
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
+FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Linear layers that lie side by side and are one in vLLM, by the last part of their names."""
 
 _GROUPS = (32, 64, 128)  # MARLIN_SUPPORTED_GROUP_SIZES
@@ -89,15 +84,7 @@ def transposed_of(model: nn.Module) -> set[str]:
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
     """N and K of every linear layer."""
-    found = {}
-    for name in schemes_of(model):
-        layer = model.get_submodule(name)
-        if isinstance(layer, QuantLinear | nn.Linear):
-            found[name] = layer.out_features, layer.in_features
-        else:
-            k, n = layer.get_parameter("weight").shape
-            found[name] = n, k
-    return found
+    return {name: shape_of(model.get_submodule(name)) for name in schemes_of(model)}
 
 
 def findings(

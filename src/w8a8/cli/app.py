@@ -5,9 +5,9 @@ from typing import Annotated
 import typer
 
 from w8a8._version import __version__
-from w8a8.cli.output import megabytes, percent, print_line, print_table
+from w8a8.cli.output import percent, print_line, print_table
 from w8a8.errors import few
-from w8a8.records.coverage import Coverage
+from w8a8.records.coverage import Coverage, megabytes
 
 app = typer.Typer(
     add_completion=False,
@@ -45,14 +45,6 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code from MODEL where transformers has no class for it."),
 ]
-
-SCORING = (
-    "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
-    "overlap (--stride makes them overlap); the first token of a window is not scored, nor is one that an earlier "
-    "window scored; every scored token weighs the same.  Pseudo-perplexity: in windows of 128 tokens, the special "
-    "tokens around, every token is masked in its turn (Salazar et al. 2020).  Intervals are 95 %, by the bootstrap "
-    "over windows."
-)
 
 
 def _version(value: bool) -> None:

@@ -3,7 +3,8 @@
 import math
 from typing import TYPE_CHECKING
 
-from w8a8.cli.output import ERRORS, error_cells, megabytes, print_line, print_table
+from w8a8.cli.output import ERRORS, error_cells, print_line, print_table
+from w8a8.records.coverage import megabytes
 
 if TYPE_CHECKING:
     from w8a8.evaluation import Comparison, Estimate, Evaluation
@@ -45,8 +46,11 @@ def _show_predictions(model: str, against: str, both: "Comparison", found: "Comp
         (f"of 99 % of the tokens at most{bound}", *_estimate(both.kl_p99_nats, 6)),
         ("same most likely token", *_estimate(both.top1_agreement, 4)),
         ("weights on disk", sizes(model, against), ""),
-        *_speed_rows(both),
+        (f"model reading, tokens/s, floats in {both.model_dtype}", f"{both.model_tok_per_s:.1f}", ""),
     ]
+    if both.reference_tok_per_s is not None:
+        rate, times = both.reference_tok_per_s, both.model_tok_per_s / both.reference_tok_per_s
+        rows.append((f"reference reading, {both.reference_dtype}", f"{rate:.1f}", f"{times:.2f}x"))
     print_table(
         f"{model} against {against}: {windows_in_words(both.model)}", ("measure", "value", "95 % interval"), rows
     )
@@ -81,14 +85,6 @@ def show_judged(model: str, against: str, found: "Judgement") -> None:
     print_table(f"{model} against {against}: {found.judged}", ("measure", "value", "95 % interval"), rows)
     for measure in found.measures:
         print_line(f"{measure.name}: {measure.verdict}.")
-
-
-def _speed_rows(both: "Comparison") -> list[tuple[str, str, str]]:
-    speed, reference = both.model_tok_per_s, both.reference_tok_per_s
-    rows = [(f"model reading, tokens/s, floats in {both.model_dtype}", f"{speed:.1f}", "")]
-    if reference is not None:
-        rows.append((f"reference reading, {both.reference_dtype}", f"{reference:.1f}", f"{speed / reference:.2f}x"))
-    return rows
 
 
 def sizes(model: str, against: str) -> str:

@@ -5,24 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import (
-    SCORING,
-    Device,
-    Dtype,
-    Exclude,
-    Head,
-    Include,
-    Json,
-    MaxTokens,
-    Model,
-    SeqLen,
-    TrustRemoteCode,
-    app,
-)
+from w8a8.cli.app import Device, Dtype, Exclude, Head, Include, Json, MaxTokens, Model, SeqLen, TrustRemoteCode, app
 from w8a8.cli.compare import evaluation_rows, show_compared, show_judged, windows_in_words
 from w8a8.cli.output import Watching, print_json, print_line, print_table
 from w8a8.core.plain import plain
 from w8a8.errors import SchemeError
+
+SCORING = (
+    "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
+    "overlap (--stride makes them overlap); the first token of a window is not scored, nor is one that an earlier "
+    "window scored; every scored token weighs the same.  Pseudo-perplexity: in windows of 128 tokens, the special "
+    "tokens around, every token is masked in its turn (Salazar et al. 2020).  Intervals are 95 %, by the bootstrap "
+    "over windows."
+)
 
 
 @app.command("eval", epilog=SCORING)

@@ -1,12 +1,21 @@
-"""The commands that look: `inspect`, `schemes` and `doctor`."""
+"""The commands that look and show: `inspect`, `schemes`, `doctor` and `report`."""
 
-from typing import Annotated
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from w8a8.cli.app import Json, Model, TrustRemoteCode, app, show_coverage
 from w8a8.cli.output import print_json, print_line, print_table, quiet_transformers
-from w8a8.cli.pairs import show_pairs
+from w8a8.errors import few
+
+if TYPE_CHECKING:
+    from w8a8.dataflow import Dataflow
+
+_FEW = 6
 
 
 @app.command()
@@ -30,7 +39,7 @@ def inspect(
     quiet_transformers()
     named = NamedModel(model, trust_remote_code=trust_remote_code)
     if pairs:
-        show_pairs(named.directory.path, observe_model(named), as_json=as_json)
+        _show_pairs(named.directory.path, observe_model(named), as_json=as_json)
         return
     found = inspect_model(named)
     if as_json:
@@ -44,6 +53,33 @@ def inspect(
         for m in found.coverage.modules
     ]
     print_table(str(found.directory), ("module", "kind", "shape", "parameters", "scheme", "why float"), rows)
+
+
+def _show_pairs(directory: Path, found: "Dataflow", *, as_json: bool) -> None:
+    """What could be folded into what, and why the rest cannot."""
+    if as_json:
+        print_json({"directory": directory, **found.to_dict()})
+        return
+    groups = [
+        (
+            group.source.module,
+            group.source.kind,
+            f"{int(group.scalable.sum())} of {group.source.channels}",
+            few((reader.module for reader in group.readers), _FEW, counted=True),
+        )
+        for group in found.groups
+    ]
+    print_table(f"{directory}: can be folded", ("source", "kind", "channels", "read by", "layers"), _by_layer(groups))
+    refused = [(r.source.module, r.source.kind, few(r.readers, _FEW, counted=True), r.reason) for r in found.refused]
+    print_table("Cannot be folded", ("source", "kind", "read by", "why", "layers"), _by_layer(refused))
+    if found.unread:
+        print_line(f"Not reached by this forward: {few(found.unread, _FEW, counted=True)}")
+
+
+def _by_layer(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Rows that differ in the numbers of layers only, as one row with * and their count."""
+    counts = Counter(tuple(re.sub(r"\.\d+(?=[.,;]|$)", ".*", cell) for cell in row) for row in rows)
+    return [(*row, str(count)) for row, count in counts.items()]
 
 
 @app.command()
@@ -88,3 +124,17 @@ def doctor(as_json: Json = False) -> None:
     print_table("Machine", ("what", "found"), [*found.versions.items(), *found.machine.items()])
     rows = [(k.name, "yes" if k.available else "no", k.reason or k.about) for k in found.kernels]
     print_table("Kernels, in order of preference", ("kernel", "here", "why"), rows)
+
+
+@app.command()
+def report(
+    records: Annotated[
+        Path, typer.Argument(metavar="RESULT.json", help="Records, as `w8a8.report.collect` makes them.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file to write.", show_default=False)],
+) -> None:
+    """Make one self-contained page from the records of a quantised model."""
+    from w8a8.report import read_records, write_report
+
+    write_report(output, read_records(records))
+    print_line(f"Wrote {output}, {output.stat().st_size / 1e6:.2f} MB.")

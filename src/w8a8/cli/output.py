@@ -84,10 +84,6 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def megabytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
-
-
 ERRORS = ("weight dB", "input dB", "output dB", "outliers", "saturated", "dead")
 """What `error_cells` tells of a layer."""
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app
-from w8a8.cli.output import megabytes, print_json, print_line, print_table, progress, quiet_transformers
+from w8a8.cli.output import print_json, print_line, print_table, progress, quiet_transformers
 from w8a8.core.plain import plain
+from w8a8.records.coverage import megabytes
 
 if TYPE_CHECKING:
     from w8a8.demo.run import DemoReport

@@ -48,13 +48,7 @@ def show_sensitivity(model: str, found: Sensitivity) -> None:
     """The ten worst layers, and whether the two orders agree."""
     by_spared = {name: rank for rank, name in enumerate(found.rankings.kl_spared, start=1)}
     rows = [
-        (
-            layer.name,
-            f"{layer.kl_alone:.2e}",
-            f"{layer.kl_spared:.2e}",
-            str(by_spared[layer.name]),
-            *error_cells(layer),
-        )
+        (layer.name, f"{layer.kl_alone:.2e}", f"{layer.kl_spared:.2e}", str(by_spared[layer.name]), *error_cells(layer))
         for layer in found.worst()
     ]
     title = f"{model}: {found.tokens:,} tokens, KL(float || quantised) {found.kl_nats:.3e} nats per token"

@@ -226,7 +226,8 @@ def l2_error(x: Tensor, y: Tensor) -> float:
     Raises:
         SchemeError: the shapes differ.
     """
-    _same_shape(x, y)
+    if x.shape != y.shape:
+        raise SchemeError(f"two tensors of one shape are compared, found {tuple(x.shape)} and {tuple(y.shape)}")
     return float(torch.linalg.vector_norm(x.to(torch.float64) - y.to(torch.float64)))
 
 
@@ -391,11 +392,6 @@ def describe_non_finite(x: Tensor) -> str:
         f"{x[index].item()} at index {index} of {described(x)} ({int(bad.sum())} of {x.numel()} are not finite "
         "in float32); a scale needs finite values: repair the tensor first"
     )
-
-
-def _same_shape(x: Tensor, y: Tensor) -> None:
-    if x.shape != y.shape:
-        raise SchemeError(f"two tensors of one shape are compared, found {tuple(x.shape)} and {tuple(y.shape)}")
 
 
 def described(x: Described) -> str:

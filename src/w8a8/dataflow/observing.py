@@ -20,7 +20,7 @@ from w8a8.dataflow.products import blocked
 from w8a8.dataflow.tracing import Trace, Watch
 from w8a8.errors import ModelError
 from w8a8.layers.linear import check_materialised
-from w8a8.model.inputs import evaluating
+from w8a8.model.inputs import evaluating, tensors_in
 from w8a8.model.kinds import context_length, input_config, output_config
 
 
@@ -47,7 +47,7 @@ def observe(model: nn.Module, inputs: Mapping[str, Any] | Tensor) -> Dataflow:
         for mode in (evaluating(model), _following(model, trace), *modes, Watch(trace, RULES, blocked)):
             stack.enter_context(mode)
         out = _run(model, inputs)
-    for tags in map(trace.tags, _tensors_in(out, set())):
+    for tags in map(trace.tags, tensors_in(out, set())):
         trace.block(tags, "it is an output of the model")
     del out
     if trace.live_bytes():
@@ -122,16 +122,3 @@ def _following(model: nn.Module, trace: Trace) -> Iterator[None]:
             hooks.enter_context(module.register_forward_pre_hook(lambda _, __, name=name: trace.enter(name)))
             hooks.enter_context(module.register_forward_hook(lambda _, __, ___: trace.leave(), always_call=True))
         yield
-
-
-def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors of an output, however it is wrapped."""
-    if isinstance(value, Tensor):
-        yield value
-        return
-    if id(value) in seen or isinstance(value, nn.Module | type):
-        return
-    seen.add(id(value))
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple | set) else ()
-    for part in (*inside, *getattr(value, "__dict__", {}).values()):
-        yield from _tensors_in(part, seen)

@@ -102,10 +102,7 @@ def demo_model() -> OpenedModel:
 
 
 def run_demo(
-    *,
-    max_tokens: int | None = None,
-    progress: Progress | None = None,
-    show: Callable[[DemoReport], None] | None = None,
+    *, max_tokens: int | None = None, progress: Progress | None = None, show: Callable[[DemoReport], None] | None = None
 ) -> DemoReport:
     """Quantise, save, load and measure the shipped model in every scheme of `SCHEMES`.
 

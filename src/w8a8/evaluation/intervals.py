@@ -85,7 +85,8 @@ class Bootstrap:
     def _interval(self, value: float, drawn: Floats) -> Estimate:
         if self.windows < 2:
             return Estimate(value, math.nan, math.nan)
-        tail = _expanded_tail(self.windows)
+        z = math.sqrt(self.windows / (self.windows - 1)) * _student(self.windows - 1)
+        tail = 0.5 * math.erfc(z / math.sqrt(2))  # what the normal has beyond z, expanded as above
         low, high = np.quantile(drawn, [tail, 1 - tail])
         return Estimate(value, float(low), float(high))
 
@@ -134,15 +135,6 @@ def better_or_worse(difference: Estimate) -> str:
 def _percent(value: float) -> str:
     digits = 2 if value >= 0.01 else 4
     return f"{value:.{digits}f} %"
-
-
-def _expanded_tail(n: int) -> float:
-    """The share of draws on either side of the interval."""
-    return _normal_below(-math.sqrt(n / (n - 1)) * _student(n - 1))
-
-
-def _normal_below(z: float) -> float:
-    return 0.5 * math.erfc(-z / math.sqrt(2))
 
 
 def _student(degrees: int) -> float:

@@ -62,7 +62,9 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
     include = with_head(model, job.include, job.head)
     choice = Choice.of(model, job.scheme, include, job.exclude)
     _, schemes = assign(choice.selection, job.scheme if made.allocation is None else made.allocation.schemes)
-    before, folded = None, _folded(made.smooth)
+    groups = () if made.smooth is None else made.smooth.groups
+    folded = {(g.source, *g.readers): (g.alpha, g.error_after) for g in groups if g.alpha is not None}
+    before = None
     if folded:
         assert made.smooth is not None, "it has groups"
         assert data is not None, "smoothed on it"
@@ -70,12 +72,7 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
             before = channel_absmax(model, ids, seed=job.seed)
         _smooth_again(model, data, made.smooth, folded, choice.outside)
     swap(model, choice.experts)
-    given: dict[str, Any] = {
-        "include": include,
-        "exclude": job.exclude,
-        "calibration": data,
-        "observer": job.observer,
-    }
+    given: dict[str, Any] = {"include": include, "exclude": job.exclude, "calibration": data, "observer": job.observer}
     with watcher.stage("measuring layers") as step:
         found = sensitivity(model, ids, schemes, **given, seed=job.seed, before_smoothing=before, progress=step)
     with watcher.stage("measuring remedies") as step:
@@ -85,12 +82,6 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
     if any(scheme.static for scheme in schemes.values()):
         words += f"; static ranges by {job.observer} on {made.calibrated_on}, as they were saved"
     return MeasuredLayers(found, helpful, words + ".")
-
-
-def _folded(smooth: SmoothReport | None) -> dict[tuple[str, ...], tuple[float, float | None]]:
-    """The alpha and the error of the groups that were smoothed, by source and readers."""
-    groups = () if smooth is None else smooth.groups
-    return {(g.source, *g.readers): (g.alpha, g.error_after) for g in groups if g.alpha is not None}
 
 
 def _smooth_again(

@@ -322,6 +322,14 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """N and K of a linear layer, float or quantised."""
+    if isinstance(linear, nn.Linear | QuantLinear):
+        return linear.out_features, linear.in_features
+    k, n = linear.get_parameter("weight").shape
+    return n, k
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether this is a float linear layer: `nn.Linear`, a subclass of it, or `Conv1D`."""
     return isinstance(module, nn.Linear) or is_conv1d(module)

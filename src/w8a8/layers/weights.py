@@ -14,16 +14,7 @@ from torch import Tensor
 
 from w8a8.core.affine import QTensor, fake_quantize, quantize
 from w8a8.core.row_sample import RowSample
-from w8a8.core.scheme import (
-    MAX_CODE_BITS,
-    Granularity,
-    PerChannel,
-    PerColumn,
-    PerGroup,
-    PerTensor,
-    PerToken,
-    QuantSpec,
-)
+from w8a8.core.scheme import MAX_CODE_BITS, Granularity, PerChannel, PerColumn, PerGroup, PerTensor, PerToken, QuantSpec
 from w8a8.kernels import native
 
 

@@ -5,7 +5,7 @@ import copy
 import enum
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -103,6 +103,21 @@ def _in_words(inputs: ModelInputs) -> str:
 
 
 @contextlib.contextmanager
+def watched(model: nn.Module, names: Iterable[str], see: Callable[..., object], *, after: bool) -> Iterator[None]:
+    """Call `see(name, args, kwargs)` before each call of some modules for the length of a `with` block.
+
+    Args:
+        after: Behind each instead, and with what it returned as the fourth argument.
+    """
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            register = module.register_forward_hook if after else module.register_forward_pre_hook
+            hooks.enter_context(register(lambda _, *given, name=name: see(name, *given), with_kwargs=True))
+        yield
+
+
+@contextlib.contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
     """One state of torch's random generators for the length of a `with` block, for models that draw as they run."""
     others = [device] if device.type == "cuda" else []
@@ -152,13 +167,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """All tensors in an output or in inputs: tuples, lists, mappings."""
+def tensors_in(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors in an output or in inputs: tuples, lists, mappings.
+
+    Args:
+        seen: Where given, also in sets and in the attributes of objects, save in those that were looked into.
+    """
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from tensors_in(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from tensors_in(part)
+        return
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    if seen is not None:
+        if id(value) in seen or isinstance(value, nn.Module | type):
+            return
+        seen.add(id(value))
+        parts = (*(value if isinstance(value, set) else parts), *getattr(value, "__dict__", {}).values())
+    for part in parts:
+        yield from tensors_in(part, seen)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Set
 from torch import nn
 
 from w8a8.errors import ModelError
-from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear
+from w8a8.layers.linear import QuantLinear, is_linear, shape_of
 from w8a8.model.experts import Experts, expert_counts
 from w8a8.model.pretrained import is_pretrained
 
@@ -70,7 +70,7 @@ def routers_of(model: nn.Module, linears: Mapping[str, nn.Module], choosing: Map
     for name, how in choosing.items():
         parents = name.split(".")[:-1]
         near = [".".join(parents[:depth]) for depth in (len(parents), len(parents) - 1) if depth >= 0]
-        outputs = _outputs(linears[name]) if name in linears else 0
+        outputs = shape_of(linears[name])[0] if name in linears else 0
         if any(_has_experts(model.get_submodule(parent), outputs, counts) for parent in near):
             found[name] = how
     return found
@@ -89,11 +89,6 @@ def _has_experts(module: nn.Module, number: int, counts: Set[int]) -> bool:
             if stacked or (below and parameter.shape[0] > number):
                 return True
     return False
-
-
-def _outputs(linear: nn.Module) -> int:
-    """N."""
-    return linear.get_parameter("weight").shape[1 if is_conv1d(linear) else 0]
 
 
 def adapters_of(model: nn.Module) -> set[str]:

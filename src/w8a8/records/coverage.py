@@ -93,13 +93,18 @@ class Coverage:
         lines = [
             f"{done.modules} of {every.modules} modules quantised: "
             f"{percentage(done.parameters, every.parameters)} of the parameters, "
-            f"{percentage(done.macs, every.macs)} of the multiply-adds; {every.bytes / 1e6:.2f} MB in all"
+            f"{percentage(done.macs, every.macs)} of the multiply-adds; {megabytes(every.bytes)} in all"
         ]
         for reason, modules in self.left_by_reason().items():
             count = sum(m.parameters for m in modules)
             names = few(m.name for m in modules)
             lines.append(f"  float: {names} ({len(modules)}, {count:,} parameters): {reason}")
         return "\n".join(lines)
+
+
+def megabytes(count: int) -> str:
+    """In words: `12.34 MB`."""
+    return f"{count / 1e6:.2f} MB"
 
 
 def percentage(part: int, whole: int) -> str:

@@ -25,18 +25,18 @@ def worst(records: Records) -> str:
         measured = [layer for layer in records.layers if layer.output_sqnr_db is not None]
         ranks = {"rank, output SQNR": [x.name for x in sorted(measured, key=lambda x: x.output_sqnr_db or 0.0)]}
         note = "Ranked by output SQNR, the lowest first: effects on the final KL were not measured."
-    names = list(
-        dict.fromkeys(
-            name for order in zip(*(order[:_WORST] for order in ranks.values()), strict=False) for name in order
-        )
-    )
-    names += [name for name in helped if name not in names]
+    first = zip(*(order[:_WORST] for order in ranks.values()), strict=False)
+    names = list(dict.fromkeys([*(name for order in first for name in order), *helped]))
     if not names:
         return ""
     by_name = {layer.name: layer for layer in records.layers}
     places = [{name: place for place, name in enumerate(order, start=1)} for order in ranks.values()]
     rows = [
-        [name, *(place.get(name) for place in places), *_measures(by_name.get(name)), _best(helped.get(name, []))]
+        [
+            *(name, *(place.get(name) for place in places)),
+            *(getattr(by_name.get(name), measure, None) for measure in ("output_sqnr_db", "kl_alone", "kl_spared")),
+            _best(helped.get(name, [])),
+        ]
         for name in names
     ]
     columns: Columns = [
@@ -74,10 +74,6 @@ def _remedies(records: Records) -> str:
     columns: Columns = ["layer", "remedy", Column("KL falls by, nats", scientific), "how, or why not"]
     rows = [[r.layer, r.remedy, r.gain_kl_nats, r.note] for r in records.remedies]
     return folded(title, table(columns, rows, caption=title))
-
-
-def _measures(layer: Layer | None) -> tuple[float | None, float | None, float | None]:
-    return (None, None, None) if layer is None else (layer.output_sqnr_db, layer.kl_alone, layer.kl_spared)
 
 
 def _disagreement(records: Records) -> str:
@@ -208,7 +204,7 @@ def _heat(kind: str, rows: Sequence[Channels], low: float, high: float) -> str:
     data = table(
         [
             "layer",
-            *(Column(f"{what} {when}", significant(3)) for when in ("before", "after") for what in ("max", "median")),
+            *(Column(f"{what} {when}", "{:.3g}".format) for when in ("before", "after") for what in ("max", "median")),
         ],
         [[row.layer, *_ends(row.before), *_ends(row.after)] for row in rows],
         caption=f"Input channels of {kind}; every value is in the records",
@@ -233,7 +229,7 @@ def _histogram(found: Histogram) -> str:
     note = f"Codes {low} to {found.qmax}, scale {found.scale:.4g}, zero point {found.zero_point}."
     bins = zip(found.edges, found.edges[1:], found.counts, strict=False)
     data = table(
-        [Column("from", significant(4)), Column("to", significant(4)), Column("count", grouped)],
+        [Column("from", significant), Column("to", significant), Column("count", grouped)],
         [list(row) for row in bins],
         caption=f"{found.what} values",
     )

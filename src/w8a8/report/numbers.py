@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 from w8a8.report.records import Interval
 
+scientific, grouped, significant = "{:.2e}".format, "{:,}".format, "{:.4g}".format
+"""How small figures read, counts, and what may be of any size."""
+
 ABSENT = "\u2013"  # how a value that was not measured reads
 
 
@@ -34,22 +37,7 @@ def rate(value: float) -> str:
 
 def fixed(digits: int) -> Callable[[float], str]:
     """Reads a number with so many digits behind the point."""
-    return lambda value: f"{value:.{digits}f}"
-
-
-def significant(digits: int) -> Callable[[float], str]:
-    """Reads a number with so many digits in all."""
-    return lambda value: f"{value:.{digits}g}"
-
-
-def scientific(value: float) -> str:
-    """`1.23e-04`."""
-    return f"{value:.2e}"
-
-
-def grouped(value: int) -> str:
-    """`1,234,567`."""
-    return f"{value:,}"
+    return f"{{:.{digits}f}}".format
 
 
 def percent(value: float) -> str:

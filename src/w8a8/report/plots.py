@@ -92,7 +92,12 @@ def by_depth(layers: Sequence[Layer], measure: str, title: str, kinds: Sequence[
 def against(layers: Sequence[Layer], kinds: Sequence[str]) -> str:
     """KL of a layer alone against what sparing it saves, on logarithmic axes; both must be positive."""
     rows = [
-        {"alone": layer.kl_alone, "spared": layer.kl_spared, "kind": layer.kind, "label": _both(layer)}
+        {
+            "alone": layer.kl_alone,
+            "spared": layer.kl_spared,
+            "kind": layer.kind,
+            "label": f"{layer.name}: alone {layer.kl_alone:.3e}, spared {layer.kl_spared:.3e}",
+        }
         for layer in layers
     ]
     axis, marks = {"type": "log", "nice": False, "padding": 8}, _logarithmic([x.kl_alone for x in layers])
@@ -111,7 +116,7 @@ def histogram(found: Histogram) -> str:
     codes, every = shown_codes(found)
     ticks = [{"value": (q - found.zero_point) * found.scale, "label": f"code {q}"} for q in codes]
     value = {"field": "value", "type": "quantitative"}
-    x = _x("left", f"value; ticks: every {_nth(every)} code; dashed: the ends of the grid")
+    x = _x("left", f"value; ticks: every {'' if every == 1 else f'{every}th'} code; dashed: the ends of the grid")
     scale = {"type": "symlog", "domain": [0, top], "nice": False}
     y = _y("count", "count", scale=scale, axis={"values": _decades(1, top)})
     bar = {"type": "bar", "orient": "vertical", "color": "var(--s0)", "binSpacing": 0, "stroke": None}
@@ -252,11 +257,3 @@ def _series(names: Sequence[str], *, field: str = "kind") -> dict[str, Any]:
         "color": {**one, "scale": {"domain": distinct, "range": colours}},
         "shape": {**one, "scale": {"domain": distinct, "range": shapes}},
     }
-
-
-def _both(layer: Layer) -> str:
-    return f"{layer.name}: alone {layer.kl_alone:.3e}, spared {layer.kl_spared:.3e}"
-
-
-def _nth(every: int) -> str:
-    return "" if every == 1 else f"{every}th"

@@ -198,13 +198,7 @@ class _Fold:
     """Scales and static ranges from one sample of the products' inputs, errors on another."""
 
     def __init__(
-        self,
-        fitted: Sequence[Product],
-        judged: Sequence[Product],
-        channels: int,
-        scheme: Scheme,
-        *,
-        trusting: bool,
+        self, fitted: Sequence[Product], judged: Sequence[Product], channels: int, scheme: Scheme, *, trusting: bool
     ) -> None:
         self.activations, self.weights = magnitudes(fitted, channels)
         self.live = (self.activations > 0) & (self.weights > 0)

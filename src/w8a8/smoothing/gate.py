@@ -30,11 +30,10 @@ blocks, since their roundings are independent.
 The alternative, to trust a table of known pairs, is what other tools do; it is wrong where the table is.
 """
 
-import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 from w8a8.dataflow.groups import Group, begin_alike
 from w8a8.errors import ModelError
 from w8a8.model.experts import OTHER_KIND
-from w8a8.model.inputs import ModelInputs, call, copied, evaluating, seeded, tensors_in
+from w8a8.model.inputs import ModelInputs, call, copied, evaluating, seeded, tensors_in, watched
 from w8a8.smoothing.fold import fold_
 
 TOLERANCE = 1e-5
@@ -194,7 +193,9 @@ class Gate:
             self._copy = None  # one copy at a time
             self._copy = (block, copy.deepcopy(module).requires_grad_(False).to(dtype).eval())
         else:
-            _refresh(self._copy[1], module)
+            with torch.no_grad():  # the weights of now into a copy made earlier
+                for new, old in zip(self._copy[1].parameters(), module.parameters(), strict=True):
+                    new.copy_(old)
         return self._copy[1]
 
 
@@ -264,16 +265,11 @@ def _capture(model: nn.Module, names: set[str], probe: ModelInputs) -> dict[str,
     """The first call of each block in one forward of the probe."""
     calls: dict[str, _Call] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-            if name not in calls:
-                calls[name] = _Call(*copied((args, kwargs), lambda t: t.detach().clone()))
+    def keep(name: str, *given: object) -> None:
+        if name not in calls:
+            calls[name] = _Call(*copied(given, lambda t: t.detach().clone()))
 
-        return hook
-
-    with contextlib.ExitStack() as hooks, evaluating(model), torch.no_grad():
-        for name in sorted(names):
-            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True))
+    with watched(model, sorted(names), keep, after=False), evaluating(model), torch.no_grad():
         call(model, _uncached(model, probe))
     return calls
 
@@ -322,13 +318,6 @@ def _versions(module: nn.Module) -> tuple[int, ...]:
     """What changes whenever a weight does; nothing where that is not counted."""
     parameters = list(module.parameters())
     return () if any(p.is_inference() for p in parameters) else tuple(p._version for p in parameters)
-
-
-@torch.no_grad()
-def _refresh(target: nn.Module, module: nn.Module) -> None:
-    """The weights of now into a copy made earlier."""
-    for new, old in zip(target.parameters(), module.parameters(), strict=True):
-        new.copy_(old)
 
 
 def _within(group: Group, block: str) -> Group:

@@ -104,11 +104,7 @@ def smooth_undoable(
 
 
 def smooth_observed(
-    smoother: Smoother,
-    way: Smoothing,
-    scheme: Scheme,
-    description: str,
-    contest: Callable[[], Contest] | None = None,
+    smoother: Smoother, way: Smoothing, scheme: Scheme, description: str, contest: Callable[[], Contest] | None = None
 ) -> tuple[SmoothReport, Undo]:
     """Smooth what was observed: a model, or a block of one as if it were all; changed in place if everything succeeds.
 

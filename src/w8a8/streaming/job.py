@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from w8a8.records.coverage import Coverage
 from w8a8.records.smoothing import SmoothReport
 from w8a8.records.streaming import Prediction, Streamed
 from w8a8.streaming.journal import Journal, disk_error, locked, write_whole
-from w8a8.streaming.plan import Plan, Shard
+from w8a8.streaming.plan import Plan
 from w8a8.streaming.source import sampled_digest
 from w8a8.streaming.team import Team, team
 
@@ -132,7 +132,9 @@ def complete(plan: Plan, covered: Coverage, partial: Path, target: Path, journal
         raise disk_error(error, partial) from error
     write_whole(partial / CONFIG, json.dumps(plan.config, indent=2, sort_keys=True) + "\n")
     if len(plan.shards) > 1:
-        write_whole(partial / INDEX, json.dumps(_index(plan.shards), indent=2, sort_keys=True) + "\n")
+        places = {name: shard.file for shard in plan.shards for name, _, _ in shard.outputs}
+        index = {"metadata": {"total_size": sum(step.bytes for step in plan.steps)}, "weight_map": places}
+        write_whole(partial / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     written = Directory.of(partial)
     verify_structure(written)
     conv1d = any(step.transposed for step in plan.steps)
@@ -142,13 +144,6 @@ def complete(plan: Plan, covered: Coverage, partial: Path, target: Path, journal
     for path in partial.glob(".*"):  # what was growing when it was killed, and what passes between blocks
         path.unlink()
     replace_directory(target, partial)
-
-
-def _index(shards: Sequence[Shard]) -> dict[str, object]:
-    return {
-        "metadata": {"total_size": sum(step.bytes for shard in shards for step in shard.steps)},
-        "weight_map": {name: shard.file for shard in shards for name, _, _ in shard.outputs},
-    }
 
 
 def fingerprint(plan: Plan, decides: Mapping[str, str]) -> dict[str, str]:

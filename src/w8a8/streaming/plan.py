@@ -179,7 +179,7 @@ def make_plan(
         entry = next(found[f"{other}.weight"] for other in others if f"{other}.weight" in found)
         steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), entry))
     layers = {step.place: empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
-    aliases = _aliases(model)
+    aliases = {name: names for names, _ in by_tensor(model) if len(names) > 1 for name in names}  # by each of them
     choice.enact(layers)
     there = {f"{step.place}.weight" if step.place in layers else step.place for step in steps}
     for name in _apart(model, aliases, there):
@@ -339,11 +339,6 @@ def _apart(model: nn.Module, aliases: Mapping[str, list[str]], there: set[str]) 
         several = [name for name in names if name in aliases]
         if several and there.isdisjoint(several):
             yield several[0]
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """The names of each tensor that has several, by each of them."""
-    return {name: names for names, _ in by_tensor(model) if len(names) > 1 for name in names}
 
 
 def _copied(names: FileNames, place: str, dtype: torch.dtype, entry: Entry) -> Step:
