@@ -154,13 +154,7 @@ def carry_out(
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
-    """`quantize`, or `simulate`, of what was chosen.
-
-    Args:
-        choice: Its model is changed.
-        calibration, observer, smooth, progress: As for `quantize`.
-        options: As for `build`.
-    """
+    """`quantize`, or `simulate`, of what was chosen, by their arguments; options are those of `build`."""
     kernels.check_name(options.get("kernel", kernels.AUTO))
     model, schemes = choice.model, choice.schemes
     counted = Counter(schemes.values())
@@ -197,11 +191,7 @@ def smooth_first(
     smooth: Smoothing | str | float | None,
     progress: Progress | None,
 ) -> tuple[SmoothReport | None, Callable[[], None]]:
-    """Smooth the float weights, in place, where it is asked for, and say how to take it back.
-
-    Args:
-        calibration, smooth, progress: As for `quantize`.
-    """
+    """Smooth the float weights, in place, where `quantize` is asked to, and say how to take it back."""
     way = Smoothing.asked(smooth, calibrated=calibration is not None)
     if calibration is None or way == NONE:
         return None, lambda: None

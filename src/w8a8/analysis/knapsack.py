@@ -99,11 +99,7 @@ def curve(groups: Sequence[GroupCosts], fixed: int) -> tuple[Choice, ...]:
 
 
 def milp_of_scipy() -> tuple[Any, Any, Any]:
-    """scipy's solver and what it is given.
-
-    Raises:
-        ModelError: scipy is not installed.
-    """
+    """scipy's solver and what it is given; `ModelError` where scipy is not installed."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
     except ImportError as error:

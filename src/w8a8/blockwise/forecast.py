@@ -49,9 +49,6 @@ def predict_blocks(plan: Plan, walk: BlockWalk, target: Path, request: Request, 
     Args:
         plan: One shard per block, and one for what lies outside.
         walk: Checked: what passes between blocks is known.  A block of it is loaded, and dropped.
-        target: Where the result will be.
-        request: What is asked of every block.
-        unfinished: Blocks to be made.
 
     Raises:
         CheckpointError: nothing can be written there.

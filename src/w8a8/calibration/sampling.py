@@ -98,11 +98,7 @@ class Sampler:
         self.calls += 1
 
     def sample(self) -> Sample:
-        """What was seen.
-
-        Raises:
-            CalibrationError: no token was seen.
-        """
+        """What was seen; `CalibrationError` where that is no token."""
         if not self.calls:
             raise CalibrationError("nothing was sampled: no token has been seen; run the calibration first")
         rows = self._rows.rows.to(torch.float32)

@@ -146,11 +146,7 @@ def hub_texts(name: str, samples: int, seed: int) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer | None, text: str, where: str) -> Tensor:
-    """Token ids (T,) int64 without special tokens; T may be 0.
-
-    Raises:
-        CalibrationError: there is no tokenizer.
-    """
+    """Token ids (T,) int64 without special tokens, perhaps none; `CalibrationError` where there is no tokenizer."""
     if tokenizer is None:
         raise CalibrationError(
             f"to calibrate on {where} takes a tokenizer: Calibration.of(source, tokenizer), with that of the model"

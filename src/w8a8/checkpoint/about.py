@@ -61,11 +61,7 @@ def card_of(
 
 
 def add_measured(directory: Path, measured: Measured) -> None:
-    """Put what was measured of a saved model into its card.
-
-    Raises:
-        CheckpointError: there is no card, or none that was made here.
-    """
+    """Put what was measured of a saved model into its card; `CheckpointError` where it has none that was made here."""
     path = directory / README
     try:
         text = with_measured(path.read_text(encoding="utf-8"), measured)

@@ -72,11 +72,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def class_around(directory: Path) -> str | None:
-    """The class of sentence-transformers that a directory is of, where it is of one.
-
-    Raises:
-        CheckpointError: what should tell it is torn.
-    """
+    """The class of sentence-transformers that a directory is of, if any; `CheckpointError` where that is torn."""
     if not (directory / MODULES).is_file():
         return None
     path = directory / "config_sentence_transformers.json"

@@ -140,8 +140,7 @@ def transformers_models(model: nn.Module) -> list[Pretrained]:
 def write_description(model: Pretrained, directory: str | os.PathLike[str]) -> None:
     """Have the config.json of a directory say what is quantised in the model that was, or is being, saved there.
 
-    Args:
-        model: A transformers model; its config is not modified, the names that its files get may be.
+    The model's own config is not modified, the names that its files get may be.
     """
     told = to_json(describe(model))
     check_storable(model)

@@ -80,11 +80,7 @@ class Tensors:
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
-        """All tensors by name, file after file.
-
-        Raises:
-            CheckpointError: as `files`; one tensor is in two of them.
-        """
+        """All tensors by name, file after file; `CheckpointError` as `files`, or where one is in two of them."""
         return each_once(pair for entries in self.files.values() for pair in entries.items())
 
 

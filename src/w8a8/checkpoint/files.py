@@ -33,11 +33,7 @@ MAX_JSON = 100 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        CheckpointError: the file cannot be read, is absurdly large or deep, has a key twice, or holds something else.
-    """
+    """The JSON object in a file; `CheckpointError` where it cannot be read, is absurdly large, or has a key twice."""
     try:
         size = path.stat().st_size
         if size > MAX_JSON:
@@ -105,11 +101,7 @@ def mapped(entry: Entry) -> Tensor:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file whose header was judged; `get_tensor` maps, it does not copy.
-
-    Raises:
-        CheckpointError: the library refuses it all the same.
-    """
+    """A file whose header was judged, mapped by safetensors; `CheckpointError` where that refuses it all the same."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

@@ -89,11 +89,7 @@ class Entry:
 
 
 def each_once(found: Iterable[tuple[str, Entry]]) -> dict[str, Entry]:
-    """Tensors of several files by the names under which they are found.
-
-    Raises:
-        CheckpointError: two have one name.
-    """
+    """Tensors of several files by the names that they are found under; `CheckpointError` where two have one name."""
     entries: dict[str, Entry] = {}
     for name, entry in found:
         other = entries.setdefault(name, entry)

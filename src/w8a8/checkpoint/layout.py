@@ -93,11 +93,7 @@ class QuantizationConfig:
 
 
 def to_json(config: QuantizationConfig) -> dict[str, object]:
-    """The `quantization_config` that goes into config.json.
-
-    Raises:
-        SchemeError: the format has no word for a scheme.
-    """
+    """The `quantization_config` of config.json; `SchemeError` where the format has no word for a scheme."""
     formats = [PACKED if group.packed else FORMAT for group in config.groups]
     return {
         "quant_method": "compressed-tensors",

@@ -68,11 +68,7 @@ class FileNames:
         return renamed
 
     def placed(self, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Tensors of the files by their names in the model, in the same order.
-
-        Raises:
-            CheckpointError: two have one name there.
-        """
+        """Tensors of the files by their names in the model, in order; `CheckpointError` where two have one there."""
         return each_once((self.in_model(name), entry) for name, entry in entries.items())
 
     def in_file(self, name: str) -> str:
@@ -98,19 +94,11 @@ class FileNames:
         return any(each.rename_source_key(renamed)[1] is not None for each in self._converting)
 
     def ignored(self, name: str) -> bool:
-        """Whether transformers leaves out a tensor that has no place in the model.
-
-        Args:
-            name: From `in_model`.
-        """
+        """Whether transformers leaves out a tensor, by its name from `in_model`, that has no place in the model."""
         return self.unwanted(name) or any(pattern.search(name) for pattern in self._remade)
 
     def unwanted(self, name: str) -> bool:
-        """Whether the model's class says that it does without a tensor, which may hold weights all the same.
-
-        Args:
-            name: From `in_model`.
-        """
+        """Whether the model's class says that it does without a tensor (of `in_model`), though that may be a weight."""
         return not self._has(name) and any(pattern.search(name) for pattern in self._unwanted)
 
     def _has(self, name: str) -> bool:

@@ -150,10 +150,7 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> Pr
 def quantize_heads(model: nn.Module, scheme: Scheme, **options: Any) -> None:
     """Quantise the float heads of a model of which a file has the rest in int8; none where the file's own are.
 
-    Args:
-        model: Changed.
-        scheme: Of the file; where it is static, activations are measured as they come.
-        options: As for `QuantLinear`.
+    The scheme is the file's; where that is static, activations are measured as they come.  Options are `QuantLinear`'s.
     """
     if names := heads_of(model):
         if scheme.activations is not None:

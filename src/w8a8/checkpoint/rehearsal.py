@@ -64,11 +64,7 @@ def rehearse(model: Pretrained, scheme: Scheme, target: Path, tokenizer: Tokeniz
 
 
 def _quantised_stand_in(model: Pretrained, scheme: Scheme, place: Path) -> Pretrained | str:
-    """The stand-in, quantised; or a sentence on why there is none.
-
-    Args:
-        place: A directory to be made for its config.
-    """
+    """The stand-in, quantised, its config in a directory to be made; or a sentence on why there is none."""
     try:
         small = _stand_in(model)
         small.config.save_pretrained(place)

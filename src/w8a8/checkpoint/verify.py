@@ -51,10 +51,7 @@ def verify_structure(directory: Path | Directory, like: Pretrained | None = None
 
 
 def verify_values(directory: Path, model: Pretrained) -> None:
-    """Raise `CheckpointError` where the files do not hold the very values of a model.
-
-    Costs a read of the files.
-    """
+    """Raise `CheckpointError` where the files, which are read, do not hold the very values of a model."""
     written = Directory.of(directory)
     verify_structure(written, model)
     held = model.state_dict()

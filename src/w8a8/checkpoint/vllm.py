@@ -151,11 +151,7 @@ def foresee(choice: Choice) -> tuple[Finding, ...]:
 def foresee_as_it_is(
     model: nn.Module, packed: Collection[str] | None = None, *, schemes: Mapping[str, Scheme] | None = None
 ) -> tuple[Finding, ...]:
-    """`findings` of a model, with or without values.
-
-    Args:
-        schemes: Of float layers that are taken for quantised ones.
-    """
+    """`findings` of a model, with or without values; float layers with `schemes` are taken for quantised ones."""
     return findings(
         {**schemes_of(model), **(schemes or {})},
         heads=heads_of(model, quantized=True),

@@ -33,23 +33,12 @@ def in_words(scheme: Scheme) -> bool:
 
 
 def as_words(codes: Tensor) -> dict[str, Tensor]:
-    """What a file has of a weight, by name.
-
-    Args:
-        codes: (N, K) int8, on any device.  Not modified.
-    """
+    """What a file has of a weight with these codes, (N, K) int8, not modified, on any device; by name."""
     return {WORDS: pack_rows(codes), SHAPE: torch.tensor(codes.shape, device=codes.device, dtype=torch.int64)}
 
 
 def pack_rows(codes: Tensor) -> Tensor:
-    """Codes of 8 bits, four to a word.
-
-    Args:
-        codes: (rows, K) int8.  Not modified.
-
-    Returns:
-        (rows, ceil(K / 4)) int32, new.
-    """
+    """Codes of 8 bits, four to a word: (rows, K) int8, not modified -> (rows, ceil(K / 4)) int32."""
     octets = codes.contiguous().view(torch.uint8).bitwise_xor(128)  # code + 128
     rest = -codes.shape[1] % 4
     return (F.pad(octets, (0, rest)) if rest else octets).view(torch.int32)

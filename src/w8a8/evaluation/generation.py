@@ -56,12 +56,13 @@ def continue_text(
     if length == 0 or (limit is not None and length >= limit):
         raise ModelError(f"the prompt has {length} tokens; the model takes 1..{limit - 1 if limit else ''}")
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - length)
+    ends = there.tokenizer.eos_token_id
     how = transformers.GenerationConfig(
         max_new_tokens=room,
         do_sample=temperature > 0,
         temperature=temperature or None,
-        pad_token_id=_first(there.tokenizer.pad_token_id, there.tokenizer.eos_token_id, 0),
-        eos_token_id=there.tokenizer.eos_token_id,
+        pad_token_id=next(number for number in (there.tokenizer.pad_token_id, ends, 0) if number is not None),
+        eos_token_id=ends,
     )
     with torch.random.fork_rng(), torch.inference_mode(), usual_defaults():
         torch.manual_seed(seed)
@@ -71,7 +72,3 @@ def continue_text(
         seconds = time.perf_counter() - start
     new = out[0, length:]
     return Continuation(prompt, str(there.tokenizer.decode(new, skip_special_tokens=True)), int(new.numel()), seconds)
-
-
-def _first(*values: int | None) -> int:
-    return next(value for value in values if value is not None)

@@ -69,11 +69,7 @@ def scoring_length(model: nn.Module, text: Text) -> int:
 
 
 def predictions(model: Pretrained, text: Text, window: tuple[int, int, int]) -> Tensor:
-    """(S, V) logits for each scored token of a window of `cut`.
-
-    Raises:
-        ModelError: as `logits_of`.
-    """
+    """(S, V) logits for each scored token of a window of `cut`; `ModelError` as `logits_of`."""
     start, first, end = window
     if is_masked(model):
         assert text.frame is not None, "seen when the text was cut"
@@ -119,14 +115,7 @@ def _masked_logits(model: Pretrained, ids: Tensor, frame: Frame, first: int, sta
 
 
 def logits_of(model: Pretrained, ids: Tensor, start: int) -> Tensor:
-    """(T, V) for one window.
-
-    Args:
-        ids: (T,) the window.
-
-    Raises:
-        ModelError: the model predicts no tokens, or its logits are not finite.
-    """
+    """(T, V) for one window, (T,); `ModelError` where the model predicts no tokens, or its logits are not finite."""
     return _logits(model, ids[None], start)[0]
 
 

@@ -138,11 +138,7 @@ def store(
 
 
 def stored_kl(reference: Reference, rows: slice, q: Tensor) -> Tensor:
-    """The divergence of each row over k + 1 outcomes, float64.
-
-    Args:
-        q: (T, V), logits of the model.
-    """
+    """The divergence of each row over k + 1 outcomes, float64, from (T, V) logits of the model."""
     whole = q.to(torch.float64).log_softmax(-1)
     top = reference.top[rows].to(q.device, torch.int64)
     log_p, log_q = reference.log_p[rows].to(q.device, torch.float64), whole.gather(1, top)

@@ -9,11 +9,7 @@ from w8a8.evaluation.outputs import OutputComparison
 
 
 def summary(both: Comparison | OutputComparison, text: str) -> Measured:
-    """The figures of a quantised model against the float one.
-
-    Args:
-        text: What it was made on, a name for readers.
-    """
+    """The figures of a quantised model against the float one, on a text of this name."""
     return _of_outputs(both, text) if isinstance(both, OutputComparison) else _of_predictions(both, text)
 
 

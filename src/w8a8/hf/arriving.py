@@ -37,11 +37,7 @@ class Arriving:
             layer.__dict__["weight"] = initialised()
 
     def take(self) -> None:
-        """Check what came, and pack it for the kernel.
-
-        Raises:
-            CheckpointError: it is not what the layer holds, or makes no sense; file and tensor are named.
-        """
+        """Check what came, and pack it for the kernel; `CheckpointError` where it is not what the layer holds."""
         self.layer.__dict__.pop("weight", None)
         came = self.layer.arrived()
         for key, where in self._where.items():

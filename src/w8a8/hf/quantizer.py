@@ -235,11 +235,7 @@ class _Quantize(ConversionOps):
         self.hf_quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: object, **kwargs: Any) -> Any:
-        """Codes and scales by their names in the model.
-
-        Raises:
-            NonFiniteError: the weight holds a NaN or an infinity.
-        """
+        """Codes and scales by their names in the model; `NonFiniteError` where the weight has a NaN or an infinity."""
         name = kwargs["full_layer_name"].removesuffix(".weight")
         layer = kwargs["model"].get_submodule(name)
         (value,) = input_dict.values()

@@ -91,11 +91,7 @@ def _smooth_again(
     folded: Mapping[tuple[str, ...], tuple[float, float | None]],
     chosen: Iterable[str],
 ) -> None:
-    """Fold into a float model what was folded before it was quantised, in place.
-
-    Raises:
-        ReportError: it is not what was folded before.
-    """
+    """Fold into a float model what was folded before, in place; `ReportError` where that comes out otherwise."""
 
     def key(group: Group) -> tuple[str, ...]:
         return (group.source.module, *dict.fromkeys(reader.module for reader in group.readers))

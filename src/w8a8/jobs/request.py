@@ -150,12 +150,7 @@ class Job:
         return Way.MEMORY if self.stream is False else Way.FILES
 
     def calibrate_on(self, model: nn.Module, tokenizer: Tokenizer | None) -> Calibration | None:
-        """The calibration data, always the same; None where none was given.
-
-        Args:
-            model: For the length of its context; it may be empty.
-            tokenizer: Of the texts.
-        """
+        """The calibration data, always the same; None where none was given.  The model (its context) may be empty."""
         drawn = self.calibration
         if drawn is None:
             return None

@@ -1,7 +1,6 @@
 """Who is told how a job goes.  Nothing heavy is imported for it, so that a command can have its own at once."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from w8a8.core.progress import Progress
@@ -16,7 +15,7 @@ class Watcher:
 
     def stage(self, label: str) -> contextlib.AbstractContextManager[Progress]:
         """A part of the work, for as long as it takes; what it gives is called after each step of it."""
-        return _silence()
+        return contextlib.nullcontext(lambda done, total, name: None)
 
     def note(self, text: str) -> None:
         """What a user should know; the result has it among its notes."""
@@ -32,8 +31,3 @@ class Watcher:
 
     def drawn(self, made: Any) -> None:
         """Its page is written."""
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[Progress]:
-    yield lambda done, total, name: None

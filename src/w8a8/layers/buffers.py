@@ -169,11 +169,7 @@ class LinearBuffers(nn.Module):
             self._buffers[key] = tensor
 
     def take_weight(self, made: LayerWeight) -> None:
-        """Take a weight from where it was made.
-
-        Raises:
-            SchemeError: as `set_codes`.
-        """
+        """Take a weight from where it was made; `SchemeError` as `set_codes`."""
         for key, tensor in made.named().items():
             self.take(key, tensor)
         self.weight_sqnr_db = made.sqnr_db

@@ -37,10 +37,7 @@ class Saving:
 
 
 def tell(destination: Any) -> None:
-    """Have the model described that is being saved, once.
-
-    Args:
-        destination: Of its state dict, as modules fill it.
+    """Have the model described that is being saved, once, while modules fill its state dict.
 
     Raises:
         ModelError: it cannot be described.

@@ -31,11 +31,7 @@ class Layer(Protocol):
 
 
 def straight_through(x: Tensor, bias: Tensor | None, layer: Layer) -> Tensor:
-    """A layer's output, with its derivatives where they are asked for.
-
-    Args:
-        x: (..., K), float.
-    """
+    """A layer's output for a float (..., K), with its derivatives where they are asked for."""
     given = [t for t in (x, bias) if t is not None]
     derived = (
         (torch.is_grad_enabled() and any(t.requires_grad for t in given))

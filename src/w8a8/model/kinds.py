@@ -48,12 +48,7 @@ _IN_PYTHON = (
 
 
 def kind_of(kind: type[Pretrained], config: Config) -> Kind:
-    """What kind a model of this class and config is.
-
-    Args:
-        kind: A class of transformers' models.
-        config: Of the model.
-    """
+    """What kind a model of this class and config is."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED_NAMES
 
     taken = inspect.signature(kind.forward).parameters
@@ -108,12 +103,7 @@ class Asked:
 
 
 def check_served(kind: type[Pretrained], config: Config) -> None:
-    """Raise `ModelError` where transformers' server has no answer from a model: it writes text, or writes down sound.
-
-    Args:
-        kind: The class.
-        config: Of the model.
-    """
+    """Raise `ModelError` where transformers' server has no answer of a model: it writes text, or what sound says."""
     from transformers.models.auto import modeling_auto as auto
 
     others = (auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
@@ -132,9 +122,6 @@ def input_config(config: Any) -> Any:
     The ids of an encoder-decoder go to its encoder.  transformers' `get_text_config()` gives the decoder, and has no
     answer where both ends are of text; its `encoder=True` finds an encoder under one of two names, else it leaves out
     the one part of text that there is, or gives a copy.
-
-    Args:
-        config: Of a model, of transformers or another.
     """
     for name in ("text_encoder", "encoder"):
         part = getattr(config, name, None)

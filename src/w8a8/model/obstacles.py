@@ -30,11 +30,7 @@ from w8a8.model.usage import Usage
 
 
 def obstacles(model: nn.Module, linears: Mapping[str, nn.Module], usage: Usage) -> dict[str, str]:
-    """Why layers cannot be replaced, by name; the others are not in it.
-
-    Args:
-        model: With or without values.  Not modified.
-    """
+    """Why layers of a model, with or without values, cannot be replaced, by name; the others are not in it."""
     kept = _kept_wide(model, linears)
     fixed = {id(place.module): place.name for place in places(model) if place.container is None}
     found = {}

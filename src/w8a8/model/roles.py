@@ -23,11 +23,7 @@ class Head(str, enum.Enum):
 
     @classmethod
     def of(cls, head: "Head | str") -> "Head":
-        """The one that is written so.
-
-        Raises:
-            ModelError: there is none.
-        """
+        """The one that is written so; `ModelError` where there is none."""
         try:
             return cls(head)
         except ValueError:
@@ -35,11 +31,7 @@ class Head(str, enum.Enum):
 
 
 def heads(model: nn.Module, *, quantized: bool = False) -> list[str]:
-    """The names of the float output heads: `lm_head`, or what the model calls its output embedding.
-
-    Args:
-        quantized: Of those that are quantised already too.
-    """
+    """The output heads, float or `quantized` too: `lm_head`, or what the model calls its output embedding."""
     output = getattr(model, "get_output_embeddings", None)
     head = output() if callable(output) else None
     return [

@@ -67,11 +67,7 @@ def method(module: nn.Module, name: str, after: type | None = None) -> tuple[typ
 
 
 def entries(module: nn.Module, made: Set[str]) -> list[str]:
-    """The methods by which a module is used: its forward, and what its class offers that is not for making it.
-
-    Args:
-        made: Names of methods that are for making.
-    """
+    """The methods by which a module is used: its forward, and what its class offers that is not `made` to make it."""
     offered = {
         name
         for kind in type(module).__mro__

@@ -46,16 +46,9 @@ def build(
 
 
 def empty_layer(model: nn.Module, name: str, scheme: Scheme, **options: Any) -> QuantLinear:
-    """The layer that is to take the place of one of the model's, without values.  The model is not modified.
+    """The layer that is to take the place of one of the model's, which is not modified, without values.
 
-    Args:
-        model: It has the layer.
-        name: Of the layer.
-        scheme: What to quantise and how.
-        options: As for `QuantLinear`.
-
-    Raises:
-        SchemeError: as `QuantLinear`, with a note that names the layer.
+    Options and errors are those of `QuantLinear`; a note names the layer.
     """
     with noted(f"while quantising {name}"):
         return QuantLinear.in_place_of(model.get_submodule(name), scheme, **options)

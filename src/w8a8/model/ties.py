@@ -14,26 +14,17 @@ from w8a8.model.kinds import output_config
 from w8a8.model.pretrained import Config, Pretrained, is_pretrained
 
 
-def forget(model: nn.Module, layers: Collection[str]) -> None:
-    """Take layers out of what the model ties; its tables are changed, its config is not."""
-    _without(model, layers)
-
-
 def untie(model: nn.Module, layers: Collection[str]) -> None:
-    """`forget`, and have the configs say so where nothing else is tied by them.
-
-    Args:
-        model: As for `forget`; its config, and those of its parts, are changed.
-    """
-    for config in _without(model, layers):
+    """`forget`, and have the configs, which are changed, say so where nothing else is tied by them."""
+    for config in forget(model, layers):
         if not any(part.config is config and part.get_expanded_tied_weights_keys() for _, part in _parts(model)):
             for each in (config, output_config(config)):
                 if getattr(each, "tie_word_embeddings", False):
                     each.tie_word_embeddings = False
 
 
-def _without(model: nn.Module, layers: Collection[str]) -> list[Config]:
-    """The configs of the parts that tied one of the layers."""
+def forget(model: nn.Module, layers: Collection[str]) -> list[Config]:
+    """Take layers out of what the model ties, in its tables; the configs, not changed, of the parts that tied them."""
     configs = []
     for prefix, part in _parts(model):
 

@@ -54,11 +54,7 @@ _CONFIG = {
 
 
 def svg(spec: Spec) -> str:
-    """Draw one specification.
-
-    Raises:
-        ReportError: vl-convert is not installed.
-    """
+    """Draw one specification; `ReportError` where vl-convert is not installed."""
     try:
         import vl_convert
     except ImportError as error:

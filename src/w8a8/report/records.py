@@ -154,11 +154,7 @@ class Records:
 
 
 def read_records(path: Path) -> dict[str, Any]:
-    """The records in a JSON file, checked.
-
-    Raises:
-        ReportError: the file is missing, is not JSON, or its records do not follow the schema.
-    """
+    """The records in a JSON file; `ReportError` where it is missing, no JSON, or does not follow the schema."""
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

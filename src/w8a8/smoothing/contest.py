@@ -75,11 +75,7 @@ class Contest:
         self._data = Calibration(self._scored, calibration.description)
 
     def score(self) -> Score:
-        """The score of the weights of now, whose float outputs are those of before any fold.
-
-        Raises:
-            SchemeError, NonFiniteError, CalibrationError: as `w8a8.simulate`.
-        """
+        """The score of the weights of now, whose float outputs are as before any fold; errors as `w8a8.simulate`."""
         layers = build(
             self.model,
             dict.fromkeys(self.chosen, self.scheme),

@@ -248,11 +248,7 @@ class _Trial:
         self._change: float | None = None
 
     def fold(self, model: nn.Module, group: Group, scales: Tensor) -> None:
-        """Fold one more.
-
-        Raises:
-            NonFiniteError: it leaves the range of the weights' dtype; it is not made.
-        """
+        """Fold one more; `NonFiniteError` where it would leave the range of the weights' dtype, and is not made."""
         if not self.folded:
             self._unrounded = self.gate.unrounded(group)
         for parameter in touched(model, group):  # before the fold, so that no interrupt can come between

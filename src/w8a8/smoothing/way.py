@@ -27,11 +27,7 @@ class Smoothing:
 
     @classmethod
     def of(cls, smooth: "Smoothing | str | float") -> "Smoothing":
-        """The one that is written so.
-
-        Raises:
-            SchemeError: there is none, or it is a number that is no alpha.
-        """
+        """The one that is written so; `SchemeError` where there is none, or it is a number that is no alpha."""
         if isinstance(smooth, Smoothing):
             return smooth
         for named in (NONE, SEARCHED, AUTO):

@@ -78,12 +78,7 @@ def run(
     before: Callable[[Plan, Prediction], None] | None,
     progress: Progress | None,
 ) -> Streamed:
-    """Do a job, or go on with it.
-
-    Args:
-        work_on: Plans it, from the source.
-        Others, Raises: As `w8a8.quantize_directory`.
-    """
+    """Do a job, or go on with it: `quantize_directory`, of which `work_on` plans the work, from the source."""
     target = Path(output).absolute()
     with torch.inference_mode(False), team() as us:  # what is made of files has no part in a mode of its caller
         directory = us.first_then_others(lambda: Directory.of(source))

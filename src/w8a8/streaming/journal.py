@@ -103,11 +103,7 @@ class Journal:
 
 @contextlib.contextmanager
 def locked(partial: Path, rank: int = 0) -> Iterator[None]:
-    """Nobody else has this rank of the same job while the block runs.
-
-    Raises:
-        CheckpointError: somebody has.
-    """
+    """Nobody else has this rank of the same job while the block runs; `CheckpointError` where somebody has."""
     partial.mkdir(parents=True, exist_ok=True)
     path = partial / f"lock-{rank}"
     with path.open("a") as file:

@@ -286,11 +286,7 @@ def _dtypes(model: Pretrained) -> dict[str, torch.dtype]:
 
 
 def _stated_dtype(model: nn.Module, steps: Iterable[Step]) -> torch.dtype:
-    """What `save_pretrained` would have config.json say: the dtype of the first float parameter, in the model's order.
-
-    Args:
-        model: With quantised layers in their places.
-    """
+    """What `save_pretrained` would have config.json say: the dtype of the first parameter that is float still."""
     written = {step.place: step.dtype for step in steps if step.spec is None}
     name, first = next((name, each) for name, each in model.named_parameters() if each.is_floating_point())
     return written.get(name, first.dtype)
