@@ -143,9 +143,8 @@ class Histogram:
     def edges(self) -> Tensor:
         """Edges of the bins' magnitudes, float64 (C, bins + 2): bin j is [edges[:, j], edges[:, j + 1])."""
         shift = _FLOAT32_MANTISSA_BITS - self.mantissa_bits
-        keys = _top(self.range, self.mantissa_bits)[:, None] + torch.arange(
-            -self.bins, 2, dtype=torch.int32, device=self.lo.device
-        )
+        below = torch.arange(-self.bins, 2, dtype=torch.int32, device=self.lo.device)
+        keys = _top(self.range, self.mantissa_bits)[:, None] + below
         keys[:, 0] = 0  # bin 0 reaches down to zero
         largest = torch.finfo(torch.float32).max
         return (keys.clamp(min=0) << shift).view(torch.float32).to(torch.float64).clamp(max=largest)
@@ -155,9 +154,8 @@ class Histogram:
         move = top - _top(self.range, self.mantissa_bits)
         if not bool(move.any()):
             return self.counts
-        source = (
-            torch.arange(self.bins + 1, device=move.device, dtype=torch.int64) + move[:, None, None]
-        )  # (C, 1, bins + 1)
+        bins = torch.arange(self.bins + 1, device=move.device, dtype=torch.int64)
+        source = bins + move[:, None, None]  # (C, 1, bins + 1)
         moved = self.counts.gather(-1, source.clamp(max=self.bins).expand_as(self.counts))
         moved.masked_fill_(source > self.bins, 0)
         gone = move.to(torch.int64).clamp(max=self.bins)[:, None, None].expand(-1, 2, 1)

@@ -79,15 +79,10 @@ def _copy_parameter(call: Call, view: ParameterView) -> None:
         picks = call.args[1] if call.name == "index" else [call.args[2]]
         if call.name == "index_select" and call.args[1] != 0:
             return
-        if (
-            len(picks) != 1
-            or picks[0] is None
-            or picks[0].dtype is torch.bool
-            or view.ndim == 1
-            or axes[0] not in (None, 0)
-        ):
+        pick = picks[0] if len(picks) == 1 else None
+        if pick is None or pick.dtype is torch.bool or view.ndim == 1 or axes[0] not in (None, 0):
             return
-        axes = (*(None for _ in picks[0].shape), *axes[1:])
+        axes = (*(None for _ in pick.shape), *axes[1:])
     elif call.name != "clone":
         return
     call.use(parameter)

@@ -84,22 +84,16 @@ class QuantLinear(LinearBuffers):
     ) -> None:
         kernels.check_name(kernel)
         mode = _mode(scheme, in_features, simulated=simulated)
+        integer = mode is Mode.INTEGER
         super().__init__(
-            in_features,
-            out_features,
-            scheme,
-            bias=bias,
-            integer=mode is Mode.INTEGER,
-            kernel=kernel,
-            device=device,
-            dtype=dtype,
+            in_features, out_features, scheme, bias=bias, integer=integer, kernel=kernel, device=device, dtype=dtype
         )
         self.mode = mode
         self.strict = strict
         self.was_conv1d = was_conv1d
         if scheme.activations is not None:
             self._grid = _grid(scheme.activations)
-        if mode is Mode.INTEGER:
+        if integer:
             self._call = self._native_call()
         self._take_number()
 

@@ -300,10 +300,8 @@ def _difference(stack: nn.Module, sizes: dict[int, int]) -> str | None:
     lies_so = upright is writing
     small._parameters = {name: nn.Parameter(each if lies_so else each.mT) for name, each in drawn.items()}
     sizes_of_x = torch.logspace(-2, 2, 7, dtype=torch.float32, device="cpu")[:, None]  # a gate that clamps shows it
-    x, weights = (
-        torch.randn(7, h, generator=draw, dtype=torch.float32, device="cpu") * sizes_of_x,
-        torch.rand(7, 2, generator=draw, dtype=torch.float32, device="cpu"),
-    )
+    x = torch.randn(7, h, generator=draw, dtype=torch.float32, device="cpu") * sizes_of_x
+    weights = torch.rand(7, 2, generator=draw, dtype=torch.float32, device="cpu")
     index = torch.stack([torch.randperm(e, generator=draw, dtype=torch.int64, device="cpu")[:2] for _ in range(7)])
     eager = inspect.unwrap(type(stack).forward)  # transformers wraps it to choose among implementations
     try:

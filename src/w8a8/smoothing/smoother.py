@@ -209,14 +209,8 @@ class _Work:
         if self.source_counts:
             source = self.group.source
             weight, _ = float_operands(self.model.get_submodule(source.module))
-            found.append(
-                Product(
-                    samples[source.module],
-                    weight,
-                    torch.arange(source.channels, dtype=torch.int64, device="cpu"),
-                    reads=False,
-                )
-            )
+            every = torch.arange(source.channels, dtype=torch.int64, device="cpu")
+            found.append(Product(samples[source.module], weight, every, reads=False))
         return found
 
 

@@ -117,10 +117,9 @@ def _quantising(plan: Plan) -> float:
     if step is None:
         return 0.0
     assert step.spec is not None, "chosen so"
-    width = step.entry.shape[1]
-    sample = torch.randn(
-        max(1, min(step.entry.shape[0], (4 << 20) // width)), width, dtype=torch.float32, device="cpu"
-    ).to(step.entry.dtype)
+    rows, width = step.entry.shape
+    rows = max(1, min(rows, (4 << 20) // width))
+    sample = torch.randn(rows, width, dtype=torch.float32, device="cpu").to(step.entry.dtype)
     quantize_weight(sample, step.spec)
     start = time.perf_counter()
     quantize_weight(sample, step.spec)
