@@ -46,8 +46,12 @@ from w8a8.evaluation.outputs import compare_outputs
 
 def made():
     torch.manual_seed(0)
-    return nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16)).eval()
+    with torch.no_grad():
+        model[0].weight[5] = 5.0  # an outlier, so that smoothing is worth it
+    return model
 
+torch.manual_seed(1)
 batches = [torch.randn(8, 32) for _ in range(4)]
 results = [
     w8a8.quantize(made()),
