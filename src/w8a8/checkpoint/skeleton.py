@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.directory import Directory
@@ -58,7 +59,8 @@ def empty_layers(
         kind, config = type(like), type(like.config).from_pretrained(directory.path)
     try:
         with usual_defaults():  # buffers have values, whatever the device that models are made on
-            with init_empty_weights(include_buffers=False):
+            # values of the parameters come from the files; those of the rest are filled in below
+            with no_init_weights(), init_empty_weights(include_buffers=False):
                 model = kind._from_config(config)  # in the dtype that the config states
             _fill_what_no_file_holds(model)
             _widen(model)
@@ -78,7 +80,8 @@ def _fill_what_no_file_holds(model: Pretrained) -> None:
 
     These are buffers that are not saved, and parameters that the class leaves out when it is (Marian's positions).  A
     class makes them where it initialises weights, which `from_pretrained` has done under the default dtype: positions
-    that are computed in bfloat16 are others.  On the meta device this leaves all other weights alone.
+    that are computed in bfloat16 are others.  Weights on the meta device are said to be done, as random numbers for
+    them take time even where they are not computed.
     """
     for name in not_saved(model):
         path, _, key = name.rpartition(".")
@@ -88,7 +91,11 @@ def _fill_what_no_file_holds(model: Pretrained) -> None:
             module._parameters[key] = nn.Parameter(torch.zeros_like(held, device="cpu"), held.requires_grad)
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = parameter.is_meta
     model.initialize_weights()
+    for parameter in model.parameters():
+        del parameter._is_hf_initialized
 
 
 def _widen(model: Pretrained) -> None:
