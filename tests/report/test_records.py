@@ -4,7 +4,6 @@ import pytest
 
 from tests.report.standin import standin
 from w8a8.errors import ReportError
-from w8a8.records.layers import MAX_COLUMNS, binned
 from w8a8.report.records import check, read_records
 
 SMALL = {"schema": 1, "headline": {"model": "m", "scheme": "w8a8", "verdict": "fine"}}
@@ -73,12 +72,3 @@ def test_a_file_that_is_not_json_is_refused_by_its_name(tmp_path):
     with pytest.raises(ReportError, match="unknown key 'seed'") as raised:
         read_records(tmp_path / "b.json")
     assert "b.json" in raised.value.explain()
-
-
-@pytest.mark.parametrize("channels", [1, 100, 128, 129, 1000, 4096])
-def test_binning_keeps_every_outlier_and_at_most_the_columns(channels):
-    values = [1.0] * channels
-    values[channels // 3] = 50.0
-    found = binned(values)
-    assert len(found) == min(channels, MAX_COLUMNS)
-    assert found.count(50.0) == 1
