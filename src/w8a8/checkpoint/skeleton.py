@@ -92,10 +92,10 @@ def _fill_what_no_file_holds(model: Pretrained) -> None:
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
     for parameter in model.parameters():
-        parameter._is_hf_initialized = parameter.is_meta
+        parameter._is_hf_initialized = parameter.is_meta  # type: ignore[attr-defined]
     model.initialize_weights()
     for parameter in model.parameters():
-        del parameter._is_hf_initialized
+        del parameter._is_hf_initialized  # type: ignore[attr-defined]
 
 
 def _widen(model: Pretrained) -> None:
