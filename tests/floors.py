@@ -21,7 +21,7 @@ FLOORS = [
     {"kernels", "functional", "records"},
     {"layers", "report"},
     {"model"},
-    {"dataflow", "checkpoint"},
+    {"dataflow", "checkpoint", "decoding"},
     {"calibration"},
     {"evaluation"},
     {"smoothing", "streaming", "hf", "fusing"},
@@ -34,7 +34,7 @@ FLOORS = [
 # in a room, the order in which its files may import one another
 INSIDE = {
     "core": ["scheme", "plain", "progress", "affine", "packed", "tokens", "row_sample"],
-    "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "fused", "select", "ops"],
+    "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "fused", "cached", "select", "ops"],
     "records": ["coverage", "smoothing", "layers", "streaming"],
     "layers": ["saving", "straight_through", "weight", "weights", "buffers", "linear"],
     "model": [
@@ -80,6 +80,7 @@ INSIDE = {
         "writer",
         "rehearsal",
     ],
+    "decoding": ["stores", "layers", "caches"],
     "evaluation": [
         "intervals",
         "text",

@@ -39,6 +39,8 @@ from w8a8.core.scheme import PerTensor as PerTensor
 from w8a8.core.scheme import PerToken as PerToken
 from w8a8.core.scheme import QuantSpec as QuantSpec
 from w8a8.core.scheme import Scheme as Scheme
+from w8a8.decoding.caches import BlockCache as BlockCache
+from w8a8.decoding.caches import Int8Cache as Int8Cache
 from w8a8.directories import quantize_directory as quantize_directory
 from w8a8.errors import W8A8Error as W8A8Error
 from w8a8.fusing.models import Fusions as Fusions

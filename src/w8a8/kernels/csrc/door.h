@@ -191,5 +191,10 @@ PyObject *fused(PyObject *, PyObject *const *args, Py_ssize_t count);
 PyObject *normalize(PyObject *, PyObject *const *args, Py_ssize_t count);
 PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count);
 
+// python_cached.cpp
+PyObject *cached_append(PyObject *, PyObject *const *args, Py_ssize_t count);
+PyObject *cached_read(PyObject *, PyObject *const *args, Py_ssize_t count);
+PyObject *cached_attend(PyObject *, PyObject *const *args, Py_ssize_t count);
+
 }  // namespace door
 }  // namespace w8a8

@@ -187,11 +187,36 @@ inline int64_t attention_scratch(const Attention &t) {
   return room * (1 + t.dims + kMostQueries) + dims * kMostQueries + t.keys * dims;
 }
 
-// What lies between products; isa/floats.h.  All give the same bits.
+// A piece of the past in int8, and the queries that look at it.
+constexpr int kCachedTile = 16;          // keys that lie side by side
+constexpr int kPiece = 512;              // places in a piece: what is added up in which order follows from it
+struct Piece {
+  const int8_t *keys, *values;           // of the first place
+  const float *key_scale, *value_scale;  // (places)
+  int64_t places;                        // a multiple of 16
+  int64_t pairs, value_room;             // of a key; bytes of a value
+  int rows;                              // queries
+  const int16_t *q;                      // (rows, 2 * pairs): codes of 16 bits
+  const float *factor;                   // (rows): the scale of the codes, times that of the scores
+  const float *const *bias;              // (rows) of (places): added to the scores; minus infinity hides a key
+  float softcap;                         // or 0
+};
+// What a piece gives a query: the greatest score, the sum of weights less exp of it, and the values so weighed.
+struct Part {
+  float top, whole;
+};
+
+// What lies between products; isa/floats.h and isa/cached.h.  All give the same bits.
 struct Floats {
   void (*activate)(int kind, float *y, int64_t n);
   void (*norm)(const NormRow &row);
   void (*attend)(const Attention &t, int64_t batch, int64_t head, float *scratch);
+  // 2 * pairs codes of k floats, of which the vectors read `round_up(k, 16)`; returns the scale, NaN for a row that is not finite.
+  float (*query)(const float *x, int64_t k, int64_t pairs, int16_t *codes);
+  // scores: (rows, kPiece) of scratch; sums: (rows, value_room)
+  void (*piece)(const Piece &t, float *scores, Part *part, float *sums);
+  // The parts of one query, `stride` parts and sums apart from piece to piece -> out, (value_room).  sink: or minus infinity.
+  void (*merge)(const Part *part, const float *sums, int64_t pieces, int64_t stride, int64_t value_room, float sink, float *out);
 };
 extern const Floats kPortableFloats;
 #ifdef W8A8_X86

@@ -103,6 +103,12 @@ PyMethodDef methods[] = {
      "A sum and its LayerNorm, or None."},
     {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::attend)), METH_FASTCALL,
      "Attention, (B, T, H, D), or None."},
+    {"cached_append", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_append)), METH_FASTCALL,
+     "Keys and values, quantised into their places; True, or None."},
+    {"cached_read", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_read)), METH_FASTCALL,
+     "Keys or values, dequantised; True, or None."},
+    {"cached_attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_attend)), METH_FASTCALL,
+     "Attention over keys and values in int8, (B, T, H, D), or None."},
     {"prepare", prepare, METH_VARARGS, "Tell the module what torch is."},
     {nullptr, nullptr, 0, nullptr},
 };

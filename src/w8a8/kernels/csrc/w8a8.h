@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 7       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
+#define W8A8_ABI 8       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
@@ -110,7 +110,43 @@ typedef struct w8a8_attention {
 } w8a8_attention;
 W8A8_API int w8a8_attend(const w8a8_attention *a, int32_t threads);
 
-/* The same for one layer. */
+/* Keys and values of the past of one layer, in int8: each with a scale per token and head, symmetric.  `room` tokens, a
+ * multiple of 16.  In the keys, sixteen tokens lie side by side, two elements of each together. */
+typedef struct w8a8_cached {
+  int8_t *keys;          /* [batch][heads][room / 16][ceil(key_dims / 2)][16][2] */
+  float *key_scale;      /* [batch][heads][room] */
+  int8_t *values;        /* [batch][heads][room][value_dims rounded up to 16] */
+  float *value_scale;    /* [batch][heads][room] */
+  int64_t batch, heads, room, key_dims, value_dims;
+} w8a8_cached;
+
+/* Quantises tokens into the places at .. at + tokens.  Strides in elements by batch, head and token; the innermost is 1.
+ * A key or value that is not finite gets codes 0 and scale NaN. */
+W8A8_API int w8a8_cached_append(const w8a8_cached *to, const void *keys, const int64_t *keys_at, const void *values,
+                                const int64_t *values_at, int32_t dtype, int64_t at, int64_t tokens, int32_t threads);
+
+/* The keys, or the values, of the places start .. start + tokens, dequantised: (batch, heads, tokens, dims), contiguous. */
+W8A8_API int w8a8_cached_read(const w8a8_cached *from, int32_t keys, int64_t start, int64_t tokens, int32_t dtype, void *out,
+                              int32_t threads);
+
+/* Attention over the places start .. end, for few queries; w8a8/kernels/cached.py says what is computed.
+ * q: strides as above; out: (batch, queries, heads * shared, value_dims), contiguous; both of one dtype.
+ * mask: as in w8a8_attention, (.., .., queries, end - start).  causal: the last query sees all, each before one less.
+ * softcap: 0 for none.  sinks: (heads * shared) scores of a key without a value, or null. */
+typedef struct w8a8_cached_attention {
+  w8a8_cached cached;
+  const void *q;
+  void *out;
+  const void *mask;
+  const float *sinks;
+  int64_t shared, queries, start, end;
+  int64_t q_at[3], mask_at[4];
+  float scale, softcap;
+  int32_t dtype, causal, mask_is_float;
+} w8a8_cached_attention;
+W8A8_API int w8a8_cached_attend(const w8a8_cached_attention *a, int32_t threads);
+
+/* w8a8_linear_many for one layer. */
 W8A8_API int w8a8_linear(const w8a8_layer *layer, const void *x, int32_t dtype, int64_t m, int64_t ldx, void *y,
                          int64_t ldy, int32_t threads);
 

@@ -15,11 +15,24 @@ static inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(
 
 #include "floats.h"
 
+typedef __m512i Pairs;
+static inline Pairs pairs_of(const int8_t *p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+}
+static inline Pairs all_pairs(int32_t pair) { return _mm512_set1_epi32(pair); }
+static inline __m512i dot(__m512i sum, Pairs a, Pairs b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
+static inline __m512 floats_of(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+static inline __m512 floats_of(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
+typedef __m512i Sums;
+#include "cached.h"
+
 W8A8_TARGET_END
 
 }  // namespace
 
-const Floats kAvx512Floats = {activate, norm_row, attend};
+const Floats kAvx512Floats = {activate, norm_row, attend, query, piece, merge};
 
 }  // namespace w8a8
 #endif

@@ -26,8 +26,41 @@ static inline Fours fma(Fours a, Fours b, Fours c) {
 
 #include "floats.h"
 
+typedef int32_t Sums __attribute__((vector_size(16)));
+#if defined(W8A8_ARM)
+typedef int16x8_t Pairs;
+static inline Pairs pairs_of(const int8_t *p) { return vmovl_s8(vld1_s8(p)); }
+static inline Pairs all_pairs(int32_t pair) { return vreinterpretq_s16_s32(vdupq_n_s32(pair)); }
+static inline Sums dot(Sums sum, Pairs a, Pairs b) {
+  return sum + vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b));
+}
+#elif defined(W8A8_X86)
+typedef __m128i Pairs;
+static inline Pairs pairs_of(const int8_t *p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
+  return _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+}
+static inline Pairs all_pairs(int32_t pair) { return _mm_set1_epi32(pair); }
+static inline Sums dot(Sums sum, Pairs a, Pairs b) { return sum + reinterpret_cast<Sums>(_mm_madd_epi16(a, b)); }
+#else
+typedef int16_t Pairs __attribute__((vector_size(16)));
+static inline Pairs pairs_of(const int8_t *p) { return Pairs{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]}; }
+static inline Pairs all_pairs(int32_t pair) {
+  int16_t two[2];
+  std::memcpy(two, &pair, 4);
+  return Pairs{two[0], two[1], two[0], two[1], two[0], two[1], two[0], two[1]};
+}
+static inline Sums dot(Sums sum, Pairs a, Pairs b) {
+  for (int i = 0; i < 4; ++i) sum[i] += a[2 * i] * b[2 * i] + a[2 * i + 1] * b[2 * i + 1];
+  return sum;
+}
+#endif
+static inline Fours floats_of(Sums s) { return __builtin_convertvector(s, Fours); }
+static inline Fours floats_of(const int8_t *p) { return floats_of(Sums{p[0], p[1], p[2], p[3]}); }
+#include "cached.h"
+
 }  // namespace
 
-const Floats kPortableFloats = {activate, norm_row, attend};
+const Floats kPortableFloats = {activate, norm_row, attend, query, piece, merge};
 
 }  // namespace w8a8

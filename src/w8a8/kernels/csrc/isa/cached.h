@@ -1,0 +1,163 @@
+// Attention of a few queries over keys and values in int8, written once for every width of vector.
+//
+// A file that includes this has floats.h before it, and says how sixteen-bit integers are multiplied and added here:
+// `Pairs`, two of each of kWidth keys, from codes (`pairs_of`) or all alike (`all_pairs`); `dot`, which adds their products
+// to `Sums`, kWidth integers; and `floats_of` such sums, or kWidth codes.
+//
+// Scores are exact integers times three scales.  The values are added up by fused multiply-adds, token by token.  So what
+// is computed does not depend on the width.
+
+// Scores of R queries, (R, kPiece).
+template <int R>
+static void score(const Piece &t, int first, float *scores) {
+  const int32_t *q[R];
+  for (int r = 0; r < R; ++r) q[r] = reinterpret_cast<const int32_t *>(t.q + (first + r) * 2 * t.pairs);
+  for (int64_t place = 0; place < t.places; place += kCachedTile) {
+    const int8_t *keys = t.keys + place * 2 * t.pairs;
+    Sums sum[R][kParts] = {};
+    for (int64_t pair = 0; pair < t.pairs; ++pair, keys += 2 * kCachedTile) {
+      Pairs key[kParts];
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) key[p] = pairs_of(keys + p * 2 * kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Pairs query = all_pairs(q[r][pair]);
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) sum[r][p] = dot(sum[r][p], key[p], query);
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) {
+        const int64_t i = place + p * kWidth;
+        store(scores + r * kPiece + i, floats_of(sum[r][p]) * t.factor[first + r] * load(t.key_scale + i));
+      }
+  }
+}
+
+// cap * tanh(x / cap)
+W8A8_INLINE Floats_ bent(Floats_ x, float cap) {
+  const Floats_ e = exponential(least(x * (2.0f / cap), all(88.0f)));
+  return x == x ? (1.0f - 2.0f / (e + 1.0f)) * cap : x;
+}
+
+// Scores of one query -> weights of the values' codes, in their place.
+static Part weigh_piece(const Piece &t, const float *bias, float *s) {
+  const float none = -__builtin_inff();
+  Floats_ top = all(none), odd = {};
+  for (int64_t i = 0; i < t.places; i += kWidth) {
+    const Floats_ b = load(bias + i), x = load(s + i);
+    const Floats_ v = b == none ? all(none) : (t.softcap != 0.0f ? bent(x, t.softcap) : x) + b;
+    store(s + i, v);
+    top = most(v, top);
+    odd += v == v ? Floats_{} : v;   // NaN as soon as one is
+  }
+  Part part = {none, 0.0f};
+  for (int i = 0; i < kWidth; ++i) part.top = top[i] > part.top ? top[i] : part.top;
+  float spoiled = 0;
+  for (int i = 0; i < kWidth; ++i) spoiled += odd[i];
+  if (part.top == none) std::memset(s, 0, static_cast<size_t>(t.places) * 4);
+  else {
+    Lanes sum = {};
+    for (int64_t i = 0; i < t.places; i += 16)
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) {
+        const int64_t at = i + p * kWidth;
+        const Floats_ e = exponential(load(s + at) - part.top);
+        store(s + at, e == 0.0f ? Floats_{} : e * load(t.value_scale + at));   // what has no weight may be anything
+        sum.part[p] += e;
+      }
+    part.whole = total(sum);
+  }
+  if (spoiled != spoiled) part.whole = spoiled;
+  return part;
+}
+
+// sums[r][j] = sum over places of weight[r][place] * code[place][j], for R queries and V vectors.
+template <int R, int V>
+W8A8_INLINE void add_up(const Piece &t, const float *weight, const int8_t *codes, float *sums) {
+  Floats_ sum[R][V] = {};
+  for (int64_t place = 0; place < t.places; ++place, codes += t.value_room) {
+    Floats_ right[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) right[v] = floats_of(codes + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Floats_ left = all(weight[r * kPiece + place]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(sums + r * t.value_room + v * kWidth, sum[r][v]);
+}
+
+template <int R>
+static void rows_of_piece(const Piece &t, int first, float *scores, Part *part, float *sums) {
+  score<R>(t, first, scores);
+  for (int r = 0; r < R; ++r) part[r] = weigh_piece(t, t.bias[first + r], scores + r * kPiece);
+  int64_t j = 0;
+  for (; j + kColumns * kWidth <= t.value_room; j += kColumns * kWidth) add_up<R, kColumns>(t, scores, t.values + j, sums + j);
+  for (; j + 2 * kWidth <= t.value_room; j += 2 * kWidth) add_up<R, 2>(t, scores, t.values + j, sums + j);
+  for (; j < t.value_room; j += kWidth) add_up<R, 1>(t, scores, t.values + j, sums + j);
+}
+
+template <int R>
+static void any_rows_of_piece(int rows, const Piece &t, int first, float *scores, Part *part, float *sums) {
+  if (rows == R) return rows_of_piece<R>(t, first, scores, part, sums);
+  if constexpr (R > 1) any_rows_of_piece<R - 1>(rows, t, first, scores, part, sums);
+}
+
+static void piece(const Piece &t, float *scores, Part *part, float *sums) {
+  const int tiles = static_cast<int>(div_up(t.rows, kQueries));   // dealt out evenly
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int first = t.rows * tile / tiles, rows = t.rows * (tile + 1) / tiles - first;
+    any_rows_of_piece<kQueries>(rows, t, first, scores, part + first, sums + first * t.value_room);
+  }
+}
+
+static float query(const float *x, int64_t k, int64_t pairs, int16_t *codes) {
+  constexpr int kMost = 32767;
+  Floats_ top = {}, odd = {};
+  for (int64_t i = 0; i < k; i += kWidth) {
+    const Floats_ v = load(x + i), size = most(v, -v);
+    top = most(size, top);
+    odd += v - v;   // NaN for what is not finite
+  }
+  float span = 0, spoiled = 0;
+  for (int i = 0; i < kWidth; ++i) span = top[i] > span ? top[i] : span, spoiled += odd[i];
+  if (spoiled != spoiled) {
+    std::memset(codes, 0, static_cast<size_t>(pairs) * 4);
+    return spoiled;
+  }
+  float scale = span == 0.0f ? 1.0f : span / kMost;
+  if (scale < 0x1p-126f) scale = 0x1p-126f;
+  int64_t i = 0;
+  for (; i < k; i += kWidth) {
+    const Floats_ shifted = load(x + i) / scale + 0x1.8p23f;   // rounded by the adder, half to even
+    Ints_ n;
+    std::memcpy(&n, &shifted, sizeof n);
+    n -= 0x4b400000;
+    for (int64_t j = 0; j < kWidth && i + j < 2 * pairs; ++j) codes[i + j] = static_cast<int16_t>(n[j]);
+  }
+  return scale;
+}
+
+static void merge(const Part *part, const float *sums, int64_t pieces, int64_t stride, int64_t value_room, float sink, float *out) {
+  float top = sink;
+  for (int64_t c = 0; c < pieces; ++c) top = part[c * stride].top > top ? part[c * stride].top : top;
+  if (top == -__builtin_inff()) top = 0;
+  float whole = exponential(all(sink - top))[0];
+  std::memset(out, 0, static_cast<size_t>(value_room) * 4);
+  for (int64_t c = 0; c < pieces; ++c) {
+    const float factor = exponential(all(part[c * stride].top - top))[0];
+    whole += part[c * stride].whole * factor;
+    for (int64_t j = 0; j < value_room; j += kWidth)
+      store(out + j, load(out + j) + load(sums + c * stride * value_room + j) * factor);
+  }
+  for (int64_t j = 0; j < value_room; j += kWidth)
+    store(out + j, whole == 0.0f ? Floats_{} : load(out + j) / whole);
+}
