@@ -5,8 +5,9 @@
 The tests run with what this machine prefers, and of an order that no machine at hand has nobody would know: one
 processor once had another first kernel, and with it fifteen failures and a hang.  So the tests that are marked
 `kernels` run again, each time in a process of its own, with the environment variables that make this machine another
-one: the native kernel in each instruction set that is here, torch_cpu first, the reference first, nothing compiled, and
-nothing but the reference.
+one: the native kernel in each instruction set that is here but is not chosen, torch_cpu first, the reference first,
+nothing compiled, and nothing but the reference.  An instruction set makes the same numbers in another way: for these
+the tests of kernels and layers run; where another kernel is first, all that are marked.
 """
 
 import multiprocessing
@@ -41,15 +42,18 @@ def preferences() -> list[dict[str, str]]:
 
     found: list[dict[str, str]] = []
     if native.unavailable_because() is None:
-        found += [{"W8A8_ISA": name} for name, reason in compiled.instruction_sets().items() if reason is None]
+        sets = [name for name, reason in compiled.instruction_sets().items() if reason is None]
+        found += [{"W8A8_ISA": name} for name in sets if name != compiled.instruction_set()]
     if available()["torch_cpu"] is None:
         found.append({"W8A8_KERNEL": "torch_cpu"})
     return [*found, {"W8A8_KERNEL": "reference"}, {"W8A8_NATIVE": "0"}, {"W8A8_NATIVE": "0", **_NO_INT8}]
 
 
-def marked() -> list[str]:
+def marked(preference: dict[str, str]) -> list[str]:
     """The files that have tests for this, so that no other is imported."""
-    return [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "pytest.mark.kernels" in path.read_text()]
+    rooms = ["kernels", "layers"] if "W8A8_ISA" in preference else ["**"]
+    paths = sorted({path for room in rooms for path in ROOT.glob(f"tests/{room}/test_*.py")})
+    return [str(path) for path in paths if "pytest.mark.kernels" in path.read_text()]
 
 
 def run(preference: dict[str, str]) -> bool:
@@ -79,7 +83,7 @@ def _tests(preference: dict[str, str], told: str) -> None:
             os.dup2(file.fileno(), stream)
     # pytest's own asserts are woven in as modules are imported, and some have been
     options = ["-m", "kernels and not once", "-p", "no:cacheprovider", "--assert=plain", *_NOT_BUILT]
-    sys.exit(pytest.main([*options, *marked()]))
+    sys.exit(pytest.main([*options, *marked(preference)]))
 
 
 def main() -> int:
