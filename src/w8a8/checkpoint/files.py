@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from w8a8.checkpoint.headers import Entry, read_header, twice
@@ -102,6 +101,8 @@ def mapped(entry: Entry) -> Tensor:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """A file whose header was judged, mapped by safetensors; `CheckpointError` where that refuses it all the same."""
+    from safetensors import SafetensorError, safe_open  # what opens no files needs no library for them
+
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
