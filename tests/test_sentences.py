@@ -124,6 +124,24 @@ def test_the_command_keeps_the_whole_directory(call, floats, tmp_path, name, way
     assert (cosines(embedded(model), embedded(opened(floats / name))) > 0.98).all()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_takes_the_scheme_that_is_usual_for_encoders_and_says_so(call, floats, tmp_path, way):  # noqa: F811
+    (tmp_path / "text.txt").write_text(" ".join(SENTENCES) * 40)
+    options = [str(tmp_path / "text.txt") if part == "TEXT" else part for part in WAYS[way]]
+    if "--scheme" in options:
+        options[-1] = "auto"
+    code, out, err = call("quantize", floats / "bert-cls", "-o", tmp_path / "out", *options)
+    assert code == 0, err
+    assert "Scheme: w8a8-asym, which is usual for a model that reads text and predicts no tokens; --scheme" in out
+    with w8a8.enabled():
+        saved = opened(tmp_path / "out")
+    whole, loaded = opened(floats / "bert-cls"), opened(floats / "bert-cls", model_kwargs={"quantization_config": W8A8Config()})
+    assert w8a8.quantize(whole).scheme.name == "w8a8-asym"
+    for model in (saved, whole, loaded):
+        assert {layer.scheme.name for _, layer in quant_linears(model)} == {"w8a8-asym"}
+
+
 class TestWhatFollowsTheModel:
     """A dense layer is in a folder of its own, which no config.json tells of."""
 

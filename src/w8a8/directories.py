@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.core.progress import Progress
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.errors import SchemeError
+from w8a8.model.kinds import kind_of, usual_scheme
 from w8a8.model.roles import Head
 from w8a8.records.streaming import Prediction, Streamed
 from w8a8.streaming.job import Work, options, run
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def quantize_directory(
     source: str | Path | Directory,
     output: str | Path,
-    scheme: Scheme | str = "w8a8",
+    scheme: Scheme | str = AUTO,
     *,
     calibration: object = None,
     observer: "str | Callable[[], Observer]" = "absmax",
@@ -49,7 +50,7 @@ def quantize_directory(
     Args:
         source: The directory or hub id of a float model; or one that is open.
         output: Where to.  Its parent must be on the disk that is to hold the result.
-        scheme: A scheme that integers can run, or a weight-only one.
+        scheme: A scheme that integers can run, or a weight-only one; "auto" is what is usual for the model.
         calibration: As for `w8a8.quantize`, but no loop: for static scales, for smoothing, or for both.
         observer: As for `w8a8.quantize`.
         smooth: With data "searched" (also for None and "auto", whose contest takes the whole model), an alpha, or
@@ -71,6 +72,9 @@ def quantize_directory(
             `w8a8.quantize`.
         CalibrationError, PatternError, NonFiniteError: as `w8a8.quantize`.
     """
+    if scheme == AUTO:
+        source = Directory.of(source)
+        scheme = usual_scheme({kind_of(*source.architecture)})
     wanted, head, request = Scheme.of(scheme), Head.of(head).value, None
     if calibration is None:
         wanted.check_without_data()

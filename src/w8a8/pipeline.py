@@ -13,7 +13,7 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer, observer_of
 from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.core.progress import Progress
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.fusing.models import check_fusible, optimize
 from w8a8.layers.linear import ledger, uncalled
 from w8a8.model.choice import Choice
@@ -57,7 +57,7 @@ class Result:
 
 def quantize(
     model: nn.Module,
-    scheme: Schemes = "w8a8",
+    scheme: Schemes = AUTO,
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -79,9 +79,10 @@ def quantize(
 
     Args:
         model: Of any class; changed only if everything succeeds.
-        scheme: A scheme that integers can run, a weight-only one, or a preset's name; or a mapping from exact names and
-            globs to such schemes, or None: the first pattern that matches a layer decides, and what is None or matched
-            by none stays float.  Smoothing is then for the scheme that most layers have.
+        scheme: A scheme that integers can run, a weight-only one, or a preset's name; "auto" is "w8a8-asym" for
+            encoders of text and pictures, and "w8a8" else.  Or a mapping from exact names and globs to such schemes, or
+            None: the first pattern that matches a layer decides, and what is None or matched by none stays float.
+            Smoothing is then for the scheme that most layers have.
         include: Exact names or globs over dotted names.  ("*", "lm_head") is everything and the head.
         exclude: Exact names or globs that stay float.
         head: "int8" takes the output head too, as naming it in `include` does; files are then not what vLLM reads.
@@ -119,7 +120,7 @@ def quantize(
 
 def simulate(
     model: nn.Module,
-    scheme: Schemes = "w8a8",
+    scheme: Schemes = AUTO,
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),

@@ -3,7 +3,10 @@
 import pytest
 import transformers as t
 
+from torch import nn
+
 from tests.conftest import llama
+from w8a8.core.scheme import PRESETS
 from w8a8.errors import ModelError
 from w8a8.model.kinds import (
     READS_TEXT,
@@ -16,6 +19,7 @@ from w8a8.model.kinds import (
     kind_of_model,
     output_config,
 )
+from w8a8.model.selection import scheme_of
 
 CLASSES = [
     (t.LlamaForCausalLM, t.LlamaConfig, Kind.CAUSAL),
@@ -74,6 +78,32 @@ def test_a_config_that_is_none_of_transformers_is_its_own_part():
 def test_a_model_that_is_none_of_transformers_has_no_kind():
     assert kind_of_model(llama()) is Kind.CAUSAL
     assert kind_of_model(object()) is None
+
+
+_BERT = t.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+_VIT = t.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+USUAL = {
+    "a classifier": (lambda: t.BertForSequenceClassification(_BERT), "w8a8-asym"),
+    "masked": (lambda: t.BertForMaskedLM(_BERT), "w8a8-asym"),
+    "of pictures": (lambda: t.ViTModel(_VIT), "w8a8-asym"),
+    "an encoder in something": (lambda: nn.Sequential(t.BertModel(_BERT), nn.Linear(8, 8)), "w8a8-asym"),
+    "a decoder": (llama, "w8a8"),
+    "a decoder and an encoder": (lambda: nn.ModuleList([llama(), t.BertModel(_BERT)]), "w8a8"),
+    "none of transformers": (lambda: nn.Sequential(nn.Linear(8, 8)), "w8a8"),
+}
+
+
+@pytest.mark.parametrize(("make", "usual"), USUAL.values(), ids=USUAL)
+def test_the_scheme_that_is_usual_follows_from_what_the_model_is(make, usual):
+    model = make()
+    assert scheme_of(model) == PRESETS[usual].scheme
+    for asked in ("w8a8-static", {"*": None}, PRESETS["w8a16"].scheme):
+        assert scheme_of(model, asked) is asked
+
+
+def test_what_is_no_module_has_no_usual_scheme():
+    with pytest.raises(ModelError, match="expected a torch.nn.Module"):
+        scheme_of(3)
 
 
 def test_what_is_asked_of_another_kind_is_an_error_with_the_way_out():

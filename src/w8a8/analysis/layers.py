@@ -25,10 +25,11 @@ from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.core.progress import Progress, tell
+from w8a8.core.scheme import AUTO
 from w8a8.evaluation.text import Text
 from w8a8.model.kinds import Asked
 from w8a8.model.pretrained import Pretrained
-from w8a8.model.selection import Schemes, assign, select
+from w8a8.model.selection import Schemes, assign, scheme_of, select
 from w8a8.records.layers import TOP, LayerSensitivity, Rankings, Sensitivity
 
 ASKED = Asked("the sensitivity of layers")
@@ -37,7 +38,7 @@ ASKED = Asked("the sensitivity of layers")
 def sensitivity(
     model: Pretrained,
     text: Text | Tensor,
-    scheme: Schemes = "w8a8",
+    scheme: Schemes = AUTO,
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -68,7 +69,7 @@ def sensitivity(
         ModelError, TextError: as `w8a8.evaluation.perplexity`.
     """
     ASKED.check_model(model)
-    _, schemes = assign(select(model, include, exclude), scheme)
+    _, schemes = assign(select(model, include, exclude), scheme_of(model, scheme))
     sample = draw(model, text, windows=windows, seq_len=seq_len, seed=seed)
     data = sample.calibration()
     layers = layers_for(model, schemes, data if calibration is None else Calibration.of(calibration), observer)

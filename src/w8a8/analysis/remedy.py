@@ -21,11 +21,11 @@ from w8a8.analysis.smoothed import SmoothedGroup, smoothed_groups
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.core.progress import Progress, tell
-from w8a8.core.scheme import PerGroup, PerToken, QuantSpec, Scheme
+from w8a8.core.scheme import AUTO, PerGroup, PerToken, QuantSpec, Scheme
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import float_operands
 from w8a8.model.pretrained import Pretrained
-from w8a8.model.selection import Schemes, assign, select
+from w8a8.model.selection import Schemes, assign, scheme_of, select
 from w8a8.records.layers import Remedy, Sensitivity
 
 GROUPED = Scheme(QuantSpec(granularity=PerGroup(32)), QuantSpec(granularity=PerToken()))
@@ -53,7 +53,7 @@ def remedies(
     model: Pretrained,
     text: Text | Tensor,
     found: Sensitivity,
-    scheme: Schemes = "w8a8",
+    scheme: Schemes = AUTO,
     *,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -76,7 +76,7 @@ def remedies(
     Raises:
         W8A8Error: as `w8a8.sensitivity` and `w8a8.smooth_`.
     """
-    _, schemes = assign(select(model, include, exclude), scheme)
+    _, schemes = assign(select(model, include, exclude), scheme_of(model, scheme))
     sample = draw(model, text, windows=found.windows, seq_len=found.seq_len, seed=found.seed)
     data = sample.calibration() if calibration is None else Calibration.of(calibration)
     layers = layers_for(model, schemes, data, observer)

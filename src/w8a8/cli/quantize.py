@@ -17,7 +17,7 @@ from w8a8.errors import SchemeError
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="The directory to write.", show_default=False)],
-    scheme: Preset = "w8a8",
+    scheme: Preset = "auto",
     include: Include = ["*"],  # noqa: B006 - typer wants a list, and copies it
     exclude: Exclude = [],  # noqa: B006
     head: Annotated[str, typer.Option("--head", help="The output head: float, which vLLM reads, or int8.")] = "float",

@@ -13,7 +13,7 @@ from w8a8.records.layers import Sensitivity
 def sensitivity(
     model: Model,
     text: Annotated[str, typer.Option("--text", metavar="FILE", help="Where windows are drawn.", show_default=False)],
-    scheme: Preset = "w8a8",
+    scheme: Preset = "auto",
     windows: Annotated[int, typer.Option("--windows", min=1, help="How many windows are drawn from the text.")] = 8,
     seq_len: SeqLen = None,
     seed: DrawingSeed = 0,

@@ -61,9 +61,12 @@ def _how_to_see(made: "Made") -> str:
 
 def _show(made: "Made") -> None:
     """What was done, for people."""
-    from w8a8.core.scheme import Scheme
+    from w8a8.core.scheme import AUTO, Scheme
+    from w8a8.model.kinds import ENCODERS
 
     show_coverage(made.coverage)
+    if made.job.scheme == AUTO and made.kind in ENCODERS:
+        print_line(f"Scheme: {made.job.wanted.name}, which is usual for {made.kind.value}; --scheme names another.")
     for finding in made.findings:
         print_line(f"  {finding}")
     for name, other in made.untied.items():

@@ -287,11 +287,14 @@ _A_TOKEN = QuantSpec(granularity=PerToken())
 _A_TENSOR = QuantSpec(granularity=PerTensor())
 _A_STATIC = QuantSpec(granularity=PerTensor(), dynamic=False)
 
+AUTO = "auto"
+"""Where a scheme is asked for of a model: the preset that is usual for what the model is (`w8a8.model.kinds`)."""
+
 PRESETS: dict[str, Preset] = {
-    "w8a8": Preset(Scheme(_W_CHANNEL, _A_TOKEN), "the default: loses least, and what vLLM calls W8A8"),
+    "w8a8": Preset(Scheme(_W_CHANNEL, _A_TOKEN), "usual for language models, and what vLLM calls W8A8"),
     "w8a8-asym": Preset(
         Scheme(_W_CHANNEL, QuantSpec(granularity=PerToken(), symmetric=False)),
-        "activations with a zero point: for one-sided inputs, as after ReLU",
+        "activations with a zero point: usual for encoders; for one-sided inputs, as after ReLU or GELU",
     ),
     "w8a8-tensor": Preset(Scheme(_W_CHANNEL, _A_TENSOR), "one activation scale per call"),
     "w8a8-o1": Preset(Scheme(_W_TENSOR, _A_TOKEN), "SmoothQuant O1 (Table 2): weights per tensor"),

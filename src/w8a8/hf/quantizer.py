@@ -28,7 +28,7 @@ from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.checkpoint.names import remember
 from w8a8.checkpoint.reader import quantize_heads
 from w8a8.checkpoint.skeleton import as_stored, insert_quant_linears
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
 from w8a8.hf.arriving import Arriving, arriving_of
 from w8a8.layers.linear import quant_linears
@@ -48,7 +48,8 @@ class W8A8Config(QuantizationConfigMixin):
     """What `from_pretrained` is given as `quantization_config`.
 
     Args:
-        scheme: A scheme that integers can run, or a weight-only one, by value or by name, without static activations.
+        scheme: A scheme that integers can run, or a weight-only one, by value or by name, without static activations;
+            "auto" is what is usual for the model.
         include, exclude: As for `w8a8.quantize`.
         head: "int8" quantises the output head too.
         kernel, strict: As for `w8a8.quantize`; of this process, and in no file.
@@ -61,7 +62,7 @@ class W8A8Config(QuantizationConfigMixin):
 
     def __init__(
         self,
-        scheme: Scheme | str = "w8a8",
+        scheme: Scheme | str = AUTO,
         *,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
@@ -72,10 +73,12 @@ class W8A8Config(QuantizationConfigMixin):
         kernels.check_name(kernel)
         self.quant_method: Any = METHOD
         self.checkpoint: dict[str, object] | None = None  # what a file says; then nothing else counts
-        self.scheme = Scheme.of(scheme)
+        self.scheme = scheme if scheme == AUTO else Scheme.of(scheme)
         self.include, self.exclude, self.head = list(include), list(exclude), Head.of(head)
         self.kernel, self.strict = kernel, strict
-        self.scheme.check_without_data("load the float model and call w8a8.quantize(model, scheme, calibration=...)")
+        if isinstance(self.scheme, Scheme):
+            way_out = "load the float model and call w8a8.quantize(model, scheme, calibration=...)"
+            self.scheme.check_without_data(way_out)
 
     @classmethod
     def from_dict(

@@ -11,7 +11,7 @@ from w8a8.analysis import Sensitivity, layers, sensitivity
 from w8a8.analysis import study as studies
 from w8a8.calibration.sources import content_of
 from w8a8.checkpoint.opening import Named, NamedModel, OpenedModel, open_model
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.evaluation import Evaluation, Text, encode, perplexity, scores, speed
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import unstack_experts_
@@ -60,7 +60,7 @@ def study_model(
 
 
 def rank_layers(
-    model: Named, text: str, scheme: Scheme | str = "w8a8", *, watcher: Watcher | None = None, **options: Any
+    model: Named, text: str, scheme: Scheme | str = AUTO, *, watcher: Watcher | None = None, **options: Any
 ) -> Sensitivity:
     """What quantising each layer does, those of experts too: what `w8a8 sensitivity` measures.
 
@@ -72,11 +72,12 @@ def rank_layers(
     Raises:
         Others: as `score_model` and `w8a8.sensitivity`.
     """
-    wanted = Scheme.of(scheme)
+    if scheme != AUTO:
+        scheme = Scheme.of(scheme)
     opened, encoded = _with_text(model, layers.ASKED, text)
     unstack_experts_(opened.model)
     with (watcher or Watcher()).stage("measuring") as step:
-        return sensitivity(opened.model, encoded, wanted, progress=step, **options)
+        return sensitivity(opened.model, encoded, scheme, progress=step, **options)
 
 
 def time_models(

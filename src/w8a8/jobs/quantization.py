@@ -134,11 +134,11 @@ class _Work:
         check_target(job.output, overwrite=job.overwrite, source=opened.directory)
         data = job.calibrate_on(opened.model, opened.tokenizer)
         # before all that takes long
-        not_rehearsed = rehearse(opened.model, Scheme.of(job.scheme), job.output, opened.tokenizer)
+        not_rehearsed = rehearse(opened.model, job.wanted, job.output, opened.tokenizer)
         if not_rehearsed is not None:
             self.note(f"saving was not rehearsed: {not_rehearsed}; what is written is looked at as always")
         smooth, chosen = (None, None) if job.search is None else self._searched(opened, data)
-        schemes = job.scheme if chosen is None else chosen.schemes
+        schemes = job.wanted if chosen is None else chosen.schemes
         choice = Choice.of(opened.model, schemes, job.include, job.exclude, head=job.head)
         self.findings = foresee(choice)
         job.check_target(self.findings)
@@ -210,7 +210,7 @@ class _Work:
         with self.watcher.stage(stage) as step:
             done = quantize_directory(
                 output=job.output,
-                scheme=job.scheme,
+                scheme=job.wanted,
                 calibration=data,
                 include=job.include,
                 exclude=job.exclude,

@@ -6,6 +6,7 @@ It says which of the three ways the work goes (`Job.way`).
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -15,9 +16,10 @@ from w8a8.calibration.observers import observer_of
 from w8a8.calibration.sources import SAMPLES
 from w8a8.checkpoint.opening import NamedModel
 from w8a8.checkpoint.vllm import Finding
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.errors import SchemeError
 from w8a8.evaluation.scores import default_length
+from w8a8.model.kinds import kind_of, usual_scheme
 from w8a8.model.pretrained import Tokenizer
 from w8a8.streaming.plan import SHARD_BYTES
 
@@ -66,7 +68,7 @@ class Job:
 
     model: A directory or a hub id, float.
     output: The directory to write.
-    scheme: As for `w8a8.quantize`; under a search not used.
+    scheme: As for `w8a8.quantize`, one for all layers; under a search not used.
     include, exclude, head, observer, smooth: As for `w8a8.quantize`.
     calibration: For static schemes and for smoothing.
     seed: Of all that is drawn.
@@ -89,7 +91,7 @@ class Job:
 
     model: str
     output: Path
-    scheme: Scheme | str = "w8a8"
+    scheme: Scheme | str = AUTO
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     head: str = "float"
@@ -112,7 +114,7 @@ class Job:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        scheme = Scheme.of(self.scheme)
+        asked = None if self.scheme == AUTO else Scheme.of(self.scheme)
         if self.private and self.push_to_hub is None:
             raise SchemeError(
                 "--private is of a new repository on the hub: give --push-to-hub OWNER/NAME, or leave it out"
@@ -120,8 +122,8 @@ class Job:
         if self.target not in (None, "vllm"):
             raise SchemeError(f"--target {self.target} is unknown; use vllm, or leave it out")
         observer_of(self.observer)
-        if self.calibration is None:
-            scheme.check_without_data()
+        if self.calibration is None and asked is not None:
+            asked.check_without_data()
         if self.stream and self.search is not None:
             raise SchemeError("--budget measures a model in memory on --text FILE: give that, and leave out --stream")
         loads = self.dtype != "auto" or self.trust_remote_code
@@ -135,6 +137,13 @@ class Job:
     def named(self) -> NamedModel:
         """The model, and how it is opened."""
         return NamedModel(self.model, self.dtype, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def wanted(self) -> Scheme:
+        """The scheme that is asked for, or where none is the usual one, for which the model's directory is opened."""
+        if self.scheme != AUTO:
+            return Scheme.of(self.scheme)
+        return usual_scheme({kind_of(*self.named.directory.architecture)})
 
     @property
     def _takes_more(self) -> bool:

@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.layers.linear import QuantLinear, check_module
 from w8a8.model import ties
 from w8a8.model.experts import Experts, own_weights, unstacked
 from w8a8.model.roles import Head
-from w8a8.model.selection import Schemes, Selection, assign, select, with_head
+from w8a8.model.selection import Schemes, Selection, assign, scheme_of, select, with_head
 from w8a8.model.swapping import swap, swapped
 
 
@@ -46,7 +46,7 @@ class Choice:
     def of(
         cls,
         model: nn.Module,
-        schemes: Schemes = "w8a8",
+        schemes: Schemes = AUTO,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         *,
@@ -57,14 +57,14 @@ class Choice:
 
         Args:
             model: Not modified.
-            schemes: One for all layers, or by pattern, as for `assign`.
+            schemes: One for all layers, or by pattern, as for `assign`; "auto" is what is usual for the model.
             stacks: What can take the places of stacks, and why others stay, where it is not all that can.
         """
         check_module(model)
         include = with_head(model, include, head)
         experts, reasons = unstacked(model) if stacks is None else stacks
         with swapped(model, experts):
-            selection, by_layer = assign(select(model, include, exclude), schemes)
+            selection, by_layer = assign(select(model, include, exclude), scheme_of(model, schemes))
         return cls(model, replace(selection, reasons={**reasons, **selection.reasons}), by_layer, dict(experts))
 
     def on(self, model: nn.Module) -> "Choice":

@@ -1,5 +1,7 @@
 """What kind of model this is, and so what can be asked of it: the one question at the door of every command.
 
+And what scheme is usual for it, where none is asked for.
+
 Told from the class and the config, before any weight is read: by what its `forward` takes, whether transformers can
 have it generate, and for masked language models, which nothing else tells from other encoders, by transformers' own
 mapping of them.  Whether what generates is causal is seen when it is scored (`evaluation.scores.check_causal`).
@@ -13,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError
 from w8a8.model.pretrained import Config, Pretrained, is_pretrained
 
@@ -34,6 +37,13 @@ READS_TEXT = frozenset({Kind.CAUSAL, Kind.MASKED, Kind.TEXT})
 
 PREDICTS_TOKENS = frozenset({Kind.CAUSAL, Kind.MASKED})
 """Those that a text can be scored with: by perplexity, or by pseudo-perplexity."""
+
+ENCODERS = frozenset({Kind.MASKED, Kind.TEXT, Kind.VISION})
+"""Those whose inputs are quantised with a zero point where nothing else is asked for.
+
+Their feed-forward layers read what comes out of a GELU, which is one-sided: a grid that is not symmetric is nearly
+twice as fine there, at the same speed.  bench/encoder_schemes.py has what that is worth.
+"""
 
 _SOUNDS = ("input_values", "input_features")
 _BESIDE = ("pixel_values", "bbox", "visual_feats", *_SOUNDS)
@@ -73,6 +83,11 @@ def kind_of(kind: type[Pretrained], config: Config) -> Kind:
 def kind_of_model(model: nn.Module) -> Kind | None:
     """The same of a model; None where it is none of transformers'."""
     return kind_of(type(model), model.config) if is_pretrained(model) else None
+
+
+def usual_scheme(kinds: Set[Kind | None]) -> Scheme:
+    """The scheme that is usual where models of these kinds are in one module; of none, or of others too, "w8a8"."""
+    return Scheme.of("w8a8-asym" if kinds and kinds <= ENCODERS else "w8a8")
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,12 @@ from typing import TypeAlias
 
 from torch import nn
 
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.errors import ModelError, PatternError, SchemeError, closest
 from w8a8.layers.linear import check_materialised, check_module, is_linear, quant_linears
+from w8a8.model.kinds import Kind, kind_of_model, usual_scheme
 from w8a8.model.obstacles import obstacles
+from w8a8.model.pretrained import is_pretrained
 from w8a8.model.roles import Head, adapters_of, beside_models, heads, routers_of
 from w8a8.model.usage import look
 
@@ -108,6 +110,27 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
         raise SchemeError(_nothing_left(model, reasons))
     together = {name: tuple(others) for name, others in shared.items() if name not in reasons and name not in untied}
     return Selection(tuple(chosen), reasons, untied, together)
+
+
+def scheme_of(model: nn.Module, schemes: Schemes = AUTO) -> Schemes:
+    """The schemes that were asked for; in the place of "auto" the one that is usual for what the model is.
+
+    Args:
+        model: One of transformers', or any module; with such in it, as a `SentenceTransformer`, it is these that count.
+
+    Raises:
+        ModelError: not a module.
+    """
+    if schemes != AUTO:
+        return schemes
+    check_module(model)
+    kinds: set[Kind | None] = set()
+    inside: set[int] = set()
+    for module in model.modules():  # what holds another comes before it
+        if is_pretrained(module) and id(module) not in inside:
+            kinds.add(kind_of_model(module))
+            inside |= {id(inner) for inner in module.modules()}
+    return usual_scheme(kinds)
 
 
 def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str, Scheme]]:

@@ -27,10 +27,10 @@ from torch import nn
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.sampling import ROWS
 from w8a8.core.progress import Progress
-from w8a8.core.scheme import Scheme
+from w8a8.core.scheme import AUTO, Scheme
 from w8a8.dataflow.groups import Refusal
 from w8a8.errors import ModelError
-from w8a8.model.selection import select
+from w8a8.model.selection import scheme_of, select
 from w8a8.records.smoothing import GroupReport, Score, SmoothReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, winner
@@ -46,7 +46,7 @@ def smooth_(
     calibration: object,
     *,
     alpha: float | str = "auto",
-    scheme: Scheme | str = "w8a8",
+    scheme: Scheme | str = AUTO,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     rows: int = ROWS,
@@ -61,7 +61,7 @@ def smooth_(
         calibration: A `Calibration`, or what `Calibration.of` makes one from without a tokenizer.
         alpha: 0..1 for all groups; "searched": for each the best of `alpha.GRID`, or none; "auto": what is best
             for the quantised model as a whole of searched, some alphas for all, and none, see `contest`.
-        scheme: What the model will be quantised to.
+        scheme: What the model will be quantised to; "auto" is what is usual for it.
         include, exclude: As `w8a8.quantize` will be told: errors are those of layers that will be quantised.  Others
             that read the same tensor, a router or the head, are folded along.
         rows: Tokens in the sample of each group.
@@ -80,7 +80,7 @@ def smooth_(
     """
     if alpha not in (AUTO.told, SEARCHED.told):
         check_alpha(alpha)
-    data, way, scheme = Calibration.of(calibration), Smoothing.of(alpha), Scheme.of(scheme)
+    data, way, scheme = Calibration.of(calibration), Smoothing.of(alpha), Scheme.of(scheme_of(model, scheme))
     chosen = select(model, include, exclude).chosen
     return smooth_undoable(model, data, way, scheme, chosen, rows, seed, progress)[0]
 
