@@ -136,7 +136,10 @@ def test_every_way_takes_the_scheme_that_is_usual_for_encoders_and_says_so(call,
     assert "Scheme: w8a8-asym, which is usual for a model that reads text and predicts no tokens; --scheme" in out
     with w8a8.enabled():
         saved = opened(tmp_path / "out")
-    whole, loaded = opened(floats / "bert-cls"), opened(floats / "bert-cls", model_kwargs={"quantization_config": W8A8Config()})
+    whole, loaded = (
+        opened(floats / "bert-cls"),
+        opened(floats / "bert-cls", model_kwargs={"quantization_config": W8A8Config()}),
+    )
     assert w8a8.quantize(whole).scheme.name == "w8a8-asym"
     for model in (saved, whole, loaded):
         assert {layer.scheme.name for _, layer in quant_linears(model)} == {"w8a8-asym"}

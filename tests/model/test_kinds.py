@@ -2,7 +2,6 @@
 
 import pytest
 import transformers as t
-
 from torch import nn
 
 from tests.conftest import llama
@@ -102,7 +101,7 @@ def test_the_scheme_that_is_usual_follows_from_what_the_model_is(make, usual):
 
 
 def test_what_is_no_module_has_no_usual_scheme():
-    with pytest.raises(ModelError, match="expected a torch.nn.Module"):
+    with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module"):
         scheme_of(3)
 
 

@@ -29,7 +29,12 @@ Dtype = Annotated[
     str, typer.Option("--dtype", help="Of the float tensors: auto (the file's), float32, bfloat16, float16.")
 ]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, ...")]
-Preset = Annotated[str, typer.Option("--scheme", help="A preset, see `w8a8 schemes`; auto: w8a8-asym for encoders of text and pictures, else w8a8.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        "--scheme", help="A preset, see `w8a8 schemes`; auto: w8a8-asym for encoders of text and pictures, else w8a8."
+    ),
+]
 DrawingSeed = Annotated[int, typer.Option("--seed", help="Of the drawing.")]
 Include = Annotated[
     list[str],

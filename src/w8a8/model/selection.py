@@ -115,14 +115,21 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
 def scheme_of(model: nn.Module, schemes: Schemes = AUTO) -> Schemes:
     """The schemes that were asked for; in the place of "auto" the one that is usual for what the model is.
 
+    Raises:
+        ModelError: as `usual_of`.
+    """
+    return usual_of(model) if schemes == AUTO else schemes
+
+
+def usual_of(model: nn.Module) -> Scheme:
+    """The scheme that is usual for what the model is.
+
     Args:
         model: One of transformers', or any module; with such in it, as a `SentenceTransformer`, it is these that count.
 
     Raises:
         ModelError: not a module.
     """
-    if schemes != AUTO:
-        return schemes
     check_module(model)
     kinds: set[Kind | None] = set()
     inside: set[int] = set()

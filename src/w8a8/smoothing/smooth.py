@@ -27,10 +27,11 @@ from torch import nn
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.sampling import ROWS
 from w8a8.core.progress import Progress
-from w8a8.core.scheme import AUTO, Scheme
+from w8a8.core.scheme import AUTO as USUAL
+from w8a8.core.scheme import Scheme
 from w8a8.dataflow.groups import Refusal
 from w8a8.errors import ModelError
-from w8a8.model.selection import scheme_of, select
+from w8a8.model.selection import select, usual_of
 from w8a8.records.smoothing import GroupReport, Score, SmoothReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
 from w8a8.smoothing.contest import CANDIDATES, Contest, winner
@@ -46,7 +47,7 @@ def smooth_(
     calibration: object,
     *,
     alpha: float | str = "auto",
-    scheme: Scheme | str = AUTO,
+    scheme: Scheme | str = USUAL,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     rows: int = ROWS,
@@ -80,7 +81,11 @@ def smooth_(
     """
     if alpha not in (AUTO.told, SEARCHED.told):
         check_alpha(alpha)
-    data, way, scheme = Calibration.of(calibration), Smoothing.of(alpha), Scheme.of(scheme_of(model, scheme))
+    data, way, scheme = (
+        Calibration.of(calibration),
+        Smoothing.of(alpha),
+        Scheme.of(usual_of(model) if scheme == USUAL else scheme),
+    )
     chosen = select(model, include, exclude).chosen
     return smooth_undoable(model, data, way, scheme, chosen, rows, seed, progress)[0]
 
