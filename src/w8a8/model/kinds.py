@@ -42,7 +42,7 @@ ENCODERS = frozenset({Kind.MASKED, Kind.TEXT, Kind.VISION})
 """Those whose inputs are quantised with a zero point where nothing else is asked for.
 
 Their feed-forward layers read what comes out of a GELU, which is one-sided: a grid that is not symmetric is nearly
-twice as fine there, at the same speed.  bench/encoder_schemes.py has what that is worth.
+twice as fine there, at nearly the same speed.  bench/encoder_schemes.py has what that is worth.
 """
 
 _SOUNDS = ("input_values", "input_features")

@@ -81,11 +81,8 @@ def smooth_(
     """
     if alpha not in (AUTO.told, SEARCHED.told):
         check_alpha(alpha)
-    data, way, scheme = (
-        Calibration.of(calibration),
-        Smoothing.of(alpha),
-        Scheme.of(usual_of(model) if scheme == USUAL else scheme),
-    )
+    data, way = Calibration.of(calibration), Smoothing.of(alpha)
+    scheme = Scheme.of(usual_of(model) if scheme == USUAL else scheme)
     chosen = select(model, include, exclude).chosen
     return smooth_undoable(model, data, way, scheme, chosen, rows, seed, progress)[0]
 
