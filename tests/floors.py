@@ -28,6 +28,7 @@ FLOORS = [
     {"pipeline", "blockwise"},
     {"analysis", "directories"},
     {"jobs", "demo"},
+    {"serving"},
     {"cli"},
     {"__main__"},
 ]
@@ -139,6 +140,23 @@ INSIDE = {
         "commands",
     ],
     "demo": ["corpus", "run"],
+    "serving": [
+        "mistakes",
+        "fields",
+        "front",
+        "batching",
+        "encoders",
+        "texts",
+        "answers",
+        "packed",
+        "sampling",
+        "engine",
+        "suits",
+        "stops",
+        "asked",
+        "writing",
+        "start",
+    ],
 }
 
 

@@ -79,6 +79,10 @@ class ReportError(W8A8Error, ValueError):
     """Records that no page can be made from, or a page that cannot be made here."""
 
 
+class ServingError(W8A8Error, OSError):
+    """A server that cannot be started: its place is taken, or memory does not do."""
+
+
 @contextlib.contextmanager
 def noted(place: str, kind: type[W8A8Error] = W8A8Error) -> Iterator[None]:
     """A user's mistake that is found in a `with` block says where."""

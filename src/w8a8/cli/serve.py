@@ -1,46 +1,59 @@
-"""The command `serve`: transformers' server, with our integer layers in it."""
+"""The command `serve`: a model behind an OpenAI-compatible port."""
 
 import logging
+from typing import Annotated
 
 import typer
 
-from w8a8.cli.app import Model, TrustRemoteCode, app
-from w8a8.cli.output import print_note
-from w8a8.errors import ModelError
+from w8a8.cli.app import Device, Dtype, Model, TrustRemoteCode, app
+from w8a8.cli.output import Watching, print_note
 
 
 @app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Everything after MODEL goes to `transformers serve`: --host, --port, --device, --dtype, --compile, ... "
-    "(`transformers serve --help`).",
+    epilog="A language model answers /v1/chat/completions, /v1/completions and /v1/responses; an embedder "
+    "/v1/embeddings, a reranker /rerank, a classifier /classify; all of them /v1/models and /health.",
 )
-def serve(context: typer.Context, model: Model, trust_remote_code: TrustRemoteCode = False) -> None:
-    """Serve a model through an OpenAI-compatible API: `transformers serve`, W8A8 directories in integers."""
-    from transformers.utils.import_utils import is_serve_available
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets other machines in.")] = "localhost",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one, and tells which.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option("--name", help="What clients call it; by default the name of its directory.")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=2, help="Tokens of prompt and answer; by default the model's, at most 8192."),
+    ] = None,
+    clients: Annotated[int, typer.Option("--clients", min=1, help="Texts that are written at once.")] = 64,
+    batching: Annotated[
+        bool, typer.Option("--batching/--no-batching", help="Write for several clients at once, where that can be.")
+    ] = True,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder.")
+    ] = True,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Serve a model through an OpenAI-compatible API, W8A8 directories in integers: text, vectors, ranks or labels."""
+    from w8a8.serving.start import Serving, check_installed
+    from w8a8.serving.start import serve as run
 
-    if not is_serve_available():
-        raise ModelError("serving needs transformers' extra packages: pip install 'w8a8[serve]'")
-    import transformers
-    from transformers.cli.transformers import app as transformers_app
-
-    from w8a8 import hf, kernels
-    from w8a8.checkpoint.directory import Directory
-    from w8a8.kernels import compiled, native
-    from w8a8.model.kinds import check_served
-
-    directory = Directory.of(model, trust_remote_code=trust_remote_code)
-    kind, config = directory.architecture  # told now, not at the first request
-    check_served(kind, config)
-    assert config.architectures, "by which the class was found"
-    if not hasattr(transformers, config.architectures[0]):  # where the server of 5.23 looks, code of its own or not
-        setattr(transformers, config.architectures[0], kind)
-    hf.enable()
+    check_installed()
     log = logging.getLogger("w8a8")
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler())
-    kernel = kernels.first_choice(kernels.AUTO)
-    how = f"{kernel} ({compiled.instruction_set()})" if kernel == native.NATIVE.name else kernel
-    what = "a float model, served as it is" if directory.quantization is None else f"quantised, kernel {how}"
-    print_note(f"w8a8: {directory.path} is {what}")
-    trust = ["--trust-remote-code"] if trust_remote_code else []
-    transformers_app(["serve", str(directory.path), *trust, *context.args])
+    asked = Serving(
+        model=model,
+        host=host,
+        port=port,
+        name=name,
+        dtype=dtype,
+        device=device,
+        context=context,
+        clients=clients,
+        batching=batching,
+        fuse=fuse,
+        trust_remote_code=trust_remote_code,
+    )
+    run(asked, watcher=Watching(), ready=lambda address: print_note(f"w8a8: listening at {address}"))

@@ -215,20 +215,35 @@ def _opened(directory: Directory, batch_size: int) -> _Encoder:
                 "--text FILE compares the outputs of any model that reads text"
             )
         return _Classifier(name, opened.model, batch_size, opened.tokenizer)
-    kinds = {"SentenceTransformer": _Embedder, "CrossEncoder": _Ranker}
-    if around not in kinds:
-        raise ModelError(f"{name} was to be judged on data, and is a {around}; known are {', '.join(kinds)}")
+    model = open_sentences(directory, around)
+    return _AROUND[around](name, model, batch_size)
+
+
+_AROUND: dict[str, type[_Encoder]] = {"SentenceTransformer": _Embedder, "CrossEncoder": _Ranker}
+
+
+def open_sentences(directory: Directory, around: str) -> Any:
+    """A directory of sentence-transformers, opened by the class that it is of, its integer layers run by this package.
+
+    Args:
+        directory: Float or quantised.
+        around: The class, see `class_around`.
+
+    Raises:
+        ModelError: sentence-transformers cannot be imported, or has no such class.
+    """
     try:
         import sentence_transformers
     except ImportError as error:
         raise ModelError(
-            f"{name} is a directory of sentence-transformers, which cannot be imported ({error}): "
+            f"{directory.path} is a directory of sentence-transformers, which cannot be imported ({error}): "
             "pip install 'w8a8[sentences]'"
         ) from error
+    if around not in _AROUND:
+        raise ModelError(f"{directory.path} is a {around} of sentence-transformers; known are {', '.join(_AROUND)}")
     with enabled():
         kind = getattr(sentence_transformers, around)
-        model = kind(name, device="cpu", trust_remote_code=directory.trust_remote_code)
-    return kinds[around](name, model, batch_size)
+        return kind(str(directory.path), device="cpu", trust_remote_code=directory.trust_remote_code)
 
 
 def _array(tensor: Tensor) -> Array:

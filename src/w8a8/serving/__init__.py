@@ -1,0 +1,1 @@
+"""Serving: a directory behind an OpenAI-compatible port, with every request judged before a model is reached."""
