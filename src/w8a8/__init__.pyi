@@ -84,6 +84,8 @@ from w8a8.pipeline import simulate as simulate
 from w8a8.records.coverage import Coverage as Coverage
 from w8a8.records.layers import Remedy as Remedy
 from w8a8.records.smoothing import SmoothReport as SmoothReport
+from w8a8.serving.start import Serving as Serving
+from w8a8.serving.start import serve as serve
 from w8a8.smoothing import outliers as outliers
 from w8a8.smoothing.smooth import smooth_ as smooth_
 from w8a8.smoothing.smooth import smooth_scales as smooth_scales

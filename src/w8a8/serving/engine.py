@@ -8,7 +8,6 @@ One thread computes, another waits for its end.  A fault in a step is the end of
 are told, those who wait keep their turn, keys and values are thrown away, and a new thread goes on.
 """
 
-import functools
 import inspect
 import logging
 import threading
@@ -253,7 +252,7 @@ def forward(model: Any, ids: Sequence[int], step: Step, rows: Sequence[int]) -> 
     """
     device = model.device
     kept = torch.tensor(list(rows) or [0], device=device)
-    keeps = "logits_to_keep" in _parameters(type(model))
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     found: Tensor = model(
         input_ids=torch.tensor([ids], device=device),
         position_ids=step.positions[None],
@@ -262,8 +261,3 @@ def forward(model: Any, ids: Sequence[int], step: Step, rows: Sequence[int]) -> 
         **({"logits_to_keep": kept} if keeps else {}),
     ).logits[0]
     return (found if keeps else found[kept])[: len(rows)]
-
-
-@functools.cache
-def _parameters(kind: Any) -> Collection[str]:
-    return inspect.signature(kind.forward).parameters
