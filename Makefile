@@ -91,6 +91,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/overhead.py
 	$(BIN)/python bench/allocator.py
 	$(BIN)/python bench/model.py
+	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/calibration.py
 	$(BIN)/python bench/smoothing.py

@@ -21,6 +21,7 @@ import loading
 import model
 import overhead
 import sensitivity
+import serve
 import smoothing
 import smoothing_peer
 import streaming
@@ -94,6 +95,11 @@ def _encoders(result: dict[str, Any]) -> str:
         "activations. `fused` is `w8a8.optimize`. `mixed` is eight texts of 16 to 128 tokens, padded; of pictures and "
         "sound a cell is a batch.\n\n" + encoders.table(result) + "\n\n" + encoders.summary(result) + "\n"
     )
+
+
+def _serving(result: dict[str, Any]) -> str:
+    said = f"Tokens a second of all clients together, {result['prompt']} tokens in and {result['new']} out for each."
+    return f"{said}\n\n{serve.table(result)}\n"
 
 
 def _tokens(result: dict[str, Any]) -> str:
@@ -218,6 +224,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("linear", "One linear layer, float32 in and out, through `QuantLinear.forward`", _layers),
     ("model", "A whole model in transformers, random weights, tokens per second", _models),
     ("encoders", "Encoders beside other runtimes", _encoders),
+    ("serve", "Texts for many clients at once", _serving),
     ("overhead", "Where a token's time goes", _tokens),
     ("allocator", "New memory", _memory),
     ("layout", "Packed or row-major, our tile or oneDNN's product", _layouts),

@@ -6,6 +6,7 @@ data.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,8 @@ def quantize_directory(
             `w8a8.quantize`.
         CalibrationError, PatternError, NonFiniteError: as `w8a8.quantize`.
     """
-    if scheme == AUTO:
-        source = Directory.of(source)
-        scheme = usual_scheme({kind_of(*source.architecture)})
-    wanted, head, request = Scheme.of(scheme), Head.of(head).value, None
+    usual = scheme == AUTO  # of none does it depend what is refused: both that are usual are dynamic
+    wanted, head, request = Scheme.of("w8a8" if usual else scheme), Head.of(head).value, None
     if calibration is None:
         wanted.check_without_data()
         if smooth is not None and smooth != "none":
@@ -90,6 +89,10 @@ def quantize_directory(
         from w8a8.calibration.data import Calibration
 
         request = request_of(wanted, Calibration.of(calibration), observer, smooth)
+    if usual:
+        source = Directory.of(source)
+        wanted = usual_scheme({kind_of(*source.architecture)})
+        request = None if request is None else replace(request, scheme=wanted)
     size = SHARD_BYTES if shard_bytes is None else shard_bytes
 
     def work_on(directory: Directory) -> Work:

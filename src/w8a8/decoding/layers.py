@@ -106,12 +106,12 @@ class BlockLayer(DynamicLayer):
         """Let each beam go on from another; where all go on from themselves nothing is moved."""
         if self.store is None:
             return
-        if not torch.equal(beam_idx, torch.arange(self.store.batch, device=beam_idx.device)):
+        if not torch.equal(beam_idx, torch.arange(self.store.batch, dtype=beam_idx.dtype, device=beam_idx.device)):
             self.store = self.store.chosen(beam_idx.to(self.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.store is not None:
-            batch = torch.arange(self.store.batch, device=self.device)
+            batch = torch.arange(self.store.batch, dtype=torch.long, device=self.device)
             self.store = self.store.chosen(batch.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:

@@ -94,7 +94,7 @@ def plain_append(codes: Codes, keys: Tensor, values: Tensor, at: int) -> None:
     tokens = keys.shape[2]
     key_codes, key_scale = _quantized(keys)
     value_codes, value_scale = _quantized(values)
-    place = torch.arange(at, at + tokens, device=keys.device)
+    place = torch.arange(at, at + tokens, dtype=torch.long, device=keys.device)
     if codes.key_dims % 2:
         key_codes = torch.nn.functional.pad(key_codes, (0, 1))
     by_token = codes.key_codes.permute(2, 4, 0, 1, 3, 5)  # (C / 16, 16, B, H, P, 2)

@@ -251,10 +251,10 @@ def forward(model: Any, ids: Sequence[int], step: Step, rows: Sequence[int]) -> 
         rows: Whose logits are wanted; none, for a step that only reads, still runs the model.
     """
     device = model.device
-    kept = torch.tensor(list(rows) or [0], device=device)
+    kept = torch.tensor(list(rows) or [0], dtype=torch.long, device=device)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     found: Tensor = model(
-        input_ids=torch.tensor([ids], device=device),
+        input_ids=torch.tensor([ids], dtype=torch.long, device=device),
         position_ids=step.positions[None],
         use_cache=False,
         w8a8_step=step,

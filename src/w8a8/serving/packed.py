@@ -9,9 +9,8 @@ else the model was called with.  That is all that is used here: no cache of tran
 values lie in `Places`: for each layer (places, heads, tokens, width), a place for each sequence.  What is not touched
 takes no memory, and the lowest free place is taken first, so that a quiet server stays small.
 
-transformers' own continuous batching was measured first (docs/log.md): on a CPU it multiplies the queries of all with
-the keys of all and masks the products, 64 times what is needed with 64 clients, and its sampling is that of the first
-request.
+transformers' own continuous batching, by its source in 5.23, multiplies the queries of all with the keys of all where it
+runs on a CPU and masks the products, 64 times what is needed with 64 clients; its sampling is that of the first request.
 """
 
 from collections.abc import Sequence
@@ -120,14 +119,21 @@ class Step:
     @classmethod
     def of(cls, store: Places, pieces: Sequence[Piece], device: torch.device) -> "Step":
         """The step that has these pieces, in the order of their rows."""
-        places = torch.tensor([p.place for p in pieces for _ in range(p.count)], device=device)
-        positions = torch.tensor([p.before + i for p in pieces for i in range(p.count)], device=device)
-        lengths = torch.ones(store.count, dtype=torch.long)
+        places = torch.tensor([p.place for p in pieces for _ in range(p.count)], dtype=torch.long, device=device)
+        positions = torch.tensor(
+            [p.before + i for p in pieces for i in range(p.count)], dtype=torch.long, device=device
+        )
+        lengths = torch.ones(store.count, dtype=torch.long, device="cpu")
         for piece in pieces:
             lengths[piece.place] = piece.before + piece.count
         singles = {piece.place: piece.start for piece in pieces if piece.count == 1}
         ranges = [
-            Range(low, high, torch.tensor([singles.get(p, -1) for p in range(low, high)], device=device), longest)
+            Range(
+                low,
+                high,
+                torch.tensor([singles.get(p, -1) for p in range(low, high)], dtype=torch.long, device=device),
+                longest,
+            )
             for low, high, longest in _ranges(sorted(singles), lengths.tolist())
         ]
         return cls(store, places, positions, ranges, [p for p in pieces if p.count > 1], lengths.to(device))
@@ -137,7 +143,7 @@ class Step:
         key = (part.low, window, dtype)
         if key not in self.masks:
             ends = self.lengths[part.low : part.high, None]
-            places = torch.arange(part.longest, device=ends.device)
+            places = torch.arange(part.longest, dtype=torch.long, device=ends.device)
             seen = places < ends
             if window is not None:
                 seen &= places >= ends - window
@@ -149,8 +155,8 @@ class Step:
         key = (piece.start, piece.count, window, dtype)
         if key not in self.masks:
             device = self.lengths.device
-            rows = torch.arange(piece.before, piece.before + piece.count, device=device)[:, None]
-            columns = torch.arange(piece.before + piece.count, device=device)
+            rows = torch.arange(piece.before, piece.before + piece.count, dtype=torch.long, device=device)[:, None]
+            columns = torch.arange(piece.before + piece.count, dtype=torch.long, device=device)
             seen = columns <= rows
             if window is not None:
                 seen &= columns > rows - window

@@ -101,15 +101,19 @@ class Chooser:
     def _penalise(self, logits: Tensor) -> None:
         asked = self._sampling
         if asked.repetition_penalty != 1:
-            seen = torch.tensor(sorted(self._prompt | set(self._written)))
+            seen = torch.tensor(sorted(self._prompt | set(self._written)), dtype=torch.long, device=logits.device)
             found = logits[seen]
             by = asked.repetition_penalty
             logits[seen] = torch.where(found > 0, found / by, found * by)
         if self._written and (asked.presence_penalty or asked.frequency_penalty):
-            tokens, counts = torch.tensor(list(self._written)), torch.tensor(list(self._written.values()))
+            tokens, counts = (
+                torch.tensor(list(numbers), dtype=torch.long, device=logits.device)
+                for numbers in (self._written, self._written.values())
+            )
             logits[tokens] -= asked.presence_penalty + asked.frequency_penalty * counts
         if asked.bias:
-            logits[torch.tensor(list(asked.bias))] += torch.tensor(list(asked.bias.values()), dtype=logits.dtype)
+            tokens = torch.tensor(list(asked.bias), dtype=torch.long, device=logits.device)
+            logits[tokens] += torch.tensor(list(asked.bias.values()), dtype=logits.dtype, device=logits.device)
 
 
 def chosen(choosers: list[Chooser], logits: Tensor) -> list[int | None]:

@@ -83,7 +83,9 @@ def _differs(model: Any) -> str | None:
 
 
 def _alone(model: Any, ids: list[int]) -> Tensor:
-    found: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1]
+    found: Tensor = model(input_ids=torch.tensor([ids], dtype=torch.long, device=model.device), use_cache=False).logits[
+        0, -1
+    ]
     return found
 
 

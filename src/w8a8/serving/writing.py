@@ -139,13 +139,15 @@ class Packed(BaseGenerateManager):
         held = Stops(wanted.stops, queue.put_nowait, ticket.leave)
         rust = getattr(processor, "tokenizer", processor)._tokenizer
         streamer = _Streamer(ticket.leave, rust, loop, held, **parsing)
-        streamer.put(torch.tensor(ticket.prompt))  # the first is the prompt, which is not streamed
+        streamer.put(
+            torch.tensor(ticket.prompt, dtype=torch.long, device="cpu")
+        )  # the first is the prompt, which is not streamed
 
         async def pump() -> None:
             ending = None
             while ending is None and not held.stopped:
                 tokens, ending = await told.get()
-                streamer.put(torch.tensor(tokens))
+                streamer.put(torch.tensor(tokens, dtype=torch.long, device="cpu"))
                 await asyncio.sleep(0)  # what the streamer has put off until the loop is free
             if ending == "failed":
                 held.put_nowait(_StreamError(_escaped(ticket.error)))
@@ -266,7 +268,7 @@ class _Left(StoppingCriteria):
         self._left = left
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        return torch.full((len(input_ids),), self._left.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self._left.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 def _wanted() -> Wanted:
