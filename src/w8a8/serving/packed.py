@@ -9,8 +9,9 @@ else the model was called with.  That is all that is used here: no cache of tran
 values lie in `Places`: for each layer (places, heads, tokens, width), a place for each sequence.  What is not touched
 takes no memory, and the lowest free place is taken first, so that a quiet server stays small.
 
-transformers' own continuous batching, by its source in 5.23, multiplies the queries of all with the keys of all where it
-runs on a CPU and masks the products, 64 times what is needed with 64 clients; its sampling is that of the first request.
+transformers' own continuous batching, by its source in 5.23, multiplies the queries of all with the keys of all where
+it runs on a CPU and masks the products, 64 times what is needed with 64 clients; its sampling is that of the first
+request.
 """
 
 from collections.abc import Sequence
