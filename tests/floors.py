@@ -29,6 +29,7 @@ FLOORS = [
     {"analysis", "directories"},
     {"jobs", "demo"},
     {"serving"},
+    {"embedding"},
     {"cli"},
     {"__main__"},
 ]
@@ -137,9 +138,11 @@ INSIDE = {
         "quantize",
         "run",
         "serve",
+        "embed",
         "commands",
     ],
     "demo": ["corpus", "run"],
+    "embedding": ["texts", "vectors", "pooled", "job"],
     "serving": [
         "mistakes",
         "fields",

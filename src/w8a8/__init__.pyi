@@ -42,6 +42,9 @@ from w8a8.core.scheme import Scheme as Scheme
 from w8a8.decoding.caches import BlockCache as BlockCache
 from w8a8.decoding.caches import Int8Cache as Int8Cache
 from w8a8.directories import quantize_directory as quantize_directory
+from w8a8.embedding.job import Embedded as Embedded
+from w8a8.embedding.job import Embedding as Embedding
+from w8a8.embedding.job import embed_texts as embed_texts
 from w8a8.errors import W8A8Error as W8A8Error
 from w8a8.fusing.models import Fusions as Fusions
 from w8a8.fusing.models import fusions as fusions

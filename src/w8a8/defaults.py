@@ -16,11 +16,15 @@ import torch
 
 @contextmanager
 def usual_defaults() -> Iterator[None]:
-    """float32 and the CPU for what is made without saying so; afterwards what it was."""
-    before = torch.get_default_dtype()
+    """float32 and the CPU for what is made without saying so; afterwards what it was.
+
+    Where the CPU is what is taken anyway nothing is entered: a default device is a mode of PyTorch's dispatcher, and
+    while there is one no block runs fused.
+    """
+    before, usual = torch.get_default_dtype(), torch.device("cpu")
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with nullcontext() if torch.get_default_device() == usual else usual:
             yield
     finally:
         torch.set_default_dtype(before)

@@ -75,6 +75,10 @@ class TextError(W8A8Error, OSError):
     """A text that is missing, unreadable or too short for what was asked."""
 
 
+class OutputError(W8A8Error, OSError):
+    """A file that cannot be written: its place is taken or not there, or the disk has no room."""
+
+
 class ReportError(W8A8Error, ValueError):
     """Records that no page can be made from, or a page that cannot be made here."""
 

@@ -75,7 +75,7 @@ def read_judged(path: Path) -> Judged:
             return _retrieval(path)
         if path.suffix == ".txt":
             return Texts(_some(path, [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]))
-        rows = list(_rows(path))
+        rows = list(rows_of(path))
     except TextError:  # an OSError too
         raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -95,7 +95,7 @@ def read_judged(path: Path) -> Judged:
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Each line's number, and what it holds by the names of its columns."""
     if path.suffix == ".tsv":
         with path.open(encoding="utf-8", newline="") as file:
@@ -156,7 +156,7 @@ def _retrieval(folder: Path) -> Retrieval:
     if qrels is None:
         raise TextError(f"{folder} has none of {', '.join(_QRELS)}: which document answers which query is not told")
     relevant: dict[str, dict[str, float]] = {}
-    for number, row in _rows(qrels):
+    for number, row in rows_of(qrels):
         query, document, score = (row.get(name) for name in ("query-id", "corpus-id", "score"))
         if query is None or document is None or score is None:
             raise TextError(f"{qrels}, line {number}: expected the columns query-id, corpus-id and score")
@@ -173,7 +173,7 @@ def _retrieval(folder: Path) -> Retrieval:
 def _documents(path: Path) -> dict[str, str]:
     """Texts by their ids, each with its title before it."""
     found: dict[str, str] = {}
-    for number, row in _rows(path):
+    for number, row in rows_of(path):
         name, text, title = row.get("_id"), row.get("text"), row.get("title") or ""
         if not isinstance(name, str) or not isinstance(text, str) or not isinstance(title, str) or name in found:
             raise TextError(f"{path}, line {number}: expected an _id of its own, and a text")

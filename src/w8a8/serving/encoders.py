@@ -3,8 +3,7 @@
 sentence-transformers opens its own directories and computes with them, prompts, pooling and dense layers included; a
 sequence classifier is transformers' alone.  Nothing here knows of HTTP.
 
-A server is a process of its own, so that its default dtype is nobody else's; `usual_defaults` around each call would
-keep blocks from running fused, since its device is a mode of PyTorch's dispatcher.
+A server is a process of its own, so that its default dtype is nobody else's.
 """
 
 import copy
@@ -224,7 +223,7 @@ def open_encoder(directory: Directory) -> Encoder:
         if opened.tokenizer is None:
             raise ModelError(f"{directory.path} is a classifier without a tokenizer; copy tokenizer.json there")
         labels = _labels(opened.model.config)
-        return _Classifier(name, opened.model, opened.tokenizer, _window(opened.tokenizer, opened.model), labels)
+        return _Classifier(name, opened.model, opened.tokenizer, window_of(opened.tokenizer, opened.model), labels)
     with usual_defaults():  # sentence-transformers makes tensors without saying where
         model = open_sentences(directory, around)
     window = model.max_seq_length
@@ -241,7 +240,7 @@ def _labels(config: Any) -> list[str]:
     return [str(config.id2label[number]) for number in range(config.num_labels)]
 
 
-def _window(tokenizer: Any, model: Any) -> int | None:
+def window_of(tokenizer: Any, model: Any) -> int | None:
     """The most tokens that a classifier reads."""
     told = [tokenizer.model_max_length, context_length(model)]
     found = [value for value in told if value is not None and value < 1 << 30]  # the tokenizer's way to say: no limit
