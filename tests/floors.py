@@ -112,7 +112,7 @@ INSIDE = {
         "budget",
         "study",
     ],
-    "fusing": ["capture", "steps", "matching", "families", "blocks", "models"],
+    "fusing": ["capture", "steps", "plan", "matching", "families", "blocks", "models"],
     "hf": ["arriving", "quantizer", "enabling"],
     "jobs": [
         "watching",

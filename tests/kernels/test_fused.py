@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.kernels.test_door import WRONG, K, X
+from tests.kernels.test_door import WRONG, Interferes, K, X
 from w8a8.kernels import compiled, fused
 from w8a8.kernels.native import unavailable_because
 from w8a8.layers.linear import QuantLinear
@@ -229,3 +229,166 @@ def _gelu_of(layer: QuantLinear, norm: fused.Norm, x: Tensor) -> Tensor:
 
 def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return fused.plain_attention(q, k, v, None, 1.0, False)
+
+
+_WIDTHS = (16, 16, 8, 8, 16, 16, 16, 16, 48)  # of the slots below: heads of 4, two to one of the keys
+
+
+class _Block:
+    """A block as a plan: x -> (attended, the sum with x and its norm in layers that read it)."""
+
+    def __init__(self) -> None:
+        self.first, (self.out,), (self.last,) = _linears(16, 16, 8, 8), _linears(16, 16), _linears(16, 48)
+        self.norm = _norm(16)
+        held = {"weight": self.norm.weight, "bias": self.norm.bias}
+        self.steps = (
+            (0, 0, -1, -1, -1, None, _told(self.first, *["identity"] * 3), (1, 2, 3)),
+            (3, 1, 2, 3, 4, 2, 0, 0.5, False, 4),
+            (0, 4, -1, -1, -1, None, _told([self.out], "identity"), (5,)),
+            (0, 5, 0, 6, 7, ((held, "weight"), (held, "bias"), 1e-5, 16), _told([self.last], "gelu"), (8,)),
+        )
+
+    def run(self, x: Tensor, mask: Tensor, read: tuple[int, ...] | None = None) -> tuple[Tensor, ...] | None:
+        return fused.run(_WIDTHS, self.steps, (x,), (mask,), (6, 8), read)
+
+    def by_steps(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in self.first)
+        y = self.out(fused.attention(q, k, v, mask, 0.5, False).flatten(-2))
+        total, _, last = fused.linears(y, _told([self.last], "gelu"), self.norm, x, wants_sum=True)
+        return total, last
+
+
+def _seen(*lengths: int) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("axes", [2, 4])
+def test_steps_in_one_call_have_the_bits_that_each_has_alone(axes):
+    block, x = _Block(), torch.randn(3, 9, 16)
+    seen = _seen(9, 4, 7)[:, None, None]
+    seen = seen if axes == 4 else torch.rand(9, 9) < 0.7
+    bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill(~seen, torch.finfo(torch.float32).min)
+    for mask in (seen, bias, seen.expand(3, 1, 9, 9)):
+        for one, other in zip(block.run(x, mask), block.by_steps(x, mask), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_padding_that_is_left_out_is_zero_and_what_is_left_is_computed_alone():
+    block, x, seen = _Block(), torch.randn(3, 9, 16), _seen(9, 4, 7)
+    seen[2] = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1])
+    found = block.run(x, seen[:, None, None], ())
+    for row in range(3):
+        alone = block.by_steps(x[row : row + 1, seen[row]], None)
+        assert all(torch.equal(y[row, seen[row]], other[0]) for y, other in zip(found, alone, strict=True))
+    assert not any(y[~seen].any() for y in found)
+
+
+def test_a_text_in_which_padding_is_read_is_computed_whole():
+    block, x, seen = _Block(), torch.randn(3, 9, 16), _seen(9, 4, 2)
+    (found, _), (whole, _) = block.run(x, seen[:, None, None], (-6,)), block.run(x, seen[:, None, None])
+    assert torch.equal(found[1], torch.where(seen[1, :, None], whole[1], 0))  # the fourth token is one of its own
+    assert torch.equal(found[2], whole[2])
+
+
+def test_a_mask_that_says_more_than_who_is_padding_leaves_nobody_out():
+    block, x = _Block(), torch.randn(2, 6, 16)
+    for mask in (torch.rand(2, 1, 6, 6) < 0.5, torch.randn(2, 1, 1, 6), torch.zeros(2, 1, 1, 6, dtype=torch.bool)):
+        assert all(torch.equal(a, b) for a, b in zip(block.run(x, mask, ()), block.run(x, mask), strict=True))
+
+
+def _with(place: int, at: int, value: object) -> tuple[object, ...]:
+    steps = list(_Block().steps)
+    steps[place] = (*steps[place][:at], value, *steps[place][at + 1 :])
+    return tuple(steps)
+
+
+_STEPS = {
+    "a slot that is none": _with(0, 1, 99),
+    "a slot that nothing wrote": _with(0, 1, 4),
+    "a slot of another width": _with(3, 2, 2),
+    "a slot that is written twice": _with(2, 7, (1,)),
+    "an input that is written": _with(3, 3, 0),
+    "heads that do not divide": _with(1, 4, 5),
+    "no heads": _with(1, 4, 0),
+    "keys that heads cannot share": _with(1, 5, 3),
+    "a mask that is none": _with(1, 6, 1),
+    "a kind that is none": _with(0, 0, 7),
+    "a sum of one": _with(3, 2, -1),
+    "a norm of another width": _with(3, 5, (None, None, 1e-5, 48)),
+    "a norm that is none": _with(3, 5, (1, 2)),
+    "weights that nobody holds": _with(3, 5, (({}, "weight"), None, 1e-5, 16)),
+    "layers without outputs": _with(0, 7, (1, 2)),
+    "layers of another input": _with(2, 6, _told(_linears(8, 16), "identity")),
+    "layers that are none": _with(0, 6, (1, 2, 3)),
+    "nine layers": _with(0, 6, _told(_linears(16, *[8] * 9), *["identity"] * 9)),
+    "one scale for all rows": _with(2, 6, _told(_linears(16, 16, scheme="w8a8-tensor"), "identity")),
+    "a number too large": _with(0, 1, 2**80),
+    "no number": _with(1, 7, "x"),
+    "a step of more fields": ((*_Block().steps[0], 1), *_Block().steps[1:]),
+    "layers in a step as long as an attention": ((*_Block().steps[0], 1, 1), *_Block().steps[1:]),
+    "an attention of fewer fields": (_Block().steps[0], _Block().steps[1][:8], *_Block().steps[2:]),
+    "a step of nothing": ((), *_Block().steps[1:]),
+    "a step that is none": (None, *_Block().steps[1:]),
+    "no steps": (),
+}
+
+
+@pytest.mark.parametrize("name", _STEPS)
+def test_steps_that_make_no_sense_are_an_error_or_nothing(name):
+    x, mask = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool)
+    try:
+        assert fused.run(_WIDTHS, _STEPS[name], (x,), (mask,), (6, 8), ()) is None
+    except (TypeError, KeyError, OverflowError):
+        return
+
+
+_X = torch.randn(2, 5, 16)
+_CALLS = {
+    "a slot less": (_WIDTHS[:-1], (_X,), (6,), ()),
+    "an input of another width": ((17, *_WIDTHS[1:]), (_X,), (6,), ()),
+    "a slot beyond all memory": ((*_WIDTHS, 2**62), (_X,), (6,), ()),
+    "no inputs": (_WIDTHS, (), (6,), ()),
+    "more inputs than slots": (_WIDTHS, (_X,) * 10, (6,), ()),
+    "an input that a step writes": (_WIDTHS, (_X, _X), (6,), ()),
+    "an output twice": (_WIDTHS, (_X,), (6, 6), ()),
+    "an input as output": (_WIDTHS, (_X,), (0,), ()),
+    "an output before all": (_WIDTHS, (_X,), (-1,), ()),
+    "an output by name": (_WIDTHS, (_X,), ("x",), ()),
+    "a token behind all": (_WIDTHS, (_X,), (6,), (5,)),
+    "a token before all": (_WIDTHS, (_X,), (6,), (-6,)),
+    "a token by name": (_WIDTHS, (_X,), (6,), ("x",)),
+    "a list": (_WIDTHS, [_X], (6,), ()),
+}
+
+
+@pytest.mark.parametrize("name", _CALLS)
+def test_calls_of_a_plan_that_make_no_sense_are_an_error_or_nothing(name):
+    widths, inputs, outputs, read = _CALLS[name]
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    try:
+        assert fused.run(widths, _Block().steps, inputs, (mask,), outputs, read) is None
+    except TypeError:
+        return
+
+
+@pytest.mark.parametrize("kind", X | WRONG)
+def test_a_plan_takes_tensors_of_its_own_shape_in_memory_or_none(kind):
+    layers, x, tokens = _linears(K, 8), torch.randn(4, K), torch.randn(1, K, 16)
+    given = (X | WRONG)[kind](x)
+    rows = given.view(2, 2, K) if isinstance(given, Tensor) and _is_plain(given, x) else given
+    product = ((0, 0, -1, -1, -1, None, _told(layers, "identity"), (1,)),)
+    attention = ((3, 0, 0, 0, 1, 1, 0, 1.0, False, 1),)
+    with torch.no_grad():
+        found = fused.run((K, 8), product, (rows,), (), (1,), None)
+        assert found is None or torch.allclose(found[0], layers[0](rows), rtol=1e-4, atol=1e-5)
+        found = fused.run((16, 16), attention, (tokens,), (given,), (1,), None)
+        if found is not None:
+            heads = tokens[:, None]
+            wanted = fused.plain_attention(heads, heads, heads, given, 1.0, False)
+            assert torch.allclose(found[0], wanted[:, :, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_looks_at_memory_after_the_last_code_of_others_ran():
+    x, mask = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool)
+    with Interferes(x, torch.empty(2, 5, 16)):
+        assert _Block().run(x, mask) is None

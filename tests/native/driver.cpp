@@ -21,6 +21,8 @@
 
 using namespace w8a8;
 
+bool planned(uint64_t seed);   // plan.cpp
+
 namespace {
 
 // --- the contract, as plainly as it can be written --------------------------------------------------------------------
@@ -370,7 +372,8 @@ int main(int argc, char **argv) {
     if (w8a8_isa_use(name) != W8A8_OK) return 1;
     for (int c = 0; c < cases; ++c)
       if (!one_case(seed0 + static_cast<uint64_t>(c)) || !halves(seed0 + static_cast<uint64_t>(c)) ||
-          !between(seed0 + static_cast<uint64_t>(c)) || !remembered(seed0 + static_cast<uint64_t>(c)))
+          !between(seed0 + static_cast<uint64_t>(c)) || !remembered(seed0 + static_cast<uint64_t>(c)) ||
+          !planned(seed0 + static_cast<uint64_t>(c)))
         return 1;
     // Several callers at once, each with threads of its own.
     std::vector<std::thread> callers;

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils import _pytree as pytree
 
 from w8a8.errors import ModelError
-from w8a8.fusing.capture import Argument, Captured, fits, made_whole
+from w8a8.fusing.capture import Captured, fits, made_whole
 from w8a8.fusing.families import Family
 from w8a8.fusing.matching import Told, fuse
 from w8a8.kernels.fused import dispatcher_is_needed
@@ -38,30 +38,34 @@ class Fused:
     Args:
         block: Keeps its code, its layers and its state dict.
         family: Whom it shares graphs with.
+        whole: Whether it is a model or a part of one with all of the blocks in it, which have a forward of this kind
+            too: what is called inside of a call that is a graph does not exist.
     """
 
-    def __init__(self, block: nn.Module, family: Family | None = None) -> None:
-        self.block = block
+    def __init__(self, block: nn.Module, family: Family | None = None, *, whole: bool = False) -> None:
+        self.block, self.whole = block, whole
         self.family = family or Family()
         self.told: list[Told] = []
         self.refused: list[str] = []
-        self._graphs: dict[Any, list[tuple[tuple[Argument, ...], Callable[..., Any], Callable[[Any], Any]]]] = {}
+        self._graphs: dict[Any, list[tuple[Captured, Callable[..., Any], Callable[[Any], Any]]]] = {}
         self._tried: dict[Any, int] = {}
         self._inner: list[tuple[dict[str, Any], Any, Any]] | None = (
             None  # at the first call: a copy is not whole before
         )
 
     def __getstate__(self) -> dict[str, Any]:  # a copy, or what a pickle makes, finds its graphs anew
-        return {"block": self.block}
+        return {"block": self.block, "whole": self.whole}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["block"])  # type: ignore[misc]
+        self.__init__(state["block"], whole=state["whole"])  # type: ignore[misc]
 
     def _watch(self) -> None:
         inner = [module for module in self.block.modules() if module is not self.block]
         self._children = [
             (module._modules, tuple(module._modules.values())) for module in self.block.modules() if module._modules
         ]
+        configs = {id(now): now for module in self.block.modules() if (now := vars(module).get("config")) is not None}
+        self._configs = [(vars(now), dict(vars(now))) for now in configs.values() if hasattr(now, "__dict__")]
         # last: it tells other threads that all of it is there
         self._inner = [(vars(module), module._forward_hooks, module._forward_pre_hooks) for module in inner]
 
@@ -77,10 +81,12 @@ class Fused:
                 return "a module in it has hooks"
             if held["training"]:
                 return "a module in it is in training"
-            if "forward" in held:
+            if "forward" in held and type(held["forward"]) is not Fused:
                 return "a module in it has a forward of its own"
         if any(tuple(now.values()) != before for now, before in self._children):
             return "a module in it was exchanged"
+        if any(now != before for now, before in self._configs):
+            return "its config was changed"
         return "it is in training" if self.block.training else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,21 +99,21 @@ class Fused:
     def _graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if dispatcher_is_needed():
             return None
-        changed = self._changed()
-        if changed is not None:
-            self._refuse(changed)
-            return None
         tensors: list[Tensor] = []
         key: list[Any] = []
         if not _flatten(args, tensors, key) or not _flatten(kwargs, tensors, key):
             self._refuse("an argument is neither a tensor nor a plain value")
             return None
+        changed = self._changed()
+        if changed is not None:
+            self._refuse(changed)
+            return None
         if torch.is_grad_enabled() and self._wants_gradient(tensors):
             return None
         kind = tuple(key)
-        for arguments, run, shaped in self._graphs.get(kind, ()):
-            if fits(arguments, tensors):
-                return run, shaped, made_whole(arguments, tensors)
+        for captured, run, shaped in self._graphs.get(kind, ()):
+            if fits(captured.arguments, captured.bounds, tensors):
+                return run, shaped, made_whole(captured.arguments, tensors)
         if not _TRACING.acquire(blocking=False):
             return None
         try:
@@ -123,7 +129,7 @@ class Fused:
         run, told = fuse(self.block, captured)
         self.told.append(told)
         shaped = _shape_of(captured.outputs)
-        self._graphs.setdefault(kind, []).append((captured.arguments, run, shaped))
+        self._graphs.setdefault(kind, []).append((captured, run, shaped))
         return run, shaped, made_whole(captured.arguments, tensors)
 
     def _captured(
@@ -132,7 +138,7 @@ class Fused:
         """A graph for this call: one of the family's, or a new one."""
         known = self.family.graphs.setdefault(kind, [])
         for captured in known:
-            if fits(captured.arguments, tensors):
+            if fits(captured.arguments, captured.bounds, tensors):
                 return captured
         if self._tried.get(kind, 0) >= _KINDS:
             return None
@@ -144,9 +150,11 @@ class Fused:
                 self.family = Family()
                 return self._captured(kind, args, kwargs, tensors)
             self._refuse(str(error))
+            if self.whole:  # it takes a second or more, and the blocks are tried next
+                self._tried[kind] = _KINDS
             return None
         known.append(captured)
-        return captured if fits(captured.arguments, tensors) else None
+        return captured if fits(captured.arguments, captured.bounds, tensors) else None
 
     def _refuse(self, reason: str) -> None:
         if reason not in self.refused:

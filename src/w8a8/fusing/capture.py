@@ -5,6 +5,7 @@ found is what it computes, whatever it is called.  Code that asks for a value en
 compares sizes in ways that `Argument` cannot tell.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,13 @@ class Captured:
     graph: Placeholders are the tensors among the arguments, in order.  A get_attr node has in its meta, as "place",
         what it stands for; the op of a quantised layer has, as "layer", the path of the layer.
     arguments: What those tensors have to be like.
+    bounds: The least and the greatest that a size may be, by its name, where its code asks.
     outputs: How the outputs are nested.
     """
 
     graph: fx.Graph
     arguments: tuple[Argument, ...]
+    bounds: dict[str, tuple[int, float]]
     outputs: pytree.TreeSpec
 
 
@@ -61,7 +64,13 @@ def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for place, tensor in zip(places, tensors, strict=True):
             now[place] = tensor
         again, named = pytree.tree_unflatten(now, structure)
+        before = pytree.tree_leaves((again, named))
         flat, spec = pytree.tree_flatten(type(block).forward(block, *again, **named))
+        after = pytree.tree_leaves((again, named))
+        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+            raise ModelError("its code changes what it is called with")
+        if odd := [value for value in flat if not isinstance(value, Tensor | None)]:
+            raise ModelError(f"it returns a {type(odd[0]).__name__}, not tensors alone")
         outputs[:] = [spec]
         return flat
 
@@ -81,12 +90,31 @@ def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         arguments.append(Argument(tensor.dtype, tuple(map(_size, node.meta["val"].shape)), not _only_masks(node)))
     if any(isinstance(size, str) and not size.isidentifier() for each in arguments for size in each.shape):
         raise ModelError("the sizes of its arguments depend on one another")
+    names = {size for argument in arguments for size in argument.shape if isinstance(size, str)}
+    bounds: dict[str, tuple[int, float]] = {}
     for guard in shapes.guards:
         left = shapes.replace(guard.expr)
-        if left.free_symbols:
+        if left.free_symbols and not _bounds(left, names, bounds):
             raise ModelError(f"its code asks whether {left}")
     _name(block, module)
-    return Captured(graph, tuple(arguments), outputs[0])
+    return Captured(graph, tuple(arguments), bounds, outputs[0])
+
+
+def _bounds(asked: Any, names: set[str], bounds: dict[str, tuple[int, float]]) -> bool:
+    """Take what is true of a size into its bounds; False where it is more than that it is beyond a number."""
+    if getattr(asked, "rel_op", None) not in ("<", "<=", ">", ">="):
+        return False
+    name, limit = str(asked.lhs), asked.rhs
+    if name not in names or not limit.is_Integer:
+        return False
+    least, most = bounds.get(name, (0, math.inf))
+    limit = int(limit)
+    if asked.rel_op in ("<", "<="):
+        most = min(most, limit - (asked.rel_op == "<"))
+    else:
+        least = max(least, limit + (asked.rel_op == ">"))
+    bounds[name] = least, most
+    return True
 
 
 def _name(block: nn.Module, module: fx.GraphModule) -> None:
@@ -134,7 +162,7 @@ def mask_of(attention: fx.Node) -> Any:
     return attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
 
 
-def fits(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> bool:
+def fits(arguments: tuple[Argument, ...], bounds: dict[str, tuple[int, float]], tensors: list[Tensor]) -> bool:
     """Whether a graph stands for a call with these tensors."""
     sizes: dict[str, int] = {}
     for argument, tensor in zip(arguments, tensors, strict=True):
@@ -147,7 +175,7 @@ def fits(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> bool:
                     return False
             elif size < 2 or sizes.setdefault(wanted, size) != size:  # type: ignore[arg-type]
                 return False
-    return True
+    return all(least <= sizes[name] <= most for name, (least, most) in bounds.items())
 
 
 def made_whole(arguments: tuple[Argument, ...], tensors: list[Tensor]) -> list[Tensor]:

@@ -59,7 +59,8 @@ def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         return module
     if id(module) not in known:
         twin = known[id(module)] = type(module).__new__(type(module))
-        twin.__dict__ = dict(vars(module))
+        # without the fused forward of a block in it: what it computes is looked at, not how
+        twin.__dict__ = {name: value for name, value in vars(module).items() if name != "forward"}
         children = module._modules.items()
         twin._modules = {name: None if each is None else _twin(each, known) for name, each in children}
     return known[id(module)]

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from w8a8.fusing.capture import Captured, mask_of
+from w8a8.fusing.plan import plan
 from w8a8.fusing.steps import Attention, Held, Layer, Linears, NormOf, NormStep
 from w8a8.layers.linear import Mode, QuantLinear
 
@@ -88,8 +89,7 @@ class _Walk:
         self.hold()
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        forward: Callable[..., Any] = fx.GraphModule(nn.Module(), self.graph).forward
-        return forward
+        return plan(self.graph, _item, self.told)
 
     # --- the pieces
 

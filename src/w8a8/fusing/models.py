@@ -19,6 +19,7 @@ class Fusions:
 
     blocks: How many blocks have one.
     waiting: How many were not called yet.
+    whole: Whether calls of the model are one graph, with all of the blocks in it.
     fused: What was fused, and how often, over all graphs.
     left: What was not, and how often.
     refused: Why blocks run as they are, by name.
@@ -26,6 +27,7 @@ class Fusions:
 
     blocks: int
     waiting: int
+    whole: bool
     fused: dict[str, int]
     left: dict[str, int]
     refused: dict[str, str]
@@ -34,7 +36,8 @@ class Fusions:
         lines = [f"{self.blocks} blocks run fused" + (f", {self.waiting} were not called yet" if self.waiting else "")]
         lines += [f"  {times} x {what}" for what, times in self.fused.items()]
         lines += [f"  left, {times} x {what}" for what, times in self.left.items()]
-        lines += [f"  {name} runs as it is: {why}" for name, why in self.refused.items()]
+        lines += ["  the model is one graph with all of them"] if self.whole else []
+        lines += [f"  {name or 'the model'} runs as it is: {why}" for name, why in self.refused.items()]
         return "\n".join(lines)
 
 
@@ -66,7 +69,21 @@ def optimize(model: nn.Module) -> Fusions:
     restore(model)
     for block, family in families(blocks):
         vars(block)["forward"] = Fused(block, family)
+    for part in _around(model, blocks):
+        vars(part)["forward"] = Fused(part, whole=True)
     return fusions(model)
+
+
+def _around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
+    """What has all of the blocks in it, and no forward but its class's own: the model, its encoder and the like."""
+    found = []
+    for module in model.modules():
+        within = {id(inner) for inner in module.modules()}
+        if module in blocks or isinstance(module, nn.ModuleList | nn.Sequential) or "forward" in vars(module):
+            continue
+        if all(id(block) in within for block in blocks):
+            found.append(module)
+    return found
 
 
 def check_fusible(model: nn.Module, layers: Collection[str]) -> list[nn.Module]:
@@ -112,16 +129,18 @@ def fusions(model: nn.Module) -> Fusions:
     """What is fused in a model, and what is not."""
     made, left, refused = Counter[str](), Counter[str](), {}
     count = waiting = 0
+    whole = any(vars(part)["forward"].whole and vars(part)["forward"].told for _, part in _fused(model))
     for name, block in _fused(model):
         forward = vars(block)["forward"]
-        count += bool(forward.told)
-        waiting += not forward.told and not forward.refused
+        if not forward.whole:
+            count += bool(forward.told) or whole
+            waiting += not forward.told and not forward.refused and not whole
         for told in forward.told:
             made += told.fused
             left += told.left
         if forward.refused:
             refused[name] = "; ".join(forward.refused)
-    return Fusions(count, waiting, dict(made), dict(left), refused)
+    return Fusions(count, waiting, whole, dict(made), dict(left), refused)
 
 
 def _is_integer(module: nn.Module) -> bool:

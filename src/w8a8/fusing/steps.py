@@ -29,17 +29,17 @@ class Linears:
         self, layers: list[QuantLinear], activations: list[str], norm: NormOf | None = None, *, wants_sum: bool = False
     ) -> None:
         self.layers, self.activations, self.norm, self.wants_sum = layers, activations, norm, wants_sum
-        self._native = tuple(
+        self.native = tuple(
             fused.layer_of(layer._buffers, layer._call, name) for layer, name in zip(layers, activations, strict=True)
         )
-        self._numbers = [layer._number for layer in layers]
+        self.numbers = [layer._number for layer in layers]
 
     def __call__(self, x: Tensor, add: Tensor | None = None) -> fused.Outputs:
         norm = None if self.norm is None else self.norm.now()
-        found = fused.linears(x, self._native, norm, add, wants_sum=self.wants_sum)
+        found = fused.linears(x, self.native, norm, add, wants_sum=self.wants_sum)
         if found is None:
             return fused.plain_linears(x, self.layers, self.activations, norm, add)
-        for number in self._numbers:
+        for number in self.numbers:
             kernels.count(number, kernels.native.NATIVE.name)
         return found
 

@@ -132,6 +132,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return found
 
 
+def run(
+    widths: tuple[int, ...],
+    steps: tuple[Any, ...],
+    inputs: tuple[Tensor, ...],
+    masks: tuple[Tensor, ...],
+    outputs: tuple[int, ...],
+    read: tuple[int, ...] | None,
+) -> tuple[Tensor, ...] | None:
+    """Many of the above in one call (`w8a8.fusing.plan`).
+
+    Args:
+        widths: K of every slot, a matrix of a row per token.
+        steps: As csrc/python_plan.cpp has them.
+        inputs: (B, T, K) float32, contiguous: the first slots.
+        masks: (B | 1, 1, T | 1, T), as for `attention`.
+        outputs: The slots that are returned.
+        read: None, or: tokens that no query sees are left out, save in sequences in which one of these is such.
+
+    Returns:
+        (B, T, K) for each output, zero in rows that were left out.  None where the kernel cannot.
+    """
+    functions = library()
+    if isinstance(functions, str):
+        return None
+    found: tuple[Tensor, ...] | None = functions.run(widths, steps, inputs, masks, outputs, read)
+    return found
+
+
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
     """The oracle of `attention`."""
     grouped = q.shape[1] != k.shape[1]

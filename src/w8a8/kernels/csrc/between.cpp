@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kSerialRows = 16 << 10;      // elements: below, waking the other threads takes longer than the work
 constexpr int64_t kSerialScores = 32 << 10;    // multiplications, likewise
-constexpr float kHidden = -1e30f;              // what is added to a score that is to have no weight, in any model's mask
+
+}  // namespace
 
 const void *mask_row(const Attention &t, int64_t batch, int64_t head, int64_t query) {
   const int64_t at = batch * t.mask_at[0] + head * t.mask_at[1] + query * t.mask_at[2];
@@ -23,8 +24,6 @@ float mask_at(const Attention &t, const void *row, int64_t key) {
   if (t.mask_is_float) return static_cast<const float *>(row)[at];
   return static_cast<const uint8_t *>(row)[at] ? 0.0f : -std::numeric_limits<float>::infinity();
 }
-
-}  // namespace
 
 // Where all queries share a row of the mask, its last keys may be padding: exp of a score so far below the others is zero.
 // Where no key at all is seen, by large numbers instead of infinities, all have weight.

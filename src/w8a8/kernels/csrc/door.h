@@ -186,10 +186,40 @@ struct Buffers {
   }
 };
 
+// A contiguous float32 tensor of `count` values, or null for None.
+inline bool plain_floats(PyObject *tensor, int64_t count, bool optional, float **to) {
+  *to = nullptr;
+  if (tensor == Py_None) return optional;
+  View v;
+  if (!look(torch, tensor, &v, true) || v.dtype != W8A8_F32 || v.count != count || !v.contiguous() || negated(torch, tensor))
+    return false;
+  *to = static_cast<float *>(v.data);
+  return true;
+}
+
+inline int64_t number(PyObject *tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GetItem(tuple, i)); }
+
+constexpr int kMost = 8;   // layers of one input
+
+// (buffers, n, k, per_channel, mode, bits, activation): what of a layer's call never changes, and where its buffers are.
+// False with an exception.
+inline bool layer_of(PyObject *given, w8a8_layer *layer, Buffers *buffers, int32_t *activation) {
+  if (!PyTuple_Check(given) || PyTuple_Size(given) != 7 || !PyDict_Check(PyTuple_GetItem(given, 0))) {
+    PyErr_SetString(PyExc_TypeError, "a layer is (buffers, n, k, per_channel, mode, bits, activation)");
+    return false;
+  }
+  layer->n = number(given, 1), layer->k = number(given, 2), layer->scale_stride = number(given, 3) != 0;
+  layer->mode = static_cast<int32_t>(number(given, 4)), layer->bits = static_cast<int32_t>(number(given, 5));
+  *activation = static_cast<int32_t>(number(given, 6));
+  return !PyErr_Occurred() && buffers->take(PyTuple_GetItem(given, 0));
+}
+
 // python_fused.cpp
 PyObject *fused(PyObject *, PyObject *const *args, Py_ssize_t count);
 PyObject *normalize(PyObject *, PyObject *const *args, Py_ssize_t count);
 PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count);
+// python_plan.cpp
+PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count);
 
 // python_cached.cpp
 PyObject *cached_append(PyObject *, PyObject *const *args, Py_ssize_t count);

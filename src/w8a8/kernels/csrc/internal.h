@@ -176,6 +176,10 @@ struct Attention {
   bool mask_is_float;
   int64_t mask_at[4];                    // strides by batch, head, query, key, in elements
 };
+constexpr float kHidden = -1e30f;        // what is added to a score that is to have no weight, in any model's mask
+// One element of a row of a mask, as what is added to a score.
+float mask_at(const Attention &t, const void *row, int64_t key);
+const void *mask_row(const Attention &t, int64_t batch, int64_t head, int64_t query);
 // How many keys have to be looked at: those behind the last one that any query sees have no weight.
 int64_t visible_keys(const Attention &t, int64_t batch, int64_t head);
 // What is added to the scores of a query, (room): minus infinity where it sees no key.

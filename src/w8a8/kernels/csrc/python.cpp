@@ -109,6 +109,8 @@ PyMethodDef methods[] = {
      "Keys or values, dequantised; True, or None."},
     {"cached_attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_attend)), METH_FASTCALL,
      "Attention over keys and values in int8, (B, T, H, D), or None."},
+    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::run)), METH_FASTCALL,
+     "Many steps over matrices of a row per token: the outputs, or None."},
     {"prepare", prepare, METH_VARARGS, "Tell the module what torch is."},
     {nullptr, nullptr, 0, nullptr},
 };

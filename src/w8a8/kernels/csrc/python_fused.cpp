@@ -8,19 +8,6 @@ namespace w8a8 {
 namespace door {
 namespace {
 
-constexpr int kMost = 8;   // layers of one input
-
-// A contiguous float32 tensor of `count` values, or null for None.
-bool plain_floats(PyObject *tensor, int64_t count, bool optional, float **to) {
-  *to = nullptr;
-  if (tensor == Py_None) return optional;
-  View v;
-  if (!look(torch, tensor, &v, true) || v.dtype != W8A8_F32 || v.count != count || !v.contiguous() || negated(torch, tensor))
-    return false;
-  *to = static_cast<float *>(v.data);
-  return true;
-}
-
 bool plain_rows(PyObject *x, View *v) {
   return look(torch, x, v) && v->dtype == W8A8_F32 && v->axes >= 1 && v->count > 0 && v->contiguous() &&
          !negated(torch, x);
@@ -61,8 +48,6 @@ PyObject *given_or_none(Ref &ref) {
   Py_RETURN_NONE;
 }
 
-int64_t number(PyObject *tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GetItem(tuple, i)); }
-
 }  // namespace
 
 // fused(x, before or None, ((buffers, n, k, per_channel, mode, bits, activation), ...)) -> (sum, norm, y, ...) or None
@@ -86,17 +71,9 @@ PyObject *fused(PyObject *, PyObject *const *args, Py_ssize_t count) {
   void *data[kMost];
   int64_t ld[kMost];
   for (int i = 0; i < layers; ++i) {
-    PyObject *const one = PyTuple_GetItem(args[2], i);
-    if (!PyTuple_Check(one) || PyTuple_Size(one) != 7 || !PyDict_Check(PyTuple_GetItem(one, 0))) {
-      PyErr_SetString(PyExc_TypeError, "a layer is (buffers, n, k, per_channel, mode, bits, activation)");
-      return nullptr;
-    }
-    layer[i].n = ld[i] = number(one, 1), layer[i].k = number(one, 2), layer[i].scale_stride = number(one, 3) != 0;
-    layer[i].mode = static_cast<int32_t>(number(one, 4)), layer[i].bits = static_cast<int32_t>(number(one, 5));
-    activation[i] = static_cast<int32_t>(number(one, 6));
-    if (PyErr_Occurred()) return nullptr;
+    if (!layer_of(PyTuple_GetItem(args[2], i), &layer[i], &buffers[i], &activation[i])) return nullptr;
     if (layer[i].k != v.shape[v.axes - 1]) Py_RETURN_NONE;
-    if (!buffers[i].take(PyTuple_GetItem(one, 0))) return nullptr;
+    ld[i] = layer[i].n;
     if (buffers[i].packed.none()) Py_RETURN_NONE;
     y[i].reset(output_of(x, v, layer[i].n));
     if (!y[i]) return nullptr;

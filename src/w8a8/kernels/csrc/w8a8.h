@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 8       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
+#define W8A8_ABI 9       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
@@ -145,6 +145,50 @@ typedef struct w8a8_cached_attention {
   int32_t dtype, causal, mask_is_float;
 } w8a8_cached_attention;
 W8A8_API int w8a8_cached_attend(const w8a8_cached_attention *a, int32_t threads);
+
+/* Many of these one after the other, over matrices of a row per token, the slots: what lies between two operations that
+ * are not of these kinds is one call.  There are batch * length tokens; attention is within each of the `batch` sequences.
+ * Rows pass through as many steps as possible while they are in cache. */
+enum w8a8_step_kind {
+  W8A8_STEP_LINEAR = 0,   /* w8a8_linear_fused: (x, add) -> sum, normed, out[...] */
+  W8A8_STEP_NORM = 1,     /* w8a8_normalize: (x, add) -> sum, normed */
+  W8A8_STEP_SUM = 2,      /* x + add -> sum */
+  W8A8_STEP_ATTEND = 3    /* w8a8_attend: (q, k, v) -> out[0] */
+};
+typedef struct w8a8_step {
+  int32_t kind;
+  int32_t x, add, sum, normed;            /* slots; -1 for none */
+  int32_t has_norm;                       /* of a W8A8_STEP_LINEAR */
+  const float *weight, *bias;             /* of the norm */
+  float eps;
+  int32_t count;                          /* layers */
+  const w8a8_layer *layers;
+  const int32_t *out, *activation;        /* by layer */
+  int32_t q, k, v, heads, shared, mask;   /* mask: an index, or -1 */
+  float scale;
+  int32_t causal;
+} w8a8_step;
+typedef struct w8a8_slot {
+  int64_t width;
+  const float *given;    /* an input: nothing writes it */
+  float *wanted;         /* an output */
+} w8a8_slot;
+typedef struct w8a8_mask {   /* broadcast to (batch, heads, length, length), strides in elements */
+  const void *data;
+  int32_t is_float;
+  int64_t at[4];
+} w8a8_mask;
+typedef struct w8a8_plan {
+  int64_t batch, length;
+  const w8a8_step *steps;
+  const w8a8_slot *slots;
+  const w8a8_mask *masks;
+  int32_t step_count, slot_count, mask_count;
+  int32_t skip_padding;   /* leave out tokens that no query sees, in everything; their rows of outputs are zero */
+  const int64_t *read;    /* tokens of every sequence that somebody reads: where one is padding, that sequence is computed */
+  int32_t read_count;
+} w8a8_plan;
+W8A8_API int w8a8_run(const w8a8_plan *plan, int32_t threads);
 
 /* w8a8_linear_many for one layer. */
 W8A8_API int w8a8_linear(const w8a8_layer *layer, const void *x, int32_t dtype, int64_t m, int64_t ldx, void *y,
