@@ -1,11 +1,13 @@
 """Encoders, batch by length: ours, plain and fused, against what their users run today.
 
     python bench/encoders.py [--models minilm,bge-base] [--cells 1x16,8x64,mixed] [--peers ours,fused,...] [--seconds 1]
+    python bench/encoders.py --go-on             # only cells that were not measured here yet
 
 Random weights in the shapes of all-MiniLM-L6-v2, bge-base, a MiniLM cross-encoder, ViT-base and Whisper-tiny's encoder.
 One process, one thread, the peers interleaved call by call; medians of the process's own processor time, which other
 work on the machine disturbs least, with quartiles.  `mixed` is a batch of eight texts of 16 to 128 tokens, padded.  The
-cosine of a peer is that of its outputs to the float model's, token by token, the least one.
+cosine of a peer is that of its outputs to the float model's, token by token, the least one.  A cell in which a call
+of float32 takes longer than `--longest` is left out, which the table tells.
 
 Peers: float32; bf16, the model in bfloat16; torch.ao's dynamic layers; ONNX Runtime with dynamic int8, weights per
 channel; OpenVINO with NNCF, calibrated on the same kind of input; `ours`, `ours asym` (w8a8-asym), both fused, and
@@ -202,9 +204,13 @@ def least_cosine(found: Tensor, wanted: Tensor, inputs: Inputs) -> float:
     return float(F.cosine_similarity(found[seen].double(), wanted[seen].double(), dim=-1).min())
 
 
-def measure(runs: dict[str, Run], inputs: Inputs, seconds: float) -> dict[str, Any]:
-    """Interleaved calls of all peers on the inputs of one cell."""
-    outputs = {name: run(inputs).clone() for name, run in runs.items()}
+def measure(runs: dict[str, Run], inputs: Inputs, seconds: float, longest: float) -> dict[str, Any]:
+    """Interleaved calls of all peers on the inputs of one cell; or why there are none."""
+    start = time.process_time()
+    outputs = {"float32": runs["float32"](inputs).clone()}
+    if (took := time.process_time() - start) > longest:
+        return {"left_out": f"a call of float32 takes {took:.0f} s"}
+    outputs |= {name: run(inputs).clone() for name, run in runs.items() if name != "float32"}
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin, rounds = time.perf_counter(), 0
     while rounds < FEWEST or time.perf_counter() - begin < seconds:
@@ -230,10 +236,14 @@ def table(result: dict[str, Any]) -> str:
     lines = [head, "|---|---|---:|" + "---:|" * len(peers)]
     for model, cells in result["models"].items():
         for cell, record in cells.items():
+            if "left_out" in record:
+                lines.append(f"| {model} | {cell} | left out: {record['left_out']} |" + " |" * len(peers))
+                continue
             ms = record["median_ms"]
             ratios = " | ".join(f"{ms['float32'] / ms[p]:.2f}x" if p in ms else "" for p in peers)
             lines.append(f"| {model} | {cell} | {ms['float32']:.2f} | {ratios} |")
-        least = {p: min((r["cosine"][p] for r in cells.values() if p in r["cosine"]), default=None) for p in peers}
+        measured = [r["cosine"] for r in cells.values() if "cosine" in r]
+        least = {p: min((cosine[p] for cosine in measured if p in cosine), default=None) for p in peers}
         told = " | ".join("" if value is None else f"{value:.4f}" for value in least.values())
         lines.append(f"| {model} | least cosine | | {told} |")
     return "\n".join(lines)
@@ -246,6 +256,7 @@ def summary(result: dict[str, Any], ours: str = "ours fused") -> str:
         (model, cell): min(r["median_ms"][p] for p in others if p in r["median_ms"]) / r["median_ms"][ours]
         for model, cells in result["models"].items()
         for cell, r in cells.items()
+        if "left_out" not in r
     }
     worst = min(ratios, key=lambda key: ratios[key])
     mean = statistics.geometric_mean(ratios.values())
@@ -255,12 +266,18 @@ def summary(result: dict[str, Any], ours: str = "ours fused") -> str:
     )
 
 
+def _has_all(record: dict[str, Any] | None, peers: list[str]) -> bool:
+    return record is not None and ("left_out" in record or set(peers) <= record["median_ms"].keys())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--cells", default=",".join(CELLS))
     parser.add_argument("--peers", default=",".join(name for name in PEERS if name not in NOT_BY_DEFAULT))
     parser.add_argument("--seconds", type=float, default=1.0, help="of each cell, at least")
+    parser.add_argument("--longest", type=float, default=12.0, help="seconds that a call of float32 may take")
+    parser.add_argument("--go-on", action="store_true", help="leave the cells as they are that have all of the peers")
     parser.add_argument("--output", type=Path, help="instead of bench/results/MACHINE/")
     parser.add_argument("--anew", action="store_true", help="forget the models that were measured here before")
     arguments = parser.parse_args()
@@ -284,21 +301,29 @@ def main() -> None:
         example = next(
             (inputs for cell, inputs in cells.items() if not cell.startswith("1x")), next(iter(cells.values()))
         )
-        models.setdefault(name, {})
+        done = models.setdefault(name, {})
+        if arguments.go_on:
+            cells = {cell: inputs for cell, inputs in cells.items() if not _has_all(done.get(cell), peers)}
+            if not cells:
+                continue
         with torch.no_grad():
             runs = {peer: PEERS[peer](copy.deepcopy(float_model), example) for peer in peers}
             for cell, inputs in cells.items():
-                record = models[name][cell] = measure(runs, inputs, arguments.seconds)
-                ms = record["median_ms"]
-                ratios = "  ".join(f"{p} {ms['float32'] / t:.2f}x" for p, t in ms.items() if p != "float32")
-                print(f"{name} {cell}: float32 {ms['float32']:.2f} ms; {ratios}", flush=True)
+                record = models[name][cell] = measure(runs, inputs, arguments.seconds, arguments.longest)
+                told = [*dict.fromkeys(result.get("peers", []) + peers)]
                 result = {
                     "machine": describe_machine(),
                     "versions": versions("onnxruntime", "openvino", "nncf"),
-                    "peers": peers,
+                    "peers": [peer for peer in PEERS if peer in told],
                     "models": models,
                 }
                 keep("encoders", result, arguments.output)  # a run that is ended loses one cell
+                if "left_out" in record:
+                    print(f"{name} {cell}: left out, {record['left_out']}", flush=True)
+                    continue
+                ms = record["median_ms"]
+                ratios = "  ".join(f"{p} {ms['float32'] / t:.2f}x" for p, t in ms.items() if p != "float32")
+                print(f"{name} {cell}: float32 {ms['float32']:.2f} ms; {ratios}", flush=True)
     print("\n" + summary(result))
 
 
