@@ -21,7 +21,8 @@ FLOORS = [
     {"kernels", "functional", "records"},
     {"layers", "report"},
     {"model"},
-    {"dataflow", "checkpoint", "decoding"},
+    {"decoding"},
+    {"dataflow", "checkpoint"},
     {"calibration"},
     {"evaluation"},
     {"smoothing", "streaming", "hf", "fusing"},
@@ -82,7 +83,7 @@ INSIDE = {
         "writer",
         "rehearsal",
     ],
-    "decoding": ["stores", "layers", "caches"],
+    "decoding": ["handed", "attention", "stores", "layers", "caches", "models"],
     "evaluation": [
         "intervals",
         "text",

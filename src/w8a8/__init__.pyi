@@ -41,6 +41,7 @@ from w8a8.core.scheme import QuantSpec as QuantSpec
 from w8a8.core.scheme import Scheme as Scheme
 from w8a8.decoding.caches import BlockCache as BlockCache
 from w8a8.decoding.caches import Int8Cache as Int8Cache
+from w8a8.decoding.models import set_cache as set_cache
 from w8a8.directories import quantize_directory as quantize_directory
 from w8a8.embedding.job import Embedded as Embedded
 from w8a8.embedding.job import Embedding as Embedding

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from w8a8.decoding.attention import ROWS
+from w8a8.decoding.handed import Kept
 from w8a8.decoding.stores import BLOCK, FloatStore, Int8Store, Store
 from w8a8.errors import ModelError
 from w8a8.kernels.cached import TILE
+from w8a8.kernels.fused import dispatcher_is_needed
 
 _CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 _AXES = 4
@@ -177,16 +180,53 @@ class SlidingBlockLayer(BlockLayer, DynamicSlidingWindowLayer):
         self.cumulative_length = 0
 
 
-class Int8Layer(BlockLayer):
+class _Int8(BlockLayer):
+    """What is kept in int8, and handed on so where attention takes it (`w8a8.decoding.handed`).
+
+    Attributes:
+        attended: Whether what was given came to attention that reads codes, as it was given.
+        awaited: Whether codes were handed on that attention did not ask for yet.
+    """
+
+    of = Int8Store
+    attended = awaited = False
+
+    def take(self, keys: Tensor, values: Tensor) -> int:
+        if self.awaited:
+            self.awaited = False
+            raise ModelError(
+                f"{type(self).__name__} handed on the codes of keys and values, as attention 'w8a8' asked it to, and "
+                "then something else read them, so what the model computed last is NaN; use one attention with one "
+                'cache: model.set_attn_implementation("w8a8"), or begin with a new cache'
+            )
+        return super().take(keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.take(key_states, value_states)
+        store = self.store
+        assert isinstance(store, Int8Store)
+        self.awaited = (
+            self.attended
+            and key_states.shape[2] <= ROWS
+            and not (key_states.requires_grad and torch.is_grad_enabled())
+            and not dispatcher_is_needed()
+        )
+        return Kept(store.codes, start, self.end, store.dtypes, self.awaited, self._seen).given()
+
+    def _seen(self) -> None:
+        self.attended, self.awaited = True, False
+
+    def reset(self) -> None:
+        super().reset()
+        self.attended = self.awaited = False
+
+
+class Int8Layer(_Int8):
     """All of the past, in int8."""
 
-    of = Int8Store
 
-
-class SlidingInt8Layer(SlidingBlockLayer):
+class SlidingInt8Layer(_Int8, SlidingBlockLayer):
     """The window, in int8."""
-
-    of = Int8Store
 
 
 def check_states(keys: Tensor, values: Tensor, heads: int | None) -> None:

@@ -92,7 +92,7 @@ class Int8Store(Store):
     """In int8.  What is read is dequantised into new memory."""
 
     def __init__(self, codes: cached.Codes, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-        self.codes, self._dtypes = codes, dtypes
+        self.codes, self.dtypes = codes, dtypes
 
     @classmethod
     def like(cls, keys: Tensor, values: Tensor, room: int) -> "Self":
@@ -111,13 +111,13 @@ class Int8Store(Store):
         cached.append(self.codes, keys, values, at)
 
     def keys(self, start: int, end: int) -> Tensor:
-        return cached.keys_of(self.codes, start, end, self._dtypes[0])
+        return cached.keys_of(self.codes, start, end, self.dtypes[0])
 
     def values(self, start: int, end: int) -> Tensor:
-        return cached.values_of(self.codes, start, end, self._dtypes[1])
+        return cached.values_of(self.codes, start, end, self.dtypes[1])
 
     def moved(self, start: int, end: int, room: int) -> "Self":
-        return type(self)(cached.copied(self.codes, start, end, room), self._dtypes)
+        return type(self)(cached.copied(self.codes, start, end, room), self.dtypes)
 
     def chosen(self, sequences: Tensor) -> "Self":
-        return type(self)(cached.chosen(self.codes, sequences), self._dtypes)
+        return type(self)(cached.chosen(self.codes, sequences), self.dtypes)

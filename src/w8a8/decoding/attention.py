@@ -1,0 +1,162 @@
+"""Attention over keys and values as they lie in int8: `attn_implementation="w8a8"` of transformers.
+
+    model.set_attn_implementation("w8a8"); model.generate(**inputs, past_key_values=w8a8.Int8Cache(model.config))
+
+`w8a8.set_cache(model, "int8")` is both.  A few queries over an `Int8Cache` run in the native kernel
+(`w8a8.kernels.cached`), with the model's mask or window, grouped heads, soft cap and sinks.  Everything else is what it
+was: PyTorch's attention, over floats; where a soft cap or sinks keep that from it, the plain PyTorch version of the
+kernel in float32.  Where keys and values have to be dequantised for it though they lie in int8, a warning says why, once.
+"""
+
+import warnings
+from functools import cache as once
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from w8a8.decoding.handed import kept_of
+from w8a8.errors import ModelError
+from w8a8.kernels.cached import Asked, attend, weighed
+from w8a8.kernels.compiled import unavailable_because
+
+NAME = "w8a8"
+ROWS = 64
+"""Queries of a sequence that are few.  Over 4,096 tokens the kernel takes, on a core with AVX-512 VNNI, from a third to
+0.8 of PyTorch's time over floats for 1 to 64 of them, and the floats have to be made on top (docs/performance.md); at 256
+queries it takes 1.3 times as long."""
+
+_PIECE = 256  # queries at once of the plain version: (heads, 256, S) float32 scores
+_AXES = 4
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The attention of a layer; as transformers calls it.
+
+    Args:
+        module: The layer.
+        query: (B, Hq, T, D).
+        key: (B, H, S, D), where H divides Hq, from an `Int8Cache` or anywhere.
+        value: Likewise.
+        attention_mask: (B | 1, Hq | 1, T, S), whether a key is seen, or what is added to the scores; or None.
+        dropout: Of the weights.
+        scaling: Of the scores; by default the root of D, inverse.
+        is_causal: Whether a token sees those before it only, where there is no mask; by default what the layer says.
+        softcap: What the scores are bent to stay below.
+        s_aux: (Hq,) scores of a key without a value, the sinks.
+        position_bias: Added to the scores.
+        others: What PyTorch's attention is handed by transformers beside.
+
+    Returns:
+        (B, T, Hq, D), and no weights.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    kept = kept_of(key, value)
+    if kept is not None:
+        kept.seen()
+        if kept.only:
+            why = _not_by_codes(query, key, causal=causal, dropout=dropout)
+            if why is None:
+                mask = _added(attention_mask, position_bias)
+                sinks = None if s_aux is None else s_aux.detach().to(torch.float32).contiguous()
+                asked = Asked(scale, mask, causal, softcap, sinks)
+                found = attend(query, kept.codes, kept.start, kept.end, asked)
+                if found is not None:
+                    return found, None
+                why = f"it does not take queries {tuple(query.shape)} in {query.dtype} on {query.device} over them"
+            _warn_once(why)
+            key, value = kept.floats()
+    if softcap is None and s_aux is None:
+        bias = {} if position_bias is None else {"position_bias": position_bias}
+        found, _ = sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **bias,
+            **others,
+        )
+        return found, None
+    if dropout:
+        raise ModelError(
+            f"attention {NAME!r} was asked for a soft cap or sinks with dropout {dropout}, which it does not have; "
+            'call model.eval(), or train with model.set_attn_implementation("eager")'
+        )
+    return _plain(query, key, value, Asked(scale, _added(attention_mask, position_bias), causal, softcap, s_aux)), None
+
+
+def _not_by_codes(query: Tensor, key: Tensor, *, causal: bool, dropout: float) -> str | None:
+    """Why the kernel is not asked."""
+    why = unavailable_because()
+    if why is not None:
+        return f"the native kernel is not there: {why}"
+    if dropout:
+        return "it has no dropout, and the model is in training"
+    if query.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient, and one is recorded; use torch.inference_mode()"
+    if causal and query.shape[2] != key.shape[2]:
+        return "the model says of no query which keys it sees"
+    return None
+
+
+def _added(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The mask as `Asked` has it, with what is added by position."""
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(torch.float32)
+    if bias is None:
+        return mask
+    bias = bias.to(torch.float32)
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
+    """In float32, some rows at a time."""
+    shared = query.shape[1] // key.shape[1]
+    keys, values = (x.to(torch.float32) for x in (key, value))
+    keys = keys.repeat_interleave(shared, 1)
+    found = []
+    for first in range(0, query.shape[2], _PIECE):
+        rows = query[:, :, first : first + _PIECE].to(torch.float32)
+        last = first + rows.shape[2] if asked.causal else keys.shape[2]  # as PyTorch's: query i sees the keys 0..i
+        mask = asked.mask
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask[:, :, first : first + _PIECE]
+        scores = rows @ keys[:, :, :last].transpose(-1, -2) * asked.scale
+        found.append(weighed(scores, values[:, :, :last], asked._replace(mask=mask)))
+    return torch.cat(found, 1).to(query.dtype)
+
+
+@once
+def _warn_once(why: str) -> None:
+    warnings.warn(
+        f"attention over keys and values in int8 cannot run ({why}); they are dequantised for PyTorch's", stacklevel=2
+    )
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,171 @@
+"""A model that generates with a cache of ours: made so, and undone.
+
+    w8a8.set_cache(model, "int8")
+    model.generate(**inputs)        # keys and values in int8, and attention that reads them there
+
+`generate` makes its cache itself, of the kinds that transformers has, where it is given none.  So the model's own
+`generate` is called with one; what a call asks for itself (`past_key_values`, `cache_implementation`,
+`use_cache=False`) it gets.  Keys and values of an encoder, which are written once, stay as they came.
+"""
+
+import functools
+import types
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from w8a8.decoding.attention import NAME
+from w8a8.decoding.caches import BlockCache, Int8Cache
+from w8a8.defaults import usual_defaults
+from w8a8.errors import ModelError, closest
+
+CACHES: dict[str, type[BlockCache] | None] = {"dynamic": None, "block": BlockCache, "int8": Int8Cache}
+"""By the name that they are asked for: transformers' own, as the model has it; in blocks; in int8."""
+
+_APART, _APART_16 = 1e-2, 8e-2
+"""How far logits may be from those by the model's own attention: sums in another order move codes of integer layers."""
+
+
+@dataclass(frozen=True)
+class _Set:
+    """What was set, and what was there before."""
+
+    kind: str
+    attention: str | dict[str, str]
+    implementation: str | None
+
+
+def set_cache(model: Any, kind: str = "int8") -> None:
+    """Have a model generate with a cache of this kind, in place, until it is set to another.
+
+    Args:
+        model: One of transformers that generates.
+        kind: "int8": keys and values in int8 (`Int8Cache`), with attention that reads them so, where the model's can be
+            exchanged; where it cannot a warning says why, and they are dequantised for it at each token.
+            "block": as they came, in blocks (`BlockCache`), which changes no bit. "dynamic": transformers' own; the
+            model is as it was.
+
+    Raises:
+        ModelError: no such kind; the model does not generate, or it keeps something else than keys and values.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> model = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1))
+        >>> w8a8.set_cache(model, "int8")
+        >>> model.config._attn_implementation
+        'w8a8'
+    """
+    if kind not in CACHES:
+        raise ModelError(f"unknown kind of cache {kind!r} ({closest(kind, CACHES)}); use one of {', '.join(CACHES)}")
+    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+        raise ModelError(
+            f"a cache of kind {kind!r} was to be set for {type(model).__name__}, which is no model of transformers that "
+            "generates; set it for one that does"
+        )
+    before = _setting(model)
+    if before is None and "generate" in vars(model):
+        raise ModelError(
+            f"a cache of kind {kind!r} was to be set for {type(model).__name__}, and this model has a `generate` of its "
+            "own beside its class's; pass past_key_values=w8a8.Int8Cache(model.config) to it"
+        )
+    made = CACHES[kind]
+    if made is not None:
+        made(model.config)  # refused before anything is changed
+    if before is not None:
+        _undo(model, before)
+    if made is None:
+        return
+    attention, config = _attention(model), model.generation_config
+    vars(model)["_w8a8_cache"] = _Set(kind, attention, config.cache_implementation)
+    vars(model)["generate"] = types.MethodType(_generate, model)
+    config.cache_implementation = None
+    if made is Int8Cache:
+        why = _attend_to_codes(model)
+        if why is not None:
+            model.set_attn_implementation(attention)
+            warnings.warn(
+                f"{type(model).__name__} keeps its own attention ({why}): keys and values in int8 are dequantised for it "
+                "at each token",
+                stacklevel=2,
+            )
+
+
+def new_cache(model: Any) -> Any:
+    """A cache of the kind that is set for a model, empty; None where nothing is set, and transformers makes its own."""
+    found = _setting(model)
+    if found is None:
+        return None
+    made = CACHES[found.kind]
+    assert made is not None
+    cache = made(model.config)
+    if model.config.is_encoder_decoder:
+        return EncoderDecoderCache(cache, DynamicCache(config=model.config.get_text_config(decoder=True)))
+    return cache
+
+
+def _setting(model: Any) -> _Set | None:
+    found = vars(model).get("_w8a8_cache")
+    assert found is None or isinstance(found, _Set)
+    return found
+
+
+def _undo(model: Any, before: _Set) -> None:
+    del vars(model)["_w8a8_cache"], vars(model)["generate"]
+    model.generation_config.cache_implementation = before.implementation
+    model.set_attn_implementation(before.attention)
+
+
+def _attention(model: Any) -> str | dict[str, str]:
+    """Which attention a model has, as `set_attn_implementation` takes it."""
+    own = {"": model.config._attn_implementation}
+    for key in model.config.sub_configs:
+        config = getattr(model.config, key, None)
+        if config is not None:
+            own[key] = config._attn_implementation
+    return own if len(own) > 1 else own[""]
+
+
+def _attend_to_codes(model: Any) -> str | None:
+    """Give a model attention that reads codes; why that is not what it computes, where it is not."""
+    if not model._can_set_attn_implementation():
+        return "transformers cannot exchange it"
+    sure = model._supports_sdpa  # then what PyTorch's attention is told is all, and ours is told it too
+    if not sure and model.config.is_encoder_decoder:
+        return "what it is told beside queries, keys and values is not known"
+    wanted = None if sure else _probed(model)
+    model.set_attn_implementation(NAME)
+    if wanted is None:
+        return None
+    found = _probed(model)
+    apart = float((found - wanted).norm() / wanted.norm())
+    most = _APART if model.dtype == torch.float32 else _APART_16
+    return None if apart <= most else f"logits by the other are {apart:.1g} apart"  # NaN too
+
+
+@torch.inference_mode()
+def _probed(model: Any) -> torch.Tensor:
+    """Logits of a few tokens."""
+    words = int(model.config.get_text_config(decoder=True).vocab_size)
+    ids = [(7 * i * i + 3 * i + 1) % words for i in range(13)]
+    with usual_defaults():
+        given = torch.tensor([ids], dtype=torch.long, device=model.device)
+        found: torch.Tensor = model(input_ids=given, use_cache=False).logits
+    return found.to(torch.float64)
+
+
+@functools.wraps(GenerationMixin.generate)
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    asked = [kwargs, vars(args[1] if len(args) > 1 and args[1] is not None else kwargs.get("generation_config") or self)]
+    own = any(
+        each.get("past_key_values") is not None
+        or each.get("cache_implementation") is not None
+        or each.get("use_cache") is False
+        for each in asked
+    )
+    if not own:
+        kwargs["past_key_values"] = new_cache(self)
+    return type(self).generate(self, *args, **kwargs)
