@@ -5,7 +5,7 @@
 `w8a8.set_cache(model, "int8")` is both.  A few queries over an `Int8Cache` run in the native kernel
 (`w8a8.kernels.cached`), with the model's mask or window, grouped heads, soft cap and sinks.  Everything else is what it
 was: PyTorch's attention, over floats; where a soft cap or sinks keep that from it, the plain PyTorch version of the
-kernel in float32.  Where keys and values have to be dequantised for it though they lie in int8, a warning says why, once.
+kernel in float32.  Where a few queries could not run by codes, a warning says why, once.
 """
 
 import warnings
@@ -25,9 +25,9 @@ from w8a8.kernels.compiled import unavailable_because
 
 NAME = "w8a8"
 ROWS = 64
-"""Queries of a sequence that are few.  Over 4,096 tokens the kernel takes, on a core with AVX-512 VNNI, from a third to
-0.8 of PyTorch's time over floats for 1 to 64 of them, and the floats have to be made on top (docs/performance.md); at 256
-queries it takes 1.3 times as long."""
+"""Queries of a sequence that are few.  On a core with AVX-512 VNNI the kernel takes from a third to nine tenths of
+PyTorch's time over floats for 1 to 64 of them, with the floats still to be made for PyTorch's, and at 256 up to 1.3
+times as long."""
 
 _PIECE = 256  # queries at once of the plain version: (heads, 256, S) float32 scores
 _AXES = 4
@@ -86,19 +86,10 @@ def attention(
             _warn_once(why)
             key, value = kept.floats()
     if softcap is None and s_aux is None:
-        bias = {} if position_bias is None else {"position_bias": position_bias}
-        found, _ = sdpa_attention_forward(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            is_causal=is_causal,
-            **bias,
-            **others,
-        )
+        if position_bias is not None:
+            others["position_bias"] = position_bias
+        others |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
         return found, None
     if dropout:
         raise ModelError(

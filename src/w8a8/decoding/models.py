@@ -63,14 +63,14 @@ def set_cache(model: Any, kind: str = "int8") -> None:
         raise ModelError(f"unknown kind of cache {kind!r} ({closest(kind, CACHES)}); use one of {', '.join(CACHES)}")
     if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
         raise ModelError(
-            f"a cache of kind {kind!r} was to be set for {type(model).__name__}, which is no model of transformers that "
-            "generates; set it for one that does"
+            f"a cache of kind {kind!r} was to be set for {type(model).__name__}, which is no model of transformers "
+            "that generates; set it for one that does"
         )
     before = _setting(model)
     if before is None and "generate" in vars(model):
         raise ModelError(
-            f"a cache of kind {kind!r} was to be set for {type(model).__name__}, and this model has a `generate` of its "
-            "own beside its class's; pass past_key_values=w8a8.Int8Cache(model.config) to it"
+            f"a cache of kind {kind!r} was to be set for {type(model).__name__}, and this model has a `generate` of "
+            "its own beside its class's; pass past_key_values=w8a8.Int8Cache(model.config) to it"
         )
     made = CACHES[kind]
     if made is not None:
@@ -88,8 +88,8 @@ def set_cache(model: Any, kind: str = "int8") -> None:
         if why is not None:
             model.set_attn_implementation(attention)
             warnings.warn(
-                f"{type(model).__name__} keeps its own attention ({why}): keys and values in int8 are dequantised for it "
-                "at each token",
+                f"{type(model).__name__} keeps its own attention ({why}): keys and values in int8 are dequantised for "
+                "it at each token",
                 stacklevel=2,
             )
 
@@ -159,12 +159,10 @@ def _probed(model: Any) -> torch.Tensor:
 
 @functools.wraps(GenerationMixin.generate)
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    asked = [kwargs, vars(args[1] if len(args) > 1 and args[1] is not None else kwargs.get("generation_config") or self)]
-    own = any(
-        each.get("past_key_values") is not None
-        or each.get("cache_implementation") is not None
-        or each.get("use_cache") is False
-        for each in asked
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or self.generation_config
+    own = kwargs.get("past_key_values") is not None or any(
+        each.get("cache_implementation") is not None or each.get("use_cache") is False
+        for each in (kwargs, vars(config))
     )
     if not own:
         kwargs["past_key_values"] = new_cache(self)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+import w8a8.decoding.attention  # noqa: F401 - attn_implementation="w8a8" is known from here on
 from w8a8 import kernels
 from w8a8.checkpoint.layout import runs_here
 from w8a8.hf.quantizer import W8A8Config

@@ -1,0 +1,166 @@
+"""Models that generate with a cache of ours, set by one call."""
+
+import copy
+
+import pytest
+import torch
+import transformers as t
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+import w8a8
+from tests.conftest import needs
+from tests.decoding.models import CAUSAL, SIZES, causal, whisper
+from tests.decoding.test_caches import prompt
+from w8a8.decoding import attention
+from w8a8.decoding.models import new_cache
+from w8a8.errors import ModelError
+
+pytestmark = [pytest.mark.kernels, needs("native")]
+
+FAST = ("mistral", "gemma2", "gpt_oss")  # a window; soft caps, and windows in turn; sinks
+FAMILIES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CAUSAL]
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """What the kernel answered: how many queries there were, and whether it could."""
+    found = []
+
+    def seen(q, *rest):
+        answer = kernel(q, *rest)
+        found.append((q.shape[2], answer is not None))
+        return answer
+
+    kernel = attention.attend
+    monkeypatch.setattr(attention, "attend", seen)
+    return found
+
+
+@torch.inference_mode()
+def written(model, new=12, **how):
+    return model.generate(
+        **prompt(), max_new_tokens=new, do_sample=False, return_dict_in_generate=True, output_logits=True, **how
+    )
+
+
+def apart(ours, theirs):
+    """Of logits, the norm of the difference over the norm, at the worst token."""
+    pairs = zip(ours.logits, theirs.logits, strict=True)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["padded", "beams"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_writes_by_codes_what_it_writes_by_what_they_stand_for(name, how, answered):
+    """Logits within 2e-3: a query's rounding moves a code of the next layer's keys now and then."""
+    model = causal(name)
+    w8a8.set_cache(model, "int8")
+    by_codes = written(model, **how)
+    assert answered == [(1, True)] * (model.config.num_hidden_layers * 11)
+    model.set_attn_implementation("eager")
+    by_floats = written(model, **how)
+    assert torch.equal(by_codes.sequences, by_floats.sequences)
+    assert 0 < apart(by_codes, by_floats) < 2e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_with_an_assistant_several_queries_at_once_run_by_codes(name, answered):
+    model, assistant = causal(name), causal(name)
+    w8a8.set_cache(model, "int8")
+    ids = {key: value[1:] for key, value in prompt().items()}
+    found = model.generate(**ids, max_new_tokens=20, do_sample=False, assistant_model=assistant)
+    assert found.shape[1] == 32
+    assert {queries > 1 for queries, _ in answered} >= {True}
+    assert all(could for _, could in answered)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_sixteen_bits_too(dtype, answered):
+    model = causal("llama").to(dtype)
+    wanted = written(model, new=2)
+    w8a8.set_cache(model, "int8")
+    assert apart(written(model, new=2), wanted) < 0.03
+    assert answered == [(1, True)] * 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_change_no_bit_and_dynamic_is_as_it_was(name):
+    model = causal(name)
+    own = model.config._attn_implementation
+    wanted = written(model)
+    for kind in ("block", "int8", "dynamic"):
+        w8a8.set_cache(model, kind)
+        assert (new_cache(model) is None) == (kind == "dynamic")
+        if kind != "int8":
+            found = written(model)
+            assert torch.equal(found.sequences, wanted.sequences)
+            assert all(map(torch.equal, found.logits, wanted.logits))
+            assert model.config._attn_implementation == own
+    assert "generate" not in vars(model)
+
+
+def test_a_call_has_the_cache_that_it_asks_for(answered):
+    model = causal("llama")
+    model.generation_config.cache_implementation = "offloaded"  # what the model's file may ask for is not a call's wish
+    w8a8.set_cache(model)
+    own = DynamicCache(config=model.config)
+    config = t.GenerationConfig(cache_implementation="dynamic")
+    for how in ({"past_key_values": own}, {"use_cache": False}, {"generation_config": config}):
+        written(model, **how)
+        assert not answered
+    assert own.get_seq_length() == 23
+    model.generate(prompt()["input_ids"], t.GenerationConfig(max_new_tokens=3))
+    assert answered == [(1, True)] * 4
+    w8a8.set_cache(model, "dynamic")
+    assert model.generation_config.cache_implementation == "offloaded"
+
+
+def test_a_copy_generates_by_itself():
+    model = causal("llama")
+    w8a8.set_cache(model)
+    other = copy.deepcopy(model)
+    assert other.generate.__self__ is other
+    w8a8.set_cache(other, "dynamic")
+    assert new_cache(model) is not None
+    assert model.state_dict().keys() == other.state_dict().keys()
+
+
+def test_whisper_keeps_its_encoder_as_it_came(answered):
+    model = whisper()
+    mel = torch.randn(2, 8, 32)
+    w8a8.set_cache(model)
+    cache = new_cache(model)
+    assert isinstance(cache, EncoderDecoderCache)
+    assert type(cache.cross_attention_cache) is DynamicCache
+    for how in ({}, {"num_beams": 3}):
+        assert model.generate(mel, max_new_tokens=9, do_sample=False, **how).shape[0] == 2
+    assert answered == [(1, True)] * len(answered)
+    assert len(answered) >= 2 * 7
+
+
+def test_attention_that_cannot_be_exchanged_is_told_and_the_cache_serves_it(answered):
+    model = t.BloomForCausalLM(t.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)).eval()
+    wanted = written(model, new=1)
+    with pytest.warns(UserWarning, match="keeps its own attention"):
+        w8a8.set_cache(model, "int8")
+    assert 0 < apart(written(model, new=1), wanted) < 0.03
+    written(model)
+    assert not answered
+
+
+@pytest.mark.parametrize("kind", ["block", "int8"])
+def test_what_cannot_have_such_a_cache_is_refused_and_left_as_it_was(kind):
+    jamba = t.JambaConfig(**SIZES, attn_layer_period=2, attn_layer_offset=1, intermediate_size=32, mamba_d_state=4)
+    model = t.JambaForCausalLM(jamba)
+    with pytest.raises(ModelError, match="keeps something else"):
+        w8a8.set_cache(model, kind)
+    assert "generate" not in vars(model)
+    with pytest.raises(ModelError, match="no model of transformers that generates"):
+        w8a8.set_cache(torch.nn.Linear(2, 2), kind)
+    with pytest.raises(ModelError, match=r"unknown kind of cache 'int4' .* dynamic, block, int8"):
+        w8a8.set_cache(model, "int4")
+    own = causal("llama")
+    own.generate = print
+    with pytest.raises(ModelError, match="of its own beside its class's"):
+        w8a8.set_cache(own, kind)
