@@ -14,7 +14,7 @@ from torch.utils._device import _device_constructors
 import w8a8
 from tests import ambient
 from tests.checkpoint.test_skeleton import codegen, marian
-from tests.conftest import llama, mixtral
+from tests.conftest import crossed, llama, mixtral
 from w8a8 import kernels
 from w8a8.calibration.observers import OBSERVERS
 from w8a8.core.affine import QParams
@@ -154,15 +154,15 @@ def whole(model, directory, scheme, smooth):
     return found
 
 
-@pytest.mark.parametrize(
-    ("make", "scheme", "smooth"),
-    [(llama, "w8a8-static", "searched"), (mixtral, "w8a8", "none")],
-    ids=["static, smoothed", "experts"],
-)
-def test_models_are_the_same(setting, tmp_path, make, scheme, smooth):
+@crossed("name kind", list(SETTINGS), ["static, smoothed", "experts"])
+def test_models_are_the_same(tmp_path, name, kind):
+    make, scheme, smooth = {
+        "static, smoothed": (llama, "w8a8-static", "searched"),
+        "experts": (mixtral, "w8a8", "none"),
+    }[kind]
     model = make()
     wanted = whole(copy.deepcopy(model), tmp_path / "wanted", scheme, smooth)
-    with setting():
+    with SETTINGS[name]():
         found = whole(copy.deepcopy(model), tmp_path / "found", scheme, smooth)
     same(found, wanted)
     assert (tmp_path / "found" / "model.safetensors").read_bytes() == (

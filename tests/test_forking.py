@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from w8a8 import kernels
 
 PREPARE = """
@@ -66,6 +68,7 @@ for kernel in {list(kernels.KERNELS)}:
     assert run(code) == [f"{kernel} True True True" for kernel in kernels.KERNELS]
 
 
+@pytest.mark.slow
 def test_where_proc_is_not_mounted_a_child_computes_too():
     code = """
 import pathlib
@@ -84,6 +87,7 @@ print(in_child(works), in_child(lambda: works() and in_child(works) and works())
     assert run(code) == ["True True"]
 
 
+@pytest.mark.slow
 def test_where_the_team_cannot_be_let_go_a_child_computes_on_one_thread():
     code = """
 from w8a8 import forking

@@ -12,9 +12,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 KINDS = (
-    *("bert", "codegen", "qwen3_moe", "vit"),
-    *("llama", "gpt2", "mamba", "gemma3", "llava", "xlnet", "t5", "bart", "whisper", "wav2vec2"),
-    *("clip", "swin", "convnext", "resnet", "blip", "deepseek_v3"),
+    *("bert", "codegen", "qwen3_moe", "vit", "mamba", "t5"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            *("llama", "gpt2", "gemma3", "llava", "xlnet", "bart", "whisper", "wav2vec2"),
+            *("clip", "swin", "convnext", "resnet", "blip", "deepseek_v3"),
+        )
+    ),
 )
 """Masked, causal, experts, pictures, Conv1D, state space, vision and language, relative, encoder-decoder, speech,
 convolutions, latent attention."""

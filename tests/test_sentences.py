@@ -17,7 +17,7 @@ from transformers import (
 import w8a8
 from tests.checkpoint.test_beside import tree
 from tests.cli.test_commands import call  # noqa: F401 - a fixture
-from tests.conftest import crossed
+from tests.conftest import crossed, every_third
 from tests.sentences import CONFIGS, SENTENCES, bert, embedder, ranker, tokenizer, write
 from w8a8 import W8A8Config
 from w8a8.errors import ModelError
@@ -73,7 +73,7 @@ def cosines(a, b):
     return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=every_third(MODELS))
 def directory(request, floats):
     return floats / request.param
 

@@ -23,8 +23,8 @@ def measured():
     """The shipped model at 6 and 4 bits, where the differences are large."""
     torch.manual_seed(0)
     opened = demo_model()
-    ids = encode(opened.tokenizer, held_out_text()).ids[:256]
-    return opened.model, ids, study(opened.model, ids, seq_len=128, bits=(6, 4))
+    ids = encode(opened.tokenizer, held_out_text()).ids[:128]
+    return opened.model, ids, study(opened.model, ids, seq_len=64, bits=(6, 4))
 
 
 def cell(result, bits, weights, activations, *, symmetric=True):
@@ -72,10 +72,10 @@ def test_the_best_executable_cell_is_executable_and_best(measured):
 def test_the_model_is_put_back_and_an_executable_cell_is_the_integer_model(measured):
     model, ids, result = measured
     assert not list(quant_linears(model))
-    assert perplexity(model, ids, seq_len=128).perplexity.mean == result.float_model.perplexity.mean
+    assert perplexity(model, ids, seq_len=64).perplexity.mean == result.float_model.perplexity.mean
     wanted = cell(result, 6, PerChannel, PerToken)
     quantized = quantize(demo_model().model, wanted.scheme).model
-    assert perplexity(quantized, ids, seq_len=128).perplexity.mean == wanted.perplexity
+    assert perplexity(quantized, ids, seq_len=64).perplexity.mean == wanted.perplexity
 
 
 def test_progress_is_told_and_no_hook_is_left():

@@ -58,7 +58,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 @pytest.mark.parametrize("name", OBSERVERS)
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(stream=streams())
 def test_any_batching_gives_the_same_grid(name, granularity, stream):
     x, batches = stream
@@ -71,7 +71,7 @@ def test_any_batching_gives_the_same_grid(name, granularity, stream):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 @pytest.mark.parametrize("name", OBSERVERS)
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(stream=streams(), bits=st.sampled_from([2, 4, 8]))
 def test_the_grid_never_reaches_beyond_the_data(name, granularity, stream, bits):
     x, batches = stream

@@ -215,6 +215,7 @@ def test_a_budget_with_room_for_the_float_model_is_told(monkeypatch, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_page_has_the_layers_of_experts(monkeypatch, tmp_path):
     tokenizer = open_model(demo_directory()).tokenizer
     model = qwen3_moe()

@@ -8,7 +8,7 @@ import transformers as t
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import w8a8
-from tests.conftest import every_third
+from tests.conftest import crossed, named
 from tests.decoding.models import CAUSAL, SIZES, VOCAB, causal, whisper
 from w8a8 import BlockCache, Int8Cache
 from w8a8.decoding.stores import BLOCK
@@ -56,8 +56,7 @@ def test_beams_go_on_to_the_bit_as_with_the_dynamic_cache(name):
     assert all(map(torch.equal, found[0].logits, found[1].logits))
 
 
-@pytest.mark.parametrize("name", every_third(CAUSAL))
-@pytest.mark.parametrize("cache", [BlockCache, Int8Cache])
+@crossed("name cache", list(CAUSAL), [BlockCache, Int8Cache], ids=named)
 def test_with_an_assistant_the_text_is_that_of_the_model_alone(name, cache):
     model, assistant = causal(name), causal(name)  # of other weights: much of what it proposes is wrong
     ids = {key: value[1:] for key, value in prompt().items()}

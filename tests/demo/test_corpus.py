@@ -91,6 +91,7 @@ def test_docstrings_are_distinct_trimmed_and_not_tiny(training: list[str], held_
             assert not any(line.endswith((" ", "\t")) for line in text.split("\n"))
 
 
+@pytest.mark.slow
 def test_texts_are_the_same_in_another_process_that_strips_docstrings(training: list[str], held_out: list[str]) -> None:
     script = """if True:
         import hashlib, sys
