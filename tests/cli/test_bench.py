@@ -35,3 +35,15 @@ def test_a_static_scheme_is_refused_with_the_way_to_time_it(call, demo_dir):  # 
     assert code == 2
     assert "w8a8 quantize --calib FILE" in err
     assert "--against" in err
+
+
+def test_writing_is_timed_after_a_context_with_a_cache_in_int8(call, quantized):  # noqa: F811
+    code, out, _ = call("bench", quantized, *SHORT, "--context", "20", "--kv", "int8", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert (found["context"], found["kv"]) == (20, "int8")
+    code, out, _ = call("bench", quantized, *SHORT, "--context", "20", "--kv", "block")
+    assert "2 new tokens after 20, block cache" in out
+    code, _, err = call("bench", quantized, *SHORT, "--context", "255")
+    assert code == 2
+    assert "(--context, --new)" in err

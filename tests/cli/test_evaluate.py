@@ -152,3 +152,29 @@ def test_without_the_harness_the_way_to_install_it_is_told(call, quantized, monk
     code, _, err = call("eval", quantized, "--tasks", "tiny")
     assert code == 2
     assert "pip install 'w8a8[eval]'" in err
+
+
+def test_what_a_cache_in_int8_costs_is_told_beside_the_model_with_its_own(call, demo_dir, text):  # noqa: F811
+    code, out, _ = call("eval", demo_dir, "--text", text, "--against", demo_dir, "--kv", "int8", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert 0 < found["kl_nats"]["mean"] < 1e-4
+    code, out, _ = call("eval", demo_dir, "--text", text, "--against", demo_dir, "--kv", "block", "--json")
+    assert json.loads(out)["kl_nats"]["mean"] == 0
+
+
+def test_a_cache_is_set_where_it_does_something(call, demo_dir, text):  # noqa: F811
+    code, _, err = call("eval", demo_dir, "--tasks", "piqa", "--kv", "int8")
+    assert code == 2
+    assert "give --text FILE" in err
+    code, _, err = call("eval", demo_dir, "--text", text, "--kv", "int4")
+    assert code == 2
+    assert "unknown kind of cache 'int4'" in err
+
+
+def test_a_model_goes_on_from_a_prompt_with_a_cache_in_int8(call, demo_dir):  # noqa: F811
+    texts = [
+        call("generate", demo_dir, "Return the", "--max-new-tokens", "8", "--kv", kv) for kv in ("dynamic", "int8")
+    ]
+    assert [code for code, _, _ in texts] == [0, 0]
+    assert texts[1][1].startswith("Return the")

@@ -91,3 +91,22 @@ def test_a_model_without_a_cache_is_told():
 
     with pytest.raises(ModelError, match=r"plain \(Plain\) gives no logits, or keeps no cache"):
         measure_speed({"plain": Plain()}, prompt=4, new=1)
+
+
+def test_writing_after_a_context_goes_on_from_it_in_every_round():
+    model, calls = opt(), []
+
+    def see(module, args, kwargs):
+        kept = kwargs.get("past_key_values")
+        calls.append((kwargs["input_ids"].shape[1], 0 if kept is None else kept.get_seq_length()))
+
+    model.register_forward_pre_hook(see, with_kwargs=True)
+    w8a8.set_cache(model, "block")
+    measure_speed({"m": model}, prompt=4, context=20, new=2, seconds=0.0)
+    first = [(4, 0), (1, 4), (1, 5)]  # before there is a context, a round that is thrown away
+    assert calls == [*first, (20, 0), *[(4, 0), (1, 20), (1, 21)] * 3]
+
+
+def test_a_context_that_leaves_no_room_is_refused():
+    with pytest.raises(ModelError, match=r"--context, --new"):
+        measure_speed({"m": opt()}, prompt=4, context=opt().config.max_position_embeddings, new=1)

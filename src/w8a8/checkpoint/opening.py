@@ -11,6 +11,7 @@ from torch import nn
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.reader import load, load_float
+from w8a8.decoding.models import check_cache, set_cache
 from w8a8.errors import ModelError
 from w8a8.model.kinds import Asked
 from w8a8.model.pretrained import Pretrained, Tokenizer
@@ -36,6 +37,7 @@ class NamedModel:
     device: Where the model goes.
     head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
     trust_remote_code: Run Python code from the repository where transformers has no class for the model.
+    kv: How it keeps keys and values: "dynamic" as transformers does, or what else `w8a8.set_cache` has.
     """
 
     name: str | os.PathLike[str] | Directory
@@ -43,6 +45,7 @@ class NamedModel:
     device: str = "cpu"
     head: str = "float"
     trust_remote_code: bool = False
+    kv: str = "dynamic"
 
     @classmethod
     def of(cls, model: "Named", **options: Any) -> "NamedModel":
@@ -68,8 +71,9 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
 
     Raises:
         CheckpointError: missing, torn, in a format unknown here, or in need of code of its own.
-        ModelError: it is not of a kind that this can be asked of; unknown dtype, device or head; head="int8" for a
-            float model; the float model is not one that transformers can open, or its files lack weights.
+        ModelError: it is not of a kind that this can be asked of; unknown dtype, device, head or cache, or a cache
+            that it cannot have; head="int8" for a float model; the float model is not one that transformers can open,
+            or its files lack weights.
     """
     if isinstance(source, OpenedModel):
         if asked is not None:
@@ -79,6 +83,7 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
     directory = named.directory
     if asked is not None:
         asked.check(*directory.architecture)
+    check_cache(*directory.architecture, named.kv)
     quantized = directory.quantization is not None
     wanted = _dtype(named.dtype)
     if quantized or Head.of(named.head) is Head.INT8:  # which a float model is refused with there
@@ -87,6 +92,8 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
     else:
         model = load_float(directory, dtype=named.dtype if wanted is None else wanted)
     _move(model.eval(), named.device)
+    if named.kv != "dynamic":
+        set_cache(model, named.kv)
     return OpenedModel(model, open_tokenizer(directory), directory.path, quantized)
 
 

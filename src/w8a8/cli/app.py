@@ -46,6 +46,11 @@ Head = Annotated[
     str, typer.Option("--head", help="The output head: float, or int8 at run time whatever the file holds.")
 ]
 
+Kv = Annotated[
+    str,
+    typer.Option("--kv", help="Keys and values: dynamic (as transformers keeps them), block (the same bits), int8."),
+]
+
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code from MODEL where transformers has no class for it."),

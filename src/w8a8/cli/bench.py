@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app
+from w8a8.cli.app import Device, Dtype, Head, Json, Kv, Model, TrustRemoteCode, app
 from w8a8.cli.output import Watching, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -23,11 +23,15 @@ def bench(
     prompt: Annotated[
         int | None, typer.Option("--prompt", min=1, help="Tokens that are read; by default 512, or what fits.")
     ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens that writing comes after; by default the prompt.")
+    ] = None,
     new: Annotated[int, typer.Option("--new", min=1, help="Tokens that are then written.")] = 32,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Of measuring, for each model.")] = 10.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the random tokens.")] = 0,
     head: Head = "float",
+    kv: Kv = "dynamic",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -40,10 +44,11 @@ def bench(
     from w8a8.jobs.measuring import time_models
 
     found = time_models(
-        NamedModel(model, dtype, device, head, trust_remote_code),
+        NamedModel(model, dtype, device, head, trust_remote_code, kv),
         against,
         scheme=scheme,
         prompt=prompt,
+        context=context,
         new=new,
         batch=batch,
         seconds=seconds,
@@ -52,7 +57,7 @@ def bench(
     )
     threads = torch.get_num_threads()
     if as_json:
-        print_json({"batch": batch, "new": new, "threads": threads, "models": found})
+        print_json({"batch": batch, "new": new, "context": context, "kv": kv, "threads": threads, "models": found})
         return
     first = next(iter(found.values()))
     rows = [
@@ -60,7 +65,9 @@ def bench(
         for name, speed in found.items()
     ]
     columns = ("model", "reading, tokens/s", "quartiles", "times", "writing, tokens/s", "quartiles", "times")
-    print_table(f"batch {batch}, {new} new tokens, {first.rounds} rounds, {threads} threads", columns, rows)
+    after = "" if context is None else f" after {context}"
+    title = f"batch {batch}, {new} new tokens{after}, {kv} cache, {first.rounds} rounds, {threads} threads"
+    print_table(title, columns, rows)
     print_line("One round: each model in turn reads the prompt and writes. Medians; times is beside the first.")
 
 

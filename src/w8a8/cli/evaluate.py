@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Exclude, Head, Include, Json, MaxTokens, Model, SeqLen, TrustRemoteCode, app
+from w8a8.cli.app import Device, Dtype, Exclude, Head, Include, Json, Kv, MaxTokens, Model, SeqLen, TrustRemoteCode, app
 from w8a8.cli.compare import evaluation_rows, show_compared, show_judged, windows_in_words
 from w8a8.cli.output import Watching, print_json, print_line, print_table
 from w8a8.core.plain import plain
@@ -63,6 +63,7 @@ def evaluate(
         Path | None, typer.Option("--cache", help="A file for the reference's predictions: made, or used again.")
     ] = None,
     head: Head = "float",
+    kv: Kv = "dynamic",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -79,8 +80,10 @@ def evaluate(
     from w8a8.jobs.encoders import EncoderPair, judge_encoders
     from w8a8.jobs.measuring import score_model
 
-    named, watching = NamedModel(model, dtype, device, head, trust_remote_code), Watching()
+    named, watching = NamedModel(model, dtype, device, head, trust_remote_code, kv), Watching()
     if tasks is not None:
+        if kv != "dynamic":
+            raise SchemeError(f"--kv {kv} with --tasks: most tasks call a model without a cache; give --text FILE")
         found = run_tasks(named, tasks.split(","), limit=limit, num_fewshot=num_fewshot, include_path=include_path)
         _show_tasks(model, found, as_json=as_json)
         return
@@ -93,6 +96,7 @@ def evaluate(
             "--one-at-a-time": one_at_a_time,
             "--cache": cache is not None,
             "--head": head != "float",
+            "--kv": kv != "dynamic",
             "--dtype": dtype != "auto",
             "--device": device != "cpu",
         }

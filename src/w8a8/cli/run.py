@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Head, Json, Model, TrustRemoteCode, app
+from w8a8.cli.app import Device, Dtype, Head, Json, Kv, Model, TrustRemoteCode, app
 from w8a8.cli.output import print_json, print_line, print_table, progress, quiet_transformers
 from w8a8.core.plain import plain
 from w8a8.records.coverage import megabytes
@@ -21,6 +21,7 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     head: Head = "float",
+    kv: Kv = "dynamic",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -31,7 +32,7 @@ def generate(
     from w8a8.evaluation.generation import continue_text
 
     quiet_transformers()
-    named = NamedModel(model, dtype, device, head, trust_remote_code)
+    named = NamedModel(model, dtype, device, head, trust_remote_code, kv)
     result = continue_text(named, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         print_json(result)

@@ -59,13 +59,7 @@ def set_cache(model: Any, kind: str = "int8") -> None:
         >>> model.config._attn_implementation
         'w8a8'
     """
-    if kind not in CACHES:
-        raise ModelError(f"unknown kind of cache {kind!r} ({closest(kind, CACHES)}); use one of {', '.join(CACHES)}")
-    if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
-        raise ModelError(
-            f"a cache of kind {kind!r} was to be set for {type(model).__name__}, which is no model of transformers "
-            "that generates; set it for one that does"
-        )
+    check_cache(type(model), getattr(model, "config", None), kind)  # before anything is changed
     before = _setting(model)
     if before is None and "generate" in vars(model):
         raise ModelError(
@@ -73,8 +67,6 @@ def set_cache(model: Any, kind: str = "int8") -> None:
             "its own beside its class's; pass past_key_values=w8a8.Int8Cache(model.config) to it"
         )
     made = CACHES[kind]
-    if made is not None:
-        made(model.config)  # refused before anything is changed
     if before is not None:
         _undo(model, before)
     if made is None:
@@ -92,6 +84,21 @@ def set_cache(model: Any, kind: str = "int8") -> None:
                 "it at each token",
                 stacklevel=2,
             )
+
+
+def check_cache(model: type, config: Any, kind: str) -> None:
+    """Raise `ModelError` where models of this class and config cannot generate with a cache of this kind."""
+    if kind not in CACHES:
+        raise ModelError(f"unknown kind of cache {kind!r} ({closest(kind, CACHES)}); use one of {', '.join(CACHES)}")
+    made = CACHES[kind]
+    if made is None:
+        return
+    if not issubclass(model, PreTrainedModel) or not issubclass(model, GenerationMixin):
+        raise ModelError(
+            f"a cache of kind {kind!r} was to be set for {model.__name__}, which is no model of transformers that "
+            "generates; set it for one that does"
+        )
+    made(config)
 
 
 def new_cache(model: Any) -> Any:

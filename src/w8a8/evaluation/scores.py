@@ -13,10 +13,13 @@ pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659).  Whether a model is c
 (`check_causal`): BERT with the head of a decoder generates, and is not.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from w8a8.core.scheme import PerToken
+from w8a8.decoding.models import new_cache
 from w8a8.errors import ModelError
 from w8a8.evaluation.text import Frame, Text, windows_for
 from w8a8.layers.linear import quant_linears
@@ -121,8 +124,15 @@ def logits_of(model: Pretrained, ids: Tensor, start: int) -> Tensor:
 
 @torch.inference_mode()
 def _logits(model: Pretrained, ids: Tensor, start: int) -> Tensor:
-    """(B, T, V) for copies of one window."""
-    takes = {} if is_masked(model) else {"use_cache": False}
+    """(B, T, V) for copies of one window.
+
+    What a cache gives attention is what it keeps, also of the tokens that have just come (`w8a8.decoding.layers`), so
+    that one pass over a window reads keys and values as writing it token by token would.
+    """
+    cache = new_cache(model)
+    takes: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+    if is_masked(model):
+        takes = {}
     out = model(input_ids=ids.to(model.device), **takes)
     if getattr(out, "logits", None) is None or out.logits.ndim != 3:
         raise ModelError(f"{type(model).__name__} predicts no tokens: only a causal language model can be scored")

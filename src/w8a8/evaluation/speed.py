@@ -6,21 +6,26 @@ them; one round is thrown away first.  Of the rounds, medians and quartiles.
     reading    tokens of the prompts / seconds of the forward that fills the cache, all logits made
     writing    tokens / seconds of the forwards of one token per sequence that follow, greedy
 
+What is written may come after another number of tokens than are read (`context`): these are read once, before the
+rounds, and what was kept of them is copied in each.
+
 The tokens are random: what a dense model does takes as long for any text (a mixture of experts does not quite).
 `generate` is not timed, since its own bookkeeping is a large share of a small model's token, and the same for all.
 """
 
+import copy
 import inspect
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from w8a8.core.progress import Progress, tell
+from w8a8.decoding.models import new_cache
 from w8a8.errors import ModelError
 from w8a8.model.kinds import Asked, context_length
 from w8a8.model.pretrained import Pretrained
@@ -28,6 +33,7 @@ from w8a8.model.pretrained import Pretrained
 ASKED = Asked("reading and writing tokens")
 PROMPT, NEW = 512, 32
 _ROUNDS = 3  # at least
+_PART = 512  # tokens of a context that are read at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ def measure_speed(
     models: Mapping[str, Pretrained],
     *,
     prompt: int | None = None,
+    context: int | None = None,
     new: int = NEW,
     batch: int = 1,
     seconds: float = 10.0,
@@ -61,8 +68,10 @@ def measure_speed(
     """Time causal language models against each other.
 
     Args:
-        models: By the name that they are told by; all in memory, on their devices.  Not modified.
+        models: By the name that they are told by; all in memory, on their devices, with the caches that are set for
+            them (`w8a8.set_cache`).  Not modified.
         prompt: Tokens that are read; by default 512, or as many as the context has room for.
+        context: Tokens that writing comes after; by default those of the prompt.
         new: Tokens that are then written, each by a forward of its own.
         batch: Sequences at once.
         seconds: Of measuring for each model; three rounds are made however long they take.
@@ -75,13 +84,19 @@ def measure_speed(
     for model in models.values():
         ASKED.check_model(model)
     length = _length(models, prompt, new)
+    if context is not None:
+        _length(models, context, new, "--context")
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    turns = {}
     for name, model in models.items():
-        _once(name, model, length, new, batch, seed)
+        turns[name] = _Turn(name, model, new, _ids(model, batch, length, seed))
+        turns[name].once()
+        if context is not None:
+            turns[name].read(_ids(model, batch, context, seed + 1))
     total, spent = seconds * len(models), 0.0
     while spent < total or min(map(len, rates.values())) < _ROUNDS:
-        for name, model in models.items():
-            read, wrote = _once(name, model, length, new, batch, seed)
+        for name in models:
+            read, wrote = turns[name].once()
             rates[name].append((batch * length / read, batch * new / wrote))
             spent += read + wrote
             tell(progress, round(min(spent, total)), round(total), name)
@@ -91,7 +106,7 @@ def measure_speed(
     }
 
 
-def _length(models: Mapping[str, Pretrained], prompt: int | None, new: int) -> int:
+def _length(models: Mapping[str, Pretrained], prompt: int | None, new: int, option: str = "--prompt") -> int:
     """Of the prompt, where it and what is written fit into every context."""
     limits = {name: limit for name, model in models.items() if (limit := context_length(model)) is not None}
     room = min(limits.values(), default=PROMPT + new) - new
@@ -100,33 +115,62 @@ def _length(models: Mapping[str, Pretrained], prompt: int | None, new: int) -> i
         shortest = min(limits, key=lambda name: limits[name]) if limits else next(iter(models))
         raise ModelError(
             f"a prompt of {length} tokens and {new} new ones were asked for, and {shortest} has a context of "
-            f"{limits.get(shortest, room + new)}; ask for fewer (--prompt, --new), at least one of each"
+            f"{limits.get(shortest, room + new)}; ask for fewer ({option}, --new), at least one of each"
         )
     return length
 
 
-@torch.inference_mode()
-def _once(name: str, model: Pretrained, length: int, new: int, batch: int, seed: int) -> tuple[float, float]:
-    """Seconds of reading and of writing."""
-    vocabulary, drawn = (
-        cast(nn.Embedding, model.get_input_embeddings()).num_embeddings,
-        torch.Generator().manual_seed(seed),
-    )
-    ids = torch.randint(vocabulary, (batch, length), generator=drawn, dtype=torch.int64, device="cpu").to(model.device)
-    # what transformers calls it from 5.24 on, and before
-    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    began = _now(model)
-    out = model(input_ids=ids, use_cache=True)
-    read = _now(model) - began
-    if getattr(out, "logits", None) is None or getattr(out, cache, None) is None:
-        raise ModelError(
-            f"{name} ({type(model).__name__}) gives no logits, or keeps no cache of what it read: only a causal "
-            "language model can be timed"
-        )
-    began = _now(model)
-    for _ in range(new):
-        out = model(input_ids=_best(out.logits), use_cache=True, **{cache: getattr(out, cache)})
-    return read, _now(model) - began
+def _ids(model: Pretrained, batch: int, length: int, seed: int) -> Tensor:
+    """Random tokens, (B, T)."""
+    words = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.randint(words, (batch, length), generator=drawn, dtype=torch.int64, device="cpu").to(model.device)
+
+
+class _Turn:
+    """What a model does in each round.
+
+    filled: What it kept of a context; None where it goes on from its prompt.
+    """
+
+    def __init__(self, name: str, model: Pretrained, new: int, ids: Tensor) -> None:
+        self._name, self._model, self._new, self._ids = name, model, new, ids
+        # what transformers calls it from 5.24 on, and before
+        self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._filled: Any = None
+
+    def _forward(self, ids: Tensor, kept: Any) -> tuple[Tensor, Any]:
+        """Logits, and what is kept."""
+        out = self._model(input_ids=ids, use_cache=True, **({} if kept is None else {self._cache: kept}))
+        logits, kept = getattr(out, "logits", None), getattr(out, self._cache, None)
+        if logits is None or kept is None:
+            raise ModelError(
+                f"{self._name} ({type(self._model).__name__}) gives no logits, or keeps no cache of what it read: only "
+                "a causal language model can be timed"
+            )
+        return logits, kept
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor) -> None:
+        """Read a context, to write after it from now on."""
+        kept = new_cache(self._model)
+        for part in ids.split(_PART, 1):
+            _, kept = self._forward(part, kept)
+        self._filled = kept
+
+    @torch.inference_mode()
+    def once(self) -> tuple[float, float]:
+        """Seconds of reading and of writing."""
+        kept = new_cache(self._model)
+        began = _now(self._model)
+        logits, kept = self._forward(self._ids, kept)
+        read = _now(self._model) - began
+        if self._filled is not None:
+            kept = copy.deepcopy(self._filled)
+        began = _now(self._model)
+        for _ in range(self._new):
+            logits, kept = self._forward(_best(logits), kept)
+        return read, _now(self._model) - began
 
 
 def _best(logits: Tensor) -> Tensor:

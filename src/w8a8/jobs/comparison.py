@@ -32,7 +32,8 @@ _OUTPUTS_LENGTH = 512
 class ModelPair:
     """Two models that a text tells apart.
 
-    model: A directory or a hub id, or one that says how both are opened; "int8" of its head is not the reference's.
+    model: A directory or a hub id, or one that says how both are opened; "int8" of its head, and its cache, are not the
+        reference's.
     against: The reference, a directory or a hub id.
     text: A file, or a data set on the hub.
     seq_len, stride: Of the windows; by default the model's context, at most 2048, and as far apart.
@@ -80,7 +81,7 @@ def compare_models(pair: ModelPair, watcher: Watcher | None = None) -> Compared:
     """
     watcher = watcher or Watcher()
     named = NamedModel.of(pair.model)
-    both = named, replace(named, name=pair.against, head="float")
+    both = named, replace(named, name=pair.against, head="float", kv="dynamic")
     model, against = (replace(each, name=each.directory) for each in both)
     kinds = {ASKED.check(*each.directory.architecture) for each in (model, against)}
     compare = _predictions if kinds <= PREDICTS_TOKENS else _outputs
