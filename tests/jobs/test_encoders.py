@@ -1,14 +1,18 @@
 """Two encoders judged on what they are for: by the command and by the call, on each layout of data."""
 
+import importlib
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModelForSequenceClassification
 
 import w8a8
@@ -142,3 +146,63 @@ def test_what_is_not_heeded_is_refused(call, models, data, more, said):  # noqa:
     code, _, err = call("eval", models / "embedder-int8", "--data", data / "texts.txt", *more)
     assert code == 2
     assert f"and {said} was given" in " ".join(err.split())
+
+
+LOST = 0.002
+"""What a trained encoder may lose, as the interval says it: 0.2 %."""
+
+SIZES = {"hidden": 64, "layers": 2, "steps": 250}
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The bench's encoders, which are trained in seconds."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    return importlib.import_module("trained")
+
+
+def quantized_beside(model, directory, tokenizer=None):
+    """Both directories: the float model's, and that of the default scheme."""
+    model.save_pretrained(str(directory))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    w8a8.quantize(model)
+    w8a8.save(model, directory.with_name(f"{directory.name}-int8"), tokenizer)
+
+
+@pytest.mark.slow
+def test_a_trained_embedder_loses_less_than_a_fifth_of_a_per_cent(trained, tmp_path):
+    trained.embedder(**SIZES).save_pretrained(tmp_path / "bert")
+    trained.tokenizer().save_pretrained(tmp_path / "bert")
+    body = Transformer(str(tmp_path / "bert"))
+    pooling = Pooling(body.get_embedding_dimension(), pooling_mode="mean")
+    quantized_beside(SentenceTransformer(modules=[body, pooling, Normalize()], device="cpu"), tmp_path / "embedder")
+    language = trained.Language(seed=1)
+    pairs = [language.pair() for _ in range(3000)]
+    others = [language.pair()[0] for _ in pairs]
+    rows = [(a, b, 1) for a, b in pairs] + [(a, c, 0) for (a, _), c in zip(pairs, others, strict=True)]
+    named = (dict(zip(("sentence1", "sentence2", "score"), row, strict=True)) for row in rows)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, named)))
+    (tmp_path / "beir" / "qrels").mkdir(parents=True)
+    for file, side in (("queries", 0), ("corpus", 1)):
+        lines = (json.dumps({"_id": str(n), "text": pair[side]}) for n, pair in enumerate(pairs))
+        (tmp_path / "beir" / f"{file}.jsonl").write_text("\n".join(lines))
+    answers = "".join(f"{n}\t{n}\t1\n" for n in range(len(pairs)))
+    (tmp_path / "beir" / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{answers}")
+    (correlation,) = judged(tmp_path, "embedder", tmp_path / "pairs.jsonl").measures
+    gain, recall = judged(tmp_path, "embedder", tmp_path / "beir").measures
+    assert correlation.reference.mean > 0.8  # it has learned what it may lose
+    assert 0.8 < gain.reference.mean < 1
+    for measure in (correlation, gain, recall):
+        assert measure.difference.low > -LOST, measure
+
+
+@pytest.mark.slow
+def test_a_trained_classifier_loses_less_than_a_fifth_of_a_per_cent(trained, tmp_path):
+    quantized_beside(trained.classifier(**SIZES), tmp_path / "classifier", trained.tokenizer())
+    language = trained.Language(seed=1)
+    rows = [dict(zip(("text", "label"), language.labelled(), strict=True)) for _ in range(6000)]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for measure in judged(tmp_path, "classifier", tmp_path / "labels.jsonl").measures:
+        assert 0.7 < measure.reference.mean < 1
+        assert measure.difference.low > -LOST, measure
