@@ -102,6 +102,7 @@ INSIDE = {
     "blockwise": ["blocks", "contents", "activations", "request", "forecast", "calibrated"],
     "report": ["records", "numbers", "png", "markup", "plots", "layers", "sections", "page", "collect"],
     "analysis": [
+        "answers",
         "replay",
         "sample",
         "measure",

@@ -173,7 +173,7 @@ def _run(model, ids, found, kl_bound):
         schemes = {name: None if o == "float" else o for group, o in picked for name in group.layers}
     quantized = copy.deepcopy(model)
     w8a8.quantize(quantized, schemes)
-    used = {start for start, _ in draw(model, ids, windows=6, seq_len=60).windows}
+    used = {window.start for window in draw(model, ids, windows=6, seq_len=60).windows}
     others = torch.cat([ids[i : i + 60] for i in range(0, len(ids), 60) if i not in used])
     assert len(others) == found.checked_tokens // 59 * 60
     return _perplexity(quantized, others) / _perplexity(model, others)

@@ -36,7 +36,7 @@ def kl_of(model, quantized, windows):
     """KL(float || quantised), nats per token, by whole forwards."""
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for _, ids in windows:
+        for ids in (window.ids for window in windows):
             p, q = (each(ids[None]).logits[0, :-1] for each in (model, quantized))
             total += float(token_kl(p, q).double().sum())
             tokens += len(p)

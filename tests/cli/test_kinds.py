@@ -55,12 +55,9 @@ def models(tmp_path_factory):
     [
         ("generate", ["Once"]),
         ("study", ["--text", "TEXT"]),
-        ("sensitivity", ["--text", "TEXT"]),
         ("bench", ["--seconds", "0"]),
         ("eval", ["--tasks", "wikitext"]),
         ("serve", ["--port", "0"]),
-        ("quantize", ["-o", "OUT", "--budget", "1MB", "--text", "TEXT"]),
-        ("quantize", ["-o", "OUT", "--eval-text", "TEXT", "--report", "OUT.html"]),
     ],
 )
 def test_what_takes_a_causal_language_model_says_what_it_found(call, models, text, tmp_path, kind, command, more):  # noqa: F811
@@ -75,15 +72,18 @@ def test_what_takes_a_causal_language_model_says_what_it_found(call, models, tex
 
 
 @pytest.mark.parametrize("kind", ["paired", "vision"])
-@pytest.mark.parametrize("more", [["--calib"], ["--eval-text"]])
+@pytest.mark.parametrize(
+    "more", [["--calib"], ["--eval-text"], ["--budget", "1MB", "--text"], ["--report", "page.html", "--eval-text"]]
+)
 def test_text_is_for_models_that_read_it_alone(call, models, text, tmp_path, kind, more):  # noqa: F811
     code, _, err = call("quantize", models / kind, "-o", tmp_path / "out", *more, text)
     assert code == 2
     assert SAYS[kind] in err
     assert "w8a8.evaluation.outputs.compare_outputs" in err
-    code, _, err = call("eval", models / kind, "--text", text)
-    assert code == 2
-    assert SAYS[kind] in err
+    for command in ("eval", "sensitivity"):
+        code, _, err = call(command, models / kind, "--text", text)
+        assert code == 2
+        assert SAYS[kind] in err
 
 
 def test_what_sees_the_token_that_it_is_to_tell_has_no_perplexity(call, models, text):  # noqa: F811
@@ -142,3 +142,37 @@ def test_quantize_shows_what_an_encoder_lost(call, models, text, tmp_path):  # n
     assert "||model - reference|| / ||reference||" in out
     assert "cosine of a row" in out
     assert "| cosine of a row with the float one, mean |" in (tmp_path / "out" / "README.md").read_text()
+    assert "Layers by what they do to their own output" in out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("kind", "measure"),
+    [
+        ("masked", "KL(float || quantised) of masked tokens, nats per token"),
+        ("encoder", "1 - cosine of the mean of the last states"),
+        ("classifier", "KL(float || quantised) of the label, nats per text"),
+    ],
+)
+def test_layers_of_encoders_are_ranked_and_chosen_by_what_these_tell(call, models, text, tmp_path, kind, measure):  # noqa: F811
+    short = ("--windows", 1, "--seq-len", 20)
+    code, out, err = call("sensitivity", models / kind, "--text", text, *short, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert measure in told["measure"]
+    assert told["kl_nats"] > 0
+    page = tmp_path / "page.html"
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:400])
+    chosen = ("--budget", "90%", "--text", short, "--eval-text", short, "--report", page)
+    code, out, err = call("quantize", models / kind, "-o", tmp_path / "out", *chosen)
+    assert code == 0, err
+    assert measure in " ".join(out.split())
+    records = json.loads(page.read_text().partition('id="records">')[2].partition("</script>")[0])
+    assert f"; KL is {measure}" in records["measured_on"]
+    assert records["budget"]["constraint"] == "at most 90 % lost"
+    assert all(layer["kl_alone"] >= 0 for layer in records["layers"])
+    if kind != "masked":
+        assert records["headline"]["output_cosine"]["mean"] > 0.9
+        assert "with the float model's" in records["headline"]["verdict"]

@@ -146,7 +146,7 @@ def test_a_budget_after_smoothing_is_measured_and_saved_with_the_same_calibratio
     assert "Smoothed " in printed
     assert "Activation scales by absmax on 4 " in printed
     assert records["smoothing"]["groups"][0]["alpha"] == 0.5
-    assert records["budget"]["constraint"] == "at most 5 % of perplexity lost"
+    assert records["budget"]["constraint"] == "at most 5 % lost"
     saved = dict(quant_linears(w8a8.load(tmp_path / "out")))
     assert {name: layer.scheme.name for name, layer in saved.items()} == {
         layer["name"]: layer["scheme"] for layer in records["layers"]

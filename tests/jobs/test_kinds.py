@@ -31,7 +31,7 @@ BY_NAME = {
     "calibration on a text (--calib)": lambda name, text, out: w8a8.quantize_to(
         Job(name, out, calibration=CalibrationText(text))
     ),
-    "--budget, which is spent on perplexity,": lambda name, text, out: w8a8.quantize_to(
+    "--budget, which is spent on what a model tells of a text,": lambda name, text, out: w8a8.quantize_to(
         Job(name, out, search=BudgetSearch("1MB", text))
     ),
 }
@@ -39,7 +39,7 @@ BY_MODEL = {
     "a perplexity": lambda opened: perplexity(opened.model, IDS, seq_len=8),
     "a study of perplexities": lambda opened: w8a8.study(opened.model, IDS),
     "the sensitivity of layers": lambda opened: w8a8.sensitivity(opened.model, IDS),
-    "--budget, which is spent on perplexity,": lambda opened: w8a8.allocate(opened.model, IDS, "1MB"),
+    "--budget, which is spent on what a model tells of a text,": lambda opened: w8a8.allocate(opened.model, IDS, "1MB"),
     "reading and writing tokens": lambda opened: measure_speed({"it": opened.model}),
     "going on from a prompt": lambda opened: continue_text(opened, "Once"),
     "tasks of the harness": lambda opened: run_tasks(opened, ["none"]),
@@ -78,7 +78,7 @@ def test_a_model_that_is_there_is_refused_in_the_same_words(pictures, tmp_path, 
     assert str(refused.value).startswith(said)
 
 
-def test_a_masked_model_has_no_sensitivity():
+def test_a_masked_model_is_not_studied():
     masked = t.BertForMaskedLM(t.BertConfig(**SIZES, vocab_size=96, max_position_embeddings=64))
     with pytest.raises(ModelError, match="BertForMaskedLM is a masked language model: that takes a causal"):
-        w8a8.sensitivity(masked, IDS)
+        w8a8.study(masked, IDS)

@@ -116,6 +116,8 @@ def test_the_drawn_codes_hold_both_ends_of_the_grid(qmin, qmax, every):
 def test_the_verdict_is_that_of_the_comparison():
     assert verdict_of({"verdict": "worse by 0.40 % to 0.90 %"}) == "Perplexity: worse by 0.40 % to 0.90 %."
     assert verdict_of(None) == "Quality was not measured."
+    outputs = {"output": "last_hidden_state", "relative_error": {"mean": 0.1}, "cosine": {"mean": 0.99875}}
+    assert verdict_of(outputs) == "last_hidden_state: a cosine of 0.998750 with the float model's."
 
 
 def test_collected_smoothing_and_other_parts_reach_the_records():

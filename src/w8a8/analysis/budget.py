@@ -8,9 +8,11 @@ they are small, and the choice is solved exactly (`knapsack`):
     budget of bytes        least KL,     bytes <= budget
     budget of perplexity   least bytes,  KL <= log(1 + percent / 100)
 
-The second takes KL for the loss in nats, which it is in the mean for a model that is right about its text.  So the
-choice is then run, on windows that the costs were not measured on where the text has more: where the perplexity is
-over the budget after all, the bound is tightened in proportion and the choice made again, `ROUNDS` times at most.
+KL is what `answers` tells of a model of this kind.  Of an encoder that predicts no tokens the second is a bound of that
+alone: 0.5 % is 0.005 nats, of an embedder 0.005 of the cosine.  Of others it takes KL for the loss in nats, which it is
+in the mean for a model that is right about its text.  So the choice is then run, on windows that the costs were not
+measured on where the text has more: where it loses too much after all, the bound is tightened in proportion and the
+choice made again, `ROUNDS` times at most.
 
 Of a smoothed model the costs are those of its folded weights, which is what is quantised; "float" is then the folded
 model, whose function is the model's own up to the rounding that `SmoothReport.change` tells.
@@ -27,27 +29,28 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
+from w8a8.analysis.answers import Told
 from w8a8.analysis.errors import observe_readers
 from w8a8.analysis.knapsack import GroupCosts, curve, milp_of_scipy, solve, total
 from w8a8.analysis.replay import record, replay
-from w8a8.analysis.sample import WINDOWS, Sample, divergence, draw, layers_for
+from w8a8.analysis.sample import WINDOWS, Sample, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.vllm import FUSED
 from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import Scheme
 from w8a8.errors import SchemeError
-from w8a8.evaluation.scores import logits_of, token_kl, token_losses
+from w8a8.evaluation.scores import token_losses
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear
 from w8a8.model.experts import Experts
-from w8a8.model.kinds import Asked
+from w8a8.model.kinds import READS_TEXT, Asked
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import Schemes, assign, select
 from w8a8.model.swapping import swapped
 from w8a8.records.layers import Choice
 
-ASKED = Asked("--budget, which is spent on perplexity,")
+ASKED = Asked("--budget, which is spent on what a model tells of a text,", READS_TEXT)
 OPTIONS = ("w8a8", "w8a8-asym")
 ROUNDS = 4
 FLOAT = "float"
@@ -56,7 +59,10 @@ _UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "g
 
 @dataclass(frozen=True)
 class Budget:
-    """A limit: either the bytes of the model's tensors, or how many percent of perplexity may be lost."""
+    """A limit: either the bytes of the model's tensors, or how many percent may be lost.
+
+    Of perplexity, or where no tokens are predicted of what the model tells: see `w8a8.analysis.answers`.
+    """
 
     bytes: int | None = None
     percent: float | None = None
@@ -73,8 +79,8 @@ class Budget:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*|%)", str(budget).strip().lower())
         if found is None or float(found[1]) <= 0 or found[2] not in (*_UNITS, "%"):
             raise SchemeError(
-                f"budget={budget!r} is no budget: give bytes, '12MB' or '1.5GiB', or how much perplexity may be "
-                "lost, '0.5%'"
+                f"budget={budget!r} is no budget: give bytes, '12MB' or '1.5GiB', or how much may be lost, "
+                "of perplexity or an encoder's measure, '0.5%'"
             )
         if found[2] == "%":
             return cls(percent=float(found[1]))
@@ -82,7 +88,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.percent is not None:
-            return f"at most {self.percent:g} % of perplexity lost"
+            return f"at most {self.percent:g} % lost"
         return f"at most {self.bytes:,} bytes"
 
 
@@ -92,7 +98,8 @@ class Allocation:
 
     schemes: By layer; None is float.
     chosen: Bytes, predicted and measured KL.
-    perplexity_ratio: Measured, quantised / float.
+    measure: What KL is of a model of this kind, in words.
+    perplexity_ratio: Measured, quantised / float; None where no tokens are predicted.
     rounds: How often the choice was made: more than once where the measured perplexity was over the budget.
     curve: Other choices, by bytes.
     tokens: That the costs were measured on.  checked_tokens: that the choice was run on.
@@ -102,7 +109,8 @@ class Allocation:
     schemes: dict[str, Scheme | None]
     chosen: Choice
     float_bytes: int
-    perplexity_ratio: float
+    measure: str
+    perplexity_ratio: float | None
     rounds: int
     groups: tuple[GroupCosts, ...]
     curve: tuple[Choice, ...]
@@ -125,13 +133,15 @@ class Allocation:
 
     def __str__(self) -> str:
         left = [name for name, scheme in self.schemes.items() if scheme is None]
+        ratio = self.perplexity_ratio
         kl, measured = self.chosen.predicted_kl_nats, self.chosen.measured_kl_nats
         return (
             f"Budget: {self.budget}.  {self.chosen.bytes:,} of {self.float_bytes:,} bytes, "
             f"{len(self.schemes) - len(left)} layers quantised, {len(left)} left float"
             + (f" ({', '.join(left[:6])}{', ...' if len(left) > 6 else ''})" if left else "")
-            + f".  KL predicted {kl:.3e}, measured {measured:.3e} nats per token; perplexity "
-            f"{100 * (self.perplexity_ratio - 1):+.3f} % on {self.checked_tokens:,} tokens; "
+            + f".  {self.measure}: predicted {kl:.3e}, measured {measured:.3e}"
+            + ("" if ratio is None else f"; perplexity {100 * (ratio - 1):+.3f} %")
+            + f" on {self.checked_tokens:,} {'texts' if ratio is None else 'tokens'}; "
             + ("chosen once." if self.rounds == 1 else f"chosen {self.rounds} times, the bound tightened each time.")
         )
 
@@ -154,7 +164,7 @@ def allocate(
     """Choose a scheme, or float, for each layer.
 
     Args:
-        model: A float causal language model, smoothed where that is wanted.  Not modified.
+        model: Float, of transformers, and one that reads text; smoothed where that is wanted.  Not modified.
         text: What `w8a8.evaluation.encode` makes, or (T,) token ids.
         budget: See `Budget.of`.
         options: Schemes and presets to choose among; float is always one.  An option may differ from layer to layer: a
@@ -194,32 +204,38 @@ def allocate(
         picked = solve(groups, fixed, limit=budget.bytes, kl_bound=None if budget.bytes is not None else bound)
         by_layer = {name: option for group, option in zip(groups, picked, strict=True) for name in group.layers}
         layers = {name: built[option][name] for name, option in by_layer.items() if option != FLOAT}
-        measured_kl, log_ratio = _measured(model, check, layers)
-        if log_ratio <= allowed:
+        measured_kl, loss = _measured(model, check, layers)
+        lost = measured_kl if loss is None else loss
+        if lost <= allowed:
             predicted = total(groups, picked, fixed)
             return Allocation(
                 budget,
                 {name: layers[name].scheme if name in layers else None for name in selection.chosen},
                 Choice(predicted.bytes, predicted.predicted_kl_nats, measured_kl),
                 float_bytes,
-                math.exp(log_ratio),
+                sample.told.value,
+                None if loss is None else math.exp(loss),
                 rounds,
                 groups,
                 curve(groups, fixed),
                 sample.scored,
                 check.scored,
             )
-        bound *= 0.8 * allowed / log_ratio
+        bound *= 0.8 * allowed / lost
     raise SchemeError(
-        f"{budget} was asked for, and after {ROUNDS} choices, each more careful, the perplexity still rose by "
-        f"{100 * math.expm1(log_ratio):.3g} %; allow more, give a longer text, or smooth the model first"
+        f"{budget} was asked for, and after {ROUNDS} choices, each more careful, "
+        + (
+            f"{sample.told.value} is still {lost:.3g}"
+            if loss is None
+            else f"the perplexity still rose by {100 * math.expm1(lost):.3g} %"
+        )
+        + "; allow more, give a longer text, or smooth the model first"
     )
 
 
 def _groups(model: Pretrained, sample: Sample, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     """Layers that have to have one scheme, in the model's order."""
-    start, ids = sample.windows[0]
-    first = observe_readers(model, ids, start, names)
+    first = observe_readers(model, sample.windows[0], names)
     for shards in FUSED:
         by_parent: dict[str, list[str]] = {}
         for name in names:
@@ -275,11 +291,11 @@ def _costs(
     options = {group: tuple(scheme.name for scheme in schemes) for group, schemes in choices.items()}
     totals = {(group, option): 0.0 for group in options for option in options[group]}
     total, done = len(sample.windows) * len(totals), 0
-    for start, ids in sample.windows:
-        exact = record(model, ids, start, {})
+    for window in sample.windows:
+        exact = record(model, window, {})
         for group, option in totals:
             layers = {name: built[option][name] for name in group}
-            totals[group, option] += divergence(exact, replay(model, exact, layers, group))
+            totals[group, option] += exact.divergence(replay(model, exact, layers, group))
             done += 1
             tell(progress, done, total, group[0])
     return tuple(
@@ -301,21 +317,22 @@ def _size(layer: nn.Module, *, without_weight: bool = False) -> int:
     return sum(t.nbytes for name, t in layer.state_dict().items() if not (without_weight and name == "weight"))
 
 
-def _check_sample(model: nn.Module, text: Text | Tensor, sample: Sample, windows: int, seed: int) -> Sample:
+def _check_sample(model: Pretrained, text: Text | Tensor, sample: Sample, windows: int, seed: int) -> Sample:
     """Other windows of the same text; the same ones where it has no others."""
-    used = {start for start, _ in sample.windows}
+    used = {window.start for window in sample.windows}
     more = draw(model, text, windows=len(used) + 2 * windows, seq_len=sample.seq_len, seed=seed)
-    others = tuple((start, ids) for start, ids in more.windows if start not in used)
+    others = tuple(window for window in more.windows if window.start not in used)
     return Sample(others, sample.seq_len) if others else sample
 
 
-def _measured(model: Pretrained, sample: Sample, layers: Mapping[str, nn.Module]) -> tuple[float, float]:
-    """KL and the difference of the losses, nats per token."""
+def _measured(model: Pretrained, sample: Sample, layers: Mapping[str, nn.Module]) -> tuple[float, float | None]:
+    """KL and the difference of the losses, nats per token; None where no token is told."""
     kl = losses = 0.0
-    for start, ids in sample.windows:
-        p = logits_of(model, ids, start)[:-1]
+    for window in sample.windows:
+        p = window.answer(model)
         with swapped(model, layers):
-            q = logits_of(model, ids, start)[:-1]
-        kl += float(token_kl(p, q).double().sum())
-        losses += float((token_losses(q, ids[1:]) - token_losses(p, ids[1:])).sum())
-    return kl / sample.scored, losses / sample.scored
+            q = window.answer(model)
+        kl += window.divergence(p, q)
+        if window.targets is not None:
+            losses += float((token_losses(q, window.targets) - token_losses(p, window.targets)).sum())
+    return kl / sample.scored, losses / sample.scored if sample.told in (Told.NEXT, Told.MASKED) else None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from w8a8.analysis.answers import Window
 from w8a8.analysis.measure import LayerMeasure
 from w8a8.analysis.replay import block_index, blocks_of
 from w8a8.analysis.sample import draw
@@ -19,7 +20,6 @@ from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import MinMax
 from w8a8.core.scheme import PerChannel
 from w8a8.errors import ModelError
-from w8a8.evaluation.scores import logits_of
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear, float_operands, is_linear, quant_linears
 from w8a8.model.inputs import evaluating, watched
@@ -60,8 +60,8 @@ def layer_errors(
     ranges = channel_ranges(reference, list(layers), sample.calibration())
     measures = {name: LayerMeasure(reference.get_submodule(name), layers[name], *ranges[name]) for name in ranges}
     blocks, groups = blocks_of(reference), {name: name for name in layers}
-    for start, ids in sample.windows:
-        groups |= observe_readers(reference, ids, start, list(ranges), measures)
+    for window in sample.windows:
+        groups |= observe_readers(reference, window, list(ranges), measures)
     return tuple(
         LayerErrors(
             **described(reference, blocks, name, layer, groups[name]),
@@ -71,7 +71,7 @@ def layer_errors(
     )
 
 
-def channel_absmax(model: nn.Module, text: Text | Tensor, **options: Any) -> dict[str, Tensor]:
+def channel_absmax(model: Pretrained, text: Text | Tensor, **options: Any) -> dict[str, Tensor]:
     """The largest magnitude of each input channel of each float linear, (K,), to compare with after smoothing.
 
     Args:
@@ -94,15 +94,14 @@ def channel_ranges(model: nn.Module, names: Sequence[str], data: Calibration) ->
 
 def observe_readers(
     model: Pretrained,
-    ids: Tensor,
-    start: int,
+    window: Window,
     names: Sequence[str],
     measures: Mapping[str, LayerMeasure] | None = None,
 ) -> dict[str, str]:
     """Who reads the same tensor, seen in one float forward.
 
     Args:
-        ids: (T,) the window; start: where it begins in the text.
+        window: What the model is asked.
         measures: Fed with each layer's input and output, where given.
 
     Returns:
@@ -121,7 +120,7 @@ def observe_readers(
             measures[name].update(x, output)
 
     with watched(model, names, see, after=True), evaluating(model):
-        logits_of(model, ids, start)
+        window.answer(model)
     return found
 
 

@@ -1,7 +1,7 @@
 """Which layers matter: what each quantised linear does to itself and to the model's predictions.
 
-On a seeded sample of windows of a text, for every layer L of the scheme, with KL the mean over tokens of
-KL(float || model) in nats:
+On a seeded sample of windows of a text, for every layer L of the scheme, with KL the mean over tokens, or texts, of
+KL(float || model) in nats, by what a model of its kind tells (`answers`; of an embedder 1 - cosine):
 
     kl_alone(L)  = KL of the float model in which L alone is quantised
     kl_spared(L) = KL of the quantised model  -  KL of the quantised model in which L alone is float
@@ -21,18 +21,18 @@ from torch import Tensor
 from w8a8.analysis.errors import channel_ranges, channels, described, figures, observe_readers
 from w8a8.analysis.measure import LayerMeasure
 from w8a8.analysis.replay import blocks_of, record, replay
-from w8a8.analysis.sample import WINDOWS, divergence, draw, layers_for
+from w8a8.analysis.sample import WINDOWS, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
 from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import AUTO
 from w8a8.evaluation.text import Text
-from w8a8.model.kinds import Asked
+from w8a8.model.kinds import READS_TEXT, Asked
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import Schemes, assign, scheme_of, select
 from w8a8.records.layers import TOP, LayerSensitivity, Rankings, Sensitivity
 
-ASKED = Asked("the sensitivity of layers")
+ASKED = Asked("the sensitivity of layers", READS_TEXT)
 
 
 def sensitivity(
@@ -53,12 +53,12 @@ def sensitivity(
     """Measure what quantising each layer does to it and to the model's predictions.
 
     Args:
-        model: A float causal language model.  Not modified.
-        text: What `w8a8.evaluation.encode` makes, or (T,) token ids.
+        model: Float, of transformers, and one that reads text.  Not modified.
+        text: What `w8a8.evaluation.encode` makes, or of a causal language model (T,) token ids.
         scheme: Of any kind, by layer too, as for `w8a8.quantize`; what integers cannot run is simulated.
         include, exclude: As for `w8a8.quantize`.
         windows: How many are drawn from the text; all where it has fewer.
-        seq_len: Tokens in a window, by default the model's context, at most 256.
+        seq_len: Tokens in a window, by default the model's context, at most 256, of an encoder 128.
         seed: Of the drawing.
         calibration, observer: For static schemes; by default the drawn windows are what scales are measured on.
         before_smoothing: What `channel_absmax` found before the model was smoothed, for the record.
@@ -81,16 +81,16 @@ def sensitivity(
     alone, spared = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     groups = dict(zip(names, names, strict=True))
     total, replayed = 0.0, True
-    for i, (start, ids) in enumerate(sample.windows):
-        groups = observe_readers(model, ids, start, names, measures)
-        exact = record(model, ids, start, {})
-        quantized = record(model, ids, start, layers)
-        total += divergence(exact, quantized.logits)
+    for i, window in enumerate(sample.windows):
+        groups = observe_readers(model, window, names, measures)
+        exact = record(model, window, {})
+        quantized = record(model, window, layers)
+        total += exact.divergence(quantized.answer)
         replayed &= bool(exact.outputs) and bool(quantized.outputs)
         for done, name in enumerate(names, start=1):
-            alone[name] += divergence(exact, replay(model, exact, {name: layers[name]}, [name]))
+            alone[name] += exact.divergence(replay(model, exact, {name: layers[name]}, [name]))
             others = {other: layer for other, layer in layers.items() if other != name}
-            spared[name] += divergence(exact, replay(model, quantized, others, [name]))
+            spared[name] += exact.divergence(replay(model, quantized, others, [name]))
             tell(progress, i * len(names) + done, len(sample.windows) * len(names), name)
     tokens = sample.scored
     blocks = blocks_of(model)
@@ -114,6 +114,7 @@ def sensitivity(
         seq_len=sample.seq_len,
         seed=seed,
         replayed=replayed,
+        measure=sample.told.value,
     )
 
 

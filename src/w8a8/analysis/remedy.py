@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from w8a8.analysis.replay import record, replay
-from w8a8.analysis.sample import divergence, draw, layers_for
+from w8a8.analysis.sample import draw, layers_for
 from w8a8.analysis.smoothed import SmoothedGroup, smoothed_groups
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
@@ -94,15 +94,15 @@ def remedies(
     trials |= {(name, SMOOTH): _Trial(layers | g.layers, g.changed, g) for name, g in groups.items()}
     costs: dict[tuple[str, str], float] = dict.fromkeys(trials, 0.0)
     total, done = 0.0, 0
-    for start, ids in sample.windows:
-        exact, quantized = record(model, ids, start, {}), record(model, ids, start, layers)
-        total += divergence(exact, quantized.logits)
+    for window in sample.windows:
+        exact, quantized = record(model, window, {}), record(model, window, layers)
+        total += exact.divergence(quantized.answer)
         once: dict[int, float] = {}  # layers of one group share its trial
         for key, trial in trials.items():
             same = id(trial if trial.group is None else trial.group)
             if same not in once:
                 with trial.folded():
-                    once[same] = divergence(exact, replay(model, quantized, trial.layers, trial.changed))
+                    once[same] = exact.divergence(replay(model, quantized, trial.layers, trial.changed))
             costs[key] += once[same]
             done += 1
             tell(progress, done, len(trials) * len(sample.windows), f"{key[0]}: {key[1]}")

@@ -1,4 +1,4 @@
-"""Forwards of nearly the same model: what one changed layer does to the logits, without running what is before it.
+"""Forwards of nearly the same model: what one changed layer does to its answer, without running what is before it.
 
 A forward is recorded: what each block (an element of an `nn.ModuleList`) returned.  When a layer of block b is then
 swapped, all that ran before b returns its record, and the model computes from b on.  A sweep over all layers costs
@@ -6,7 +6,7 @@ half a forward each, and one window's block outputs in memory.
 
 Which modules are blocks and in which order they run is observed.  A replay is exact only if blocks hand on nothing but
 what they return, so each recording is checked: going on from the middle block and from the last must give the recorded
-logits, bit for bit.  Where it does not, or a block runs twice, `Recording.outputs` is empty and every forward is whole.
+answer, bit for bit.  Where it does not, or a block runs twice, `Recording.outputs` is empty and every forward is whole.
 
 The alternative, to call the blocks by themselves in a loop, needs to know how a model makes masks and positions.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from w8a8.evaluation.scores import logits_of
+from w8a8.analysis.answers import Window
 from w8a8.model.inputs import evaluating, watched
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.swapping import swapped
@@ -28,28 +28,30 @@ from w8a8.model.swapping import swapped
 class Recording:
     """One forward of a window.
 
-    ids: (T,) the window; start: where it begins in the text.
-    logits: (T, V).
+    window: What was asked.
+    answer: What the model said.
     outputs: What each block returned, by name, in the order in which they ran; empty where replaying is not exact.
     """
 
-    ids: Tensor
-    start: int
-    logits: Tensor
+    window: Window
+    answer: Tensor
     outputs: dict[str, object]
 
+    def divergence(self, answer: Tensor) -> float:
+        """How far another answer is from the recorded one, which is the float model's; nats, over what is told."""
+        return self.window.divergence(self.answer, answer)
 
-def record(model: Pretrained, ids: Tensor, start: int, layers: Mapping[str, nn.Module]) -> Recording:
+
+def record(model: Pretrained, window: Window, layers: Mapping[str, nn.Module]) -> Recording:
     """Run a window through a model, some of its layers swapped, and keep what its blocks return.
 
     Args:
-        model: A causal language model.  Not modified.
-        ids: (T,) the window.
-        start: Where it begins in the text, for messages.
+        model: Of the kind that the window was made for.  Not modified.
+        window: What it is asked.
         layers: To put in the places of those of the same names.
 
     Raises:
-        ModelError: the model predicts no tokens, or its logits are not finite.
+        ModelError: as `Window.answer`.
     """
     outputs: dict[str, object] = {}
     calls: list[str] = []
@@ -59,17 +61,17 @@ def record(model: Pretrained, ids: Tensor, start: int, layers: Mapping[str, nn.M
         outputs[name] = _cloned(output)
 
     with evaluating(model), swapped(model, layers), watched(model, blocks_of(model), keep, after=True):
-        logits = logits_of(model, ids, start)
-    whole = Recording(ids, start, logits, {})
+        answer = window.answer(model)
+    whole = Recording(window, answer, {})
     if not outputs or len(calls) > len(outputs):
         return whole
-    found, names = Recording(ids, start, logits, outputs), list(outputs)
+    found, names = Recording(window, answer, outputs), list(outputs)
     resumed = (replay(model, found, layers, [f"{names[i]}."]) for i in {len(names) // 2, len(names) - 1})
-    return found if all(torch.equal(again, logits) for again in resumed) else whole
+    return found if all(torch.equal(again, answer) for again in resumed) else whole
 
 
 def replay(model: Pretrained, recording: Recording, layers: Mapping[str, nn.Module], changed: Iterable[str]) -> Tensor:
-    """The logits (T, V) of the recorded window, in a model that differs from the recorded one in a few layers.
+    """The answer to the recorded window, in a model that differs from the recorded one in a few layers.
 
     Args:
         model: That of the recording.  Not modified.
@@ -80,7 +82,7 @@ def replay(model: Pretrained, recording: Recording, layers: Mapping[str, nn.Modu
     first = min((block_index(list(recording.outputs), name) for name in changed), default=0)
     before = dict(list(recording.outputs.items())[:first])
     with evaluating(model), swapped(model, layers), _returning(model, before):
-        return logits_of(model, recording.ids, recording.start)
+        return recording.window.answer(model)
 
 
 def block_index(blocks: list[str], name: str) -> int:

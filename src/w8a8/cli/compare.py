@@ -19,6 +19,7 @@ def show_compared(model: str, against: str, found: "Compared") -> None:
 
     if isinstance(found.both, OutputComparison):
         _show_outputs(model, against, found.both)
+        _show_layers(found)
     else:
         _show_predictions(model, against, found.both, found)
 
@@ -55,13 +56,17 @@ def _show_predictions(model: str, against: str, both: "Comparison", found: "Comp
         f"{model} against {against}: {windows_in_words(both.model)}", ("measure", "value", "95 % interval"), rows
     )
     print_line(f"Perplexity: {both.verdict}.")
+    _show_layers(found)
+
+
+def _show_layers(found: "Compared") -> None:
+    """The layers that do most to their own output, or why they were not measured."""
     if found.why_not is not None:
         print_line(f"Layers were not measured: {found.why_not}.")
         return
     worst = sorted(found.layers, key=lambda layer: math.inf if (db := layer.output_sqnr_db) is None else db)[:10]
-    predictions = "" if both.model.pseudo else "; `w8a8 sensitivity`: to the predictions"
     print_table(
-        f"Layers by what they do to their own output, the worst first{predictions}",
+        "Layers by what they do to their own output, the worst first; `w8a8 sensitivity`: to what the model tells",
         ("layer", "scheme", *ERRORS),
         [(layer.name, layer.scheme, *error_cells(layer)) for layer in worst],
     )

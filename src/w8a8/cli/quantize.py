@@ -52,8 +52,8 @@ def quantize(
         typer.Option(
             "--budget",
             metavar="SIZE|PERCENT",
-            help="Choose a scheme or float for each layer: 12MB of tensors in all, or 0.5% of perplexity lost. Costs "
-            "are measured on --text, after smoothing where that is asked for.",
+            help="Choose a scheme or float for each layer: 12MB of tensors in all, or 0.5% of perplexity (of an "
+            "encoder: of its measure) lost. Costs are measured on --text, after smoothing where that is asked for.",
         ),
     ] = None,
     text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="For --budget.")] = None,

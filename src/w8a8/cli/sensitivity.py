@@ -23,7 +23,7 @@ def sensitivity(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure what quantising each layer of a float model does to it and to the model's predictions."""
+    """Measure what quantising each layer of a float model does to it and to what the model tells of a text."""
     from w8a8.checkpoint.opening import NamedModel
     from w8a8.jobs.measuring import rank_layers
 
@@ -51,7 +51,8 @@ def show_sensitivity(model: str, found: Sensitivity) -> None:
         (layer.name, f"{layer.kl_alone:.2e}", f"{layer.kl_spared:.2e}", str(by_spared[layer.name]), *error_cells(layer))
         for layer in found.worst()
     ]
-    title = f"{model}: {found.tokens:,} tokens, KL(float || quantised) {found.kl_nats:.3e} nats per token"
+    counted = f"{found.tokens:,} {'texts' if found.measure.endswith('per text') else 'tokens'}"
+    title = f"{model}: {counted}, {found.kl_nats:.3e} {found.measure}"
     print_table(title, ("worst first", "KL alone", "KL spared", "rank", *ERRORS), rows)
     orders = found.rankings
     agree = "" if orders.spearman is None else f", rank correlation {orders.spearman:.2f}"

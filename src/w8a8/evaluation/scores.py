@@ -113,18 +113,18 @@ def _masked_logits(model: Pretrained, ids: Tensor, frame: Frame, first: int, sta
         copies = framed.repeat(len(places), 1)
         numbers = torch.arange(len(places), dtype=torch.int64, device=ids.device)
         copies[numbers, places] = frame.mask
-        found.append(_logits(model, copies, start)[numbers, places])
+        found.append(batch_logits(model, copies, start)[numbers, places])
     return torch.cat(found)
 
 
 def logits_of(model: Pretrained, ids: Tensor, start: int) -> Tensor:
     """(T, V) for one window, (T,); `ModelError` where the model predicts no tokens, or its logits are not finite."""
-    return _logits(model, ids[None], start)[0]
+    return batch_logits(model, ids[None], start)[0]
 
 
 @torch.inference_mode()
-def _logits(model: Pretrained, ids: Tensor, start: int) -> Tensor:
-    """(B, T, V) for copies of one window.
+def batch_logits(model: Pretrained, ids: Tensor, start: int) -> Tensor:
+    """(B, T, V) for copies of one window; `ModelError` as `logits_of`.
 
     What a cache gives attention is what it keeps, also of the tokens that have just come (`w8a8.decoding.layers`), so
     that one pass over a window reads keys and values as writing it token by token would.

@@ -167,4 +167,8 @@ def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: W
     batches = [{"input_ids": torch.cat([before, ids, after])[None]} for ids in encoded.ids.split(length)]
     with watcher.stage("comparing") as step:
         both = compare_outputs(opened.model, other.model, batches, seed=pair.seed, progress=step)
-    return Compared(both, (), "layers are measured of language models")
+    try:
+        layers = layer_errors(other.model, opened.model, encoded, seed=pair.seed)
+    except ModelError as error:
+        return Compared(both, (), str(error))
+    return Compared(both, layers, None)

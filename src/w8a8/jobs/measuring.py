@@ -65,7 +65,7 @@ def rank_layers(
     """What quantising each layer does, those of experts too: what `w8a8 sensitivity` measures.
 
     Args:
-        model: Float and causal.
+        model: Float, and one that reads text.
         text, watcher: As for `score_model`.
         scheme, options: As for `w8a8.sensitivity`.
 

@@ -79,6 +79,7 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
         helpful = remedies(model, ids, found, schemes, **given, progress=step)
     what = f"the float model with {len(folded)} groups smoothed, as it was quantised" if folded else "the float model"
     words = f"Measured in {what}, on {found.windows} windows of {found.seq_len} tokens of {Path(text).name}"
+    words += f"; KL is {found.measure}"
     if any(scheme.static for scheme in schemes.values()):
         words += f"; static ranges by {job.observer} on {made.calibrated_on}, as they were saved"
     return MeasuredLayers(found, helpful, words + ".")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8 import analysis, pipeline
-from w8a8.analysis import Allocation, Budget, budget
+from w8a8.analysis import Allocation, Budget, budget, layers
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.sources import content_of
 from w8a8.checkpoint.about import add_measured
@@ -89,7 +89,7 @@ def _check(job: Job) -> None:
     if job.eval_text is not None:
         comparison.check_text(job.named.directory, job.eval_text)
         if job.report is not None:
-            Asked("a page about measured layers (--eval-text, --report)").check(*job.named.directory.architecture)
+            layers.ASKED.check(*job.named.directory.architecture)
 
 
 def _looked_at(made: Made, watcher: Watcher) -> Made:

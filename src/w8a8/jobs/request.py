@@ -52,7 +52,7 @@ class CalibrationText:
 class BudgetSearch:
     """A scheme or float for each layer, under a budget.
 
-    limit: As `w8a8.Budget.of` reads it: "12MB" of tensors in all, "0.5%" of perplexity lost.
+    limit: As `w8a8.Budget.of` reads it: "12MB" of tensors in all, "0.5%" lost.
     text: The file or hub data set that costs are measured on.
     options: Presets to choose from, besides float; smoothing is for the first.
     """

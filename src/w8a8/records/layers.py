@@ -43,7 +43,7 @@ class LayerErrors:
 class LayerSensitivity(LayerErrors):
     """The same, and what the layer does to the predictions.
 
-    kl_alone, kl_spared: Nats per token; see `w8a8.analysis.layers`.
+    kl_alone, kl_spared: Nats per token, or per text; see `w8a8.analysis.layers`.
     """
 
     kl_alone: float
@@ -102,8 +102,10 @@ class Histogram:
 class Sensitivity:
     """The layers of a model, in its order, and what they were measured on.
 
-    kl_nats: KL(float || quantised) with all of them quantised, per token.
+    kl_nats: KL(float || quantised) with all of them quantised, per token or per text.
+    tokens: How many of these there are.
     replayed: Whether forwards began at the changed block; False where that would not have been exact.
+    measure: What KL is of a model of this kind, in words: see `w8a8.analysis.answers`.
     """
 
     layers: tuple[LayerSensitivity, ...]
@@ -116,6 +118,7 @@ class Sensitivity:
     seq_len: int
     seed: int
     replayed: bool
+    measure: str = "KL(float || quantised), nats per token"
 
     def worst(self, count: int = TOP) -> list[LayerSensitivity]:
         """The layers that cost most when quantised alone, the worst first."""
@@ -150,7 +153,7 @@ class Sensitivity:
 class Remedy:
     """What would help a layer.
 
-    gain_kl_nats: The measured fall of the model's KL, nats per token; negative: it would harm; None: it cannot be done.
+    gain_kl_nats: The measured fall of the model's KL, nats; negative: it would harm; None: it cannot be done.
     note: How it was done, or why it cannot be.
     """
 

@@ -33,7 +33,7 @@ def collect(
         bytes_before, bytes_after: Of the model; after is the coverage's total where it is None.
         coverage: `Coverage.to_dict()`.
         smooth: `SmoothReport.to_dict()`.
-        comparison: `plain(evaluation.Comparison)`: the quantised model against the float one.
+        comparison: `plain(evaluation.Comparison)`, or of its outputs: the quantised model against the float one.
         headline: More fields of `records.Headline`, which go before what follows from the other arguments.
         layers: Fields of `records.Layer`.
         reproduce: Fields of `records.Reproduce`.
@@ -53,7 +53,14 @@ def collect(
     }
     if coverage is not None and bytes_after is None:
         found["bytes_after"] = coverage["totals"]["all"]["bytes"]
-    if comparison is not None:
+    if comparison is not None and "relative_error" in comparison:
+        found |= {
+            "output_error": comparison["relative_error"],
+            "output_cosine": comparison["cosine"],
+            "output_cosine_p1": comparison["cosine_p1"],
+            "same_label": comparison["agreement"],
+        }
+    elif comparison is not None:
         found |= {
             "perplexity_float": comparison["reference"]["perplexity"],
             "perplexity_quantized": comparison["model"]["perplexity"],
@@ -84,5 +91,9 @@ def collect(
 
 
 def verdict_of(comparison: Mapping[str, Any] | None) -> str:
-    """One sentence about perplexity."""
-    return "Quality was not measured." if comparison is None else f"Perplexity: {comparison['verdict']}."
+    """One sentence about what was lost."""
+    if comparison is None:
+        return "Quality was not measured."
+    if "relative_error" in comparison:
+        return f"{comparison['output']}: a cosine of {comparison['cosine']['mean']:.6f} with the float model's."
+    return f"Perplexity: {comparison['verdict']}."

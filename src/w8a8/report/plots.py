@@ -182,7 +182,7 @@ def costs(budget: Budget) -> str:
         if kl is not None
     ]
     x = _x("mb", "weights, MB", scale={"zero": False, "nice": False, "padding": 8})
-    y = _y("kl", "KL, nats per token")
+    y = _y("kl", "KL, nats")
     line = {"type": "line", "color": "var(--s0)", "strokeWidth": 1, "aria": False}
     layers = [
         _marks([row for row in rows if row["kind"] == "predicted"], line, label=False, x=x, y=y),

@@ -46,7 +46,8 @@ class Headline:
     """What a reader wants first.
 
     Bytes are of the weights; perplexities are per token; tokens per second are of reading the text that was scored,
-    with floats in these dtypes.
+    with floats in these dtypes.  Of a model that predicts no tokens: how far its outputs are from the float model's, as
+    `w8a8.evaluation.outputs` has it.
     """
 
     model: str
@@ -65,6 +66,10 @@ class Headline:
     kl_mean_nats: Interval | None = None
     kl_p99_nats: Interval | None = None
     top1_agreement: Interval | None = None
+    output_error: Interval | None = None
+    output_cosine: Interval | None = None
+    output_cosine_p1: Interval | None = None
+    same_label: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ class Layer:
     saturated_share: Of the input's codes, those at an end of the grid.
     dead_share: Of the input channels, those that were always zero.
     outlier_ratio: The input's largest channel absmax over the median one.
-    kl_alone: KL of the model in which this layer alone is quantised, nats per token.
-    kl_spared: How much less the KL of the quantised model is with this layer alone left in float, nats per token.
+    kl_alone: KL of the model in which this layer alone is quantised, nats per token or text.
+    kl_spared: How much less the KL of the quantised model is with this layer alone left in float, in the same.
     """
 
     name: str

@@ -62,6 +62,10 @@ def _tiles(h: Headline) -> list[tuple[str, str, str]]:
         ("KL(float || quantised), mean, nats", *_split(h.kl_mean_nats, 6)),
         ("KL, 99th percentile, nats", *_split(h.kl_p99_nats, 5)),
         ("Same most likely token", *_split(h.top1_agreement, 2, factor=100, unit=" %")),
+        ("||model - float|| / ||float||", *_split(h.output_error, 5)),
+        ("Cosine of a row with the float one", *_split(h.output_cosine, 6)),
+        ("Cosine of 99 % of the rows at least", *_split(h.output_cosine_p1, 6)),
+        ("Same label", *_split(h.same_label, 2, factor=100, unit=" %")),
     ]
 
 
