@@ -9,13 +9,15 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Dinov2Config, Dinov2Model, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BertModel, Dinov2Config, Dinov2Model, PreTrainedTokenizerBase
 
 import w8a8.analysis
 from tests.conftest import THEIRS, crossed, llama, mixtral, qwen2_moe
+from tests.sentences import bert
 from w8a8.cli import main
 from w8a8.demo.corpus import held_out_text
 from w8a8.demo.run import demo_model, time_layer
+from w8a8.kernels.native import unavailable_because
 from w8a8.layers.linear import quant_linears
 
 WORST = "The worst layers by weights alone; by outputs: --eval-text FILE"
@@ -413,6 +415,26 @@ def test_inspect_pairs_loads_the_weights_and_says_what_folds_and_why_not(call, t
     code, _, err = call("inspect", tmp_path, "--pairs")
     assert code == 2
     assert err.startswith("w8a8: ")
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(unavailable_because() is not None, reason="there is no native kernel")
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
+def test_inspect_fused_says_what_runs_in_fewer_passes_and_what_does_not_and_why(call, tmp_path, demo_dir):
+    BertModel(bert()).save_pretrained(tmp_path)
+    code, out, _ = call("inspect", tmp_path, "--fused")
+    words = " ".join(out.replace("│", " ").split())
+    assert code == 0
+    assert "2 blocks run fused, the model as one graph" in words
+    assert "attention yes" in words
+    assert json.loads(call("inspect", tmp_path, "--fused", "--json")[1])["blocks"] == 2
+    _, out, _ = call("inspect", demo_dir, "--fused")
+    words = " ".join(out.replace("│", " ").split())
+    assert "0 blocks run fused, 6 as they are" in words
+    assert "model.decoder.layers.*" in words
+    code, _, err = call("inspect", tmp_path, "--fused", "--pairs")
+    assert code == 2
+    assert "ask for one at a time" in err
 
 
 def test_study_prints_the_grid_and_names_the_best(call, demo_dir, text):

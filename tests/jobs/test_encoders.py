@@ -20,6 +20,7 @@ from tests.cli.test_commands import call  # noqa: F401 - a fixture
 from tests.sentences import SENTENCES, bert, embedder, ranker, tokenizer, write
 from w8a8.errors import ModelError, TextError
 from w8a8.jobs.encoders import EncoderPair, judge_encoders
+from w8a8.kernels.native import unavailable_because
 
 PAIRS = [(a, b, number / 4) for number, (a, b) in enumerate(itertools.pairwise(SENTENCES))]
 
@@ -104,8 +105,27 @@ def test_what_is_judged_is_measured_in_integers(models, data, monkeypatch):
     seen = []
     forward = w8a8.QuantLinear.forward
     monkeypatch.setattr(w8a8.QuantLinear, "forward", lambda self, x: seen.append(self) or forward(self, x))
-    judged(models, "embedder", data / "texts.txt")
+    judged(models, "embedder", data / "texts.txt", fuse=False)
     assert len({id(layer) for layer in seen}) == 13  # of the int8 model
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(unavailable_because() is not None, reason="there is no native kernel")
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
+@pytest.mark.parametrize(
+    ("name", "what"), [("embedder", "texts.txt"), ("ranker", "pairs.jsonl"), ("classifier", "labels.jsonl")]
+)
+def test_what_is_judged_is_fused_where_it_was_not_refused_and_both_are_told(models, data, name, what):
+    fused, plain = judged(models, name, data / what), judged(models, name, data / what, fuse=False)
+    assert fused.fused == "2 blocks run fused"
+    assert plain.fused == "not fused: it was not asked for"
+    for ours, theirs in zip(fused.measures, plain.measures, strict=True):
+        assert ours.model.mean == pytest.approx(theirs.model.mean, abs=0.05)
+    if fused.alike is not None:
+        assert plain.alike is not None
+        assert fused.alike.cosine.mean == pytest.approx(plain.alike.cosine.mean, abs=1e-4)
+    swapped = judge_encoders(EncoderPair(str(models / name), str(models / f"{name}-int8"), data / what))
+    assert swapped.fused == "not fused: it has no integer layers"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +154,10 @@ def test_the_command_tells_it(call, models, data):  # noqa: F811
     code, out, err = call("eval", *names, "--data", data / "pairs.jsonl")
     assert code == 0, err
     assert "Spearman's correlation, model - reference" in out
+    assert "not fused: it was not asked for." in call("eval", *names, "--data", data / "pairs.jsonl", "--no-fuse")[1]
+    code, _, err = call("eval", *names, "--text", data / "texts.txt", "--fuse")
+    assert code == 2
+    assert "--fuse and --no-fuse are of --data" in err
     code, out, err = call("eval", *names, "--data", data / "texts.txt", "--json")
     assert code == 0, err
     assert 0.99 < json.loads(out)["alike"]["cosine"]["mean"] < 1

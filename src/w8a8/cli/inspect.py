@@ -10,10 +10,12 @@ import typer
 
 from w8a8.cli.app import Json, Model, TrustRemoteCode, app, show_coverage
 from w8a8.cli.output import print_json, print_line, print_table, quiet_transformers
-from w8a8.errors import few
+from w8a8.core.plain import plain
+from w8a8.errors import ModelError, few
 
 if TYPE_CHECKING:
     from w8a8.dataflow import Dataflow
+    from w8a8.fusing.models import Fusions
 
 _FEW = 6
 
@@ -29,15 +31,31 @@ def inspect(
             "scale from which norm or layer, and for the others why not.",
         ),
     ] = False,
+    fused: Annotated[
+        bool,
+        typer.Option(
+            "--fused",
+            help="Instead: load the weights, run a forward of random tokens with what lies between the integer layers "
+            "fused, and show what that was, and what was not and why.",
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Show what of a model is quantised, or would be, and what is not and why.  Reads no weights without --pairs."""
+    """Show what of a model is quantised, or would be, and what is not and why.
+
+    Reads no weights without --pairs and --fused.
+    """
     from w8a8.checkpoint.opening import NamedModel
-    from w8a8.jobs.inspection import inspect_model, observe_model
+    from w8a8.jobs.inspection import fuse_model, inspect_model, observe_model
 
     quiet_transformers()
     named = NamedModel(model, trust_remote_code=trust_remote_code)
+    if pairs and fused:
+        raise ModelError("--pairs and --fused each show something instead of the layers: ask for one at a time")
+    if fused:
+        _show_fused(named.directory.path, fuse_model(named), as_json=as_json)
+        return
     if pairs:
         _show_pairs(named.directory.path, observe_model(named), as_json=as_json)
         return
@@ -74,6 +92,21 @@ def _show_pairs(directory: Path, found: "Dataflow", *, as_json: bool) -> None:
     print_table("Cannot be folded", ("source", "kind", "read by", "why", "layers"), _by_layer(refused))
     if found.unread:
         print_line(f"Not reached by this forward: {few(found.unread, _FEW, counted=True)}")
+
+
+def _show_fused(directory: Path, found: "Fusions", *, as_json: bool) -> None:
+    """What runs in fewer passes, and why the rest does not."""
+    if as_json:
+        print_json({"directory": directory, **plain(found)})
+        return
+    print_line(f"{directory}: {found.line}" + (", the model as one graph" if found.whole else ""))
+    rows = [(str(times), what, "yes") for what, times in found.fused.items()]
+    rows += [(str(times), what, "no") for what, times in found.left.items()]
+    if rows:
+        print_table("In the graphs", ("times", "what", "fused"), rows)
+    if found.refused:
+        refused = [(name or "the model", why) for name, why in found.refused.items()]
+        print_table("Runs as it is", ("module", "why", "modules"), _by_layer(refused))
 
 
 def _by_layer(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -11,6 +11,7 @@ from w8a8.fusing.blocks import Fused
 from w8a8.fusing.families import families
 from w8a8.kernels.compiled import unavailable_because
 from w8a8.layers.linear import Mode, QuantLinear, check_module
+from w8a8.model.pretrained import is_pretrained
 
 
 @dataclass(frozen=True)
@@ -19,18 +20,25 @@ class Fusions:
 
     blocks: How many blocks have one.
     waiting: How many were not called yet.
+    unfused: How many run as they are.
     whole: Whether calls of the model are one graph, with all of the blocks in it.
     fused: What was fused, and how often, over all graphs.
     left: What was not, and how often.
-    refused: Why blocks run as they are, by name.
+    refused: Why blocks, or what is around them, run as they are, by name.
     """
 
     blocks: int
     waiting: int
+    unfused: int
     whole: bool
     fused: dict[str, int]
     left: dict[str, int]
     refused: dict[str, str]
+
+    @property
+    def line(self) -> str:
+        """In a line."""
+        return f"{self.blocks} blocks run fused" + (f", {self.unfused} as they are" if self.unfused else "")
 
     def __str__(self) -> str:
         lines = [f"{self.blocks} blocks run fused" + (f", {self.waiting} were not called yet" if self.waiting else "")]
@@ -72,6 +80,22 @@ def optimize(model: nn.Module) -> Fusions:
     for part in _around(model, blocks):
         vars(part)["forward"] = Fused(part, whole=True)
     return fusions(model)
+
+
+def optimize_where_possible(model: nn.Module) -> str | None:
+    """`optimize` a model, or the one of transformers in it; what cannot be fused stays as it is.
+
+    Returns:
+        Why nothing is fused; None where something may be, of which `fusions` tells after a first call.
+    """
+    inner = next((module for module in model.modules() if is_pretrained(module)), model)
+    if not any(_is_integer(module) for module in inner.modules()):
+        return "it has no integer layers"
+    try:
+        optimize(inner)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def _around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
@@ -128,19 +152,20 @@ def restore(model: nn.Module) -> None:
 def fusions(model: nn.Module) -> Fusions:
     """What is fused in a model, and what is not."""
     made, left, refused = Counter[str](), Counter[str](), {}
-    count = waiting = 0
+    count = waiting = unfused = 0
     whole = any(vars(part)["forward"].whole and vars(part)["forward"].told for _, part in _fused(model))
     for name, block in _fused(model):
         forward = vars(block)["forward"]
         if not forward.whole:
             count += bool(forward.told) or whole
             waiting += not forward.told and not forward.refused and not whole
+            unfused += not forward.told and bool(forward.refused) and not whole
         for told in forward.told:
             made += told.fused
             left += told.left
         if forward.refused:
             refused[name] = "; ".join(forward.refused)
-    return Fusions(count, waiting, whole, dict(made), dict(left), refused)
+    return Fusions(count, waiting, unfused, whole, dict(made), dict(left), refused)
 
 
 def _is_integer(module: nn.Module) -> bool:

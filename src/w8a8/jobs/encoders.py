@@ -5,7 +5,7 @@ sentence-transformers is imported here, and where a directory is of it only: its
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, TextError, closest
 from w8a8.evaluation.encoders import Alike, Array, Measure, alike, found_right, labelled_right, ranked_alike
 from w8a8.evaluation.judged import Judged, Labelled, Retrieval, ScoredPairs, Texts, read_judged
+from w8a8.fusing.models import fusions, optimize_where_possible
 from w8a8.hf.enabling import enabled
 from w8a8.jobs.watching import Watcher
 
@@ -33,6 +34,7 @@ class EncoderPair:
     data: A file or a folder, see `w8a8.evaluation.judged`.
     batch_size: Texts at once.
     seed: Of the bootstrap.
+    fuse: Whether what lies between integer layers is done by the native kernel (`w8a8.optimize`), where it can be.
     trust_remote_code: As for `w8a8.load`.
     """
 
@@ -41,6 +43,7 @@ class EncoderPair:
     data: Path
     batch_size: int = 32
     seed: int = 0
+    fuse: bool = True
     trust_remote_code: bool = False
 
 
@@ -49,17 +52,19 @@ class Judgement:
     """What was measured.
 
     judged: The number of texts, pairs or queries, in words.
+    fused: What of the first model was fused, or why nothing was, in words.
     alike: How far the vectors are from the reference's; None where there are none.
     """
 
     judged: str
     alike: Alike | None
     measures: tuple[Measure, ...]
+    fused: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         measures = [{**plain(measure), "verdict": measure.verdict} for measure in self.measures]
-        return {"judged": self.judged, "alike": plain(self.alike), "measures": measures}
+        return {"judged": self.judged, "alike": plain(self.alike), "measures": measures, "fused": self.fused}
 
 
 def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgement:
@@ -80,8 +85,10 @@ def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgeme
     directories = [Directory.of(name, trust_remote_code=pair.trust_remote_code) for name in names]
     with usual_defaults():  # sentence-transformers makes tensors without saying where
         ours, theirs = (_opened(directory, pair.batch_size) for directory in directories)
+    whys = [optimize_where_possible(each.model) if pair.fuse else "it was not asked for" for each in (ours, theirs)]
     with watcher.stage("judging") as step, usual_defaults():
-        return _judged(data, _Answers(ours, step, 0), _Answers(theirs, step, 1), pair)
+        judged = _judged(data, _Answers(ours, step, 0), _Answers(theirs, step, 1), pair)
+    return replace(judged, fused=fusions(ours.model).line if whys[0] is None else f"not fused: {whys[0]}")
 
 
 class _Encoder:

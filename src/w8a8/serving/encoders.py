@@ -19,11 +19,9 @@ from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.opening import open_model
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError
-from w8a8.fusing.models import fusions, optimize
+from w8a8.fusing.models import fusions, optimize_where_possible
 from w8a8.jobs.encoders import open_sentences
-from w8a8.layers.linear import QuantLinear
 from w8a8.model.kinds import context_length
-from w8a8.model.pretrained import is_pretrained
 from w8a8.serving.batching import Item
 
 TRIED = ("a", "a few words to be warm with", "as many words as a longer text may have " * 4)
@@ -64,22 +62,12 @@ class Encoder(ABC):
 
     def fuse(self) -> str | None:
         """Let the native kernel do what lies between the integer layers; why not, where it does not."""
-        inner = next((module for module in self.model.modules() if is_pretrained(module)), None)
-        if inner is None or not any(isinstance(module, QuantLinear) for module in inner.modules()):
-            return "it has no integer layers"
-        try:
-            optimize(inner)
-        except ModelError as error:
-            return str(error)
-        return None
+        return optimize_where_possible(self.model)
 
     @property
     def fused(self) -> str:
         """What is fused, after a first call, in a line."""
-        inner = next(module for module in self.model.modules() if is_pretrained(module))
-        found = fusions(inner)
-        told = f"{found.blocks} blocks run fused"
-        return told + (f", {len(found.refused)} as they are" if found.refused else "")
+        return fusions(self.model).line
 
 
 class Embedder(Encoder):
