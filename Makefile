@@ -89,6 +89,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/linear.py
 	$(BIN)/python bench/layout.py
 	$(BIN)/python bench/overhead.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/account.py
 	$(BIN)/python bench/allocator.py
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/serve.py

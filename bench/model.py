@@ -42,7 +42,7 @@ PROMPT, WINDOW, PREFILL = 256, 64, 512
 TURN = 8  # tokens that a variant writes before the next one: the others' weights and code have left the caches by then
 
 
-def opt_125m() -> Any:
+def opt_125m(positions: int = 2048) -> Any:
     return OPTForCausalLM(
         OPTConfig(
             vocab_size=50272,
@@ -50,13 +50,13 @@ def opt_125m() -> Any:
             ffn_dim=3072,
             num_hidden_layers=12,
             num_attention_heads=12,
-            max_position_embeddings=2048,
+            max_position_embeddings=positions,
             word_embed_proj_dim=768,
         )
     )
 
 
-def tinyllama() -> Any:
+def tinyllama(positions: int = 2048) -> Any:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=32000,
@@ -65,12 +65,12 @@ def tinyllama() -> Any:
             num_hidden_layers=22,
             num_attention_heads=32,
             num_key_value_heads=4,
-            max_position_embeddings=2048,
+            max_position_embeddings=positions,
         )
     )
 
 
-MODELS: dict[str, Callable[[], Any]] = {"opt-125m": opt_125m, "tinyllama-1.1b": tinyllama}
+MODELS: dict[str, Callable[..., Any]] = {"opt-125m": opt_125m, "tinyllama-1.1b": tinyllama}
 
 
 def _torch_ao(model: Any) -> Any:

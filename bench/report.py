@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import account
 import allocator
 import blocks
 import calibration
@@ -112,6 +113,17 @@ def _tokens(result: dict[str, Any]) -> str:
         "linear layers are stubs.\n\n"
         + overhead.table(result)
         + f"\n\nA call whose product is next to nothing (32 x 64, one row): {calls}.\n"
+    )
+
+
+def _account(result: dict[str, Any]) -> str:
+    clock = "processor time of the one thread" if result["clock"] == "processor" else "time of the wall"
+    return (
+        f"Decoding, batch 1, eager, head in int8, after a context of random keys and values; {clock}, medians. Clocks "
+        "run around each part in one of two tokens; the parts add up to so much of a token without clocks. "
+        "`int8` is `w8a8.set_cache(model)`; `int8, dequantised` the same cache with PyTorch's attention.\n\n"
+        + account.table(result)
+        + "\n"
     )
 
 
@@ -226,6 +238,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("encoders", "Encoders beside other runtimes", _encoders),
     ("serve", "Texts for many clients at once", _serving),
     ("overhead", "Where a token's time goes", _tokens),
+    ("account", "Where a token's time goes, by context and cache", _account),
     ("allocator", "New memory", _memory),
     ("layout", "Packed or row-major, our tile or oneDNN's product", _layouts),
     ("calibration", "Calibrating", _calibrating),

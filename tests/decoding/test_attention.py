@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import needs
 from w8a8.decoding import attention as here
@@ -182,3 +183,13 @@ def test_a_layer_that_was_reset_gives_floats_again():
     layer.update(*states(1))
     layer.reset()
     assert layer.update(*states(1))[0].isfinite().all()
+
+
+def test_who_looks_on_sees_floats(asked_of_kernel):
+    layer = filled(Int8Layer())
+    with FlopCounterMode(display=False):
+        keys, values = layer.update(*states(1))
+        attention(MODULE, queries(1), keys, values, None)
+    assert keys.isfinite().all()
+    assert not asked_of_kernel
+    assert layer.update(*states(1))[0].isnan().all()

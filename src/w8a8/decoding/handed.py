@@ -64,5 +64,5 @@ class Kept:
 
 def kept_of(keys: Tensor, values: Tensor) -> Kept | None:
     """Where keys and values lie that came as they were given; None for others."""
-    found = vars(keys).get("w8a8_keys")
-    return found if found is not None and found is vars(values).get("w8a8_values") else None
+    found = getattr(keys, "w8a8_keys", None)
+    return found if isinstance(found, Kept) and found is getattr(values, "w8a8_values", None) else None

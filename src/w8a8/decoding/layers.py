@@ -205,11 +205,10 @@ class _Int8(BlockLayer):
         start = self.take(key_states, value_states)
         store = self.store
         assert isinstance(store, Int8Store)
+        if dispatcher_is_needed():  # a graph is made, or somebody looks on: floats, and nothing beside them
+            return store.keys(start, self.end), store.values(start, self.end)
         self.awaited = (
-            self.attended
-            and key_states.shape[2] <= ROWS
-            and not (key_states.requires_grad and torch.is_grad_enabled())
-            and not dispatcher_is_needed()
+            self.attended and key_states.shape[2] <= ROWS and not (key_states.requires_grad and torch.is_grad_enabled())
         )
         return Kept(store.codes, start, self.end, store.dtypes, self.awaited, self._seen).given()
 
