@@ -1,6 +1,11 @@
 import json
 
+import pytest
+from transformers import BertModel
+
 from tests.cli.test_commands import call, demo_dir, quantized  # noqa: F401 - fixtures
+from tests.sentences import bert
+from w8a8.kernels.native import unavailable_because
 
 SHORT = ("--seconds", "0", "--prompt", "8", "--new", "2")
 
@@ -47,3 +52,19 @@ def test_writing_is_timed_after_a_context_with_a_cache_in_int8(call, quantized):
     code, _, err = call("bench", quantized, *SHORT, "--context", "255")
     assert code == 2
     assert "(--context, --new)" in err
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(unavailable_because() is not None, reason="there is no native kernel")
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
+def test_an_encoder_is_timed_reading_fused_or_not(call, tmp_path):  # noqa: F811
+    BertModel(bert()).save_pretrained(tmp_path)
+    code, out, err = call("bench", tmp_path, "--batch", 2, *SHORT)
+    assert code == 0, err
+    words = " ".join(out.replace("│", " ").split())
+    assert "2 blocks run fused" in words
+    assert "not fused: it has no integer layers" in words
+    assert "writing" not in words
+    found = json.loads(call("bench", tmp_path, "--no-fuse", *SHORT, "--json")[1])["models"]
+    assert [each["fused"] for each in found.values()] == ["not fused: not asked for"] * 2
+    assert all(each["writing"] is None for each in found.values())

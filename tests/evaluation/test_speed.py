@@ -3,9 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import BertModel
 
 import w8a8
 from tests.conftest import llama, opt
+from tests.sentences import bert
 from w8a8.errors import ModelError
 from w8a8.evaluation import speed
 from w8a8.evaluation.speed import measure_speed
@@ -110,3 +112,22 @@ def test_writing_after_a_context_goes_on_from_it_in_every_round():
 def test_a_context_that_leaves_no_room_is_refused():
     with pytest.raises(ModelError, match=r"--context, --new"):
         measure_speed({"m": opt()}, prompt=4, context=opt().config.max_position_embeddings, new=1)
+
+
+def test_encoders_are_timed_reading_without_padding():
+    calls = []
+    models = {"one": BertModel(bert()).eval(), "other": BertModel(bert()).eval()}
+    for name, model in models.items():
+        see = lambda module, args, kwargs, name=name: calls.append((name, kwargs["attention_mask"].shape))  # noqa: E731
+        model.register_forward_pre_hook(see, with_kwargs=True)
+    found = measure_speed(models, prompt=8, batch=3, seconds=0.0)
+    assert calls == [("one", (3, 8)), ("other", (3, 8))] * 4
+    assert all(each.writing is None and each.reading.median > 0 for each in found.values())
+
+
+def test_an_encoder_is_timed_with_no_model_that_writes_and_after_no_context():
+    encoder = BertModel(bert()).eval()
+    with pytest.raises(ModelError, match="encoder reads and writes nothing, and was to be timed with m: time encoders"):
+        measure_speed({"m": opt(), "encoder": encoder})
+    with pytest.raises(ModelError, match="with a context to write after"):
+        measure_speed({"encoder": encoder}, context=4)

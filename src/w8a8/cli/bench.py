@@ -30,6 +30,9 @@ def bench(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Of measuring, for each model.")] = 10.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the random tokens.")] = 0,
+    fuse: Annotated[
+        bool, typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder.")
+    ] = True,
     head: Head = "float",
     kv: Kv = "dynamic",
     dtype: Dtype = "auto",
@@ -37,7 +40,10 @@ def bench(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure tokens per second of reading and writing, models in turn: a float model beside itself quantised."""
+    """Measure tokens per second of reading and writing, models in turn: a float model beside itself quantised.
+
+    An encoder of text is timed reading.
+    """
     import torch
 
     from w8a8.checkpoint.opening import NamedModel
@@ -47,6 +53,7 @@ def bench(
         NamedModel(model, dtype, device, head, trust_remote_code, kv),
         against,
         scheme=scheme,
+        fuse=fuse,
         prompt=prompt,
         context=context,
         new=new,
@@ -60,6 +67,12 @@ def bench(
         print_json({"batch": batch, "new": new, "context": context, "kv": kv, "threads": threads, "models": found})
         return
     first = next(iter(found.values()))
+    if first.writing is None:
+        read = [(name, *_cells(speed.reading, first.reading), speed.fused or "") for name, speed in found.items()]
+        columns: tuple[str, ...] = ("model", "reading, tokens/s", "quartiles", "times", "between the layers")
+        print_table(f"batch {batch}, {first.rounds} rounds, {threads} threads", columns, read)
+        print_line("One round: each model in turn reads. Medians; times is beside the first.")
+        return
     rows = [
         (name, *_cells(speed.reading, first.reading), *_cells(speed.writing, first.writing))
         for name, speed in found.items()
@@ -71,5 +84,7 @@ def bench(
     print_line("One round: each model in turn reads the prompt and writes. Medians; times is beside the first.")
 
 
-def _cells(rate: "Rate", first: "Rate") -> tuple[str, str, str]:
+def _cells(rate: "Rate | None", first: "Rate | None") -> tuple[str, str, str]:
+    assert rate is not None, "all models write, or none does"
+    assert first is not None, "all models write, or none does"
     return f"{rate.median:.1f}", f"{rate.low:.1f} .. {rate.high:.1f}", f"{rate.median / first.median:.2f}"

@@ -10,6 +10,7 @@ What is written may come after another number of tokens than are read (`context`
 rounds, and what was kept of them is copied in each.
 
 The tokens are random: what a dense model does takes as long for any text (a mixture of experts does not quite).
+An encoder of text writes nothing: it is timed reading alone, by one forward.
 `generate` is not timed, since its own bookkeeping is a large share of a small model's token, and the same for all.
 """
 
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 from w8a8.core.progress import Progress, tell
 from w8a8.decoding.models import new_cache
 from w8a8.errors import ModelError
-from w8a8.model.kinds import Asked, context_length
+from w8a8.model.kinds import READS_TEXT, Asked, Kind, context_length, kind_of_model
 from w8a8.model.pretrained import Pretrained
 
-ASKED = Asked("reading and writing tokens")
+ASKED = Asked("reading and writing tokens", READS_TEXT)
 PROMPT, NEW = 512, 32
 _ROUNDS = 3  # at least
 _PART = 512  # tokens of a context that are read at once
@@ -47,11 +48,16 @@ class Rate:
 
 @dataclass(frozen=True)
 class Speed:
-    """One model's rates.  `rounds` were timed."""
+    """One model's rates.  `rounds` were timed.
+
+    writing: None of an encoder.
+    fused: What of an encoder was fused, or why nothing was; None where nobody asked.
+    """
 
     reading: Rate
-    writing: Rate
+    writing: Rate | None
     rounds: int
+    fused: str | None = None
 
 
 def measure_speed(
@@ -65,7 +71,7 @@ def measure_speed(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Speed]:
-    """Time causal language models against each other.
+    """Time causal language models against each other, or encoders of text.
 
     Args:
         models: By the name that they are told by; all in memory, on their devices, with the caches that are set for
@@ -79,39 +85,57 @@ def measure_speed(
         progress: Called as progress(done, total, name); done and total are seconds.
 
     Raises:
-        ModelError: no room in a model's context; it is no causal language model, or keeps no cache.
+        ModelError: no room in a model's context; it is of another kind, or keeps no cache; some of them are encoders
+            and some are not; a context is asked of encoders.
     """
     for model in models.values():
         ASKED.check_model(model)
-    length = _length(models, prompt, new)
+    encoders = [name for name, model in models.items() if only_reads(model)]
+    if encoders and (len(encoders) < len(models) or context is not None):
+        other = next((name for name in models if name not in encoders), "a context to write after")
+        raise ModelError(
+            f"{encoders[0]} reads and writes nothing, and was to be timed with {other}: time encoders with encoders, "
+            "and without --context"
+        )
+    length = _length(models, prompt, 0 if encoders else new, least=0 if encoders else 1)
     if context is not None:
         _length(models, context, new, "--context")
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    turns = {}
+    turns: dict[str, _Turn | _Reading] = {}
     for name, model in models.items():
-        turns[name] = _Turn(name, model, new, _ids(model, batch, length, seed))
-        turns[name].once()
-        if context is not None:
-            turns[name].read(_ids(model, batch, context, seed + 1))
+        ids = _ids(model, batch, length, seed)
+        turns[name] = turn = _Reading(model, ids) if encoders else _Turn(name, model, new, ids)
+        turn.once()
+        if context is not None and isinstance(turn, _Turn):
+            turn.read(_ids(model, batch, context, seed + 1))
     total, spent = seconds * len(models), 0.0
     while spent < total or min(map(len, rates.values())) < _ROUNDS:
         for name in models:
             read, wrote = turns[name].once()
-            rates[name].append((batch * length / read, batch * new / wrote))
+            rates[name].append((batch * length / read, 0.0 if encoders else batch * new / wrote))
             spent += read + wrote
             tell(progress, round(min(spent, total)), round(total), name)
     return {
-        name: Speed(_rate([read for read, _ in found]), _rate([wrote for _, wrote in found]), len(found))
+        name: Speed(
+            _rate([read for read, _ in found]), None if encoders else _rate([wrote for _, wrote in found]), len(found)
+        )
         for name, found in rates.items()
     }
 
 
-def _length(models: Mapping[str, Pretrained], prompt: int | None, new: int, option: str = "--prompt") -> int:
+def only_reads(model: nn.Module) -> bool:
+    """Whether it is an encoder of text."""
+    return kind_of_model(model) in {Kind.MASKED, Kind.TEXT}
+
+
+def _length(
+    models: Mapping[str, Pretrained], prompt: int | None, new: int, option: str = "--prompt", *, least: int = 1
+) -> int:
     """Of the prompt, where it and what is written fit into every context."""
     limits = {name: limit for name, model in models.items() if (limit := context_length(model)) is not None}
     room = min(limits.values(), default=PROMPT + new) - new
     length = max(1, min(PROMPT, room)) if prompt is None else prompt
-    if not 1 <= length <= room or new < 1:
+    if not 1 <= length <= room or new < least:
         shortest = min(limits, key=lambda name: limits[name]) if limits else next(iter(models))
         raise ModelError(
             f"a prompt of {length} tokens and {new} new ones were asked for, and {shortest} has a context of "
@@ -125,6 +149,20 @@ def _ids(model: Pretrained, batch: int, length: int, seed: int) -> Tensor:
     words = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     drawn = torch.Generator().manual_seed(seed)
     return torch.randint(words, (batch, length), generator=drawn, dtype=torch.int64, device="cpu").to(model.device)
+
+
+class _Reading:
+    """What an encoder does in each round."""
+
+    def __init__(self, model: Pretrained, ids: Tensor) -> None:
+        self._model, self._inputs = model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @torch.inference_mode()
+    def once(self) -> tuple[float, float]:
+        """Seconds of reading, and none of writing."""
+        began = _now(self._model)
+        self._model(**self._inputs)
+        return _now(self._model) - began, 0.0
 
 
 class _Turn:

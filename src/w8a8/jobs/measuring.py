@@ -13,6 +13,7 @@ from w8a8.calibration.sources import content_of
 from w8a8.checkpoint.opening import Named, NamedModel, OpenedModel, open_model
 from w8a8.core.scheme import AUTO, Scheme
 from w8a8.evaluation import Evaluation, Text, encode, perplexity, scores, speed
+from w8a8.fusing.models import fusions, optimize_where_possible
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import unstack_experts_
 from w8a8.model.kinds import Asked
@@ -85,15 +86,17 @@ def time_models(
     against: Sequence[str] = (),
     *,
     scheme: Scheme | str = "w8a8",
+    fuse: bool = True,
     watcher: Watcher | None = None,
     **options: Any,
 ) -> dict[str, speed.Speed]:
     """How fast models read and write, in turns, by their names: what `w8a8 bench` measures.
 
     Args:
-        model: Causal, as are the others.
+        model: Causal, as are the others; or encoders of text, all of them.
         against: Others, opened as this one is; they come first.
         scheme: What a float model with nothing to be against is quantised in, to be timed beside itself.
+        fuse: Whether what lies between the integer layers of encoders is fused (`w8a8.optimize`), where it can be.
         watcher, options: As for `score_model`, and for `w8a8.evaluation.speed.measure_speed`.
 
     Raises:
@@ -116,7 +119,11 @@ def time_models(
             models[f"{name} in {wanted.name}"] = other = open_model(each).model
             quantize(other, wanted, head=named.head)
     with (watcher or Watcher()).stage("timing") as step:
-        return speed.measure_speed(models, progress=step, **options)
+        encoders = {name: each for name, each in models.items() if speed.only_reads(each)}
+        whys = {name: optimize_where_possible(each) if fuse else "not asked for" for name, each in encoders.items()}
+        found = speed.measure_speed(models, progress=step, **options)
+    told = {name: fusions(models[name]).line if why is None else f"not fused: {why}" for name, why in whys.items()}
+    return {name: replace(each, fused=told.get(name)) for name, each in found.items()}
 
 
 def _with_text(model: Named, asked: Asked, text: str) -> tuple[OpenedModel, Text]:
