@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tests.conftest import llama, opt, relative_error
 from w8a8.calibration.data import Calibration
@@ -14,6 +14,8 @@ from w8a8.pipeline import simulate
 from w8a8.records.smoothing import Score
 from w8a8.smoothing import contest
 from w8a8.smoothing.contest import Contest, winner
+
+SIZES = {"hidden_size": 32, "intermediate_size": 40}
 
 
 def of(model, data, scheme="w8a8"):
@@ -110,3 +112,31 @@ def test_int32_ids_have_the_same_loss(tokens):
     model = llama()
     wide = of(model, [{"input_ids": tokens}]).score()
     assert of(model, [{"input_ids": tokens.to(torch.int32)}]).score() == wide
+
+
+@pytest.mark.parametrize(("room", "times"), [(1 << 20, 1), (0, 3)])
+def test_float_outputs_are_computed_once_where_there_is_room(tokens, monkeypatch, room, times):
+    monkeypatch.setattr(contest, "KEPT_BYTES", room)
+    model = BertModel(BertConfig(vocab_size=96, num_hidden_layers=1, num_attention_heads=2, **SIZES)).eval()
+    found, calls, real = of(model, [tokens]), [], Contest._outputs
+    monkeypatch.setattr(Contest, "_outputs", lambda self, batch: calls.append(batch) or real(self, batch))
+    scores = [found.score() for _ in range(3)]
+    assert len(calls) == 3 + times  # and of the quantised model each time
+    assert len(set(scores)) == 1
+
+
+def test_float_outputs_of_rounded_weights_are_those_of_now(tokens):
+    model = BertModel(BertConfig(vocab_size=96, num_hidden_layers=1, num_attention_heads=2, **SIZES)).eval()
+    assert of(model, [tokens])._keeps
+    assert not of(model.to(torch.bfloat16), [tokens])._keeps
+
+
+def test_it_is_asked_first_what_can_be_gained_where_few_weights_are_helped(tokens):
+    bert = of(
+        BertModel(BertConfig(vocab_size=96, num_hidden_layers=2, num_attention_heads=2, **SIZES)).eval(), [tokens]
+    )
+    assert bert.asks_first([])
+    assert bert.asks_first(["encoder.layer.0.attention.output.dense"])
+    assert not bert.asks_first(bert.chosen)
+    causal = of(llama(), [tokens])
+    assert not causal.asks_first(["model.layers.0.mlp.down_proj"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import w8a8
 from tests import families
@@ -484,3 +485,59 @@ def test_a_smoothed_checkpoint_loads_and_gives_the_same_logits(data, tokens, tmp
     assert not torch.equal(loaded.get_parameter(norm), with_outliers(llama()).get_parameter(norm))
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def encoder(outlier=1.0, loud=1.0):
+    """A model whose norms come after the sums; a channel of its values is so much larger, and is read as before.
+
+    loud: How much what attention adds to a token counts beside the rest.
+    """
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    model = BertModel(BertConfig(vocab_size=96, max_position_embeddings=64, **sizes), add_pooling_layer=False).eval()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.output.dense.weight.mul_(loud)
+            layer.attention.self.value.weight.mul_(loud)
+            layer.attention.self.value.weight[5] *= outlier
+            layer.attention.output.dense.weight[:, 5] /= outlier
+    return model
+
+
+def test_no_contest_is_held_where_nothing_can_be_gained(data, monkeypatch):
+    model = encoder()
+    before, scored = parameters(model), []
+    real = smooth.Contest.score
+    monkeypatch.setattr(smooth.Contest, "score", lambda self, **more: scored.append(more) or real(self, **more))
+    report = smooth_(model, data, scheme="w8a8-asym")
+    helped = {f"encoder.layer.{i}.attention.output.dense" for i in range(2)}
+    assert scored == [{}, {"spared": helped}]
+    assert list(report.scores) == ["none", "left float"]
+    assert report.kept == "none"
+    assert unchanged(model, before)
+    assert all("no smoothing" in group.reason for group in report.groups)
+
+
+def test_a_contest_comes_to_the_same_where_something_can_be_gained(data, monkeypatch):
+    model, other = (encoder(outlier=200.0, loud=4.0) for _ in range(2))
+    report = smooth_(model, data)
+    assert list(report.scores) == ["none", "left float", "0.3", "0.5", "0.7", "0.85", "searched"]
+    assert report.scores["left float"].distance < 0.9 * report.scores["none"].distance
+    assert report.kept not in ("none", "left float")
+    monkeypatch.setattr(smooth.Contest, "asks_first", lambda self, helped: False)
+    held = smooth_(other, data)
+    assert held.kept == report.kept
+    assert unchanged(model, parameters(other))
+    assert held.scores == {name: score for name, score in report.scores.items() if name != "left float"}
+
+
+def test_ways_that_fold_the_same_are_scored_once(data, monkeypatch):
+    scored = []
+    real = smooth.Contest.score
+    monkeypatch.setattr(smooth.Contest, "score", lambda self, **more: scored.append(more) or real(self, **more))
+    monkeypatch.setattr(smooth.Contest, "asks_first", lambda self, helped: False)
+    report = smooth_(nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 3)), [torch.randn(9, 8)])
+    assert not report.groups
+    assert len(scored) == 1
+    assert len(report.scores) == 6
+    assert report.kept == "none"

@@ -47,7 +47,8 @@ class SmoothReport:
     refused: Sources that cannot be folded, each with its reason.
     change: The relative change of the model's float output on the probe.
     bound: What it may have been.
-    scores: Of the contest: "none", an alpha or "searched", and its score.  Empty without contest.
+    scores: Of the contest: "none", an alpha or "searched", and its score; where it was asked first what could be
+        gained, "left float" too, and where that was nothing these two alone.  Empty without contest.
     kept: What won it; None where there was none.
     """
 

@@ -34,7 +34,7 @@ from w8a8.errors import ModelError
 from w8a8.model.selection import select, usual_of
 from w8a8.records.smoothing import GroupReport, Score, SmoothReport
 from w8a8.smoothing.alpha import check_alpha, smooth_scales
-from w8a8.smoothing.contest import CANDIDATES, Contest, winner
+from w8a8.smoothing.contest import CANDIDATES, GAIN, SPARED, Contest, winner
 from w8a8.smoothing.fold import Undo, fold_
 from w8a8.smoothing.smoother import Smoother
 from w8a8.smoothing.way import AUTO, NONE, SEARCHED, Smoothing
@@ -146,14 +146,30 @@ def smooth_observed(
 def _best(smoother: Smoother, contest: Contest) -> tuple[dict[str, Score], str]:
     """Smooth in the way that wins, and tell all scores and which it was."""
     ways = {str(way.told): way for way in (NONE, *map(Smoothing.of, CANDIDATES), SEARCHED)}
-    scores = {}
-    for name, way in ways.items():
-        smoother.smooth(way)
-        scores[name] = contest.score()
-    best = winner(scores)
+    name = str(NONE.told)
+    smoother.smooth(NONE)
+    scores = {name: contest.score()}
+    helped = smoother.helped
+    if contest.asks_first(helped):
+        scores[SPARED] = contest.score(spared=helped) if helped else scores[name]
+        if scores[SPARED].distance > GAIN * scores[name].distance:
+            return scores, name
+    seen = {_folded(smoother): scores[name]}
+    for name in list(ways)[1:]:
+        smoother.smooth(ways[name])
+        folded = _folded(smoother)
+        if folded not in seen:
+            seen[folded] = contest.score()
+        scores[name] = seen[folded]
+    best = winner({name: scores[name] for name in ways})
     if best != name:
         smoother.smooth(ways[best])
     return scores, best
+
+
+def _folded(smoother: Smoother) -> tuple[float | None, ...]:
+    """How far each group is smoothed at the moment."""
+    return tuple(report.alpha for report in smoother.reports)
 
 
 def _refused(refusal: Refusal) -> GroupReport:

@@ -99,6 +99,16 @@ class Smoother:
         flow = observed(model, probe, lambda: inputs)
         return cls(model, flow, probe, sampled, schemes, readers=readers, progress=progress)
 
+    @property
+    def helped(self) -> set[str]:
+        """The quantised layers whose operands a fold scales, where the group can be folded at all."""
+        return {
+            name
+            for work in self._work
+            if self.gate.why_not(work.group) is None
+            for name in ([reader.module for reader in work.readers] + [work.group.source.module] * work.source_counts)
+        }
+
     def smooth(self, way: Smoothing, groups: Sequence[Group] | None = None) -> None:
         """Undo what was smoothed, then smooth every group.
 
