@@ -235,7 +235,7 @@ def table(result: dict[str, Any]) -> str:
     head = "| model | batch | float32, ms | " + " | ".join(peers) + " |"
     lines = [head, "|---|---|---:|" + "---:|" * len(peers)]
     for model, cells in result["models"].items():
-        for cell, record in cells.items():
+        for cell, record in sorted(cells.items(), key=lambda pair: CELLS.index(pair[0])):
             if "left_out" in record:
                 lines.append(f"| {model} | {cell} | left out: {record['left_out']} |" + " |" * len(peers))
                 continue

@@ -94,7 +94,11 @@ def _encoders(result: dict[str, Any]) -> str:
         "the last line of a model the least cosine of a token's output to float32's of all cells. torch.ao is dynamic, "
         "its activations per tensor; ONNX Runtime dynamic, weights per channel; OpenVINO quantised by NNCF, static "
         "activations. `fused` is `w8a8.optimize`. `mixed` is eight texts of 16 to 128 tokens, padded; of pictures and "
-        "sound a cell is a batch.\n\n" + encoders.table(result) + "\n\n" + encoders.summary(result) + "\n"
+        "sound a cell is a batch. Compiled, by inductor, takes minutes and was measured of one model.\n\n"
+        + encoders.table(result)
+        + "\n\n"
+        + "\n\n".join(encoders.summary(result, ours) for ours in ("ours fused", "ours asym fused"))
+        + "\n"
     )
 
 
