@@ -54,6 +54,7 @@ def test_writing_is_timed_after_a_context_with_a_cache_in_int8(call, quantized):
     assert "(--context, --new)" in err
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.skipif(unavailable_because() is not None, reason="there is no native kernel")
 @pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")

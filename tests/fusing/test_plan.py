@@ -45,6 +45,7 @@ def test_a_text_beside_a_longer_one_has_the_bits_that_it_has_alone():
     assert not together[1, 5:].any()
 
 
+@pytest.mark.slow
 @_UNDER
 def test_padding_in_front_is_left_out_too():
     model, call = _fused(), _text(3, 11)
@@ -81,6 +82,7 @@ class _Mean(nn.Module):
         return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.mean(1)
 
 
+@pytest.mark.slow
 @_UNDER
 def test_what_mixes_rows_keeps_the_padding():
     model, call = _Mean().eval(), _text(3, 11)
@@ -104,6 +106,7 @@ def test_a_text_of_which_no_token_is_seen_is_computed():
     assert out[1].any()
 
 
+@pytest.mark.slow
 @_UNDER
 def test_a_length_beyond_what_the_code_asks_is_no_call_of_the_graph():
     model = _fused()
@@ -114,6 +117,7 @@ def test_a_length_beyond_what_the_code_asks_is_no_call_of_the_graph():
         model(input_ids=torch.zeros(2, 600, dtype=torch.long))
 
 
+@pytest.mark.slow
 @_UNDER
 def test_a_config_that_is_changed_is_read_at_the_next_call():
     model, call = _fused(), _text()

@@ -113,7 +113,12 @@ def test_what_is_judged_is_measured_in_integers(models, data, monkeypatch):
 @pytest.mark.skipif(unavailable_because() is not None, reason="there is no native kernel")
 @pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
 @pytest.mark.parametrize(
-    ("name", "what"), [("embedder", "texts.txt"), ("ranker", "pairs.jsonl"), ("classifier", "labels.jsonl")]
+    ("name", "what"),
+    [
+        ("embedder", "texts.txt"),
+        pytest.param("ranker", "pairs.jsonl", marks=pytest.mark.slow),
+        pytest.param("classifier", "labels.jsonl", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_judged_is_fused_where_it_was_not_refused_and_both_are_told(models, data, name, what):
     fused, plain = judged(models, name, data / what), judged(models, name, data / what, fuse=False)

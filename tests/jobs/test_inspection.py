@@ -43,6 +43,7 @@ def test_pairs_are_seen_in_a_forward(tmp_path):
         observe_model(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.skipif(unavailable_because() is not None, reason="there is no native kernel")
 @pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
