@@ -153,6 +153,7 @@ def test_without_the_kernel_it_is_dequantised_and_told_once(monkeypatch):
     attention(MODULE, q, *layer.update(*states(1)), None)  # a second warning would be an error
 
 
+@pytest.mark.not_under("inference", reason="no gradient is recorded in inference mode")
 @pytest.mark.parametrize("why", ["gradient", "dropout", "dtype", "which keys"])
 def test_what_the_kernel_has_not_is_dequantised_and_told(asked_of_kernel, why):
     here._warn_once.cache_clear()

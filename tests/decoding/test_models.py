@@ -15,7 +15,11 @@ from w8a8.decoding import attention
 from w8a8.decoding.models import new_cache
 from w8a8.errors import ModelError
 
-pytestmark = [pytest.mark.kernels, needs("native")]
+pytestmark = [
+    pytest.mark.kernels,
+    needs("native"),
+    pytest.mark.not_under("meta", reason="transformers' `generate` makes its own tensors on the default device"),
+]
 
 FAST = ("mistral", "gemma2", "gpt_oss")  # a window; soft caps, and windows in turn; sinks
 FAMILIES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CAUSAL]
@@ -164,3 +168,19 @@ def test_what_cannot_have_such_a_cache_is_refused_and_left_as_it_was(kind):
     own.generate = print
     with pytest.raises(ModelError, match="of its own beside its class's"):
         w8a8.set_cache(own, kind)
+
+
+@pytest.mark.slow
+def test_four_thousand_tokens_in_blocks_are_those_of_the_dynamic_cache():
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = t.LlamaForCausalLM(
+        t.LlamaConfig(**sizes, vocab_size=96, num_hidden_layers=1, max_position_embeddings=4200, eos_token_id=None)
+    ).eval()
+    ids, how = torch.tensor([[5, 6, 7]]), {"max_new_tokens": 4000, "do_sample": True}
+    texts = []
+    for kind in ("dynamic", "block"):
+        w8a8.set_cache(model, kind)
+        torch.manual_seed(1)
+        texts.append(model.generate(ids, **how))
+    assert texts[0].shape[1] == 4003
+    assert torch.equal(*texts)
