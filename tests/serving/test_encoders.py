@@ -2,6 +2,8 @@
 
 import base64
 import concurrent.futures
+import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,3 +148,12 @@ def test_labels_are_those_of_the_model_for_texts_and_pairs(classifier_directory)
     close([{e["label"]: e["score"] for e in raw[0]}[f"LABEL_{i}"] for i in range(3)], pair)
     assert wrong.status_code == 400
     assert "a pair of texts" in wrong.json()["error"]["message"]
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_two_thousand_requests(embedder_directory, monkeypatch):
+    """Texts that never come twice, mistakes among them, over connections that end."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    (warm, after), failed = importlib.import_module("serve_memory").residents(embedder_directory, [1000, 3000])
+    assert not failed
+    assert after - warm < 8e6
