@@ -183,6 +183,7 @@ def _perplexity(model, ids):
     return perplexity(model, ids, seq_len=60).perplexity.mean
 
 
+@pytest.mark.slow
 def test_after_smoothing_fewer_layers_are_left_float_for_the_same_perplexity():
     model, ids = speaking_llama(60.0)
     plain = allocate(model, ids, "0.1%", windows=6, seq_len=60)

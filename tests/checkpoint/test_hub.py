@@ -91,6 +91,7 @@ def command(address, *options):
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.slow
 def test_the_whole_directory_is_uploaded_and_weights_of_an_earlier_model_go(stub, tmp_path):
     done = command(stub.address, "-o", str(tmp_path / "out"), "--push-to-hub", "owner/name", "--private")
     assert done.returncode == 0, done.stderr

@@ -420,6 +420,7 @@ def test_inspect_pairs_loads_the_weights_and_says_what_folds_and_why_not(call, t
 @pytest.mark.kernels
 @pytest.mark.skipif(unavailable_because() is not None, reason="there is no native kernel")
 @pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
+@pytest.mark.slow
 def test_inspect_fused_says_what_runs_in_fewer_passes_and_what_does_not_and_why(call, tmp_path, demo_dir):
     BertModel(bert()).save_pretrained(tmp_path)
     code, out, _ = call("inspect", tmp_path, "--fused")

@@ -22,6 +22,7 @@ def mixture(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_sensitivity_measures_every_expert(call, mixture, text):  # noqa: F811
     arguments = ("sensitivity", mixture, "--text", text, "--windows", 1, "--seq-len", 16, "--json")
     found = json.loads(call(*arguments)[1])

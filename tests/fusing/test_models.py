@@ -211,6 +211,7 @@ def test_a_parameter_that_is_replaced_is_read_at_the_next_call():
     assert relative_error(_out(model, call), before) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_copy_and_a_pickle_run_on_their_own_weights():
     model = _bert()
     w8a8.quantize(model, fuse=True)

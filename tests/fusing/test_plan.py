@@ -125,3 +125,56 @@ def test_a_config_that_is_changed_is_read_at_the_next_call():
     model.config.output_hidden_states = True
     with torch.no_grad():
         assert model(**call).hidden_states is not None
+
+
+@_UNDER
+def test_saving_writes_into_the_config_and_the_model_stays_one_graph(tmp_path):
+    model, call = _fused(), _text()
+    before, told = _hidden(model, call), w8a8.fusions(model)
+    w8a8.save(model, tmp_path / "out")
+    assert torch.equal(_hidden(model, call), before)
+    assert w8a8.fusions(model) == told
+
+
+def test_a_config_that_is_another_at_every_call_ends_the_making_of_graphs():
+    model, call = _fused(), _text()
+    for label in range(6):
+        model.config.name_of_run = label
+        _hidden(model, call)
+    assert "changed again and again" in w8a8.fusions(model).refused[""]
+
+
+class _Asking(_Mean):
+    """Asks for a value, so that it is no graph, and reads padding in the way that it is given."""
+
+    def __init__(self, read: Any) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self.read(states) * (2 if float(states[0, 0, 0]) > 1e9 else 1)
+
+
+@_UNDER
+@pytest.mark.parametrize("read", [lambda h: h.mean(1), lambda h: h[:, -1]], ids=["mean", "last"])
+def test_what_lies_around_a_graph_and_reads_padding_gets_it(read):
+    model, call = _Asking(read).eval(), _text(3, 11)
+    w8a8.quantize(model)
+    with torch.no_grad():
+        plain = model(**call)
+        w8a8.optimize(model)
+        assert relative_error(model(**call), plain) < 2e-2
+    assert "padding is left out, and its outputs are zero" not in w8a8.fusions(model).fused
+    assert any("steps in one call" in what for what in w8a8.fusions(model).fused)
+
+
+@_UNDER
+def test_a_block_with_layers_that_hold_integers_for_memory_alone_runs_as_it_is_and_is_told():
+    model, call = _bert(), _text(3, 11)
+    w8a8.quantize(model, {"*.attention.*": "w8a8", "*": "w8a16"})
+    plain = _hidden(model, call)
+    w8a8.optimize(model)
+    seen = call["attention_mask"].bool()
+    assert relative_error(_hidden(model, call)[seen], plain[seen]) < 2e-2
+    assert "its code writes into a tensor" in w8a8.fusions(model).refused["encoder.layer.0"]

@@ -283,6 +283,7 @@ def test_the_environment_forces_an_instruction_set():
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_another_word_than_0_or_1_for_what_is_compiled_is_refused():
     wrong = run("from w8a8.kernels import compiled; compiled.unavailable_because()", W8A8_NATIVE="no")
     assert wrong.returncode == 1

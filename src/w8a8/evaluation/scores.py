@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.core.scheme import PerToken
-from w8a8.decoding.models import new_cache
 from w8a8.errors import ModelError
 from w8a8.evaluation.text import Frame, Text, windows_for
 from w8a8.layers.linear import quant_linears
@@ -129,6 +128,8 @@ def batch_logits(model: Pretrained, ids: Tensor, start: int) -> Tensor:
     What a cache gives attention is what it keeps, also of the tokens that have just come (`w8a8.decoding.layers`), so
     that one pass over a window reads keys and values as writing it token by token would.
     """
+    from w8a8.decoding.models import new_cache  # with transformers, without which a plain model is measured
+
     cache = new_cache(model)
     takes: dict[str, Any] = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     if is_masked(model):

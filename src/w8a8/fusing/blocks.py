@@ -40,11 +40,16 @@ class Fused:
         family: Whom it shares graphs with.
         whole: Whether it is a model or a part of one with all of the blocks in it, which have a forward of this kind
             too: what is called inside of a call that is a graph does not exist.
+        outermost: Whether nothing of the model lies around it.  Only there does the graph show all that is read of the
+            rows of padding: what is around a part may read them.
     """
 
-    def __init__(self, block: nn.Module, family: Family | None = None, *, whole: bool = False) -> None:
-        self.block, self.whole = block, whole
+    def __init__(
+        self, block: nn.Module, family: Family | None = None, *, whole: bool = False, outermost: bool = False
+    ) -> None:
+        self.block, self.whole, self.outermost = block, whole, outermost
         self.family = family or Family()
+        self._renewed = 0
         self.told: list[Told] = []
         self.refused: list[str] = []
         self._graphs: dict[Any, list[tuple[Captured, Callable[..., Any], Callable[[Any], Any]]]] = {}
@@ -54,10 +59,10 @@ class Fused:
         )
 
     def __getstate__(self) -> dict[str, Any]:  # a copy, or what a pickle makes, finds its graphs anew
-        return {"block": self.block, "whole": self.whole}
+        return {"block": self.block, "whole": self.whole, "outermost": self.outermost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["block"], whole=state["whole"])  # type: ignore[misc]
+        self.__init__(state.pop("block"), **state)  # type: ignore[misc]
 
     def _watch(self) -> None:
         inner = [module for module in self.block.modules() if module is not self.block]
@@ -86,8 +91,17 @@ class Fused:
         if any(tuple(now.values()) != before for now, before in self._children):
             return "a module in it was exchanged"
         if any(now != before for now, before in self._configs):
-            return "its config was changed"
+            if self._renewed >= _KINDS:
+                return "its config is changed again and again"
+            self._renew()
         return "it is in training" if self.block.training else None
+
+    def _renew(self) -> None:
+        """Forget the graphs, which are of another config: saving writes into it too."""
+        self._renewed += 1
+        self.family = Family(self.family.differing)
+        self.told, self._graphs, self._tried = [], {}, {}
+        self._watch()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found = self._graph(args, kwargs)
@@ -126,7 +140,7 @@ class Fused:
         captured = self._captured(kind, args, kwargs, tensors)
         if captured is None:
             return None
-        run, told = fuse(self.block, captured)
+        run, told = fuse(self.block, captured, padding_is_read=not self.outermost)
         self.told.append(told)
         shaped = _shape_of(captured.outputs)
         self._graphs.setdefault(kind, []).append((captured, run, shaped))

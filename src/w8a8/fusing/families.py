@@ -11,7 +11,7 @@ from torch import nn
 
 from w8a8.errors import ModelError
 from w8a8.fusing.capture import Captured, capture
-from w8a8.layers.linear import QuantLinear
+from w8a8.layers.linear import Mode, QuantLinear
 
 _PLAIN = (int, float, bool, str, tuple, type(None))
 _OWN = frozenset(vars(nn.Module()))  # what every module has
@@ -85,10 +85,15 @@ def _shape_of(block: nn.Module) -> tuple[Any, ...]:
             path,
             type(module),
             _tensors(module._parameters) + _tensors(module._buffers),
-            (module.mode, module._call, module.scheme) if isinstance(module, QuantLinear) else None,
+            _call_of(module) if isinstance(module, QuantLinear) else None,
         )
         for path, module in block.named_modules()
     )
+
+
+def _call_of(layer: QuantLinear) -> tuple[Any, ...]:
+    """How a layer is run: one that holds integers for memory alone, or simulates them, has no call of a kernel."""
+    return layer.mode, layer.scheme, layer._call if layer.mode is Mode.INTEGER else None
 
 
 def _tensors(held: dict[str, Any]) -> tuple[Any, ...]:

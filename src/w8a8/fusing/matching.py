@@ -36,18 +36,19 @@ class Told:
     left: Counter[str] = field(default_factory=Counter)
 
 
-def fuse(block: nn.Module, captured: Captured) -> tuple[Callable[..., Any], Told]:
+def fuse(block: nn.Module, captured: Captured, *, padding_is_read: bool = True) -> tuple[Callable[..., Any], Told]:
     """Make the function of a captured graph, for one block.
 
     Args:
         block: Whose call it becomes; its layers are kept, what else it holds is looked up at each call.
         captured: Of this block or one that is alike.  Not modified.
+        padding_is_read: Whether somebody may read the rows of padding in what is returned.
 
     Returns:
         From the tensors among the arguments to a list of outputs, and what was fused.
     """
     walk = _Walk(block, captured.graph)
-    return walk.run(), walk.told
+    return walk.run(padding_is_read), walk.told
 
 
 def _is_node(value: Any) -> bool:
@@ -74,7 +75,7 @@ class _Walk:
         self.graph.output(self.graph.graph_copy(graph, {}))
         self.told = Told()
 
-    def run(self) -> Callable[..., Any]:
+    def run(self, padding_is_read: bool) -> Callable[..., Any]:
         self.drop_nothings()
         for node in list(self.graph.nodes):
             if node.target is _ATEN.scaled_dot_product_attention.default:
@@ -89,7 +90,7 @@ class _Walk:
         self.hold()
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        return plan(self.graph, _item, self.told)
+        return plan(self.graph, _item, self.told, padding_is_read=padding_is_read)
 
     # --- the pieces
 

@@ -78,7 +78,7 @@ def optimize(model: nn.Module) -> Fusions:
     for block, family in families(blocks):
         vars(block)["forward"] = Fused(block, family)
     for part in _around(model, blocks):
-        vars(part)["forward"] = Fused(part, whole=True)
+        vars(part)["forward"] = Fused(part, whole=True, outermost=part is model)
     return fusions(model)
 
 

@@ -6,8 +6,8 @@ before it, what they make of it after.  For a short text the calls from Python c
 
 Padding is left out of a plan where that is sound: the rows of tokens that no query sees are read by nobody among the
 tokens, so all other rows are the same without them.  Who reads rows behind the plan is looked up in the graph: a row
-picked by its number is computed whatever it is, what mixes rows ends the attempt, and rows that the model returns are
-zero where there is padding.
+picked by its number is computed whatever it is, what mixes rows ends the attempt, and rows that the whole model returns
+are zero where there is padding; a part of a model, which others read behind its graph, returns all rows.
 """
 
 from collections.abc import Callable
@@ -91,13 +91,14 @@ class _Part:
     steps: list[_Step] = field(default_factory=list)
 
 
-def plan(graph: fx.Graph, item: Callable[..., Any], told: Any) -> Callable[..., Any]:
+def plan(graph: fx.Graph, item: Callable[..., Any], told: Any, *, padding_is_read: bool = True) -> Callable[..., Any]:
     """The function of a graph whose steps are put together as far as can be.
 
     Args:
         graph: Of steps (`w8a8.fusing.matching`).  Not modified.
         item: What takes a step's outputs apart.
         told: Is told how many steps became one call.
+        padding_is_read: Whether somebody may read the rows of padding in what the graph returns.
     """
     plain = fx.GraphModule(nn.Module(), graph).forward
     parts, level, member = _parts(graph, item)
@@ -121,7 +122,7 @@ def plan(graph: fx.Graph, item: Callable[..., Any], told: Any) -> Callable[..., 
     new.eliminate_dead_code()
     new.lint()
     for node, made in plans:
-        made.read = _read(node, made)
+        made.read = _read(node, made, padding_is_read)
         if made.read is not None:
             told.fused["padding is left out, and its outputs are zero"] += 1
     return Planned(fx.GraphModule(nn.Module(), new).forward, plain)
@@ -300,7 +301,7 @@ def _wanted(node: Any, made: Plan, item: Callable[..., Any]) -> None:
         user.args = (node, place)
 
 
-def _read(node: Any, made: Plan) -> tuple[int, ...] | None:
+def _read(node: Any, made: Plan, padding_is_read: bool) -> tuple[int, ...] | None:
     """Which tokens are read behind a plan by their numbers; None where padding cannot be left out of it."""
     if not node.args[1] or any(step[0] == _ATTEND and step[6] < 0 for step in made.steps):
         return None
@@ -308,6 +309,8 @@ def _read(node: Any, made: Plan) -> tuple[int, ...] | None:
     readers = [user for each in node.users for user in each.users]
     for reader in readers:
         if reader.op == "output":
+            if padding_is_read:
+                return None
             continue
         if reader.target is _ATEN.slice.Tensor and _sizes(reader) == _sizes(reader.args[0]):
             readers += reader.users

@@ -208,6 +208,7 @@ class Engine:
         for (sequence, _), token in zip(ready, tokens, strict=True):
             if token is None:
                 sequence.ticket.error = ModelError("the model's logits are not finite")
+                self._store.clear(sequence.place)
                 self._end(sequence, [], "failed")
             else:
                 self._wrote(sequence, token)

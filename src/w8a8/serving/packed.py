@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -68,9 +69,22 @@ class Places:
         for kept, new in ((self._keys, keys), (self._values, values)):
             if layer not in kept:
                 _, heads, _, width = new.shape
-                kept[layer] = torch.empty(self.count, heads, self.tokens, width, dtype=new.dtype, device=new.device)
+                kept[layer] = _untouched(torch.Size((self.count, heads, self.tokens, width)), new)
             kept[layer][step.places, :, step.positions] = new[0].transpose(0, 1)  # (T, heads, width)
         return self._keys[layer], self._values[layer]
+
+    def clear(self, place: int) -> None:
+        """Zero what a place holds: what is masked is multiplied with nothing, which is a NaN for what is no number."""
+        for kept in (*self._keys.values(), *self._values.values()):
+            kept[place] = 0.0
+
+
+def _untouched(shape: torch.Size, like: Tensor) -> Tensor:
+    """Zeros that take no memory until they are written, on a CPU; `torch.zeros` writes them itself."""
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    zeros = np.zeros(shape.numel() * like.element_size(), np.uint8)
+    return torch.from_numpy(zeros).view(like.dtype).view(shape)
 
 
 @dataclass(frozen=True)
