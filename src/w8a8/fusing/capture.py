@@ -81,7 +81,8 @@ def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         module = trace(*(fake.from_tensor(tensor, static_shapes=False) for tensor in tensors))
     except OTHER_KIND as error:  # the code of somebody else's block, on tensors without values
-        raise ModelError(f"it does not run on tensors without values: {type(error).__name__}: {error}") from error
+        said = str(error).partition("\n")[0]
+        raise ModelError(f"it does not run on tensors without values: {type(error).__name__}: {said}") from error
     graph = module.graph
     graph.eliminate_dead_code()
     arguments = []
