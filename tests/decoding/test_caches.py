@@ -155,6 +155,30 @@ def test_what_is_no_config_is_refused(cache):
         cache(causal("llama"))
 
 
+@pytest.mark.parametrize("cache", [BlockCache, Int8Cache])
+def test_a_config_of_what_keeps_nothing_is_refused(cache):
+    for config in (t.ViTConfig(), t.BertConfig(), t.ModernBertConfig(), t.CLIPConfig()):
+        with pytest.raises(ModelError, match=r"keeps no keys and values: .*; pass the config of a model that"):
+            cache(config)
+    with pytest.raises(ModelError, match="found the class LlamaConfig; pass model"):
+        cache(t.LlamaConfig)
+    with pytest.raises(ModelError, match="transformers has no cache for a ResNetConfig"):
+        cache(t.ResNetConfig())
+
+
+def test_whatever_decodes_has_a_cache_however_its_config_says_so():
+    class Own(t.PretrainedConfig):
+        """Of code from outside transformers, which says nothing of a cache."""
+
+        num_hidden_layers: int = 1
+
+    paired = t.EncoderDecoderConfig.from_encoder_decoder_configs(t.BertConfig(), t.BertConfig(num_hidden_layers=3))
+    assert len(BlockCache(paired).layers) == 3
+    assert len(BlockCache(t.BertConfig(is_decoder=True, num_hidden_layers=2)).layers) == 2
+    for config in (t.GPTNeoXConfig(), t.T5Config(), t.BartConfig(), t.MusicgenDecoderConfig(), Own()):
+        assert BlockCache(config).layers
+
+
 def test_latents_of_heads_are_refused_when_the_first_come():
     sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
     config = t.DeepseekV3Config(

@@ -160,6 +160,22 @@ def test_latents_and_states_of_another_shape_are_refused_in_words():
         Int8Layer().update(torch.zeros(1, 1, 3, 4, dtype=torch.int8), torch.zeros(1, 1, 3, 4, dtype=torch.int8))
 
 
+@pytest.mark.parametrize("ours", [BlockLayer, Int8Layer])
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_another_batch_than_is_kept_is_refused_before_anything_changes(ours, window):
+    kinds = {BlockLayer: SlidingBlockLayer, Int8Layer: SlidingInt8Layer}
+    layer, twin = (ours() if window is None else kinds[ours](window) for _ in range(2))
+    first, then = states(2, BLOCK), states(2, 1)
+    layer.update(*first), twin.update(*first)
+    heads = tuple(x.repeat(1, 2, 1, 1) for x in states(2, 1))
+    for wrong in (states(1, 1), states(1, BLOCK), states(3, 1), heads, (then[0], states(1, 1)[1])):
+        with pytest.raises(ModelError, match=r"a cache of 2 sequences of 2 heads .* begin with a new cache"):
+            layer.update(*wrong)
+        assert (layer.start, layer.end, layer.get_seq_length()) == (twin.start, twin.end, twin.get_seq_length())
+        assert layer.store.room == twin.store.room
+    assert all(map(torch.equal, layer.update(*then), twin.update(*then)))
+
+
 def test_keys_are_not_replaced_from_outside():
     layer = BlockLayer()
     layer.update(*states(1, 3))

@@ -120,6 +120,35 @@ def test_a_call_has_the_cache_that_it_asks_for(answered):
     assert model.generation_config.cache_implementation == "offloaded"
 
 
+@pytest.mark.parametrize("kind", ["block", "int8"])
+def test_what_is_saved_asks_for_the_cache_that_the_model_asked_for(kind, tmp_path):
+    model = causal("llama")
+    model.generation_config.cache_implementation = "static"
+    w8a8.set_cache(model, kind)
+    copy.deepcopy(model).save_pretrained(tmp_path / "copy")
+    model.save_pretrained(tmp_path / "model")
+    for place in ("copy", "model"):
+        assert t.GenerationConfig.from_pretrained(tmp_path / place).cache_implementation == "static"
+    assert model.generation_config.cache_implementation is None
+    assert isinstance(written(model).past_key_values, w8a8.BlockCache)
+    w8a8.set_cache(model, "dynamic")
+    assert model.generation_config.cache_implementation == "static"
+    assert not {"generate", "save_pretrained"} & vars(model).keys()
+
+
+@pytest.mark.parametrize("kind", [None, 8, ["int8"], {"int8"}, b"int8"])
+def test_a_kind_that_is_no_name_is_refused_in_words(kind):
+    with pytest.raises(ModelError, match=r"a kind of cache is a name, found .*; use one of dynamic, block, int8"):
+        w8a8.set_cache(causal("llama"), kind)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "int8"])
+def test_what_is_no_model_is_refused_in_words(kind):
+    for wrong in (None, 3, "llama", t.LlamaForCausalLM):
+        with pytest.raises(ModelError, match=r"was to be set for a model, found .*; pass the model itself"):
+            w8a8.set_cache(wrong, kind)
+
+
 def test_a_copy_generates_by_itself():
     model = causal("llama")
     w8a8.set_cache(model)

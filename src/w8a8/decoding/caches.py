@@ -9,6 +9,7 @@ not appended to, but rewritten with each token, and a rounding would stay in it 
 
 from typing import Any, ClassVar
 
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from w8a8.decoding.layers import BlockLayer, Int8Layer, SlidingBlockLayer, SlidingInt8Layer
@@ -22,25 +23,34 @@ class BlockCache(DynamicCache):
         config: Of the model, or of its decoder.
 
     Raises:
-        ModelError: The model keeps something else than keys and values of each token.
+        ModelError: This is no config; the model keeps nothing, or something else than keys and values of each token.
     """
 
     _full: ClassVar[type[BlockLayer]] = BlockLayer
     _sliding: ClassVar[type[SlidingBlockLayer]] = SlidingBlockLayer
 
     def __init__(self, config: Any) -> None:
-        if not hasattr(config, "get_text_config"):
+        name = type(self).__name__
+        if isinstance(config, type) or not hasattr(config, "get_text_config"):
+            found = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+            raise ModelError(f"{name} takes the config of a model, found {found}; pass model.config")
+        try:
+            decoder = config.get_text_config(decoder=True)
+            super().__init__(config=config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # it has no layers, or of an unknown kind
             raise ModelError(
-                f"{type(self).__name__} takes the config of a model, found {type(config).__name__}; pass model.config"
+                f"{name} was asked for, and transformers has no cache for a {type(config).__name__} "
+                f"({type(error).__name__}: {error}); pass the config of a model that generates"
+            ) from error
+        why = _keeps_nothing(config, decoder)
+        if why is not None:
+            raise ModelError(
+                f"{name} was asked for, and a model of this {type(decoder).__name__} keeps no keys and values: {why}; "
+                "pass the config of a model that generates"
             )
-        super().__init__(config=config)
         self.layer_class_to_replicate = None  # transformers' way with a config of no layers
-        decoder = config.get_text_config(decoder=True)
-        heads = getattr(decoder, "num_key_value_heads", None)
-        self.layers = [
-            self._replaced(place, layer, heads if isinstance(heads, int) else None)
-            for place, layer in enumerate(self.layers)
-        ]
+        heads = _heads(decoder, len(self.layers))
+        self.layers = [self._replaced(place, layer, heads[place]) for place, layer in enumerate(self.layers)]
 
     def _replaced(self, place: int, layer: Any, heads: int | None) -> Any:
         kind = type(layer)
@@ -66,7 +76,7 @@ class Int8Cache(BlockCache):
         config: Of the model, or of its decoder.
 
     Raises:
-        ModelError: The model keeps something else than keys and values of each token.
+        ModelError: This is no config; the model keeps nothing, or something else than keys and values of each token.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -76,3 +86,26 @@ class Int8Cache(BlockCache):
 
     _full = Int8Layer
     _sliding = SlidingInt8Layer
+
+
+def _keeps_nothing(config: Any, decoder: Any) -> str | None:
+    """Why nothing is kept in a cache, as the config tells it; None where something is, or where it does not tell.
+
+    Families of encoders whose models also decode say in `is_decoder` which they are; for others it means nothing.  A
+    config from outside transformers need not say `use_cache`, so its silence tells nothing.
+    """
+    decodes = getattr(decoder, "is_decoder", False) or getattr(config, "is_encoder_decoder", False)
+    if not decodes and type(decoder) in MODEL_FOR_MASKED_LM_MAPPING:
+        return "it is an encoder, whose tokens see those after them (is_decoder is not set)"
+    told = any(hasattr(each, name) for each in (config, decoder) for name in ("use_cache", "layer_types"))
+    if not told and type(decoder).__module__.startswith("transformers."):
+        return "it has neither use_cache nor layer_types"
+    return None
+
+
+def _heads(decoder: Any, layers: int) -> list[int | None]:
+    """How many heads have keys in each layer, where the config says it: for all of them, or for each."""
+    each = list(getattr(decoder, "per_layer_config", None) or [decoder] * layers)
+    found = [getattr(layer, "num_key_value_heads", None) for layer in each[:layers]]
+    found += [None] * (layers - len(found))
+    return [heads if isinstance(heads, int) else None for heads in found]

@@ -49,6 +49,7 @@ class BlockLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         assert self.store is not None
+        check_alike(keys, values, self.store.sizes)
         needed = self.end + keys.shape[2]
         if needed > self.store.room:
             first = self.start // TILE * TILE
@@ -251,6 +252,27 @@ def check_states(keys: Tensor, values: Tensor, heads: int | None) -> None:
         raise ModelError(
             f"a cache in blocks was asked for, and the model keeps {keys.dtype} and {values.dtype}, which are no "
             "floats; use transformers' DynamicCache"
+        )
+
+
+def check_alike(keys: Tensor, values: Tensor, sizes: tuple[int, int, int, int]) -> None:
+    """Raise `ModelError` where tokens are of other sequences or heads than those that are kept.
+
+    One sequence would be spread over all of them when it is written, and what comes then fails far from here.
+
+    Args:
+        keys: Of the tokens.
+        values: Likewise.
+        sizes: (batch, heads, dims of keys, dims of values) of what is kept.
+    """
+    batch, heads, key_dims, value_dims = sizes
+    tokens = keys.shape[2:3]
+    wanted = (batch, heads, *tokens, key_dims), (batch, heads, *tokens, value_dims)
+    if (tuple(keys.shape), tuple(values.shape)) != wanted:
+        raise ModelError(
+            f"keys {tuple(keys.shape)} and values {tuple(values.shape)} were to be added to a cache of {batch} "
+            f"sequences of {heads} heads with keys of {key_dims} and values of {value_dims} dims; go on "
+            "with the batch that it was begun with, or begin with a new cache, or reset() it"
         )
 
 

@@ -50,7 +50,9 @@ def set_cache(model: Any, kind: str = "int8") -> None:
             model is as it was.
 
     Raises:
-        ModelError: no such kind; the model does not generate, or it keeps something else than keys and values.
+        ModelError: no such kind; the model does not generate, or its config says that it keeps nothing, or something
+            else than keys and values.  What a config does not say, that latents are kept of which heads are made, is
+            refused at the first token of `generate`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,6 +61,7 @@ def set_cache(model: Any, kind: str = "int8") -> None:
         >>> model.config._attn_implementation
         'w8a8'
     """
+    _check_module(model, kind)
     check_cache(type(model), getattr(model, "config", None), kind)  # before anything is changed
     before = _setting(model)
     if before is None and "generate" in vars(model):
@@ -74,6 +77,8 @@ def set_cache(model: Any, kind: str = "int8") -> None:
     attention, config = _attention(model), model.generation_config
     vars(model)["_w8a8_cache"] = _Set(kind, attention, config.cache_implementation)
     vars(model)["generate"] = types.MethodType(_generate, model)
+    if config.cache_implementation is not None and "save_pretrained" not in vars(model):
+        vars(model)["save_pretrained"] = types.MethodType(_save_pretrained, model)
     config.cache_implementation = None
     if made is Int8Cache:
         why = _attend_to_codes(model)
@@ -86,8 +91,16 @@ def set_cache(model: Any, kind: str = "int8") -> None:
             )
 
 
+def _check_module(model: object, kind: object) -> None:
+    if not isinstance(model, torch.nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ModelError(f"a cache of kind {kind!r} was to be set for a model, found {found}; pass the model itself")
+
+
 def check_cache(model: type, config: Any, kind: str) -> None:
     """Raise `ModelError` where models of this class and config cannot generate with a cache of this kind."""
+    if not isinstance(kind, str):
+        raise ModelError(f"a kind of cache is a name, found {kind!r}; use one of {', '.join(CACHES)}")
     if kind not in CACHES:
         raise ModelError(f"unknown kind of cache {kind!r} ({closest(kind, CACHES)}); use one of {', '.join(CACHES)}")
     made = CACHES[kind]
@@ -122,6 +135,9 @@ def _setting(model: Any) -> _Set | None:
 
 def _undo(model: Any, before: _Set) -> None:
     del vars(model)["_w8a8_cache"], vars(model)["generate"]
+    saves = vars(model).get("save_pretrained")
+    if getattr(saves, "__func__", None) is _save_pretrained:
+        del vars(model)["save_pretrained"]
     model.generation_config.cache_implementation = before.implementation
     model.set_attn_implementation(before.attention)
 
@@ -174,3 +190,17 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if not own:
         kwargs["past_key_values"] = new_cache(self)
     return type(self).generate(self, *args, **kwargs)
+
+
+@functools.wraps(PreTrainedModel.save_pretrained)
+def _save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the class's own, with what `generate` is not to see, and the file is to hold: the kind of cache it had."""
+    before, config = _setting(self), self.generation_config
+    assert before is not None
+    if config.cache_implementation is not None:  # set since
+        return type(self).save_pretrained(self, *args, **kwargs)
+    config.cache_implementation = before.implementation
+    try:
+        return type(self).save_pretrained(self, *args, **kwargs)
+    finally:
+        config.cache_implementation = None

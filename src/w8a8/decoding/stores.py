@@ -34,6 +34,10 @@ class Store(Protocol):
     def batch(self) -> int:
         """How many sequences there are."""
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Sequences, heads, dims of keys, dims of values."""
+
     def write(self, keys: Tensor, values: Tensor, at: int) -> None:
         """Put tokens into their places."""
 
@@ -67,6 +71,11 @@ class FloatStore(Store):
     @property
     def batch(self) -> int:
         return self._keys.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        batch, heads, _, key_dims = self._keys.shape
+        return batch, heads, key_dims, self._values.shape[3]
 
     def write(self, keys: Tensor, values: Tensor, at: int) -> None:
         end = at + keys.shape[2]
@@ -106,6 +115,11 @@ class Int8Store(Store):
     @property
     def batch(self) -> int:
         return self.codes.key_scale.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        batch, heads, _ = self.codes.key_scale.shape
+        return batch, heads, self.codes.key_dims, self.codes.value_dims
 
     def write(self, keys: Tensor, values: Tensor, at: int) -> None:
         cached.append(self.codes, keys, values, at)
