@@ -29,4 +29,4 @@ def test_the_page_reads_the_rankings_that_are_told_elsewhere(measured):
 def test_what_is_told_is_read_without_torch():
     rooms = ", ".join(f"w8a8.records.{name}" for name in ("coverage", "smoothing", "layers", "streaming"))
     code = f"import sys; sys.modules['torch'] = None; import {rooms}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
