@@ -180,8 +180,8 @@ class _Work:
         for places in batches([item.tokens for item in items], self.asked.batch_tokens):
             answers = self.encoder.run(items[0].kind, [items[place].content for place in places])
             for place, answer in zip(places, answers, strict=True):
-                self._check(lines[place], items[place], answer)
                 found[place] = answer
+                self._check(lines[place], items[place], found[place])
             self.done += len(places)
             rate = self.done / (time.perf_counter() - self.begun)
             step(self.done, self.count, f"{rate:,.0f} texts/s")

@@ -1,15 +1,15 @@
 """A plain encoder as an embedder: the mean of the states of a text's tokens."""
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.opening import open_model
 from w8a8.errors import ModelError
 from w8a8.model.kinds import Asked, Kind, input_config
-from w8a8.serving.batching import Item
+from w8a8.serving.batching import Content, Item
 from w8a8.serving.encoders import TRIED, Encoder, window_of
 
 ASKED = Asked("vectors of texts", frozenset({Kind.TEXT, Kind.MASKED}))
@@ -31,12 +31,12 @@ class Pooled(Encoder):
         return [Item(("text",), text, count) for text, count in zip(texts, self.counts(texts), strict=True)]
 
     @torch.inference_mode()
-    def run(self, kind: Hashable, contents: list[Any]) -> Sequence[Any]:
-        """(width,) of float32 for each, NumPy's."""
+    def run(self, kind: Hashable, contents: Sequence[Content]) -> Sequence[Tensor]:
+        """(width,) of float32 for each."""
         inputs = self.tokenizer(contents, padding=True, truncation=True, max_length=self.window, return_tensors="pt")
         states = self.model(**inputs).last_hidden_state.float()
         seen = inputs["attention_mask"][..., None].float()  # (B, T, 1)
-        return list(((states * seen).sum(1) / seen.sum(1)).numpy())
+        return list((states * seen).sum(1) / seen.sum(1))
 
     def warm_up(self) -> None:
         for texts in ([TRIED[0]], list(TRIED)):

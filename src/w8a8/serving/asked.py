@@ -6,12 +6,14 @@ OpenAI's fields, and those that local servers have beside them (`top_k`, `min_p`
 as the model will read it, so that one which does not fit is told with its length.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
+from w8a8.model.pretrained import Tokenizer
 from w8a8.serving.fields import SHOWN, Body, flag, integer, model_named, number, only, readable, shown, text, wrong
 from w8a8.serving.front import Checked
 from w8a8.serving.mistakes import RefusedError
@@ -23,15 +25,7 @@ MOST_NEW = 1024
 MOST_STOPS = 16
 
 _PASSED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "stream_options",
-    "seed",
-    "stream",
-    "model",
-    "parallel_tool_calls",
+    *("user", "metadata", "store", "service_tier", "stream_options", "seed", "stream", "model", "parallel_tool_calls"),
 )
 _CHOOSING = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
@@ -44,7 +38,7 @@ _CHAT = (
 )
 _RESPONSE = ("input", "instructions", "max_output_tokens", "tools", "tool_choice", "truncation", "text", "reasoning")
 # what a field may be where nothing here reads it
-_ONLY: Mapping[str, tuple[Any, ...]] = {
+_ONLY: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -93,11 +87,12 @@ class Served:
     text_only: bool = True
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer alone."""
-        return getattr(self.processor, "tokenizer", self.processor)
+        found: Tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return found
 
-    def completion(self, body: dict[str, Any]) -> Checked:
+    def completion(self, body: Body) -> Checked:
         """The check of `/v1/completions`."""
         wanted = self._wanted(body, (*_COMPLETION, *_CHOOSING))
         given = body.get("prompt")
@@ -111,7 +106,7 @@ class Served:
         kept = {"prompt": prompt, "max_tokens": most, "suffix": text(body, "suffix")}
         return self._checked(body, kept, wanted)
 
-    def chat(self, body: dict[str, Any]) -> Checked:
+    def chat(self, body: Body) -> Checked:
         """The check of `/v1/chat/completions`."""
         wanted = self._wanted(body, (*_CHAT, *_CHOOSING))
         messages = self._messages(body.get("messages"))
@@ -125,7 +120,7 @@ class Served:
         kept = {"messages": messages, "max_tokens": most or given, "tools": tools, "chat_template_kwargs": options}
         return self._checked(body, kept, wanted)
 
-    def response(self, body: dict[str, Any]) -> Checked:
+    def response(self, body: Body) -> Checked:
         """The check of `/v1/responses`; the length of its prompt is seen when it is read."""
         wanted = self._wanted(body, (*_RESPONSE, "temperature", "top_p"))
         self._has_template()
@@ -195,7 +190,7 @@ class Served:
             found[int(name)] = number(given, name, low=-100, high=100) or 0.0
         return found
 
-    def _messages(self, given: Any) -> list[dict[str, Any]]:
+    def _messages(self, given: object) -> list[dict[str, object]]:
         self._has_template()
         if not isinstance(given, list) or not given:
             raise wrong("messages", given, "a list of messages, at least one")
@@ -203,7 +198,7 @@ class Served:
             self._message(message, f"messages[{place}]")
         return given
 
-    def _message(self, message: Any, name: str) -> None:
+    def _message(self, message: object, name: str) -> None:
         if not isinstance(message, dict):
             raise wrong(name, message, "an object with role and content")
         readable(message.get("role"), f"{name}.role")
@@ -216,9 +211,9 @@ class Served:
         elif content is not None or calls is None:
             readable(content, f"{name}.content")
 
-    def _part(self, part: Any, name: str) -> None:
+    def _part(self, part: object, name: str) -> None:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("text", "input_text", "output_text"):
+        if isinstance(part, dict) and kind in ("text", "input_text", "output_text"):
             readable(part.get("text"), f"{name}.text")
         elif self.text_only or not isinstance(kind, str):
             raise wrong(name, part, "a part of type text: this model reads text alone" if self.text_only else "a part")
@@ -231,7 +226,9 @@ class Served:
                 code="no_chat_template",
             )
 
-    def _rendered(self, messages: list[dict[str, Any]], tools: Any, options: Mapping[str, Any]) -> int | None:
+    def _rendered(
+        self, messages: list[dict[str, object]], tools: list[dict[str, object]] | None, options: Body
+    ) -> int | None:
         """How many tokens the messages are by the model's template; None where they are not text alone."""
         if not self.text_only:
             return None
@@ -269,13 +266,10 @@ class Served:
             )
         return asked or min(MOST_NEW, self.context - count)
 
-    def _checked(self, body: Body, kept: Mapping[str, Any], wanted: Wanted) -> Checked:
+    def _checked(self, body: Body, kept: Body, wanted: Wanted) -> Checked:
         """The body that the application behind gets: what it reads, and nothing that it would read otherwise."""
         kept = {name: value for name, value in kept.items() if value is not None}
         return Checked({**kept, "model": self.names[0], "stream": bool(body.get("stream"))}, wanted)
-
-
-Check = Callable[[dict[str, Any]], Checked]
 
 
 def _stops(body: Body) -> tuple[str, ...]:
@@ -289,7 +283,7 @@ def _stops(body: Body) -> tuple[str, ...]:
     return found
 
 
-def _objects(body: Body, name: str) -> list[dict[str, Any]] | None:
+def _objects(body: Body, name: str) -> list[dict[str, object]] | None:
     given = body.get(name)
     if given is None:
         return None
@@ -298,10 +292,8 @@ def _objects(body: Body, name: str) -> list[dict[str, Any]] | None:
     return given or None
 
 
-def _tool_calls(given: Any, name: str) -> None:
+def _tool_calls(given: object, name: str) -> None:
     """Calls that an assistant made: a function by name, with arguments that are an object, or the JSON of one."""
-    import json
-
     if not isinstance(given, list):
         raise wrong(name, given, "a list of calls")
     for place, call in enumerate(given):

@@ -11,7 +11,9 @@ from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import TypeAlias
+
+from torch import Tensor
 
 from w8a8.serving.mistakes import RefusedError
 
@@ -23,9 +25,13 @@ WAITING_TOKENS = 1 << 20
 """Tokens that may wait."""
 
 
+Content: TypeAlias = str | tuple[str, str] | list[int]
+"""A text, a pair, or the ids of tokens."""
+
+
 @dataclass(frozen=True)
 class Item:
-    """One text, or one pair, that the model is to be called with.
+    """What the model is to be called with, for one answer.
 
     kind: Items of one kind may stand in a batch.
     content: What the model is called with.
@@ -33,18 +39,18 @@ class Item:
     """
 
     kind: Hashable
-    content: Any
+    content: Content
     tokens: int
 
 
-Run: TypeAlias = Callable[[Hashable, list[Any]], Sequence[Any]]
+Run: TypeAlias = Callable[[Hashable, Sequence[Content]], Sequence[Tensor]]
 """Called with a kind and what items of it hold; it returns an answer for each."""
 
 
 @dataclass(eq=False)
 class _Place:
     item: Item
-    answer: "asyncio.Future[Any]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    answer: "asyncio.Future[Tensor]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Batcher:
@@ -67,7 +73,7 @@ class Batcher:
         """Items that wait."""
         return len(self._waiting)
 
-    async def ask(self, items: Sequence[Item]) -> list[Any]:
+    async def ask(self, items: Sequence[Item]) -> list[Tensor]:
         """An answer for each item, in their order.
 
         Cancelled, what still waits of them is dropped.
@@ -99,11 +105,11 @@ class Batcher:
             call = loop.run_in_executor(self._thread, self._run, batch[0].item.kind, [p.item.content for p in batch])
             await asyncio.wait({call})
             error = call.exception()
-            for place, answer in zip(batch, [None] * len(batch) if error else call.result(), strict=True):
+            for number, place in enumerate(batch):
                 if place.answer.done():  # its client is gone
                     continue
                 if error is None:
-                    place.answer.set_result(answer)
+                    place.answer.set_result(call.result()[number])
                 else:
                     place.answer.set_exception(error)
 

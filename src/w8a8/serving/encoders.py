@@ -22,7 +22,8 @@ from w8a8.errors import ModelError
 from w8a8.fusing.models import fusions, optimize_where_possible
 from w8a8.jobs.encoders import open_sentences
 from w8a8.model.kinds import context_length
-from w8a8.serving.batching import Item
+from w8a8.model.pretrained import Tokenizer
+from w8a8.serving.batching import Content, Item
 
 TRIED = ("a", "a few words to be warm with", "as many words as a longer text may have " * 4)
 """What a model is called with before the first client."""
@@ -52,7 +53,7 @@ class Encoder(ABC):
         """Call the model as clients will."""
 
     @abstractmethod
-    def run(self, kind: Hashable, contents: list[Any]) -> Sequence[Any]:
+    def run(self, kind: Hashable, contents: Sequence[Content]) -> Sequence[Tensor]:
         """An answer for the content of each item of a kind."""
 
     def counts(self, texts: Sequence[str] | Sequence[Pair]) -> list[int]:
@@ -94,19 +95,19 @@ class Embedder(Encoder):
         """Sequences of token ids, special ones included where they are to be."""
         return [Item(("ids",), list(ids), len(ids)) for ids in sequences]
 
-    def run(self, kind: Hashable, contents: list[Any]) -> Sequence[Any]:
-        """(width,) of float32 for each, NumPy's."""
+    def run(self, kind: Hashable, contents: Sequence[Content]) -> Sequence[Tensor]:
+        """(width,) of float32 for each."""
         if kind == ("ids",):
             return self._of_ids(contents)
         assert isinstance(kind, tuple)  # as `items` makes them
         found = self.model.encode(contents, prompt_name=kind[1], batch_size=len(contents), show_progress_bar=False)
-        return list(found.astype("float32"))
+        return list(torch.from_numpy(found.astype("float32")))
 
     @torch.inference_mode()
-    def _of_ids(self, sequences: list[list[int]]) -> Sequence[Any]:
+    def _of_ids(self, sequences: Sequence[Content]) -> Sequence[Tensor]:
         padded = self.tokenizer.pad({"input_ids": sequences}, return_tensors="pt")
         found = self.model.forward(dict(padded.to(self.model.device)))["sentence_embedding"]
-        return list(found.float().cpu().numpy())
+        return list(found.float().cpu())
 
     def warm_up(self) -> None:
         for texts in ([TRIED[0]], list(TRIED)):
@@ -131,17 +132,17 @@ class Scorer(Encoder):
     def items(self, contents: Sequence[str] | Sequence[Pair]) -> list[Item]:
         """Texts, or pairs."""
         kind = "text" if contents and isinstance(contents[0], str) else "pair"
-        counts = self.counts(contents)
-        return [Item((kind,), content, count) for content, count in zip(contents, counts, strict=True)]
+        each: Sequence[Content] = contents
+        return [Item((kind,), content, count) for content, count in zip(each, self.counts(contents), strict=True)]
 
-    def run(self, kind: Hashable, contents: list[Any]) -> Sequence[Any]:
+    def run(self, kind: Hashable, contents: Sequence[Content]) -> Sequence[Tensor]:
         """(labels,) logits of each."""
         with torch.inference_mode():
             found = self.logits(contents)
         return list(found.reshape(len(contents), len(self.labels)).float().cpu())
 
     @abstractmethod
-    def logits(self, contents: list[Any]) -> Tensor:
+    def logits(self, contents: Sequence[Content]) -> Tensor:
         """(contents, labels), or (contents,) for one label."""
 
     @abstractmethod
@@ -154,7 +155,7 @@ class Scorer(Encoder):
 
 
 class _CrossEncoder(Scorer):
-    def logits(self, contents: list[Any]) -> Tensor:
+    def logits(self, contents: Sequence[Content]) -> Tensor:
         found: Tensor = self.model.predict(
             contents,
             batch_size=len(contents),
@@ -172,7 +173,7 @@ class _CrossEncoder(Scorer):
 
 
 class _Classifier(Scorer):
-    def logits(self, contents: list[Any]) -> Tensor:
+    def logits(self, contents: Sequence[Content]) -> Tensor:
         asked = contents if isinstance(contents[0], str) else [list(pair) for pair in contents]
         inputs = self.tokenizer(asked, padding=True, truncation=True, max_length=self.window, return_tensors="pt")
         found: Tensor = self.model(**inputs).logits
@@ -228,7 +229,7 @@ def _labels(config: Any) -> list[str]:
     return [str(config.id2label[number]) for number in range(config.num_labels)]
 
 
-def window_of(tokenizer: Any, model: Any) -> int | None:
+def window_of(tokenizer: Tokenizer, model: nn.Module) -> int | None:
     """The most tokens that a classifier reads."""
     told = [tokenizer.model_max_length, context_length(model)]
     found = [value for value in told if value is not None and value < 1 << 30]  # the tokenizer's way to say: no limit

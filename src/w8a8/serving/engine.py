@@ -15,12 +15,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from w8a8.errors import ModelError
+from w8a8.model.pretrained import Pretrained
 from w8a8.serving.packed import Piece, Places, Step
 from w8a8.serving.sampling import Chooser, Sampling, chosen
 
@@ -96,7 +97,7 @@ class Engine:
         step_tokens: Rows of a step at the most.
     """
 
-    def __init__(self, model: Any, *, places: int, tokens: int, step_tokens: int = STEP_TOKENS) -> None:
+    def __init__(self, model: Pretrained, *, places: int, tokens: int, step_tokens: int = STEP_TOKENS) -> None:
         self._model, self._step_tokens = model, max(step_tokens, places)
         self._store = Places(places, tokens)
         self._free = list(range(places))
@@ -242,7 +243,7 @@ class Engine:
             sequence.ticket.tell(tokens, ending)
 
 
-def forward(model: Any, ids: Sequence[int], step: Step, rows: Sequence[int]) -> Tensor:
+def forward(model: Pretrained, ids: Sequence[int], step: Step, rows: Sequence[int]) -> Tensor:
     """The logits of some rows of a step, (rows, vocabulary).
 
     Args:

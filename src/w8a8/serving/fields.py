@@ -8,18 +8,18 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from w8a8.errors import few
 from w8a8.serving.mistakes import RefusedError
 
-Body: TypeAlias = Mapping[str, Any]
+Body: TypeAlias = Mapping[str, object]
 
 SHOWN = 60
 """Characters of a wrong value that are shown."""
 
 
-def parsed(raw: bytes, content_type: str | None) -> dict[str, Any]:
+def parsed(raw: bytes, content_type: str | None) -> Body:
     """The object that a body holds.
 
     Args:
@@ -47,7 +47,7 @@ def parsed(raw: bytes, content_type: str | None) -> dict[str, Any]:
     return found
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A wrong value, short, and what it is."""
     words = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     told = json.dumps(value, default=str)
@@ -55,7 +55,7 @@ def shown(value: Any) -> str:
     return f"{words.get(type(value), 'a number')}: {told}"
 
 
-def wrong(name: str, value: Any, expected: str) -> RefusedError:
+def wrong(name: str, value: object, expected: str) -> RefusedError:
     """What to raise over a field."""
     return RefusedError(f"{name} is {shown(value)}; expected {expected}", param=name)
 
@@ -76,10 +76,10 @@ def integer(body: Body, name: str, *, low: int = 0, high: int = 2**63 - 1) -> in
     value = body.get(name)
     if value is None:
         return None
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if isinstance(value, bool) or not whole or not low <= value <= high:
-        above = "" if high >= 2**63 - 1 else f" to {high}"
-        raise wrong(name, value, f"a whole number from {low}{above}" if above else f"a whole number of at least {low}")
+    whole = not isinstance(value, float) or value.is_integer()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not whole or not low <= value <= high:
+        span = f"of at least {low}" if high >= 2**63 - 1 else f"from {low} to {high}"
+        raise wrong(name, value, f"a whole number {span}")
     return int(value)
 
 
@@ -105,7 +105,7 @@ def text(body: Body, name: str) -> str | None:
     return None if value is None else readable(value, name)
 
 
-def readable(value: Any, name: str) -> str:
+def readable(value: object, name: str) -> str:
     """A value that is to be a text."""
     if not isinstance(value, str):
         raise wrong(name, value, "a text")
@@ -118,7 +118,7 @@ def readable(value: Any, name: str) -> str:
     return value
 
 
-def texts(value: Any, name: str, *, most: int) -> list[str]:
+def texts(value: object, name: str, *, most: int) -> list[str]:
     """A list of texts, at least one."""
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise wrong(name, value, "a list of texts, at least one")

@@ -13,19 +13,15 @@ token, since none asks whether anybody still waits.
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, TypeAlias
 
-from w8a8.serving.fields import parsed
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from w8a8.serving.fields import Body, parsed
 from w8a8.serving.mistakes import RefusedError, error_body
-
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-App: TypeAlias = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 BODY_BYTES = 32 << 20
 """The largest body that is read."""
@@ -42,7 +38,7 @@ class Client:
     gone: Whether it has.
     """
 
-    asked: Any = None
+    asked: object = None
     left: list[Callable[[], object]] = field(default_factory=list)
     gone: bool = False
 
@@ -61,8 +57,8 @@ CLIENT: ContextVar[Client] = ContextVar("CLIENT")
 class Checked:
     """A request that may pass: the body that the application gets, and whatever else was found out about it."""
 
-    body: Mapping[str, Any]
-    asked: Any = None
+    body: Body
+    asked: object = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Route:
     methods: Of HTTP.
     """
 
-    check: Callable[[dict[str, Any]], Checked] | None
+    check: Callable[[Body], Checked] | None
     methods: tuple[str, ...] = ("POST",)
 
 
@@ -85,7 +81,7 @@ class Front:
         routes: The paths that exist.
     """
 
-    def __init__(self, app: App, routes: Mapping[str, Route]) -> None:
+    def __init__(self, app: ASGIApp, routes: Mapping[str, Route]) -> None:
         self._app, self._routes = app, routes
 
     @property
@@ -93,7 +89,7 @@ class Front:
         """The paths that take a request."""
         return [path for path, route in self._routes.items() if "POST" in route.methods]
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -132,9 +128,7 @@ class Front:
             )
         return route
 
-    async def _behind(
-        self, scope: MutableMapping[str, Any], body: bytes, receive: Receive, answer: "_Answer", client: Client
-    ) -> None:
+    async def _behind(self, scope: Scope, body: bytes, receive: Receive, answer: "_Answer", client: Client) -> None:
         """Run the application behind, until it has answered or the client is gone."""
         gone = asyncio.Event()
         sent = False
@@ -204,7 +198,7 @@ class _Answer:
         if not self._begun:
             await self._answer(refused.status, refused.body)
 
-    async def _answer(self, status: int, body: Mapping[str, Any]) -> None:
+    async def _answer(self, status: int, body: Body) -> None:
         raw = json.dumps(body).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -214,7 +208,7 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": raw, "more_body": False})
 
 
-def _in_their_words(raw: bytes, status: int) -> dict[str, Any]:
+def _in_their_words(raw: bytes, status: int) -> Body:
     """What an application says of an error, in OpenAI's words; what has them already stays."""
     try:
         told = json.loads(raw)
@@ -244,7 +238,7 @@ async def _read(receive: Receive, client: Client) -> bytes:
             return bytes(raw)
 
 
-def _with_length(scope: MutableMapping[str, Any], body: bytes) -> MutableMapping[str, Any]:
+def _with_length(scope: Scope, body: bytes) -> Scope:
     """A request that says how long its body is, and that it is JSON where it is checked; its id is ours.
 
     Two clients that give their requests the same id would be answered with each other's text.

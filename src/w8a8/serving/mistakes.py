@@ -4,7 +4,6 @@ Not a `W8A8Error`: nobody who calls this package made the mistake, and it ends a
 """
 
 from http import HTTPStatus
-from typing import Any
 
 MISTAKE = "invalid_request_error"
 OURS = "server_error"
@@ -32,12 +31,12 @@ class RefusedError(Exception):
         self.param, self.status, self.code = param, int(status), code
 
     @property
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """As OpenAI's API has errors."""
         return error_body(str(self), self.status, param=self.param, code=self.code)
 
 
-def error_body(reason: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(reason: str, status: int, *, param: str | None = None, code: str | None = None) -> dict[str, object]:
     """An error as OpenAI's API has it."""
     kind = MISTAKE if status < HTTPStatus.INTERNAL_SERVER_ERROR else OURS
     return {"error": {"message": reason, "type": kind, "param": param, "code": code}}

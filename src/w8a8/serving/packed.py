@@ -129,7 +129,7 @@ class Step:
     ranges: Sequence[Range]
     pieces: Sequence[Piece]
     lengths: Tensor
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, store: Places, pieces: Sequence[Piece], device: torch.device) -> "Step":
@@ -213,7 +213,7 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     w8a8_step: Step | None = None,
-    **_: Any,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """The attention of a layer over the sequences of a step; as transformers calls it.
 

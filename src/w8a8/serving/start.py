@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psutil
 
@@ -18,6 +18,17 @@ from w8a8.checkpoint.directory import Directory
 from w8a8.errors import ModelError, ServingError
 from w8a8.jobs.watching import Watcher
 from w8a8.kernels import compiled, native
+from w8a8.model.pretrained import Pretrained
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+    from transformers import GenerationConfig
+
+    from w8a8.serving.engine import Engine
+    from w8a8.serving.sampling import Sampling
+
+Running: TypeAlias = "tuple[ASGIApp, Callable[[], None]]"
+"""An application, and what ends it."""
 
 CLIENTS = 64
 """Texts that are written at once, at the most."""
@@ -95,7 +106,7 @@ def check_installed() -> None:
         raise ModelError("serving needs transformers' extra packages: pip install 'w8a8[serve]'")
 
 
-def application(asked: Serving, *, watcher: Watcher | None = None) -> tuple[Any, Callable[[], None]]:
+def application(asked: Serving, *, watcher: Watcher | None = None) -> Running:
     """The ASGI application that serves a model, warm, and what ends it.
 
     Args:
@@ -123,9 +134,7 @@ def _how(directory: Directory) -> str:
     return f"quantised, kernel {how}"
 
 
-def _encoder(
-    directory: Directory, asked: Serving, names: Sequence[str], watcher: Watcher
-) -> tuple[Any, Callable[[], None]]:
+def _encoder(directory: Directory, asked: Serving, names: Sequence[str], watcher: Watcher) -> Running:
     from w8a8.serving.answers import encoder_app
     from w8a8.serving.batching import Batcher
     from w8a8.serving.encoders import Embedder, open_encoder
@@ -141,9 +150,7 @@ def _encoder(
     return front, batcher.close
 
 
-def _language(
-    directory: Directory, asked: Serving, names: Sequence[str], watcher: Watcher
-) -> tuple[Any, Callable[[], None]]:
+def _language(directory: Directory, asked: Serving, names: Sequence[str], watcher: Watcher) -> Running:
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     from w8a8.checkpoint.opening import NamedModel, open_model
@@ -194,7 +201,7 @@ def _language(
     return front, (engine.close if engine is not None else lambda: None)
 
 
-def warm_up(engine: Any) -> None:
+def warm_up(engine: "Engine") -> None:
     """Write a few tokens for two clients, and wait for them.
 
     Args:
@@ -218,7 +225,7 @@ def warm_up(engine: Any) -> None:
             raise ModelError(f"the model cannot write: {ticket.error}") from ticket.error
 
 
-def _places(model: Any, context: int, clients: int) -> int:
+def _places(model: Pretrained, context: int, clients: int) -> int:
     """How many texts have room in memory at once."""
     from w8a8.serving.suits import bytes_per_token
 
@@ -233,7 +240,7 @@ def _places(model: Any, context: int, clients: int) -> int:
     return found
 
 
-def _defaults(config: Any) -> Any:
+def _defaults(config: "GenerationConfig") -> "Sampling":
     """How a model chooses its tokens by its own generation_config."""
     from w8a8.serving.sampling import Sampling
 
@@ -266,7 +273,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 async def _run(
-    app: Any, close: Callable[[], None], listener: socket.socket, ready: Callable[[str], None] | None
+    app: "ASGIApp", close: Callable[[], None], listener: socket.socket, ready: Callable[[str], None] | None
 ) -> None:
     import uvicorn
 

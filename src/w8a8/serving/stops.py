@@ -1,7 +1,6 @@
 """Texts that end an answer: found across the pieces in which it comes, and not part of it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 
 class Stops:
@@ -15,12 +14,12 @@ class Stops:
         stop: Called once when one has come; None is put then, as at the end.
     """
 
-    def __init__(self, stops: Sequence[str], put: Callable[[Any], None], stop: Callable[[], None]) -> None:
+    def __init__(self, stops: Sequence[str], put: Callable[[object], None], stop: Callable[[], None]) -> None:
         self._stops, self._put, self._stop = stops, put, stop
         self._held = ""
         self.stopped = False
 
-    def put_nowait(self, item: Any) -> None:
+    def put_nowait(self, item: object) -> None:
         """A text; or something else, which goes on behind what is held back: None, an error, a call of a tool."""
         if self.stopped:
             return

@@ -5,14 +5,13 @@ sequences are read in pieces, in one batch, and their logits must be those that 
 What cannot be seen on few tokens is asked of the modules: a rotary table that follows the longest sequence of a batch.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.defaults import usual_defaults
 from w8a8.model.kinds import input_config
+from w8a8.model.pretrained import Pretrained
 from w8a8.serving.engine import forward
 from w8a8.serving.packed import NAME, Piece, Places, Step
 
@@ -24,7 +23,7 @@ _FOLLOWING = ("dynamic", "longrope")
 """Kinds of rotary tables that are made anew for the longest sequence of a batch."""
 
 
-def set_packed(model: Any) -> str | None:
+def set_packed(model: Pretrained) -> str | None:
     """Give a model the attention of `packed`, where it computes what it did.
 
     Args:
@@ -47,7 +46,7 @@ def set_packed(model: Any) -> str | None:
     return why
 
 
-def bytes_per_token(model: Any) -> int:
+def bytes_per_token(model: Pretrained) -> int:
     """What keys and values of a token take, seen by writing some.
 
     Args:
@@ -59,7 +58,7 @@ def bytes_per_token(model: Any) -> int:
     return store.bytes_per_token()
 
 
-def _differs(model: Any) -> str | None:
+def _differs(model: Pretrained) -> str | None:
     words = int(getattr(input_config(model.config), "vocab_size", 2))
     first, second = ([(7 * i * i + 3 * i + seed) % words for i in range(count)] for seed, count in ((1, 8), (2, 13)))
     alone = [_alone(model, ids) for ids in (first, second)]
@@ -82,7 +81,7 @@ def _differs(model: Any) -> str | None:
     return None
 
 
-def _alone(model: Any, ids: list[int]) -> Tensor:
+def _alone(model: Pretrained, ids: list[int]) -> Tensor:
     found: Tensor = model(input_ids=torch.tensor([ids], dtype=torch.long, device=model.device), use_cache=False).logits[
         0, -1
     ]

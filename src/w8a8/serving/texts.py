@@ -7,11 +7,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeGuard
 
 from w8a8.serving.batching import Item
 from w8a8.serving.encoders import Embedder, Encoder, Scorer, windows
-from w8a8.serving.fields import flag, integer, model_named, one_of, only, readable, text, texts, wrong
+from w8a8.serving.fields import Body, flag, integer, model_named, one_of, only, readable, text, texts, wrong
 from w8a8.serving.front import Checked
 from w8a8.serving.mistakes import RefusedError
 
@@ -46,7 +46,7 @@ class Ranking:
     """
 
     items: Sequence[Item]
-    documents: Sequence[Any]
+    documents: Sequence[str]
     top: int
     told: bool
     raw: bool
@@ -66,10 +66,10 @@ class Labels:
     raw: bool
 
 
-def check_embeddings(embedder: Embedder, names: Sequence[str]) -> Callable[[dict[str, Any]], Checked]:
+def check_embeddings(embedder: Embedder, names: Sequence[str]) -> Callable[[Body], Checked]:
     """The check of `/v1/embeddings`."""
 
-    def check(body: dict[str, Any]) -> Checked:
+    def check(body: Body) -> Checked:
         known = ("input", "model", "encoding_format", "dimensions", "user", "input_type", "truncate")
         only(body, known)
         model_named(body, names)
@@ -83,10 +83,10 @@ def check_embeddings(embedder: Embedder, names: Sequence[str]) -> Callable[[dict
     return check
 
 
-def check_ranking(scorer: Scorer, names: Sequence[str]) -> Callable[[dict[str, Any]], Checked]:
+def check_ranking(scorer: Scorer, names: Sequence[str]) -> Callable[[Body], Checked]:
     """The check of `/rerank`."""
 
-    def check(body: dict[str, Any]) -> Checked:
+    def check(body: Body) -> Checked:
         known = ("query", "documents", "texts", "model", "top_n", "return_documents", "return_text", "raw_scores")
         only(body, (*known, "truncate"))
         model_named(body, names)
@@ -110,10 +110,10 @@ def check_ranking(scorer: Scorer, names: Sequence[str]) -> Callable[[dict[str, A
     return check
 
 
-def check_labels(scorer: Scorer, names: Sequence[str]) -> Callable[[dict[str, Any]], Checked]:
+def check_labels(scorer: Scorer, names: Sequence[str]) -> Callable[[Body], Checked]:
     """The check of `/classify`."""
 
-    def check(body: dict[str, Any]) -> Checked:
+    def check(body: Body) -> Checked:
         only(body, ("inputs", "model", "raw_scores", "truncate"))
         model_named(body, names)
         given = body.get("inputs")
@@ -123,22 +123,23 @@ def check_labels(scorer: Scorer, names: Sequence[str]) -> Callable[[dict[str, An
             raise wrong("inputs", given, "a text, a list of texts, or a list of pairs of texts")
         if len(entries) > MOST_TEXTS:
             raise RefusedError(f"inputs has {len(entries)} entries; at most {MOST_TEXTS} are taken", param="inputs")
-        pairs = isinstance(entries[0], list)
-        contents: list[Any] = [_pair(entry, f"inputs[{place}]") for place, entry in enumerate(entries)] if pairs else []
-        items = scorer.items(contents or texts(entries, "inputs", most=MOST_TEXTS))
+        if isinstance(entries[0], list):
+            items = scorer.items([_pair(entry, f"inputs[{place}]") for place, entry in enumerate(entries)])
+        else:
+            items = scorer.items(texts(entries, "inputs", most=MOST_TEXTS))
         _fits(scorer, items, "inputs", flag(body, "truncate"))
         return Checked(body, Labels(items, single, bool(flag(body, "raw_scores"))))
 
     return check
 
 
-def _pair(value: Any, name: str) -> tuple[str, str]:
+def _pair(value: object, name: str) -> tuple[str, str]:
     if not isinstance(value, list) or len(value) != 2:
         raise wrong(name, value, "a pair of texts, as the first entry is one")
     return readable(value[0], name), readable(value[1], name)
 
 
-def _inputs(given: Any, embedder: Embedder, prompt: str | None) -> list[Item]:
+def _inputs(given: object, embedder: Embedder, prompt: str | None) -> list[Item]:
     """What is to be embedded, in any of the four ways in which OpenAI's API takes it."""
     if isinstance(given, str):
         return embedder.items([readable(given, "input")], prompt)
@@ -157,7 +158,7 @@ def _inputs(given: Any, embedder: Embedder, prompt: str | None) -> list[Item]:
     return embedder.ids([_ids(entry, f"input[{place}]", embedder) for place, entry in enumerate(given)])
 
 
-def _ids(given: Any, name: str, embedder: Embedder) -> list[int]:
+def _ids(given: object, name: str, embedder: Embedder) -> list[int]:
     size = len(embedder.tokenizer)
     if not isinstance(given, list) or not given:
         raise wrong(name, given, " or ".join(_INPUTS[1:3]))
@@ -167,7 +168,7 @@ def _ids(given: Any, name: str, embedder: Embedder) -> list[int]:
     return given
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -15,13 +15,18 @@ import json
 import threading
 from collections.abc import Callable, Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.routing import Route as Path
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
@@ -44,8 +49,11 @@ from w8a8.serving.mistakes import RefusedError
 from w8a8.serving.sampling import Sampling
 from w8a8.serving.stops import Stops
 
+Inputs: TypeAlias = dict[str, Any]
+Told: TypeAlias = "asyncio.Queue[tuple[list[int], Ending | None]]"
 
-def language_app(model: Any, served: Served, engine: Engine | None, *, speech: bool = False) -> Front:
+
+def language_app(model: PreTrainedModel, served: Served, engine: Engine | None, *, speech: bool = False) -> Front:
     """The application that answers for a language model.
 
     Args:
@@ -60,7 +68,7 @@ def language_app(model: Any, served: Served, engine: Engine | None, *, speech: b
     key = ModelManager.process_model_name(name)
     manager.loaded_models[key] = TimedModel(model, timeout_seconds=-1, processor=served.processor)
     state = _State(engine)
-    handlers: dict[str, Any] = {
+    handlers: dict[str, object] = {
         "chat_handler": ChatCompletionHandler(model_manager=manager, generation_state=state),
         "completion_handler": CompletionHandler(model_manager=manager, generation_state=state),
         "response_handler": ResponseHandler(model_manager=manager, generation_state=state),
@@ -84,7 +92,8 @@ def language_app(model: Any, served: Served, engine: Engine | None, *, speech: b
     return Front(app, routes)
 
 
-async def _refuse(_: Request, refused: Any) -> JSONResponse:
+async def _refuse(_: Request, refused: Exception) -> JSONResponse:
+    assert isinstance(refused, RefusedError)
     return JSONResponse(refused.body, status_code=refused.status)
 
 
@@ -93,14 +102,14 @@ class _State(GenerationState):
 
     def __init__(self, engine: Engine | None) -> None:
         super().__init__()
-        one_by_one: Any = OneByOne
+        one_by_one: Callable[[], OneByOne] = OneByOne  # untyped where it is transformers'
         self._ours: BaseGenerateManager = one_by_one() if engine is None else Packed(engine)
         self._packed = engine is not None
 
-    def use_continuous_batching(self, *_: Any, **__: Any) -> bool:
+    def use_continuous_batching(self, *_: object, **__: object) -> bool:
         return self._packed
 
-    def get_manager(self, *_: Any, **__: Any) -> BaseGenerateManager:
+    def get_manager(self, *_: object, **__: object) -> BaseGenerateManager:
         return self._ours
 
     def shutdown(self) -> None:
@@ -130,11 +139,11 @@ class Packed(BaseGenerateManager):
 
     def generate_streaming(  # type: ignore[override]
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **parsing: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[asyncio.Queue[object], DirectStreamer]:
         """As transformers' manager: a queue of texts, and the streamer that fills it."""
         loop, wanted = asyncio.get_running_loop(), _wanted()
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        told: asyncio.Queue[tuple[list[int], Ending | None]] = asyncio.Queue()
+        queue: asyncio.Queue[object] = asyncio.Queue()
+        told: Told = asyncio.Queue()
         ticket = self._ticket(inputs, gen_config, wanted, told, every=True)
         held = Stops(wanted.stops, queue.put_nowait, ticket.leave)
         rust = getattr(processor, "tokenizer", processor)._tokenizer
@@ -156,7 +165,7 @@ class Packed(BaseGenerateManager):
 
         task = asyncio.ensure_future(pump())
 
-        def done(_: Any) -> None:
+        def done(_: object) -> None:
             error = None if task.cancelled() else task.exception()
             if error is not None:  # a text that cannot be parsed, say
                 ticket.leave()
@@ -172,10 +181,10 @@ class Packed(BaseGenerateManager):
     ) -> tuple[str, int, list[int]]:
         """As transformers' manager: the text, the length of the prompt, and the tokens."""
         wanted = _wanted()
-        told: asyncio.Queue[tuple[list[int], Ending | None]] = asyncio.Queue()
+        told: Told = asyncio.Queue()
         ticket = self._ticket(inputs, gen_config, wanted, told, every=bool(wanted.stops))
         tokenizer = getattr(processor, "tokenizer", processor)
-        parts: list[str] = []
+        parts: list[object] = []
         held = Stops(wanted.stops, parts.append, ticket.leave)
         written: list[int] = []
         self._engine.ask(ticket)
@@ -195,14 +204,14 @@ class Packed(BaseGenerateManager):
         if stream is None:
             return tokenizer.decode(written, skip_special_tokens=True), len(ticket.prompt), written
         held.put_nowait(None)
-        return "".join(part for part in parts if part is not None), len(ticket.prompt), written
+        return "".join(part for part in parts if isinstance(part, str)), len(ticket.prompt), written
 
     def stop(self) -> None:
         """End the engine."""
         self._engine.close()
 
     def _ticket(
-        self, inputs: Any, gen_config: Any, wanted: Wanted, told: "asyncio.Queue[Any]", *, every: bool
+        self, inputs: Inputs, gen_config: GenerationConfig, wanted: Wanted, told: Told, *, every: bool
     ) -> Ticket:
         """A ticket whose answers come into a queue of this loop; left when its client leaves."""
         loop = asyncio.get_running_loop()
@@ -231,7 +240,7 @@ class OneByOne(GenerateManager):
 
     def generate_streaming(  # type: ignore[override]
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **parsing: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[asyncio.Queue[object], DirectStreamer]:
         """As transformers' manager."""
         inputs = self._prepared(inputs, gen_config)
         queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, **parsing)
@@ -245,7 +254,7 @@ class OneByOne(GenerateManager):
         inputs = self._prepared(inputs, gen_config)
         return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
 
-    def _prepared(self, inputs: Any, gen_config: Any) -> dict[str, Any]:
+    def _prepared(self, inputs: Inputs, gen_config: GenerationConfig) -> Inputs:
         """The inputs of `generate`, and in `gen_config` what was asked for."""
         wanted, left = _wanted(), threading.Event()
         CLIENT.get().left.append(left.set)
@@ -267,7 +276,7 @@ class _Left(StoppingCriteria):
     def __init__(self, left: threading.Event) -> None:
         self._left = left
 
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> Any:
         return torch.full((len(input_ids),), self._left.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
