@@ -5,9 +5,8 @@ names code of its own (`auto_map`), that is an error.  Where transformers does h
 lies beside it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
@@ -17,6 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import modeling_auto
 
 from w8a8.checkpoint.files import CONFIG
+from w8a8.core.plain import Json
 from w8a8.errors import CheckpointError
 from w8a8.model.pretrained import Config, Pretrained
 
@@ -27,9 +27,7 @@ OTHERS_ERRORS = (
 """What transformers raises over a config that makes no sense: whatever its code stumbles on."""
 
 
-def architecture(
-    directory: Path, stated: Mapping[str, Any], *, trust_remote_code: bool = False
-) -> tuple[type[Pretrained], Config]:
+def architecture(directory: Path, stated: Json, *, trust_remote_code: bool = False) -> tuple[type[Pretrained], Config]:
     """The model class that config.json names, and the config.
 
     Args:

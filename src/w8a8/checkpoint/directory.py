@@ -7,11 +7,9 @@ as looking at a float model, does without.
 
 import copy
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -20,6 +18,7 @@ from w8a8.checkpoint.architecture import architecture
 from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE, WEIGHTS, header, inside, read_json
 from w8a8.checkpoint.headers import Entry, each_once
 from w8a8.checkpoint.layout import QuantizationConfig, from_json
+from w8a8.core.plain import Json
 from w8a8.errors import CheckpointError
 from w8a8.model.pretrained import Config, Pretrained
 
@@ -94,7 +93,7 @@ class Directory(Tensors):
     trust_remote_code: Whether Python code in it may be run, as was said when it was opened.
     """
 
-    config: Mapping[str, Any]
+    config: Json
     quantization: QuantizationConfig | None
     trust_remote_code: bool = False
 

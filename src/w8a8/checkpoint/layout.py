@@ -19,9 +19,9 @@ Parsing is strict: a field that would change the numbers and is not understood i
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from w8a8.checkpoint.expressions import check_length, matching
+from w8a8.core.plain import Json
 from w8a8.core.scheme import (
     MAX_CODE_BITS,
     Granularity,
@@ -115,7 +115,7 @@ def to_json(config: QuantizationConfig) -> dict[str, object]:
     }
 
 
-def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
+def from_json(data: Json, where: str) -> QuantizationConfig:
     """Read a `quantization_config`.
 
     Raises:
@@ -165,7 +165,7 @@ def from_json(data: Mapping[str, Any], where: str) -> QuantizationConfig:
     return QuantizationConfig(tuple(parsed), _strings(data.get("ignore") or [], f"{where}: quantization_config.ignore"))
 
 
-def runs_here(data: Mapping[str, Any]) -> bool:
+def runs_here(data: Json) -> bool:
     """Whether a `quantization_config` describes what `load` runs, in integers or weight-only.
 
     A description that is wrong in itself is not left to others: `from_json` then says what is wrong with it.

@@ -3,10 +3,14 @@
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from w8a8.core.scheme import PerChannel, PerColumn, PerGroup, PerTensor, PerToken
+
+Json: TypeAlias = Mapping[str, Any]
+"""An object as JSON has it, read to any depth."""
 
 
 def plain(value: Any) -> Any:

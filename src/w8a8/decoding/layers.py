@@ -58,7 +58,9 @@ class BlockLayer(DynamicLayer):
         self.store.write(keys, values, self.end)
         self.end += keys.shape[2]
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write tokens behind the last, and give what they may see."""
         start = self.take(key_states, value_states)
         assert self.store is not None
@@ -202,7 +204,9 @@ class _Int8(BlockLayer):
             )
         return super().take(keys, values)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         start = self.take(key_states, value_states)
         store = self.store
         assert isinstance(store, Int8Store)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -91,7 +90,7 @@ class Embedded:
         """Throughput, padding not counted."""
         return self.tokens / self.seconds
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON."""
         return {**plain(self), "texts_per_s": self.texts_per_s, "tokens_per_s": self.tokens_per_s}
 

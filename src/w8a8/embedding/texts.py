@@ -9,12 +9,12 @@ result is a line of the file.
 """
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from w8a8.core.plain import Json
 from w8a8.errors import TextError, closest
 from w8a8.evaluation.judged import rows_of
 
@@ -73,7 +73,7 @@ def pieces(lines: Iterator[Line], *, most: int, characters: int) -> Iterator[lis
         yield found
 
 
-def _text(path: Path, number: int, row: Mapping[str, Any]) -> str:
+def _text(path: Path, number: int, row: Json) -> str:
     if _COLUMN not in row:
         raise TextError(f'{path}, line {number} has no "{_COLUMN}", {closest(_COLUMN, map(str, row))}: name it so')
     value = row[_COLUMN]

@@ -8,7 +8,7 @@ evaluators give the same figures, but for all texts together and not for each, s
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -183,7 +183,7 @@ def _mean_of(name: str, draw: Bootstrap, ours: Array, theirs: Array) -> Measure:
     return Measure(name, model, reference, difference)
 
 
-def _drawn(name: str, draw: Bootstrap, ours: Array, theirs: Array, measure: Any) -> Measure:
+def _drawn(name: str, draw: Bootstrap, ours: Array, theirs: Array, measure: Callable[[Array, Array], float]) -> Measure:
     def both(drawn: Array) -> tuple[float, float, float]:
         a, b = measure(ours, drawn), measure(theirs, drawn)
         return a, b, a - b

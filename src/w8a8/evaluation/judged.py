@@ -16,8 +16,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias, TypeVar
 
+from w8a8.core.plain import Json
 from w8a8.errors import TextError, closest
 
 _PAIR = ("sentence1", "sentence2", "score")
@@ -61,6 +62,8 @@ class Retrieval:
     relevant: Mapping[str, Mapping[str, float]]
 
 
+_Row = TypeVar("_Row")
+
 Judged: TypeAlias = Texts | ScoredPairs | Labelled | Retrieval
 
 
@@ -95,7 +98,7 @@ def read_judged(path: Path) -> Judged:
     )
 
 
-def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def rows_of(path: Path) -> Iterator[tuple[int, Json]]:
     """Each line's number, and what it holds by the names of its columns."""
     if path.suffix == ".tsv":
         with path.open(encoding="utf-8", newline="") as file:
@@ -114,7 +117,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         )
 
 
-def _object(path: Path, number: int, line: str) -> Mapping[str, Any]:
+def _object(path: Path, number: int, line: str) -> Json:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -124,7 +127,7 @@ def _object(path: Path, number: int, line: str) -> Mapping[str, Any]:
     return found
 
 
-def _column(path: Path, rows: Sequence[tuple[int, Mapping[str, Any]]], name: str) -> tuple[str, ...]:
+def _column(path: Path, rows: Sequence[tuple[int, Json]], name: str) -> tuple[str, ...]:
     found = []
     for number, row in rows:
         value = row.get(name)
@@ -144,7 +147,7 @@ def _number(path: Path, line: int, value: str) -> float:
     return number
 
 
-def _some(path: Path, rows: Sequence[Any]) -> tuple[Any, ...]:
+def _some(path: Path, rows: Sequence[_Row]) -> tuple[_Row, ...]:
     if not rows:
         raise TextError(f"{path} is empty: there is nothing in it to judge a model on")
     return tuple(rows)

@@ -8,8 +8,8 @@ calls `w8a8.optimize` again.
 """
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sized
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,15 @@ from torch.utils import _pytree as pytree
 from w8a8.errors import ModelError
 from w8a8.fusing.capture import Captured, fits, made_whole
 from w8a8.fusing.families import Family
-from w8a8.fusing.matching import Told, fuse
+from w8a8.fusing.matching import fuse
+from w8a8.fusing.steps import Run, Told
 from w8a8.kernels.fused import dispatcher_is_needed
 
 _KINDS = 4  # graphs for calls that differ in nothing but sizes: one row or many, one token or many
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+Key: TypeAlias = tuple[object, ...]
+Shaped: TypeAlias = Callable[[list[Tensor | None]], object]
 
 _TRACING = threading.Lock()
 """What PyTorch traces with is the process's: one thread makes a graph, and calls in others run as they are meanwhile.
@@ -52,13 +56,12 @@ class Fused:
         self._renewed = 0
         self.told: list[Told] = []
         self.refused: list[str] = []
-        self._graphs: dict[Any, list[tuple[Captured, Callable[..., Any], Callable[[Any], Any]]]] = {}
-        self._tried: dict[Any, int] = {}
-        self._inner: list[tuple[dict[str, Any], Any, Any]] | None = (
-            None  # at the first call: a copy is not whole before
-        )
+        self._graphs: dict[Key, list[tuple[Captured, Run, Shaped]]] = {}
+        self._tried: dict[Key, int] = {}
+        # at the first call: a copy is not whole before
+        self._inner: list[tuple[Mapping[str, object], Sized, Sized]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy, or what a pickle makes, finds its graphs anew
+    def __getstate__(self) -> dict[str, object]:  # a copy, or what a pickle makes, finds its graphs anew
         return {"block": self.block, "whole": self.whole, "outermost": self.outermost}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,18 +106,18 @@ class Fused:
         self.told, self._graphs, self._tried = [], {}, {}
         self._watch()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         found = self._graph(args, kwargs)
         if found is None:
             return type(self.block).forward(self.block, *args, **kwargs)
         run, shaped, tensors = found
         return shaped(run(*tensors))
 
-    def _graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _graph(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Run, Shaped, list[Tensor]] | None:
         if dispatcher_is_needed():
             return None
         tensors: list[Tensor] = []
-        key: list[Any] = []
+        key: list[object] = []
         if not _flatten(args, tensors, key) or not _flatten(kwargs, tensors, key):
             self._refuse("an argument is neither a tensor nor a plain value")
             return None
@@ -135,7 +138,9 @@ class Fused:
         finally:
             _TRACING.release()
 
-    def _made(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+    def _made(
+        self, kind: Key, args: tuple[object, ...], kwargs: dict[str, object], tensors: list[Tensor]
+    ) -> tuple[Run, Shaped, list[Tensor]] | None:
         """The function of a graph for this call, kept; a family's graphs are one thread's at a time, too."""
         captured = self._captured(kind, args, kwargs, tensors)
         if captured is None:
@@ -147,7 +152,7 @@ class Fused:
         return run, shaped, made_whole(captured.arguments, tensors)
 
     def _captured(
-        self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+        self, kind: Key, args: tuple[object, ...], kwargs: dict[str, object], tensors: list[Tensor]
     ) -> Captured | None:
         """A graph for this call: one of the family's, or a new one."""
         known = self.family.graphs.setdefault(kind, [])
@@ -178,23 +183,20 @@ class Fused:
         return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.block.parameters())
 
 
-def _flatten(values: Any, tensors: list[Tensor], key: list[Any]) -> bool:
+def _flatten(values: Collection[object], tensors: list[Tensor], key: list[object]) -> bool:
     """Take a call's tensors out of it, in pytree's order; what is left is a key.  False where something is neither."""
+    key.append(len(values))
     if isinstance(values, dict):
-        key.append(len(values))
         key.extend(values)
         values = values.values()
-    else:
-        key.append(len(values))
     for value in values:
         kind = type(value)
-        if kind is Tensor or kind is nn.Parameter:
+        if isinstance(value, Tensor) and (kind is Tensor or kind is nn.Parameter):
             tensors.append(value)
             key.append(Tensor)
         elif kind in _PLAIN:
-            key.append(kind)
-            key.append(value)
-        elif kind in (tuple, list, dict):
+            key += (kind, value)
+        elif isinstance(value, tuple | list | dict) and kind in (tuple, list, dict):
             key.append(kind)
             if not _flatten(value, tensors, key):
                 return False
@@ -203,14 +205,10 @@ def _flatten(values: Any, tensors: list[Tensor], key: list[Any]) -> bool:
     return True
 
 
-def _shape_of(spec: pytree.TreeSpec) -> Callable[[Any], Any]:
+def _shape_of(spec: pytree.TreeSpec) -> Shaped:
     """How a call's outputs are put together again."""
     if spec.is_leaf():
-        return _only
+        return lambda flat: flat[0]
     if spec.type is tuple and all(child.is_leaf() for child in spec.children()):
         return tuple
     return lambda flat: pytree.tree_unflatten(flat, spec)
-
-
-def _only(flat: Any) -> Any:
-    return flat[0]

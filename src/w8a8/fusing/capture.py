@@ -6,8 +6,9 @@ compares sizes in ways that `Argument` cannot tell.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -44,7 +45,7 @@ class Captured:
     outputs: pytree.TreeSpec
 
 
-def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+def capture(block: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Captured:
     """Run the block's code once, without values.
 
     Raises:
@@ -59,7 +60,7 @@ def capture(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     outputs: list[pytree.TreeSpec] = []
 
-    def run(*tensors: Tensor) -> Any:
+    def run(*tensors: Tensor) -> list[object]:
         now = list(leaves)
         for place, tensor in zip(places, tensors, strict=True):
             now[place] = tensor
@@ -145,7 +146,7 @@ def _name(block: nn.Module, module: fx.GraphModule) -> None:
             raise ModelError(f"its code writes into a tensor: {node.target}")
 
 
-def _size(size: Any) -> int | str:
+def _size(size: int | torch.SymInt) -> int | str:
     if isinstance(size, int):
         return size
     expression = size.node.expr
@@ -158,9 +159,32 @@ def _only_masks(node: fx.Node) -> bool:
     return all(user.target is attention and mask_of(user) is node and node not in user.args[:3] for user in node.users)
 
 
-def mask_of(attention: fx.Node) -> Any:
+def mask_of(attention: fx.Node) -> fx.Node | None:
     """What an attention is given as its mask."""
-    return attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    found = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    return found if isinstance(found, fx.Node) else None
+
+
+def is_float32(node: object) -> TypeGuard[fx.Node]:
+    """Whether this is a node that makes such a tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return isinstance(value, Tensor) and value.dtype is torch.float32
+
+
+def sizes_of(node: object) -> tuple[str, ...]:
+    """Of the tensor that a node makes: numbers, or names of sizes."""
+    return tuple(str(size) for size in operand(node).meta["val"].shape)
+
+
+def operand(value: object) -> fx.Node:
+    """What an operation reads, where by its schema it is a tensor."""
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def exchanged(transpose: fx.Node) -> set[int]:
+    """The axes that a transpose exchanges, from the front."""
+    return {axis % len(sizes_of(transpose)) for axis in transpose.args[1:] if isinstance(axis, int)}
 
 
 def fits(arguments: tuple[Argument, ...], bounds: dict[str, tuple[int, float]], tensors: list[Tensor]) -> bool:

@@ -5,9 +5,10 @@ number of a block for one, is exchanged for `Unread` in the copy of its modules 
 used for nothing: a graph that is made all the same does not depend on it.
 """
 
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
 from w8a8.errors import ModelError
 from w8a8.fusing.capture import Captured, capture
@@ -39,9 +40,9 @@ class Family:
 
     def __init__(self, differing: tuple[tuple[str, str], ...] = ()) -> None:
         self.differing = differing
-        self.graphs: dict[Any, list[Captured]] = {}
+        self.graphs: dict[tuple[object, ...], list[Captured]] = {}
 
-    def capture(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Captured:
+    def capture(self, block: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Captured:
         """The graph of a call of one of them.
 
         Raises:
@@ -68,18 +69,18 @@ def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
 
 def families(blocks: list[nn.Module]) -> list[tuple[nn.Module, Family]]:
     """Each block with those that it shares graphs with."""
-    alike: dict[Any, list[nn.Module]] = {}
+    alike: dict[tuple[object, ...], list[nn.Module]] = {}
     for block in blocks:
         alike.setdefault(_shape_of(block), []).append(block)
     found = []
     for group in alike.values():
         differing = _differing(group)
         shared = None if differing is None else Family(differing)
-        found += [(block, Family() if shared is None else shared) for block in group]
+        found += [(block, shared or Family()) for block in group]
     return found
 
 
-def _shape_of(block: nn.Module) -> tuple[Any, ...]:
+def _shape_of(block: nn.Module) -> tuple[object, ...]:
     return tuple(
         (
             path,
@@ -91,12 +92,12 @@ def _shape_of(block: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _call_of(layer: QuantLinear) -> tuple[Any, ...]:
+def _call_of(layer: QuantLinear) -> tuple[object, ...]:
     """How a layer is run: one that holds integers for memory alone, or simulates them, has no call of a kernel."""
     return layer.mode, layer.scheme, layer._call if layer.mode is Mode.INTEGER else None
 
 
-def _tensors(held: dict[str, Any]) -> tuple[Any, ...]:
+def _tensors(held: Mapping[str, Tensor | None]) -> tuple[object, ...]:
     return tuple((name, None if t is None else (t.dtype, tuple(t.shape))) for name, t in held.items())
 
 

@@ -9,17 +9,15 @@
 Everything else stays as it is.  A graph has no operation that writes into its input (`capture`).  Float32 only.
 """
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import Argument
 
-from w8a8.fusing.capture import Captured, mask_of
-from w8a8.fusing.plan import plan
-from w8a8.fusing.steps import Attention, Held, Layer, Linears, NormOf, NormStep
+from w8a8.fusing.capture import Captured, exchanged, is_float32, mask_of, operand, sizes_of
+from w8a8.fusing.plan import is_sum, plan, rows_are_alone
+from w8a8.fusing.steps import Attention, Held, Layer, Linears, NormOf, NormStep, Place, Run, Told, item
 from w8a8.layers.linear import Mode, QuantLinear
 
 _ATEN = torch.ops.aten
@@ -28,15 +26,7 @@ _MOST = 8  # layers of one input
 _HEADS = 4  # (B, H, T, D)
 
 
-@dataclass
-class Told:
-    """What was fused in one block, and what was not: how often."""
-
-    fused: Counter[str] = field(default_factory=Counter)
-    left: Counter[str] = field(default_factory=Counter)
-
-
-def fuse(block: nn.Module, captured: Captured, *, padding_is_read: bool = True) -> tuple[Callable[..., Any], Told]:
+def fuse(block: nn.Module, captured: Captured, *, padding_is_read: bool = True) -> tuple[Run, Told]:
     """Make the function of a captured graph, for one block.
 
     Args:
@@ -51,31 +41,13 @@ def fuse(block: nn.Module, captured: Captured, *, padding_is_read: bool = True) 
     return walk.run(padding_is_read), walk.told
 
 
-def _is_node(value: Any) -> bool:
-    """Whether an argument is a node; nodes are typed Any here, for fx types what they hold too widely to be of use."""
-    return isinstance(value, fx.Node)
-
-
-def _value(node: Any) -> Any:
-    return node.meta.get("val") if _is_node(node) else None
-
-
-def _shape(node: Any) -> tuple[str, ...]:
-    return tuple(str(size) for size in _value(node).shape)
-
-
-def _is_float32(node: Any) -> bool:
-    value = _value(node)
-    return isinstance(value, torch.Tensor) and value.dtype is torch.float32
-
-
 class _Walk:
     def __init__(self, block: nn.Module, graph: fx.Graph) -> None:
         self.block, self.graph = block, fx.Graph()
         self.graph.output(self.graph.graph_copy(graph, {}))
         self.told = Told()
 
-    def run(self, padding_is_read: bool) -> Callable[..., Any]:
+    def run(self, padding_is_read: bool) -> Run:
         self.drop_nothings()
         for node in list(self.graph.nodes):
             if node.target is _ATEN.scaled_dot_product_attention.default:
@@ -90,78 +62,78 @@ class _Walk:
         self.hold()
         self.graph.eliminate_dead_code()
         self.graph.lint()
-        return plan(self.graph, _item, self.told, padding_is_read=padding_is_read)
+        return plan(self.graph, self.told.fused, padding_is_read=padding_is_read)
 
     # --- the pieces
 
-    def step(self, before: Any, call: Any, args: tuple[Any, ...]) -> Any:
+    def step(self, before: fx.Node, call: Callable[..., object], *args: Argument) -> fx.Node:
         with self.graph.inserting_before(before):
             return self.graph.call_function(call, args)
 
-    def item(self, step: Any, place: int, like: Any) -> Any:
+    def replace(self, node: fx.Node, new: fx.Node) -> None:
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
+
+    def item(self, step: fx.Node, place: int, like: fx.Node) -> fx.Node:
         with self.graph.inserting_after(step):
-            new = self.graph.call_function(_item, (step, place))
+            new = self.graph.call_function(item, (step, place))
         new.meta["val"] = like.meta.get("val")
         return new
 
     def drop_nothings(self) -> None:
         """Dropout that drops nothing, views that change nothing, transposes of transposes, copies of what is whole."""
         for node in list(self.graph.nodes):
-            source = node.args[0] if node.args and _is_node(node.args[0]) else None
-            if source is None:
+            source = node.args[0] if node.args else None
+            if not isinstance(source, fx.Node):
                 continue
             drops = False
             if node.target is _ATEN.dropout.default:
                 drops = not node.args[2] or node.args[1] == 0.0
             elif node.target in (_ATEN.reshape.default, _ATEN.view.default):
-                drops = _shape(node) == _shape(source)
+                drops = sizes_of(node) == sizes_of(source)
             elif node.target is _ATEN.contiguous.default:
                 drops = bool(source.meta.get("whole"))
             elif node.target is _ATEN.transpose.int and source.target is _ATEN.transpose.int:
-                axes = len(_shape(node))
-                pairs = [{axis % axes for axis in each.args[1:]} for each in (node, source)]
-                if pairs[0] == pairs[1]:
-                    source, drops = source.args[0], True
+                drops = exchanged(node) == exchanged(source)
+                source = operand(source.args[0]) if drops else source
             if drops:
-                node.replace_all_uses_with(source)
-                self.graph.erase_node(node)
+                self.replace(node, source)
 
-    def attention(self, node: Any) -> None:
+    def attention(self, node: fx.Node) -> None:
         """Ours, for float32 in four axes; its output lies as the next layer reads it."""
         named = {
             **dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)),
             **node.kwargs,
         }
-        q, k, v, mask = named["query"], named["key"], named["value"], mask_of(node)
-        if named.get("dropout_p", 0.0) or not all(_is_float32(each) for each in (q, k, v)) or len(_shape(q)) != _HEADS:
+        q, k, v = (operand(named[name]) for name in ("query", "key", "value"))
+        causal = named.get("is_causal", False)
+        if named.get("dropout_p", 0.0) or not all(map(is_float32, (q, k, v))) or len(sizes_of(q)) != _HEADS:
             self.told.left["attention that is not float32 of four axes"] += 1
             return
-        if not isinstance(named.get("is_causal", False), bool) or _shape(q)[-1] != _shape(v)[-1]:
+        if not isinstance(causal, bool) or sizes_of(q)[-1] != sizes_of(v)[-1]:
             self.told.left["attention whose values are of another width, or that is causal by a size"] += 1
             return
-        scale = named.get("scale") or _value(q).shape[-1] ** -0.5
+        scale = named.get("scale") or q.meta["val"].shape[-1] ** -0.5
         if not isinstance(scale, float):
             self.told.left["attention with a scale that is no number"] += 1
             return
-        call = Attention(scale, causal=named.get("is_causal", False))
-        new = self.step(node, call, (q, k, v, mask))
-        new.meta["val"], new.meta["whole"] = _value(node).transpose(1, 2), True
+        new = self.step(node, Attention(scale, causal=causal), q, k, v, mask_of(node))
+        new.meta["val"], new.meta["whole"] = node.meta["val"].transpose(1, 2), True
         with self.graph.inserting_after(new):
             heads = self.graph.call_function(_ATEN.transpose.int, (new, 1, 2))
-        heads.meta["val"] = _value(node)
-        node.replace_all_uses_with(heads)
-        self.graph.erase_node(node)
+        heads.meta["val"] = node.meta["val"]
+        self.replace(node, heads)
         self.told.fused["attention"] += 1
 
-    def layer_of(self, node: Any) -> QuantLinear | None:
+    def layer_of(self, node: fx.Node) -> QuantLinear | None:
         """The layer that a product is of, where it can be in a pass with others."""
         layer = self.block.get_submodule(node.meta["layer"])
         assert isinstance(layer, QuantLinear), "it was one when the graph was made, and no child was exchanged since"
         if layer.mode is not Mode.INTEGER or layer._buffers["packed_weight"] is None:
             return None
-        return layer if _is_float32(node.args[0]) else None
+        return layer if is_float32(node.args[0]) else None
 
-    def linears(self, node: Any, all_linears: list[Any]) -> None:
+    def linears(self, node: fx.Node, all_linears: list[fx.Node]) -> None:
         """A product, with those that read the same tensor, what comes before and what comes behind."""
         if node._erased:
             return
@@ -169,7 +141,7 @@ class _Walk:
         if layer is None:
             self.alone(node)
             return
-        x = node.args[0]
+        x = operand(node.args[0])
         together, layers = [node], [layer]
         for other in all_linears:
             if other is node or other._erased or other.args[0] is not x or len(together) == _MOST:
@@ -187,32 +159,29 @@ class _Walk:
                 self.told.fused[f"{name} in the product before it"] += 1
         if len(together) > 1:
             self.told.fused[f"{len(together)} layers quantise their input once"] += 1
-        norm = self.norm_of(x) if layer.scheme.activations is not None and _rows_are_alone(layer) else None
+        norm = self.norm_of(x) if layer.scheme.activations is not None and rows_are_alone(layer) else None
         if norm is None:
             if len(together) == 1 and ends[0] is node:
                 self.alone(node)
                 return
-            step = self.step(node, Linears(layers, activations), (x,))
+            step = self.step(node, Linears(layers, activations), x)
         else:
-            step = self.with_norm(x, norm, lambda wanted: Linears(layers, activations, norm, wants_sum=wanted))
+            step = self.with_norm(x, lambda wanted: Linears(layers, activations, norm, wants_sum=wanted))
             self.told.fused["norm, quantising and product"] += 1
         for place, (each, end) in enumerate(zip(together, ends, strict=True)):
-            end.replace_all_uses_with(self.item(step, place + 2, end))
-            self.graph.erase_node(end)
+            self.replace(end, self.item(step, place + 2, end))
             if end is not each:
                 self.graph.erase_node(each)
         if norm is not None:
             self.graph.eliminate_dead_code()
 
-    def with_norm(self, norm_node: Any, norm: NormOf, make: Any) -> Any:
+    def with_norm(self, norm_node: fx.Node, make: Callable[[bool], Callable[..., object]]) -> fx.Node:
         """A step in the place of a norm; what else reads the norm, or the sum before it, reads the step's."""
-        total = norm_node.args[0]
-        adds = _is_sum(total)
+        total = operand(norm_node.args[0])
+        adds = is_sum(total)
         wanted = adds and len(total.users) > 1
-        args = tuple(total.args[:2]) if adds else (total,)
-        step = self.step(norm_node, make(wanted), args)
-        norm_node.replace_all_uses_with(self.item(step, 1, norm_node))
-        self.graph.erase_node(norm_node)
+        step = self.step(norm_node, make(wanted), *(total.args[:2] if adds else (total,)))
+        self.replace(norm_node, self.item(step, 1, norm_node))
         if wanted:
             # what reads the sum before this norm stands in its way
             late = self.item(step, 0, total)
@@ -222,42 +191,38 @@ class _Walk:
                     user.replace_input_with(total, late)
         return step
 
-    def norm_of(self, node: Any) -> NormOf | None:
+    def norm_of(self, node: fx.Node) -> NormOf | None:
         """A LayerNorm over the last axis, with what the block holds or without."""
-        if not _is_node(node) or node.target is not _ATEN.layer_norm.default or not _is_float32(node):
+        if node.target is not _ATEN.layer_norm.default or not is_float32(node):
             return None
         x, sizes, *rest = node.args
         weight, bias, eps = (*rest, *(None, None, 1e-5)[len(rest) :])[:3]
-        if len(sizes) != 1 or not _is_float32(x):
+        if not isinstance(sizes, list) or len(sizes) != 1 or not is_float32(x) or not isinstance(eps, float):
             return None
-        places = []
-        for parameter in (weight, bias):
-            place = None
-            if parameter is not None:
-                place = self.place_of(parameter)
-                if place is None or not _is_held_float32(place):
-                    return None
-            places.append(place)
+        places = [None if each is None else self.place_of(operand(each)) for each in (weight, bias)]
+        for parameter, place in zip((weight, bias), places, strict=True):
+            held = None if place is None else place[0][place[1]]
+            if parameter is not None and (held is None or held.dtype is not torch.float32):
+                return None
         return NormOf(places[0], places[1], eps)
 
-    def norm_alone(self, node: Any) -> None:
+    def norm_alone(self, node: fx.Node) -> None:
         norm = self.norm_of(node)
         if norm is None:
             self.told.left["a norm that is not float32 over the last axis"] += 1
             return
-        self.with_norm(node, norm, lambda wanted: NormStep(norm, wants_sum=wanted))
+        self.with_norm(node, lambda wanted: NormStep(norm, wants_sum=wanted))
         self.told.fused["sum and norm"] += 1
 
-    def alone(self, node: Any) -> None:
+    def alone(self, node: fx.Node) -> None:
         """A product that nothing stands beside: the layer as it is."""
         layer = self.block.get_submodule(node.meta["layer"])
-        new = self.step(node, Layer(layer), (node.args[0],))
-        new.meta["val"] = _value(node)
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
+        new = self.step(node, Layer(layer), node.args[0])
+        new.meta["val"] = node.meta["val"]
+        self.replace(node, new)
 
-    def place_of(self, node: Any) -> tuple[dict[str, Any], str] | None:
-        if not _is_node(node) or node.op != "get_attr":
+    def place_of(self, node: fx.Node) -> Place | None:
+        if node.op != "get_attr":
             return None
         path, kind, name = node.meta["place"]
         return getattr(self.block.get_submodule(path), kind), name
@@ -268,28 +233,10 @@ class _Walk:
         for node in [node for node in self.graph.nodes if node.op == "get_attr"]:
             place = self.place_of(node)
             assert place is not None, "it is a get_attr node"
-            new = self.step(node, Held(place), ())
-            node.replace_all_uses_with(new)
-            self.graph.erase_node(node)
+            self.replace(node, self.step(node, Held(place)))
 
 
-def _item(found: tuple[Any, ...], place: int) -> Any:
-    return found[place]
-
-
-def _is_sum(node: Any) -> bool:
-    """Whether this is a + b of two float32 tensors of one shape."""
-    if not _is_node(node) or node.target is not _ATEN.add.Tensor or node.kwargs.get("alpha", 1) != 1:
-        return False
-    a, b = node.args[:2]
-    return all(_is_float32(each) for each in (a, b)) and _shape(a) == _shape(b)
-
-
-def _is_held_float32(place: tuple[dict[str, Any], str]) -> bool:
-    return bool(place[0][place[1]].dtype is torch.float32)
-
-
-def _activation(node: Any) -> tuple[str, Any]:
+def _activation(node: fx.Node) -> tuple[str, fx.Node]:
     """The activation that is all that reads a product, or none: its name, and the last node of both."""
     if len(node.users) == 1:
         (user,) = node.users
@@ -301,13 +248,6 @@ def _activation(node: Any) -> tuple[str, Any]:
         if user.target is _ATEN.silu.default:
             return "silu", user
     return "identity", node
-
-
-def _rows_are_alone(layer: QuantLinear) -> bool:
-    """Whether the scale of a row is its own, or given: a row can be quantised as soon as it is there."""
-    _, per_token, _ = layer._grid
-    activations = layer.scheme.activations
-    return per_token or (activations is not None and not activations.dynamic)
 
 
 def _same_grid(a: QuantLinear, b: QuantLinear) -> bool:

@@ -10,15 +10,16 @@ picked by its number is computed whatever it is, what mixes rows ends the attemp
 are zero where there is padding; a part of a model, which others read behind its graph, returns all rows.
 """
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 
 from w8a8 import kernels
-from w8a8.fusing.steps import Attention, Layer, Linears, NormOf, NormStep
+from w8a8.fusing.capture import exchanged, is_float32, operand, sizes_of
+from w8a8.fusing.steps import Attention, Layer, Linears, NormOf, NormStep, Run, item
 from w8a8.kernels import fused
 from w8a8.layers.linear import Mode, QuantLinear
 
@@ -27,6 +28,10 @@ _VIEWS = (_ATEN.view.default, _ATEN.reshape.default)
 _COPIES = (_ATEN.contiguous.default, _ATEN.clone.default)
 _ROWS = 3  # (B, T, K)
 _NORM, _SUM, _ATTEND = 1, 2, 3  # enum w8a8_step_kind, in which a product is 0
+
+
+Row: TypeAlias = tuple[object, ...]
+"""A step as csrc/python_plan.cpp reads it."""
 
 
 class LongWay(Exception):  # noqa: N818 (no error: it never leaves `Planned`)
@@ -38,7 +43,7 @@ class Plan:
 
     __name__ = "plan"
 
-    def __init__(self, widths: tuple[int, ...], steps: tuple[Any, ...], outputs: tuple[int, ...]) -> None:
+    def __init__(self, widths: tuple[int, ...], steps: tuple[Row, ...], outputs: tuple[int, ...]) -> None:
         self.widths, self.steps, self.outputs = widths, steps, outputs
         self.read: tuple[int, ...] | None = None  # where padding is left out: the tokens that are read all the same
         self.numbers: list[int] = []
@@ -56,10 +61,10 @@ class Plan:
 class Planned:
     """The function of a graph with plans, and of the one without for tensors that these cannot run on."""
 
-    def __init__(self, fast: Callable[..., Any], plain: Callable[..., Any]) -> None:
+    def __init__(self, fast: Run, plain: Run) -> None:
         self.fast, self.plain = fast, plain
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def __call__(self, *tensors: Tensor) -> list[Tensor | None]:
         try:
             return self.fast(*tensors)
         except LongWay:
@@ -74,11 +79,11 @@ class _Step:
     """
 
     kind: int
-    reads: list[Any]
-    writes: list[Any]
+    reads: list[fx.Node]
+    writes: list[fx.Node | None]
     widths: list[int]
     leading: tuple[str, ...]
-    mask: Any = None
+    mask: fx.Node | None = None
     norm: NormOf | None = None
     linears: Linears | None = None
     adds: bool = False
@@ -91,62 +96,60 @@ class _Part:
     steps: list[_Step] = field(default_factory=list)
 
 
-def plan(graph: fx.Graph, item: Callable[..., Any], told: Any, *, padding_is_read: bool = True) -> Callable[..., Any]:
+def plan(graph: fx.Graph, told: Counter[str], *, padding_is_read: bool = True) -> Run:
     """The function of a graph whose steps are put together as far as can be.
 
     Args:
         graph: Of steps (`w8a8.fusing.matching`).  Not modified.
-        item: What takes a step's outputs apart.
         told: Is told how many steps became one call.
         padding_is_read: Whether somebody may read the rows of padding in what the graph returns.
     """
-    plain = fx.GraphModule(nn.Module(), graph).forward
-    parts, level, member = _parts(graph, item)
+    plain: Run = fx.GraphModule(nn.Module(), graph).forward
+    parts, level, member = _parts(graph)
     if not any(len(part.steps) > 1 for part in parts):
         return plain
     new = fx.Graph()
-    env: dict[Any, Any] = {}
-    plans: list[tuple[Any, Plan]] = []
+    env: dict[fx.Node, fx.Node] = {}
+    plans: list[tuple[fx.Node, Plan]] = []
     for number in range(len(parts) + 1):
         for node in graph.nodes:
             if node not in member and level[node] == number and node.op != "output":
                 env[node] = new.node_copy(node, lambda old: env[old])
         if number < len(parts):
-            plans.append(_emit(new, parts[number], env, item))
-            told.fused[f"{len(parts[number].steps)} steps in one call"] += 1
+            plans.append(_emit(new, parts[number], env))
+            told[f"{len(parts[number].steps)} steps in one call"] += 1
     (end,) = (node for node in graph.nodes if node.op == "output")
     new.output(fx.map_arg(end.args[0], lambda old: env[old]))
     new.eliminate_dead_code()
     for node, made in plans:
-        _wanted(node, made, item)
+        _wanted(node, made)
     new.eliminate_dead_code()
     new.lint()
     for node, made in plans:
         made.read = _read(node, made, padding_is_read)
         if made.read is not None:
-            told.fused["padding is left out, and its outputs are zero"] += 1
+            told["padding is left out, and its outputs are zero"] += 1
     return Planned(fx.GraphModule(nn.Module(), new).forward, plain)
 
 
-def _parts(graph: fx.Graph, item: Callable[..., Any]) -> tuple[list[_Part], dict[Any, int], set[Any]]:
+def _parts(graph: fx.Graph) -> tuple[list[_Part], dict[fx.Node, int], set[fx.Node]]:
     """Which steps are in which plan, how many plans have to be done before each other node, and what is in a plan."""
     parts: list[_Part] = []
-    place: dict[Any, int] = {}  # of a slot's node, its plan
-    level: dict[Any, int] = {}
-    member: set[Any] = set()
+    place: dict[fx.Node, int] = {}  # of a slot's node, its plan
+    level: dict[fx.Node, int] = {}
+    member: set[fx.Node] = set()
     for node in graph.nodes:
         if node in member:  # an item of a step before it
             continue
-        step = _step(node, item)
+        step = _step(node)
         if step is not None and step.kind == _SUM and not any(each in place for each in step.reads):
             step = None  # of what no plan makes: it would only be a plan of its own
         if step is None:
             level[node] = max((place[a] + 1 if a in place else level[a] for a in node.all_input_nodes), default=0)
             continue
-        outside = [] if step.mask is None else [step.mask]
-        least = max(place.get(a, level.get(a, 0)) for a in [*step.reads, *outside])
-        if any(a in place for a in outside):
-            least = max(least, *(place[a] + 1 for a in outside if a in place))
+        least = max(place.get(a, level.get(a, 0)) for a in step.reads)
+        if step.mask is not None:  # it is read from outside of a plan
+            least = max(least, place[step.mask] + 1 if step.mask in place else level[step.mask])
         if not parts or parts[-1].leading != step.leading or least > len(parts) - 1:
             parts.append(_Part(step.leading))
         parts[-1].steps.append(step)
@@ -158,29 +161,25 @@ def _parts(graph: fx.Graph, item: Callable[..., Any]) -> tuple[list[_Part], dict
     return parts, level, member
 
 
-def _step(node: Any, item: Callable[..., Any]) -> _Step | None:
+def _step(node: fx.Node) -> _Step | None:
     """What a node asks of a plan; None where it is nothing for one."""
     target = node.target
     if isinstance(target, Attention):
-        return _attention(node)
+        return _attention(node, target)
+    reads = [each for each in node.args if isinstance(each, fx.Node)]
     if target is _ATEN.add.Tensor:
-        a, b = node.args[:2]
-        both = all(isinstance(each, fx.Node) and _is_rows(each) for each in (a, b))
-        if not both or node.kwargs.get("alpha", 1) != 1 or _sizes(a) != _sizes(b) or not _is_rows(node):
+        if not is_sum(node) or not _are_rows(node, *reads):
             return None
-        return _Step(_SUM, [a, b], [node], [_width(node)], _sizes(node)[:2], adds=True)
+        return _Step(_SUM, reads, [node], [_width(node)], sizes_of(node)[:2], adds=True)
     if isinstance(target, Layer):
         layer = target.layer
-        if not isinstance(layer, QuantLinear) or not _takes(layer) or not _is_rows(node.args[0]) or not _is_rows(node):
+        if not isinstance(layer, QuantLinear) or not _takes(layer) or not _are_rows(node, *reads):
             return None
         linears = Linears([layer], ["identity"])
-        return _Step(0, [node.args[0]], [None, None, node], [0, 0, _width(node)], _sizes(node)[:2], linears=linears)
-    if not isinstance(target, Linears | NormStep):
+        return _Step(0, reads, [None, None, node], [0, 0, _width(node)], sizes_of(node)[:2], linears=linears)
+    if not isinstance(target, Linears | NormStep) or not _are_rows(*reads):
         return None
-    reads = [each for each in node.args if each is not None]
-    if not all(_is_rows(each) for each in reads):
-        return None
-    width, leading = _width(reads[0]), _sizes(reads[0])[:2]
+    width, leading = _width(reads[0]), sizes_of(reads[0])[:2]
     items = {user.args[1]: user for user in node.users if user.target is item}
     if len(items) != len(node.users):  # one is read twice, or all of them together
         return None
@@ -197,57 +196,71 @@ def _step(node: Any, item: Callable[..., Any]) -> _Step | None:
 
 def _takes(layer: QuantLinear) -> bool:
     """Whether a layer's rows can be computed one without the other, by the native kernel."""
-    _, per_token, _ = layer._grid if layer.mode is Mode.INTEGER else (0, False, False)
+    return layer.mode is Mode.INTEGER and rows_are_alone(layer) and layer._buffers["packed_weight"] is not None
+
+
+def rows_are_alone(layer: QuantLinear) -> bool:
+    """Whether the scale of a row is its own, or given: a row can be quantised as soon as it is there."""
+    _, per_token, _ = layer._grid
     activations = layer.scheme.activations
-    alone = per_token or (activations is not None and not activations.dynamic)
-    return alone and layer.mode is Mode.INTEGER and layer._buffers["packed_weight"] is not None
+    return per_token or (activations is not None and not activations.dynamic)
 
 
-def _attention(node: Any) -> _Step | None:
+def is_sum(node: fx.Node) -> bool:
+    """Whether this is a + b of two float32 tensors of one shape."""
+    if node.target is not _ATEN.add.Tensor or node.kwargs.get("alpha", 1) != 1:
+        return False
+    a, b = node.args[:2]
+    return is_float32(a) and is_float32(b) and sizes_of(a) == sizes_of(b)
+
+
+def _attention(node: fx.Node, target: Attention) -> _Step | None:
     """Attention whose operands are heads of rows, and whose output is read as rows."""
-    q, k, v, mask = node.args
-    scale, found = node.target.scale, []
-    for heads in (q, k, v):
-        one = _heads_of(heads)
+    mask, found = node.args[3], []
+    for heads in node.args[:3]:
+        one = _heads_of(operand(heads))
         if one is None:
             return None
         found.append(one)
     (q_rows, heads, factor), (k_rows, shared, k_factor), (v_rows, values, v_factor) = found
-    leading = _sizes(q_rows)[:2]
-    if v_factor != 1.0 or shared != values or any(_sizes(each)[:2] != leading for each in (k_rows, v_rows)):
+    leading = sizes_of(q_rows)[:2]
+    if v_factor != 1.0 or shared != values or any(sizes_of(each)[:2] != leading for each in (k_rows, v_rows)):
         return None
     width = _width(q_rows)
     users = list(node.users)
-    if any(user.target not in _VIEWS or _sizes(user) != (*leading, str(width)) for user in users) or len(users) != 1:
+    if any(user.target not in _VIEWS or sizes_of(user) != (*leading, str(width)) for user in users) or len(users) != 1:
         return None
-    told = (heads, heads // shared, scale * factor * k_factor, node.target.causal)
-    return _Step(_ATTEND, [q_rows, k_rows, v_rows], users, [width], leading, mask=mask, attention=told)
+    told = (heads, heads // shared, target.scale * factor * k_factor, target.causal)
+    of = None if mask is None else operand(mask)
+    return _Step(_ATTEND, [q_rows, k_rows, v_rows], [*users], [width], leading, mask=of, attention=told)
 
 
-def _heads_of(node: Any) -> tuple[Any, int, float] | None:
+def _heads_of(node: fx.Node) -> tuple[fx.Node, int, float] | None:
     """The rows that heads (B, H, T, D) are a view of, H, and what number they were multiplied with on the way."""
     while node.target in _COPIES:
-        node = node.args[0]
-    if node.target is not _ATEN.transpose.int or {axis % 4 for axis in node.args[1:]} != {1, 2}:
+        node = operand(node.args[0])
+    if node.target is not _ATEN.transpose.int or exchanged(node) != {1, 2}:
         return None
-    view = node.args[0]
-    if view.target not in _VIEWS or len(_sizes(view)) != _ROWS + 1:
+    view = operand(node.args[0])
+    if view.target not in _VIEWS or len(sizes_of(view)) != _ROWS + 1:
         return None
-    rows, factor = view.args[0], 1.0
-    if rows.target is _ATEN.mul.Tensor and isinstance(rows.args[1], int | float):
-        rows, factor = rows.args[0], float(rows.args[1])
-    if not _is_rows(rows) or _sizes(view)[:2] != _sizes(rows)[:2]:
+    rows, factor = operand(view.args[0]), 1.0
+    number = rows.args[1] if rows.target is _ATEN.mul.Tensor else None
+    if isinstance(number, int | float):
+        rows, factor = operand(rows.args[0]), float(number)
+    if not _are_rows(rows) or sizes_of(view)[:2] != sizes_of(rows)[:2]:
         return None
-    heads, dims = _sizes(view)[2:]
+    heads, dims = sizes_of(view)[2:]
     if not heads.isdigit() or not dims.isdigit() or int(heads) * int(dims) != _width(rows):
         return None
     return rows, int(heads), factor
 
 
-def _emit(new: fx.Graph, part: _Part, env: dict[Any, Any], item: Callable[..., Any]) -> tuple[Any, Plan]:
+def _emit(new: fx.Graph, part: _Part, env: dict[fx.Node, fx.Node]) -> tuple[fx.Node, Plan]:
     """A plan's node, and an item of it for every slot that it writes."""
     written = dict.fromkeys(slot for step in part.steps for slot in step.writes if slot is not None)
-    inputs, masks = [], []
+    inputs: list[fx.Node] = []
+    masks: list[fx.Node] = []
     for step in part.steps:
         inputs += [each for each in step.reads if each not in written and each not in inputs]
         masks += [step.mask] if step.mask is not None and step.mask not in masks else []
@@ -276,8 +289,7 @@ def _emit(new: fx.Graph, part: _Part, env: dict[Any, Any], item: Callable[..., A
     return node, made
 
 
-def _told(step: _Step, slots: dict[Any, int], places: list[int], masks: list[Any]) -> tuple[Any, ...]:
-    """A step as csrc/python_plan.cpp reads it."""
+def _told(step: _Step, slots: dict[fx.Node, int], places: list[int], masks: list[fx.Node]) -> Row:
     reads = [slots[each] for each in step.reads]
     if step.kind == _ATTEND:
         heads, shared, scale, causal = step.attention
@@ -293,17 +305,17 @@ def _told(step: _Step, slots: dict[Any, int], places: list[int], masks: list[Any
     return (step.kind, x, add, places[0], places[1], norm, layers, tuple(places[2:]))
 
 
-def _wanted(node: Any, made: Plan, item: Callable[..., Any]) -> None:
+def _wanted(node: fx.Node, made: Plan) -> None:
     """Only those slots are outputs that somebody reads."""
     users = list(node.users)
-    made.outputs = tuple(user.args[1] for user in users)
+    made.outputs = tuple(place for user in users if isinstance(place := user.args[1], int))
     for place, user in enumerate(users):
         user.args = (node, place)
 
 
-def _read(node: Any, made: Plan, padding_is_read: bool) -> tuple[int, ...] | None:
+def _read(node: fx.Node, made: Plan, padding_is_read: bool) -> tuple[int, ...] | None:
     """Which tokens are read behind a plan by their numbers; None where padding cannot be left out of it."""
-    if not node.args[1] or any(step[0] == _ATTEND and step[6] < 0 for step in made.steps):
+    if not node.args[1] or any(step[0] == _ATTEND and step[6] == -1 for step in made.steps):
         return None
     read: list[int] = []
     readers = [user for each in node.users for user in each.users]
@@ -312,7 +324,7 @@ def _read(node: Any, made: Plan, padding_is_read: bool) -> tuple[int, ...] | Non
             if padding_is_read:
                 return None
             continue
-        if reader.target is _ATEN.slice.Tensor and _sizes(reader) == _sizes(reader.args[0]):
+        if reader.target is _ATEN.slice.Tensor and sizes_of(reader) == sizes_of(reader.args[0]):
             readers += reader.users
         elif reader.target is _ATEN.select.int and reader.args[1] == 1 and isinstance(reader.args[2], int):
             read.append(reader.args[2])
@@ -321,16 +333,9 @@ def _read(node: Any, made: Plan, padding_is_read: bool) -> tuple[int, ...] | Non
     return tuple(read)
 
 
-def _is_rows(node: Any) -> bool:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(value, Tensor) or value.dtype is not torch.float32 or value.ndim != _ROWS:
-        return False
-    return _sizes(node)[-1].isdigit()
+def _are_rows(*nodes: fx.Node) -> bool:
+    return all(is_float32(node) and len(sizes_of(node)) == _ROWS and sizes_of(node)[-1].isdigit() for node in nodes)
 
 
-def _sizes(node: Any) -> tuple[str, ...]:
-    return tuple(str(size) for size in node.meta["val"].shape)
-
-
-def _width(node: Any) -> int:
-    return int(_sizes(node)[-1])
+def _width(node: fx.Node) -> int:
+    return int(sizes_of(node)[-1])

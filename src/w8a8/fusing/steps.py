@@ -1,6 +1,9 @@
 """What a fused graph runs in the place of several operations: the native pass, or the plain operations without it."""
 
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -8,11 +11,30 @@ from w8a8 import kernels
 from w8a8.kernels import fused
 from w8a8.layers.linear import QuantLinear
 
+Run: TypeAlias = Callable[..., list[Tensor | None]]
+"""The function of a graph: from the tensors among the arguments to its outputs."""
+
+Place: TypeAlias = tuple[Mapping[str, Tensor | None], str]
+"""Something that the block holds: the parameters or buffers of a module, and its name there."""
+
+
+@dataclass
+class Told:
+    """What was fused in one block, and what was not: how often."""
+
+    fused: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+
+
+def item(found: Sequence[Tensor | None], place: int) -> Tensor | None:
+    """One of the outputs of a step."""
+    return found[place]
+
 
 class NormOf:
     """A LayerNorm as the block holds it: its parameters are looked up at each call."""
 
-    def __init__(self, weight: tuple[dict[str, Any], str] | None, bias: tuple[dict[str, Any], str] | None, eps: float):
+    def __init__(self, weight: Place | None, bias: Place | None, eps: float):
         self.weight, self.bias, self.eps = weight, bias, eps
 
     def now(self) -> fused.Norm:
@@ -83,8 +105,9 @@ class Layer:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
-    def __call__(self, x: Tensor) -> Any:
-        return self.layer(x)
+    def __call__(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
 
 
 class Held:
@@ -92,8 +115,8 @@ class Held:
 
     __name__ = "held"
 
-    def __init__(self, place: tuple[dict[str, Any], str]) -> None:
+    def __init__(self, place: Place) -> None:
         self.place = place
 
-    def __call__(self) -> Any:
+    def __call__(self) -> Tensor | None:
         return self.place[0][self.place[1]]

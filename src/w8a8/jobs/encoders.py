@@ -61,7 +61,7 @@ class Judgement:
     measures: tuple[Measure, ...]
     fused: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """For JSON."""
         measures = [{**plain(measure), "verdict": measure.verdict} for measure in self.measures]
         return {"judged": self.judged, "alike": plain(self.alike), "measures": measures, "fused": self.fused}

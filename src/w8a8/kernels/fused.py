@@ -15,7 +15,7 @@ Nobody here looks whether PyTorch's dispatcher has something to do: who calls ha
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def layer_of(buffers: Mapping[str, Tensor | None], call: Call, activation: str) 
     return (buffers, *call, list(ACTIVATIONS).index(activation))
 
 
-Outputs = tuple[Any, ...]
+Outputs = tuple[Tensor | None, ...]
 """The sum, the norm's output, and then the output of each layer; None for what was not asked for."""
 
 
@@ -93,7 +93,7 @@ def norm(x: Tensor, norm: Norm, add: Tensor | None = None, *, wants_sum: bool = 
     return found
 
 
-def plain_norm(x: Tensor, norm: Norm, add: Tensor | None = None) -> Outputs:
+def plain_norm(x: Tensor, norm: Norm, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The oracle of `norm`."""
     total = x if add is None else x + add
     return total, F.layer_norm(total, x.shape[-1:], norm.weight, norm.bias, norm.eps)
@@ -134,7 +134,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 def run(
     widths: tuple[int, ...],
-    steps: tuple[Any, ...],
+    steps: tuple[tuple[object, ...], ...],
     inputs: tuple[Tensor, ...],
     masks: tuple[Tensor, ...],
     outputs: tuple[int, ...],

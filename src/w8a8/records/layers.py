@@ -1,9 +1,9 @@
 """What was measured of single layers: errors, effects on the predictions, and what would help."""
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+
+from w8a8.core.plain import Json
 
 TOP = 10
 """How many layers are named as the worst."""
@@ -129,7 +129,7 @@ class Sensitivity:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Sensitivity":
+    def from_dict(cls, data: Json) -> "Sensitivity":
         """What `to_dict` gave, from JSON too."""
         parts = {
             "layers": tuple(LayerSensitivity(**layer) for layer in data["layers"]),
@@ -139,7 +139,7 @@ class Sensitivity:
         }
         return cls(**{**data, **parts})
 
-    def records(self) -> dict[str, Any]:
+    def records(self) -> dict[str, object]:
         """The parts of a page: layers, rankings, channels and histograms."""
         return {
             "layers": [{k: v for k, v in asdict(layer).items() if k != "group"} for layer in self.layers],

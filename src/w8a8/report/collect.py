@@ -5,8 +5,8 @@ it needs no torch, and works as well on a result that was read back from a file.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+from w8a8.core.plain import Json
 from w8a8.report.records import SCHEMA, check
 
 
@@ -17,9 +17,9 @@ def collect(
     verdict: str | None = None,
     bytes_before: int | None = None,
     bytes_after: int | None = None,
-    coverage: Mapping[str, Any] | None = None,
-    smooth: Mapping[str, Any] | None = None,
-    comparison: Mapping[str, Any] | None = None,
+    coverage: Json | None = None,
+    smooth: Json | None = None,
+    comparison: Json | None = None,
     headline: Mapping[str, object] | None = None,
     layers: Sequence[Mapping[str, object]] = (),
     reproduce: Mapping[str, object] | None = None,
@@ -90,7 +90,7 @@ def collect(
     return records
 
 
-def verdict_of(comparison: Mapping[str, Any] | None) -> str:
+def verdict_of(comparison: Json | None) -> str:
     """One sentence about what was lost."""
     if comparison is None:
         return "Quality was not measured."
