@@ -11,6 +11,7 @@ from typing import Any
 import account
 import allocator
 import blocks
+import cache
 import calibration
 import demo
 import encoders
@@ -35,6 +36,7 @@ TABLES = (
     (ROOT / "README.md", demo),
     (ROOT / "README.md", model),
     (ROOT / "docs" / "explanation" / "evidence.md", vllm_peer),
+    (ROOT / "docs" / "howto" / "long-contexts.md", cache),
 )
 """Pages written by hand, and whose table is in each."""
 _HEAD = """# Performance
@@ -127,6 +129,20 @@ def _account(result: dict[str, Any]) -> str:
         "run around each part in one of two tokens; the parts add up to so much of a token without clocks. "
         "`int8` is `w8a8.set_cache(model)`; `int8, dequantised` the same cache with PyTorch's attention.\n\n"
         + account.table(result)
+        + "\n"
+    )
+
+
+def _caches(result: dict[str, Any]) -> str:
+    clock = "processor time of the one thread" if result["clock"] == "processor" else "time of the wall"
+    return (
+        "What a model says with keys and values in blocks or in int8, beside itself with transformers' cache; 95 % "
+        "intervals, paired by windows. Both models are tiny, the second with heads of 8 elements, a scale for each. "
+        "Below each where it comes from: rounded as floats, keys alone, values alone, and keys with a zero point.\n\n"
+        + cache.table(result, every=True)
+        + f"\n\nA Llama of four layers writes from its first token on; {clock} beside transformers' cache for the same "
+        f"tokens, medians of {cache.STRETCH}. Drawn with the same random numbers: {cache.text(result)}.\n\n"
+        + cache.speeds(result)
         + "\n"
     )
 
@@ -243,6 +259,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("serve", "Texts for many clients at once", _serving),
     ("overhead", "Where a token's time goes", _tokens),
     ("account", "Where a token's time goes, by context and cache", _account),
+    ("cache", "Keys and values in blocks and in int8", _caches),
     ("allocator", "New memory", _memory),
     ("layout", "Packed or row-major, our tile or oneDNN's product", _layouts),
     ("calibration", "Calibrating", _calibrating),

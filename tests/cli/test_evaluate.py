@@ -172,9 +172,9 @@ def test_a_cache_is_set_where_it_does_something(call, demo_dir, text):  # noqa: 
     assert "unknown kind of cache 'int4'" in err
 
 
-def test_a_model_goes_on_from_a_prompt_with_a_cache_in_int8(call, demo_dir):  # noqa: F811
-    texts = [
-        call("generate", demo_dir, "Return the", "--max-new-tokens", "8", "--kv", kv) for kv in ("dynamic", "int8")
-    ]
-    assert [code for code, _, _ in texts] == [0, 0]
-    assert texts[1][1].startswith("Return the")
+def test_a_model_goes_on_from_a_prompt_with_each_cache(call, demo_dir):  # noqa: F811
+    kinds = ("auto", "dynamic", "int8")
+    texts = [call("generate", demo_dir, "Return the", "--max-new-tokens", "8", "--kv", kv) for kv in kinds]
+    assert [code for code, _, _ in texts] == [0, 0, 0]
+    assert texts[0][1] == texts[1][1]
+    assert texts[2][1].startswith("Return the")

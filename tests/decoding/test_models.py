@@ -12,7 +12,7 @@ from tests.conftest import needs
 from tests.decoding.models import CAUSAL, SIZES, causal, whisper
 from tests.decoding.test_caches import prompt
 from w8a8.decoding import attention
-from w8a8.decoding.models import new_cache
+from w8a8.decoding.models import new_cache, set_usual_cache
 from w8a8.errors import ModelError
 
 pytestmark = [
@@ -213,3 +213,65 @@ def test_four_thousand_tokens_in_blocks_are_those_of_the_dynamic_cache():
         texts.append(model.generate(ids, **how))
     assert texts[0].shape[1] == 4003
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_and_values_usually_lie_in_blocks(name):
+    model = causal(name)
+    assert set_usual_cache(model) is None
+    assert type(new_cache(model)) is w8a8.BlockCache
+
+
+def _latent():
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    return t.DeepseekV3ForCausalLM(
+        t.DeepseekV3Config(
+            **{**SIZES, "num_hidden_layers": 1},
+            **sizes,
+            intermediate_size=40,
+            num_key_value_heads=4,
+            first_k_dense_replace=1,
+        )
+    )
+
+
+def _state():
+    return t.MambaForCausalLM(t.MambaConfig(vocab_size=96, hidden_size=32, state_size=8, num_hidden_layers=1))
+
+
+def test_a_model_with_another_kind_of_cache_keeps_its_own():
+    model = _state().eval()
+    why = set_usual_cache(model)
+    assert why is not None
+    assert new_cache(model) is None
+    assert "generate" not in vars(model)
+
+
+def test_a_model_whose_latents_are_seen_when_they_come_keeps_its_own():
+    model = _latent().eval()
+    why = set_usual_cache(model)
+    if why is None:
+        assert type(new_cache(model)) is w8a8.BlockCache  # this transformers keeps keys and values of heads
+    else:
+        assert "latents" in why
+        assert new_cache(model) is None
+
+
+def test_a_model_that_would_say_something_else_keeps_its_own(monkeypatch):
+    model = causal("llama")
+    own = w8a8.BlockCache.update
+    monkeypatch.setattr(w8a8.BlockCache, "update", lambda self, k, v, layer: own(self, k, 1.001 * v, layer))
+    assert set_usual_cache(model) == "its logits are others with keys and values in blocks"
+    assert new_cache(model) is None
+
+
+def test_a_model_whose_code_wants_another_cache_keeps_its_own():
+    class Own(t.LlamaForCausalLM):
+        def forward(self, input_ids=None, past_key_values=None, **kwargs):
+            if past_key_values is not None and type(past_key_values) is not DynamicCache:
+                raise TypeError("only my own")
+            return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+
+    model = Own(causal("llama").config).eval()
+    assert set_usual_cache(model) == "it does not go on from a few tokens: TypeError: only my own"
+    assert new_cache(model) is None

@@ -11,21 +11,30 @@ from torch import nn
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.reader import load, load_float
-from w8a8.decoding.models import check_cache, set_cache
+from w8a8.decoding.models import check_cache, set_cache, set_usual_cache
 from w8a8.errors import ModelError
 from w8a8.model.kinds import Asked
 from w8a8.model.pretrained import Pretrained, Tokenizer
 from w8a8.model.roles import Head
 
+AUTO_KV = "auto"
+"""Keys and values in blocks where that changes no bit (`set_usual_cache`), as transformers keeps them elsewhere."""
+
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model by name: itself, its tokenizer, where its files are, and whether they hold codes."""
+    """A model by name: itself, its tokenizer, where its files are, and whether they hold codes.
+
+    kv: How it keeps keys and values.
+    kv_why: Why that is "dynamic" where "auto" was asked for.
+    """
 
     model: Pretrained
     tokenizer: Tokenizer | None
     directory: Path
     quantized: bool
+    kv: str = "dynamic"
+    kv_why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class NamedModel:
     device: Where the model goes.
     head: "int8" quantises the output head of a quantised model at run time, see `w8a8.load`.
     trust_remote_code: Run Python code from the repository where transformers has no class for the model.
-    kv: How it keeps keys and values: "dynamic" as transformers does, or what else `w8a8.set_cache` has.
+    kv: How it keeps keys and values: "dynamic" as transformers does, or what else `w8a8.set_cache` has; "auto": in
+        blocks where that is seen to change no bit of a few tokens, which are read and written.
     """
 
     name: str | os.PathLike[str] | Directory
@@ -83,7 +93,8 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
     directory = named.directory
     if asked is not None:
         asked.check(*directory.architecture)
-    check_cache(*directory.architecture, named.kv)
+    if named.kv != AUTO_KV:
+        check_cache(*directory.architecture, named.kv)
     quantized = directory.quantization is not None
     wanted = _dtype(named.dtype)
     if quantized or Head.of(named.head) is Head.INT8:  # which a float model is refused with there
@@ -92,9 +103,13 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
     else:
         model = load_float(directory, dtype=named.dtype if wanted is None else wanted)
     _move(model.eval(), named.device)
-    if named.kv != "dynamic":
-        set_cache(model, named.kv)
-    return OpenedModel(model, open_tokenizer(directory), directory.path, quantized)
+    kv, why = named.kv, None
+    if kv == AUTO_KV:
+        why = set_usual_cache(model)
+        kv = "block" if why is None else "dynamic"
+    elif kv != "dynamic":
+        set_cache(model, kv)
+    return OpenedModel(model, open_tokenizer(directory), directory.path, quantized, kv, why)
 
 
 def _move(model: nn.Module, to: str | torch.dtype | None) -> None:

@@ -48,7 +48,11 @@ Head = Annotated[
 
 Kv = Annotated[
     str,
-    typer.Option("--kv", help="Keys and values: dynamic (as transformers keeps them), block (the same bits), int8."),
+    typer.Option(
+        "--kv",
+        help="Keys and values: dynamic (as transformers keeps them), block (the same bits), int8; "
+        "auto: block where it can be.",
+    ),
 ]
 
 TrustRemoteCode = Annotated[

@@ -34,7 +34,7 @@ def bench(
         bool, typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder.")
     ] = True,
     head: Head = "float",
-    kv: Kv = "dynamic",
+    kv: Kv = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -64,7 +64,7 @@ def bench(
     )
     threads = torch.get_num_threads()
     if as_json:
-        print_json({"batch": batch, "new": new, "context": context, "kv": kv, "threads": threads, "models": found})
+        print_json({"batch": batch, "new": new, "context": context, "threads": threads, "models": found})
         return
     first = next(iter(found.values()))
     if first.writing is None:
@@ -74,12 +74,12 @@ def bench(
         print_line("One round: each model in turn reads. Medians; times is beside the first.")
         return
     rows = [
-        (name, *_cells(speed.reading, first.reading), *_cells(speed.writing, first.writing))
+        (name, *_cells(speed.reading, first.reading), *_cells(speed.writing, first.writing), speed.kv or "")
         for name, speed in found.items()
     ]
-    columns = ("model", "reading, tokens/s", "quartiles", "times", "writing, tokens/s", "quartiles", "times")
+    columns = ("model", "reading, tokens/s", "quartiles", "times", "writing, tokens/s", "quartiles", "times", "cache")
     after = "" if context is None else f" after {context}"
-    title = f"batch {batch}, {new} new tokens{after}, {kv} cache, {first.rounds} rounds, {threads} threads"
+    title = f"batch {batch}, {new} new tokens{after}, {first.rounds} rounds, {threads} threads"
     print_table(title, columns, rows)
     print_line("One round: each model in turn reads the prompt and writes. Medians; times is beside the first.")
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w8a8.cli.app import Device, Dtype, Head, Json, Kv, Model, TrustRemoteCode, app
-from w8a8.cli.output import print_json, print_line, print_table, progress, quiet_transformers
+from w8a8.cli.output import print_json, print_line, print_note, print_table, progress, quiet_transformers
 from w8a8.core.plain import plain
 from w8a8.records.coverage import megabytes
 
@@ -21,19 +21,21 @@ def generate(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     head: Head = "float",
-    kv: Kv = "dynamic",
+    kv: Kv = "auto",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Let a model go on from a prompt."""
-    from w8a8.checkpoint.opening import NamedModel
-    from w8a8.evaluation.generation import continue_text
+    from w8a8.checkpoint.opening import NamedModel, open_model
+    from w8a8.evaluation.generation import ASKED, continue_text
 
     quiet_transformers()
-    named = NamedModel(model, dtype, device, head, trust_remote_code, kv)
-    result = continue_text(named, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    opened = open_model(NamedModel(model, dtype, device, head, trust_remote_code, kv), ASKED)
+    if opened.kv_why is not None:
+        print_note(f"keys and values are kept as transformers keeps them: {opened.kv_why}")
+    result = continue_text(opened, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if as_json:
         print_json(result)
         return

@@ -9,6 +9,7 @@
 """
 
 import functools
+import inspect
 import types
 import warnings
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from w8a8.decoding.attention import NAME
 from w8a8.decoding.caches import BlockCache, Int8Cache
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, closest
+from w8a8.model.experts import OTHER_KIND
 
 CACHES: dict[str, type[BlockCache] | None] = {"dynamic": None, "block": BlockCache, "int8": Int8Cache}
 """By the name that they are asked for: transformers' own, as the model has it; in blocks; in int8."""
@@ -89,6 +91,48 @@ def set_cache(model: Any, kind: str = "int8") -> None:
                 "it at each token",
                 stacklevel=2,
             )
+
+
+def set_usual_cache(model: PreTrainedModel) -> str | None:
+    """Have a causal model generate with keys and values in blocks, where that is seen to change no bit of a few tokens.
+
+    Args:
+        model: In evaluation mode.  Run four times.
+
+    Returns:
+        Why it keeps transformers' own cache; None where it is set to blocks.
+    """
+    try:
+        check_cache(type(model), model.config, "block")
+        if model.config.is_encoder_decoder:
+            return "it reads with an encoder"
+        own = _read_and_written(model, None)
+        found = _read_and_written(model, BlockCache(model.config))
+    except ModelError as error:
+        return str(error)
+    except OTHER_KIND as error:  # its code wants to be called in another way, or another cache
+        return f"it does not go on from a few tokens: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if not torch.equal(own, found):
+        return "its logits are others with keys and values in blocks"
+    set_cache(model, "block")
+    return None
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What a model's forward calls its cache: transformers before 5.24 has another name than since."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+@torch.inference_mode()
+def _read_and_written(model: Any, cache: BlockCache | None) -> torch.Tensor:
+    """Logits of a few tokens, and of one that comes after them."""
+    words = int(model.config.get_text_config(decoder=True).vocab_size)
+    name = cache_argument(model)
+    with usual_defaults():
+        ids = torch.tensor([[1 % words, 5 % words, 2 % words, 3 % words]], dtype=torch.long, device=model.device)
+        first = model(input_ids=ids[:, :3], use_cache=True, **({} if cache is None else {name: cache}))
+        then = model(input_ids=ids[:, 3:], use_cache=True, **{name: getattr(first, name)})
+    return torch.cat([first.logits, then.logits], 1)
 
 
 def _check_module(model: object, kind: object) -> None:

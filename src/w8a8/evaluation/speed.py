@@ -15,7 +15,6 @@ An encoder of text writes nothing: it is timed reading alone, by one forward.
 """
 
 import copy
-import inspect
 import statistics
 import time
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.core.progress import Progress, tell
-from w8a8.decoding.models import new_cache
+from w8a8.decoding.models import cache_argument, new_cache
 from w8a8.errors import ModelError
 from w8a8.model.kinds import READS_TEXT, Asked, Kind, context_length, kind_of_model
 from w8a8.model.pretrained import Pretrained
@@ -52,12 +51,14 @@ class Speed:
 
     writing: None of an encoder.
     fused: What of an encoder was fused, or why nothing was; None where nobody asked.
+    kv: How the model kept keys and values; None where nobody told.
     """
 
     reading: Rate
     writing: Rate | None
     rounds: int
     fused: str | None = None
+    kv: str | None = None
 
 
 def measure_speed(
@@ -173,8 +174,7 @@ class _Turn:
 
     def __init__(self, name: str, model: Pretrained, new: int, ids: Tensor) -> None:
         self._name, self._model, self._new, self._ids = name, model, new, ids
-        # what transformers calls it from 5.24 on, and before
-        self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._cache = cache_argument(model)
         self._filled: Any = None
 
     def _forward(self, ids: Tensor, kept: Any) -> tuple[Tensor, Any]:

@@ -109,21 +109,27 @@ def time_models(
         "--against"
     )
     models: dict[str, Pretrained] = {}
+    caches: dict[str, str] = {}
+    watcher = watcher or Watcher()
     for name in dict.fromkeys((*against, str(named.name))):
         each = replace(named, name=name)
         is_float = each.directory.quantization is None
         if is_float:
             each = replace(each, head="float")
-        models[name] = open_model(each, speed.ASKED).model
+        opened = open_model(each, speed.ASKED)
+        models[name], caches[name] = opened.model, opened.kv
         if is_float and not against:
-            models[f"{name} in {wanted.name}"] = other = open_model(each).model
-            quantize(other, wanted, head=named.head)
-    with (watcher or Watcher()).stage("timing") as step:
+            other = f"{name} in {wanted.name}"
+            models[other], caches[other] = open_model(each).model, opened.kv
+            quantize(models[other], wanted, head=named.head)
+        if opened.kv_why is not None and not speed.only_reads(opened.model):
+            watcher.note(f"{name} keeps keys and values as transformers does: {opened.kv_why}")
+    with watcher.stage("timing") as step:
         encoders = {name: each for name, each in models.items() if speed.only_reads(each)}
         whys = {name: optimize_where_possible(each) if fuse else "not asked for" for name, each in encoders.items()}
         found = speed.measure_speed(models, progress=step, **options)
     told = {name: fusions(models[name]).line if why is None else f"not fused: {why}" for name, why in whys.items()}
-    return {name: replace(each, fused=told.get(name)) for name, each in found.items()}
+    return {name: replace(each, fused=told.get(name), kv=caches[name]) for name, each in found.items()}
 
 
 def _with_text(model: Named, asked: Asked, text: str) -> tuple[OpenedModel, Text]:
