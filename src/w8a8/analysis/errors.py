@@ -101,7 +101,6 @@ def observe_readers(
     """Who reads the same tensor, seen in one float forward.
 
     Args:
-        window: What the model is asked.
         measures: Fed with each layer's input and output, where given.
 
     Returns:

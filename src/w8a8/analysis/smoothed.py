@@ -65,7 +65,6 @@ def smoothed_groups(
     Args:
         model: Float.  Not modified: every fold is undone to the bit, whatever happens.
         names: The layers, of those in `schemes`.
-        schemes: All that is quantised, and how.
 
     Returns:
         The smoothed group of each layer, one object for those of one group; and for the others why there is none.

@@ -154,7 +154,6 @@ class BlockWalk:
         """One real block in its place for the length of a `with` block, handed its true input.
 
         Args:
-            number: Which.  Its parameters must be loaded.
             first: What it reads on the first batch, for calls outside of a calibration; None where the model makes
                 that itself, before the first block.
         """
@@ -185,7 +184,6 @@ class BlockWalk:
         """What a block is called with, to be called alone.
 
         Args:
-            number: Which.
             inputs: Of the model: the first batch, or a part of it from the front.
             first: What the block reads on the first batch; None for the first block.
         """
@@ -214,7 +212,6 @@ class BlockWalk:
         """The data as the real block sees it; each forward ends behind it.
 
         Args:
-            base: The data of the whole model.
             number: Of the block, or the number of blocks: the model behind the last.
             read: What enters there, by the number of the batch; None before the first block.
             record: Called with what the block returns.

@@ -39,11 +39,7 @@ def request_of(
     observer: str | Callable[[], Observer],
     smooth: Smoothing | str | float | None,
 ) -> Request:
-    """What is asked, checked as far as can be before a file is opened.
-
-    Raises:
-        SchemeError, CalibrationError, CheckpointError: as `w8a8.quantize_directory`.
-    """
+    """What is asked, checked as far as can be before a file is opened."""
     if processes() > 1:
         raise CheckpointError(
             f"calibration block by block goes from each block to the next, and {processes()} processes were started: "

@@ -36,7 +36,6 @@ def card_of(
     """The card of a directory.
 
     Args:
-        directory: Whole but for its card.
         written: What config.json and the weights in it are.
         source: The weights of the float model, where they are known.
         name: What the float model was loaded by, where that is known.

@@ -30,9 +30,6 @@ MODULES = "modules.json"
 def companions(directory: Path) -> list[Path]:
     """The files that are kept, sorted.
 
-    Args:
-        directory: Of a model, with modules of sentence-transformers or without.
-
     Raises:
         CheckpointError: there is no such directory; one of them is a link that leads elsewhere, or a folder that is
             one; modules.json is torn; the name that the card is kept under is taken.
@@ -61,7 +58,6 @@ def copy_companions(source: Path, target: Path) -> None:
     The model card gets the name `SOURCE_README`.
 
     Raises:
-        CheckpointError: as `companions`.
         OSError: one cannot be read or written.
     """
     for path in companions(source):

@@ -129,11 +129,7 @@ class Directory(Tensors):
 
     @property
     def architecture(self) -> tuple[type[Pretrained], Config]:
-        """The model class that config.json names, and the config as transformers reads it, the caller's own.
-
-        Raises:
-            CheckpointError: as `architecture`.
-        """
+        """The model class that config.json names, and the config as transformers reads it, the caller's own."""
         kind, config = self._architecture
         return kind, copy.deepcopy(config)  # making a model writes into it
 

@@ -36,7 +36,6 @@ def empty_model(directory: Directory, **options: Any) -> Pretrained:
     """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
 
     Args:
-        directory: Float or quantised.
         options: `like`, a model whose class and whose config's class are taken instead of those that config.json
             names; others as for `QuantLinear`.
 

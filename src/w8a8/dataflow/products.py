@@ -188,11 +188,9 @@ def _read(
     """An activation times a parameter: the parameter reads it, and its rows are the channels of the result.
 
     Args:
-        call: The operation.
         x: The activation, contracted along its axis `x_axis`.
         weight: The parameter, contracted along its axis `contracted`, seen as `view` says.
         free: The axis of `weight` that becomes the result's axis `lands`.
-        bias: What is added, or None.
     """
     call.use(weight)
     call.block(call.tags(bias), "it is added to a tensor that is not scaled with it (as a residual is)")

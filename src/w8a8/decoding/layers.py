@@ -234,13 +234,7 @@ class SlidingInt8Layer(_Int8, SlidingBlockLayer):
 
 
 def check_states(keys: Tensor, values: Tensor, heads: int | None) -> None:
-    """Raise `ModelError` where a model keeps something else than the keys and values of its heads.
-
-    Args:
-        keys: What it keeps.
-        values: Likewise.
-        heads: How many its config has.
-    """
+    """Raise `ModelError` where a model keeps something else than the keys and values of its heads."""
     where = f"keys {tuple(keys.shape)} and values {tuple(values.shape)}"
     if keys.ndim != _AXES or values.ndim != _AXES or keys.shape[:3] != values.shape[:3]:
         raise ModelError(
@@ -265,8 +259,6 @@ def check_alike(keys: Tensor, values: Tensor, sizes: tuple[int, int, int, int]) 
     One sequence would be spread over all of them when it is written, and what comes then fails far from here.
 
     Args:
-        keys: Of the tokens.
-        values: Likewise.
         sizes: (batch, heads, dims of keys, dims of values) of what is kept.
     """
     batch, heads, key_dims, value_dims = sizes

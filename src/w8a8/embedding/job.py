@@ -218,7 +218,6 @@ def batches(tokens: Sequence[int], most: int) -> Iterator[list[int]]:
     """Places of texts that go through the model together, the longest first.
 
     Args:
-        tokens: Of each text.
         most: Padded tokens in a batch; a text that has more is alone.
     """
     order = sorted(range(len(tokens)), key=lambda place: -tokens[place])

@@ -48,7 +48,6 @@ def open_pooled(directory: Directory) -> Pooled:
 
     Raises:
         ModelError: it is no encoder of text; it has no tokenizer, or one that cannot pad.
-        CheckpointError: it cannot be read.
     """
     opened = open_model(directory, ASKED)
     tokenizer, model = opened.tokenizer, opened.model.base_model

@@ -71,7 +71,6 @@ def growing(path: Path, rows: int, width: int) -> Iterator[Rows]:
     Args:
         path: As `check_place` lets it pass; one that is there is replaced at once.
         rows: That the block will add, all of them.
-        width: Of a row.
 
     Raises:
         OutputError: there is no room, or the file cannot be written.

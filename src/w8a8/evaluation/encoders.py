@@ -61,7 +61,6 @@ def alike(ours: Array, theirs: Array, *, seed: int = 0) -> Alike:
 
     Args:
         ours, theirs: (texts, width).
-        seed: Of the drawing.
 
     Raises:
         ModelError: the shapes differ, or a value is not finite.
@@ -78,8 +77,6 @@ def ranked_alike(ours: Array, theirs: Array, scores: Sequence[float], *, seed: i
 
     Args:
         ours, theirs: (pairs,).
-        scores: Of the pairs.
-        seed: Of the drawing.
 
     Raises:
         ModelError: the shapes differ, or a value is not finite; there is nothing to correlate.
@@ -104,8 +101,6 @@ def labelled_right(ours: Array, theirs: Array, labels: Sequence[int], *, seed: i
 
     Args:
         ours, theirs: (texts,) the numbers of the labels that the models give.
-        labels: That the texts have.
-        seed: Of the drawing.
 
     Raises:
         ModelError: the shapes differ.
@@ -131,7 +126,6 @@ def found_right(
     Args:
         ours, theirs: (queries, documents) scores.
         relevant: Of each query the documents that answer it, by number, and how well.
-        seed: Of the drawing.
 
     Raises:
         ModelError: the shapes differ, or a value is not finite.

@@ -57,8 +57,6 @@ def compare_outputs(
         model: A quantised one, or any.  Not modified.
         reference: What it was made from.  Not modified.
         batches: Model inputs: mappings (keyword arguments), tensors or tuples (positional).
-        seed: Of the bootstrap.
-        progress: Called after each batch.
 
     Raises:
         ModelError: there is no batch; an output holds no float tensor, or is of another shape than the reference's, or

@@ -125,7 +125,7 @@ class Fused:
         if changed is not None:
             self._refuse(changed)
             return None
-        if torch.is_grad_enabled() and self._wants_gradient(tensors):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *self.block.parameters())):
             return None
         kind = tuple(key)
         for captured, run, shaped in self._graphs.get(kind, ()):
@@ -178,9 +178,6 @@ class Fused:
     def _refuse(self, reason: str) -> None:
         if reason not in self.refused:
             self.refused.append(reason)
-
-    def _wants_gradient(self, tensors: list[Tensor]) -> bool:
-        return any(t.requires_grad for t in tensors) or any(p.requires_grad for p in self.block.parameters())
 
 
 def _flatten(values: Collection[object], tensors: list[Tensor], key: list[object]) -> bool:

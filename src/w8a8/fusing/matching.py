@@ -32,7 +32,6 @@ def fuse(block: nn.Module, captured: Captured, *, padding_is_read: bool = True) 
     Args:
         block: Whose call it becomes; its layers are kept, what else it holds is looked up at each call.
         captured: Of this block or one that is alike.  Not modified.
-        padding_is_read: Whether somebody may read the rows of padding in what is returned.
 
     Returns:
         From the tensors among the arguments to a list of outputs, and what was fused.

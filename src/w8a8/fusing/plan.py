@@ -101,7 +101,6 @@ def plan(graph: fx.Graph, told: Counter[str], *, padding_is_read: bool = True) -
 
     Args:
         graph: Of steps (`w8a8.fusing.matching`).  Not modified.
-        told: Is told how many steps became one call.
         padding_is_read: Whether somebody may read the rows of padding in what the graph returns.
     """
     plain: Run = fx.GraphModule(nn.Module(), graph).forward

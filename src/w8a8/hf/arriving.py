@@ -23,8 +23,6 @@ class Arriving:
 
     Args:
         layer: Empty; changed until `take`.
-        found: Each tensor of the files by its key.
-        packed: The codes lie in words.
     """
 
     def __init__(self, layer: QuantLinear, found: Mapping[str, Entry], *, packed: bool) -> None:

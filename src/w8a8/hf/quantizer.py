@@ -143,7 +143,6 @@ class W8A8Quantizer(HfQuantizer):
         """What transformers converts while it loads: all but experts, where those have layers of their own.
 
         Args:
-            weight_conversions: Of the model's class.
             model: Given by transformers 5.21 and later.
         """
         conversions = super().update_weight_conversions(weight_conversions, *model)  # type: ignore[no-untyped-call]

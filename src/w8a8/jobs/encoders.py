@@ -69,11 +69,6 @@ class Judgement:
 
 def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgement:
     """Compare two encoders on data: what `w8a8 eval --data` does.
-
-    Args:
-        pair: What is asked for.
-        watcher: Told how it goes; by default nobody.
-
     Raises:
         TextError: the data cannot be read, or has a label that the model does not know.
         ModelError: the models cannot be asked what the data is for; sentence-transformers is not there.
@@ -231,11 +226,6 @@ _AROUND: dict[str, type[_Encoder]] = {"SentenceTransformer": _Embedder, "CrossEn
 
 def open_sentences(directory: Directory, around: str) -> Any:
     """A directory of sentence-transformers, opened by the class that it is of, its integer layers run by this package.
-
-    Args:
-        directory: Float or quantised.
-        around: The class, see `class_around`.
-
     Raises:
         ModelError: sentence-transformers cannot be imported, or has no such class.
     """

@@ -60,7 +60,6 @@ def empty(batch: int, heads: int, room: int, key_dims: int, value_dims: int, dev
         batch, heads: B and H.
         room: C, a multiple of `TILE`.
         key_dims, value_dims: Of a key and of a value.
-        device: Where it is.
     """
     assert room % TILE == 0
     pairs, values = -(-key_dims // 2), -(-value_dims // TILE) * TILE

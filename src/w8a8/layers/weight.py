@@ -24,7 +24,6 @@ class Weight:
     Args:
         shape: (N, K).
         dtype: That of the float weight.
-        device: Where the codes are.
     """
 
     ndim = 2

@@ -220,15 +220,12 @@ class Reading(Following):
         return frozenset(Value("parameter", path) for path in paths)
 
     def _super(self, name: str, args: list[Values], kwargs: Mapping[str, Values], frame: Frame) -> Values:
-        for value in self._self(frame):
+        for value in frame.names.get(next(iter(frame.names), ""), NOTHING):
             module = locate(self.module, value.path)
             found = None if frame.owner is None else sources.method(module, name, after=frame.owner)
             if found is not None and (found[1].__module__ != sources.GENERAL or name not in self.making):
                 return self._run(found[0], found[1], [frozenset({value}), *args], kwargs)
         return NOTHING
-
-    def _self(self, frame: Frame) -> Values:
-        return frame.names.get(next(iter(frame.names), ""), NOTHING)
 
     def _method(self, value: Value, args: list[Values], kwargs: Mapping[str, Values], given: Values) -> set[Value]:
         """A method of a module is called."""

@@ -113,11 +113,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
 
 
 def scheme_of(model: nn.Module, schemes: Schemes = AUTO) -> Schemes:
-    """The schemes that were asked for; in the place of "auto" the one that is usual for what the model is.
-
-    Raises:
-        ModelError: as `usual_of`.
-    """
+    """The schemes that were asked for; in the place of "auto" the one that is usual for what the model is."""
     return usual_of(model) if schemes == AUTO else schemes
 
 
@@ -144,7 +140,6 @@ def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str,
     """Give each chosen layer its scheme.
 
     Args:
-        selection: What `select` chose.
         schemes: One scheme or preset for all; or a mapping from exact names and globs to schemes, presets and None.
             The first pattern that matches a layer decides; layers that none matches stay float.
 

@@ -29,13 +29,7 @@ _UNIT = 1e-3
 
 
 def encoder_app(encoder: Encoder, names: Sequence[str], batcher: Batcher) -> Front:
-    """The application that answers for an encoder.
-
-    Args:
-        encoder: The model.
-        names: That clients may call it by; the first is the one that is told.
-        batcher: Through which it is called.
-    """
+    """The application that answers for an encoder."""
     routes: dict[str, Route] = {}
     paths: list[Path] = []
 
@@ -67,12 +61,7 @@ def encoder_app(encoder: Encoder, names: Sequence[str], batcher: Batcher) -> Fro
 
 
 def add_common(routes: dict[str, Route], paths: list[Path], names: Sequence[str]) -> None:
-    """`GET /v1/models`, which names what is served, and `GET /health`.
-
-    Args:
-        routes, paths: That they are added to.
-        names: Of the model.
-    """
+    """`GET /v1/models`, which names what is served, and `GET /health`."""
     found = {"id": names[0], "object": "model", "created": 0, "owned_by": "w8a8"}  # as OpenAI's API has it
 
     async def models(_: Request) -> Response:

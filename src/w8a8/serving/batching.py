@@ -57,7 +57,6 @@ class Batcher:
     """Items of many clients in, an answer for each out; the model is called by one thread.
 
     Args:
-        run: The model.
         batch_tokens: Padded tokens of a batch; an item that is longer goes alone.
         waiting_tokens: How many may wait before clients are turned away.
     """

@@ -35,9 +35,7 @@ class Encoder(ABC):
     """A model that is asked with texts.
 
     Args:
-        name: Of its directory.
         model: A `SentenceTransformer`, a `CrossEncoder` or a classifier of transformers.
-        tokenizer: Its.
         window: The most tokens that it reads; None where there is no limit.
     """
 
@@ -185,11 +183,7 @@ class _Classifier(Scorer):
 
 
 def is_encoder(directory: Directory) -> bool:
-    """Whether a directory is of sentence-transformers, or of a sequence classifier.
-
-    Raises:
-        CheckpointError: config.json cannot be read.
-    """
+    """Whether a directory is of sentence-transformers, or of a sequence classifier."""
     return class_around(directory.path) is not None or _classifies(directory)
 
 
@@ -198,7 +192,6 @@ def open_encoder(directory: Directory) -> Encoder:
 
     Raises:
         ModelError: it is none that answers texts; sentence-transformers is not there.
-        CheckpointError: it cannot be read.
     """
     around, name = class_around(directory.path), directory.path.name
     if around is None and not _classifies(directory):

@@ -92,8 +92,6 @@ class Engine:
 
     Args:
         model: A causal language model that `packed` suits, with its attention set.
-        places: Sequences at once.
-        tokens: Of a sequence at the most.
         step_tokens: Rows of a step at the most.
     """
 
@@ -247,9 +245,6 @@ def forward(model: Pretrained, ids: Sequence[int], step: Step, rows: Sequence[in
     """The logits of some rows of a step, (rows, vocabulary).
 
     Args:
-        model: With the attention of `packed`.
-        ids: (T,) of the step's tokens.
-        step: Where they belong.
         rows: Whose logits are wanted; none, for a step that only reads, still runs the model.
     """
     device = model.device

@@ -23,7 +23,6 @@ def parsed(raw: bytes, content_type: str | None) -> Body:
     """The object that a body holds.
 
     Args:
-        raw: The body.
         content_type: What the client says that it is; None where it says nothing.
 
     Raises:
@@ -140,12 +139,7 @@ def only(body: Body, known: Collection[str]) -> None:
 
 
 def model_named(body: Body, names: Sequence[str]) -> None:
-    """Refuse another model than the one that is served.
-
-    Args:
-        body: Of the request; one that names none is about the one that there is.
-        names: Of the model that is served, the first as `GET /v1/models` tells it.
-    """
+    """Refuse another model than the one that is served."""
     asked = text(body, "model")
     if asked is not None and asked not in names:
         raise RefusedError(

@@ -74,12 +74,7 @@ class Route:
 
 
 class Front:
-    """The door, as an ASGI application.
-
-    Args:
-        app: The application behind.
-        routes: The paths that exist.
-    """
+    """The door, as an ASGI application."""
 
     def __init__(self, app: ASGIApp, routes: Mapping[str, Route]) -> None:
         self._app, self._routes = app, routes

@@ -34,12 +34,7 @@ WASTE = 2.0
 
 
 class Places:
-    """Keys and values of sequences, a place for each.
-
-    Args:
-        count: Places.
-        tokens: That one has room for.
-    """
+    """Keys and values of sequences, a place for each."""
 
     def __init__(self, count: int, tokens: int) -> None:
         self.count, self.tokens = count, tokens
@@ -59,8 +54,6 @@ class Places:
         """Put the keys and values of a step where they belong.
 
         Args:
-            layer: By number.
-            step: Whose tokens they are.
             keys, values: (1, heads, T, width); widths may differ.
 
         Returns:
@@ -225,7 +218,6 @@ def attend(
         scaling: Of the products; by default the root of the width.
         sliding_window: How far back a token sees, itself included.
         softcap, s_aux: Of some models, and not known here.
-        w8a8_step: The step.
 
     Raises:
         ModelError: the model asks for more than is known here.

@@ -48,12 +48,7 @@ class Sampling:
 
 
 class Chooser:
-    """Chooses the tokens of one sequence.
-
-    Args:
-        sampling: How.
-        prompt: The ids that are read.
-    """
+    """Chooses the tokens of one sequence."""
 
     def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
         self._sampling = sampling
@@ -117,12 +112,7 @@ class Chooser:
 
 
 def chosen(choosers: list[Chooser], logits: Tensor) -> list[int | None]:
-    """The next token of each sequence; None where its logits have a NaN, or nothing but minus infinity.
-
-    Args:
-        choosers: One for each row.
-        logits: (rows, vocabulary).
-    """
+    """The next token of each sequence; None where its logits have a NaN, or nothing but minus infinity."""
     values, largest = logits.max(-1)  # a NaN is larger than anything
     found: list[int | None] = []
     for place, chooser in enumerate(choosers):

@@ -111,10 +111,6 @@ def application(asked: Serving, *, watcher: Watcher | None = None) -> Running:
 
     Args:
         asked: What is to be served; host and port are left to the caller.
-        watcher: Told what is served, and how.
-
-    Raises:
-        ModelError, CheckpointError, ServingError: as `serve`.
     """
     from w8a8.serving.encoders import is_encoder
 
@@ -202,11 +198,7 @@ def _language(directory: Directory, asked: Serving, names: Sequence[str], watche
 
 
 def warm_up(engine: "Engine") -> None:
-    """Write a few tokens for two clients, and wait for them.
-
-    Args:
-        engine: That runs.
-    """
+    """Write a few tokens for two clients, and wait for them."""
     import threading
 
     from w8a8.serving.engine import Ticket

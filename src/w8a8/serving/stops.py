@@ -9,8 +9,6 @@ class Stops:
     The end of what came is held back as long as it may be the beginning of one.
 
     Args:
-        stops: The texts.
-        put: Where texts go on to.
         stop: Called once when one has come; None is put then, as at the end.
     """
 

@@ -47,11 +47,7 @@ def set_packed(model: Pretrained) -> str | None:
 
 
 def bytes_per_token(model: Pretrained) -> int:
-    """What keys and values of a token take, seen by writing some.
-
-    Args:
-        model: With the attention of `packed`.
-    """
+    """What keys and values of a token take, seen by writing some."""
     store = Places(1, 2)
     with usual_defaults(), torch.inference_mode():
         forward(model, [0, 0], Step.of(store, [Piece(0, 0, 2, 0)], model.device), [])

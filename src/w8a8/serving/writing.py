@@ -57,8 +57,6 @@ def language_app(model: PreTrainedModel, served: Served, engine: Engine | None, 
     """The application that answers for a language model.
 
     Args:
-        model: Of transformers.
-        served: As requests are checked against it.
         engine: That generates for many; None has transformers generate, one request after another.
         speech: Whether the model writes down sound, which has one path of its own.
     """
@@ -128,11 +126,7 @@ class _Streamer(DirectStreamer):
 
 
 class Packed(BaseGenerateManager):
-    """Has the engine write.
-
-    Args:
-        engine: That runs.
-    """
+    """Has the engine write."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -166,7 +166,6 @@ def search(
     Args:
         products: The quantised linears that read the group's tensor, at least one, and perhaps its source.
         channels: C, of the source.
-        scheme: How they will be quantised.
         alphas: The candidates; none at all measures the error alone.  A tie goes to the earlier one, and before that
             to no smoothing.
         forced: Leave out no smoothing as a candidate, and take the maxima as they are.

@@ -119,11 +119,7 @@ class Contest:
             return Score(distance, self._loss_nats())
 
     def asks_first(self, helped: Collection[str]) -> bool:
-        """Whether it is worth a pass to see what smoothing could gain at all.
-
-        Args:
-            helped: The layers whose operands it scales.
-        """
+        """Whether it is worth a pass to see what smoothing could gain at all."""
         weights = {name: float_operands(self.model.get_submodule(name))[0].numel() for name in self.chosen}
         few = sum(weights[name] for name in helped) < FEW * sum(weights.values())
         return few and not self._predicts and len(helped) < len(self.chosen)

@@ -29,7 +29,6 @@ from w8a8.calibration.sampling import ROWS
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import AUTO as USUAL
 from w8a8.core.scheme import Scheme
-from w8a8.dataflow.groups import Refusal
 from w8a8.errors import ModelError
 from w8a8.model.selection import select, usual_of
 from w8a8.records.smoothing import GroupReport, Score, SmoothReport
@@ -112,7 +111,6 @@ def smooth_observed(
 
     Args:
         way: `AUTO` needs a `contest`.
-        description: Of the data.
         contest: Made after the sampling.
 
     Returns, Raises:
@@ -137,7 +135,10 @@ def smooth_observed(
     except BaseException:
         smoother.undo()
         raise
-    refused = tuple(_refused(refusal) for refusal in smoother.flow.refused)
+    refused = tuple(
+        GroupReport(each.source.module, each.readers, None, None, None, None, each.reason)
+        for each in smoother.flow.refused
+    )
     groups = tuple(smoother.reports)
     report = SmoothReport(scheme.name, way.told, description, groups, refused, change, bound, scores, kept)
     return report, smoother.as_undo()
@@ -170,7 +171,3 @@ def _best(smoother: Smoother, contest: Contest) -> tuple[dict[str, Score], str]:
 def _folded(smoother: Smoother) -> tuple[float | None, ...]:
     """How far each group is smoothed at the moment."""
     return tuple(report.alpha for report in smoother.reports)
-
-
-def _refused(refusal: Refusal) -> GroupReport:
-    return GroupReport(refusal.source.module, refusal.readers, None, None, None, None, refusal.reason)

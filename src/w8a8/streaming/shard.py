@@ -32,7 +32,6 @@ class ShardWriter:
     """A safetensors file that is written in pieces, in any order of tensors.
 
     Args:
-        path: Its name when it is whole.
         outputs: Name, dtype and shape of each tensor, in the order of the file.
     """
 

@@ -61,7 +61,7 @@ class Room:
             descriptor = os.open(path, os.O_RDONLY | flags)
             count = 0
             while count < needed:
-                step = os.preadv(descriptor, [self._view(count, end - begin)], begin + count)
+                step = os.preadv(descriptor, [self._held[count : end - begin].numpy().data], begin + count)
                 if not step:
                     return False
                 count += step
@@ -73,9 +73,6 @@ class Room:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
-
-    def _view(self, start: int, end: int) -> memoryview:
-        return self._held[start:end].numpy().data
 
 
 def sampled_digest(path: Path, entries: Sequence[Entry]) -> str:
