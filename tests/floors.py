@@ -39,7 +39,7 @@ INSIDE = {
     "core": ["scheme", "plain", "progress", "affine", "packed", "tokens", "row_sample"],
     "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "fused", "cached", "select", "ops"],
     "records": ["coverage", "smoothing", "layers", "streaming"],
-    "layers": ["saving", "straight_through", "weight", "weights", "buffers", "linear"],
+    "layers": ["saving", "straight_through", "weight", "weights", "buffers", "embedding", "linear"],
     "model": [
         "pretrained",
         "kinds",
@@ -55,6 +55,7 @@ INSIDE = {
         "roles",
         "selection",
         "swapping",
+        "tables",
         "choice",
         "coverage",
     ],

@@ -79,6 +79,7 @@ from w8a8.jobs.request import BudgetSearch as BudgetSearch
 from w8a8.jobs.request import CalibrationText as CalibrationText
 from w8a8.jobs.request import Job as Job
 from w8a8.jobs.watching import Watcher as Watcher
+from w8a8.layers.embedding import QuantEmbedding as QuantEmbedding
 from w8a8.layers.linear import QuantLinear as QuantLinear
 from w8a8.layers.linear import ledger as ledger
 from w8a8.model.choice import unstack_experts_ as unstack_experts_

@@ -8,14 +8,14 @@ data.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from w8a8.checkpoint.directory import Directory
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import AUTO, Scheme
 from w8a8.errors import SchemeError
 from w8a8.model.kinds import kind_of, usual_scheme
-from w8a8.model.roles import Head
+from w8a8.model.roles import Embeddings, Head
 from w8a8.records.streaming import Prediction, Streamed
 from w8a8.streaming.job import Work, options, run
 from w8a8.streaming.pieces import Pieces
@@ -37,6 +37,7 @@ def quantize_directory(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     head: Head | str = Head.FLOAT,
+    embeddings: Embeddings | str = Embeddings.FLOAT,
     shard_bytes: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -56,7 +57,7 @@ def quantize_directory(
         observer: As for `w8a8.quantize`.
         smooth: With data "searched" (also for None and "auto", whose contest takes the whole model), an alpha, or
             "none"; without data nothing is smoothed.
-        include, exclude, head: As for `w8a8.quantize`.
+        include, exclude, head, embeddings: As for `w8a8.quantize`.
         shard_bytes: Of a file of the result, by default 1 GiB; with data each block is a file.
         overwrite: Replace a checkpoint that is there already, at the end; throw away an unfinished result of another
             request.
@@ -74,7 +75,9 @@ def quantize_directory(
         CalibrationError, PatternError, NonFiniteError: as `w8a8.quantize`.
     """
     usual = scheme == AUTO  # of none does it depend what is refused: both that are usual are dynamic
-    wanted, head, request = Scheme.of("w8a8" if usual else scheme), Head.of(head).value, None
+    wanted, request = Scheme.of("w8a8" if usual else scheme), None
+    asked: dict[str, Any] = {"include": include, "exclude": exclude, "head": Head.of(head).value}
+    asked["embeddings"] = Embeddings.of(embeddings).value
     if calibration is None:
         wanted.check_without_data()
         if smooth is not None and smooth != "none":
@@ -96,8 +99,8 @@ def quantize_directory(
     size = SHARD_BYTES if shard_bytes is None else shard_bytes
 
     def work_on(directory: Directory) -> Work:
-        plan = make_plan(directory, wanted, include=include, exclude=exclude, head=head, shard_bytes=size)
-        asked = options(include=include, exclude=exclude, head=head)
-        return Pieces(plan, asked | options(shard_bytes=size)) if request is None else Blocks(plan, request, asked)
+        plan = make_plan(directory, wanted, **asked, shard_bytes=size)
+        decides = options(**asked)
+        return Pieces(plan, decides | options(shard_bytes=size)) if request is None else Blocks(plan, request, decides)
 
     return run(source, output, work_on, overwrite=overwrite, dry_run=dry_run, before=before, progress=progress)

@@ -15,11 +15,13 @@ from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.core.progress import Progress
 from w8a8.core.scheme import AUTO, Scheme
 from w8a8.fusing.models import check_fusible, optimize
+from w8a8.layers.buffers import QuantLayer
 from w8a8.layers.linear import ledger, uncalled
 from w8a8.model.choice import Choice
 from w8a8.model.coverage import coverage
 from w8a8.model.selection import Schemes
 from w8a8.model.swapping import build, swapped
+from w8a8.model.tables import build_tables
 from w8a8.records.coverage import Coverage
 from w8a8.smoothing.smooth import SmoothReport, smooth_undoable
 from w8a8.smoothing.way import NONE, Smoothing
@@ -62,6 +64,7 @@ def quantize(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     head: str = "float",
+    embeddings: str = "float",
     kernel: str = kernels.AUTO,
     strict: bool = False,
     calibration: object = None,
@@ -70,7 +73,7 @@ def quantize(
     fuse: bool = False,
     progress: Progress | None = None,
 ) -> Result:
-    """Turn the linear layers of a model into int8 layers, in place.
+    """Turn the linear layers of a model into int8 layers, in place; its lookup tables too, where that is asked for.
 
     `nn.Linear` and transformers' `Conv1D` are taken, and the stacked experts of mixtures: each expert then has linear
     layers of its own, `model.layers.0.mlp.experts.3.down_proj`, if any of them is chosen.  The output head, layers tied
@@ -86,6 +89,8 @@ def quantize(
         include: Exact names or globs over dotted names.  ("*", "lm_head") is everything and the head.
         exclude: Exact names or globs that stay float.
         head: "int8" takes the output head too, as naming it in `include` does; files are then not what vLLM reads.
+        embeddings: "int8" takes the lookup tables too, with a scale for each row (`w8a8.QuantEmbedding`), all but those
+            that `exclude` matches; one that is tied to the head only with head="int8", whose codes it shares.
         kernel: The kernel to run, or "auto": the first that can.
         strict: Raise where the kernel that was asked for cannot run, instead of running another.
         calibration: A `Calibration`, or what `Calibration.of` makes one from without a tokenizer.  A static scheme
@@ -105,11 +110,12 @@ def quantize(
             layer, or there is nothing to quantise; it is static, or to be smoothed for, and there is no calibration.
         CalibrationError: the calibration data cannot be used, or a layer read none of it.
         PatternError: a pattern matches no linear layer, or one of `scheme` none of the chosen.
-        ModelError: `head` is unknown, or there is none to quantise; with `fuse`, there would be nothing to fuse.
+        ModelError: `head` or `embeddings` is unknown, or there is none to quantise; with `fuse`, there would be
+            nothing to fuse.
         NonFiniteError: a weight holds a NaN or an infinity; layer and index are named.
         KernelError: no kernel has this name.
     """
-    choice = Choice.of(model, scheme, include, exclude, head=head)
+    choice = Choice.of(model, scheme, include, exclude, head=head, embeddings=embeddings)
     if fuse:
         check_fusible(model, [name for name, each in choice.schemes.items() if each.activations is not None])
     result = carry_out(choice, calibration, observer, smooth, progress, kernel=kernel, strict=strict)
@@ -167,13 +173,15 @@ def carry_out(
     report, undo = smooth_first(model, choice.outside, scheme, calibration, smooth, progress)
     try:
         with choice.unstacked():
-            layers = build(
+            layers: dict[str, QuantLayer] = {}
+            layers |= build(
                 model,
                 schemes,
                 input_params=grids_of_schemes(model, schemes, calibration, observer, progress=progress),
                 progress=progress,
                 **options,
             )
+            layers |= build_tables(model, choice.tables.schemes)
             with swapped(model, layers):  # what can fail of telling what was done fails here
                 told, inscribed = coverage(model, choice.selection.reasons), inscription(model)
     except BaseException:
@@ -181,7 +189,7 @@ def carry_out(
         raise
     choice.enact(layers)
     inscribe(inscribed)
-    return Result(model, scheme, told, choice.selection.untied, report, schemes)
+    return Result(model, scheme, told, choice.copied, report, schemes)
 
 
 def smooth_first(

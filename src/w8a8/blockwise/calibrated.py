@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from w8a8.blockwise.activations import Reader, Recorder
 from w8a8.blockwise.blocks import BlockWalk
-from w8a8.blockwise.contents import by_blocks, load, quantized
+from w8a8.blockwise.contents import by_blocks, layers_of, load, quantized
 from w8a8.blockwise.forecast import predict_blocks
 from w8a8.blockwise.request import PLAIN, Request, told_of
 from w8a8.calibration.calibrate import static_grids
@@ -78,7 +78,7 @@ class Blocks(Work):
         load(model, plan.shards[-1].steps, "")
         model.tie_weights()
         self.walk.check(request.calibration)
-        self.outer = tuple(step.place for step in plan.shards[-1].steps if step.spec is not None)
+        self.outer = layers_of(plan.shards[-1], plan)
         self.first = 0  # the first block to be made: not finished, or needed for what enters the first that is not
         super().__init__(plan, {**decides, **told_of(request)})
 
@@ -128,7 +128,7 @@ class Blocks(Work):
 
     def _block(self, number: int) -> None:
         shard, prefix, block = self.plan.shards[number], self.walk.prefix(number), self.walk.blocks[number]
-        chosen = tuple(step.place for step in shard.steps if step.spec is not None)
+        chosen = layers_of(shard, self.plan)
         stacks = {name.removeprefix(prefix): stack for name, stack in self.stacks.items() if name.startswith(prefix)}
         for name, stack in stacks.items():  # the layers are views of what smoothing sees
             stack.to_empty(device="cpu")

@@ -13,7 +13,7 @@ from w8a8.core.packed import as_words
 from w8a8.errors import noted
 from w8a8.layers.linear import float_operands
 from w8a8.layers.weights import make_weight
-from w8a8.streaming.plan import Plan, Step, numbered
+from w8a8.streaming.plan import Plan, Shard, Step, numbered
 
 
 def by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
@@ -23,6 +23,11 @@ def by_blocks(plan: Plan, walk: BlockWalk) -> Plan:
         number = _number(step.place, walk)
         groups[-1 if number is None else number].append(step)
     return replace(plan, shards=numbered(groups))
+
+
+def layers_of(shard: Shard, plan: Plan) -> tuple[str, ...]:
+    """The linear layers of a shard that are quantised, which read activations: not its tables."""
+    return tuple(step.place for step in shard.steps if step.place in plan.choice.schemes)
 
 
 def _number(name: str, walk: BlockWalk) -> int | None:
@@ -66,10 +71,12 @@ def quantized(
             tensors[step.name] = _place(root, step, prefix)[0].detach()
             continue
         with noted(f"while quantising {step.place}"):
-            made = make_weight(float_operands(root.get_submodule(step.place.removeprefix(prefix)))[0], step.spec)
+            module = root.get_submodule(step.place.removeprefix(prefix))
+            weight = module.weight.detach() if isinstance(module, nn.Embedding) else float_operands(module)[0]
+            made = make_weight(weight, step.spec)
         lost[step.place] = made.sqnr_db
         kept = made.named()
-        if grids is not None:
+        if grids is not None and step.place in grids:  # a table reads ids
             grid = grids[step.place]
             kept["input_scale"] = grid.scale.reshape(1)
             if grid.zero_point is not None:

@@ -20,7 +20,7 @@ import torch
 
 from w8a8.blockwise.activations import state_bytes
 from w8a8.blockwise.blocks import BlockWalk, State
-from w8a8.blockwise.contents import load
+from w8a8.blockwise.contents import layers_of, load
 from w8a8.blockwise.request import Request
 from w8a8.calibration.calibrate import checked_observer, collect
 from w8a8.calibration.data import Calibration
@@ -82,7 +82,7 @@ def predict_blocks(plan: Plan, walk: BlockWalk, target: Path, request: Request, 
 def _trial(plan: Plan, walk: BlockWalk, number: int, request: Request) -> float:
     """Seconds that a block will take, but for reading, quantising and writing it."""
     shard, prefix, block = plan.shards[number], walk.prefix(number), walk.blocks[number]
-    names = [step.place for step in shard.steps if step.spec is not None]
+    names = layers_of(shard, plan)
     load(block, shard.steps, prefix)
     block.requires_grad_(False)
     try:

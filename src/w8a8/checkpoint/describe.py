@@ -20,7 +20,9 @@ from w8a8.checkpoint.names import FileNames, remember
 from w8a8.core.packed import in_words
 from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError
-from w8a8.layers.linear import Mode, QuantLinear, is_linear, quant_linears
+from w8a8.layers.buffers import QuantLayer, quant_layers
+from w8a8.layers.embedding import QuantEmbedding
+from w8a8.layers.linear import Mode, is_linear, quant_linears
 from w8a8.layers.saving import Saving
 from w8a8.model.experts import Experts, stack_names
 from w8a8.model.pretrained import Pretrained, is_pretrained
@@ -33,7 +35,8 @@ def describe(model: nn.Module) -> QuantizationConfig:
     several schemes, and for layers that were a `Conv1D`, layers are listed by name: the files' name, where
     it differs from the model's.  Three are listed for vLLM, in which they are other things than in transformers: the
     quantised head, which is no "Linear" there; the router beside experts, which is one; and stacked experts that stay
-    float, by an expression, as it asks for each expert's layers.
+    float, by an expression, as it asks for each expert's layers.  Tables are a group of their own, of the target
+    "Embedding", in which those that are left out are classes that are derived from it too.
 
     Raises:
         ModelError: not a transformers model, or nothing in it is quantised.
@@ -48,7 +51,12 @@ def describe(model: nn.Module) -> QuantizationConfig:
         check_writable(layer.scheme)
         by_scheme.setdefault(layer.scheme, []).append(names.of_layer(name))
         was_conv1d |= layer.was_conv1d
-    if not by_scheme:
+    tables: dict[Scheme, list[str]] = {}
+    for name, table in quant_layers(model):
+        if isinstance(table, QuantEmbedding):
+            check_writable(table.scheme)
+            tables.setdefault(table.scheme, []).append(names.of_layer(name))
+    if not by_scheme and not tables:
         raise ModelError(f"nothing in this {type(model).__name__} is quantised: call w8a8.quantize first")
     stacked = [name for name in stack_names(model) if not any(quant_linears(model.get_submodule(name)))]
     routers = _routers(model, stacked)
@@ -58,7 +66,11 @@ def describe(model: nn.Module) -> QuantizationConfig:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         heads = [names.of_layer(name) for name, layer in quant_linears(model) if layer is head]
         by_scheme = {scheme: ["Linear", *heads] for scheme in by_scheme}
-    groups = (Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items())
+    groups = [Group(tuple(targets), scheme, in_words(scheme)) for scheme, targets in by_scheme.items()]
+    if len(tables) == 1:
+        tables = {scheme: ["Embedding"] for scheme in tables}
+        left += tuple(names.of_layer(name) for name, m in model.named_modules() if isinstance(m, nn.Embedding))
+    groups += [Group(tuple(targets), scheme) for scheme, targets in tables.items()]
     return QuantizationConfig(tuple(groups), left)
 
 
@@ -70,7 +82,7 @@ def check_storable(model: nn.Module) -> None:
     """
     left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
     for prefix, module in model.named_modules():
-        if isinstance(module, QuantLinear):  # its tensors are those of the format
+        if isinstance(module, QuantLayer):  # its tensors are those of the format
             continue
         buffers = {key: held for key, held in module._buffers.items() if key not in module._non_persistent_buffers_set}
         for key, held in (module._parameters | buffers).items():
@@ -117,8 +129,8 @@ def inscription(model: nn.Module) -> list[tuple[Pretrained, dict[str, object]]]:
     """
     found = []
     for part in transformers_models(model):
-        layers = [layer for _, layer in quant_linears(part)]
-        if layers and all(layer.mode is not Mode.SIMULATED for layer in layers):
+        simulated = any(layer.mode is Mode.SIMULATED for _, layer in quant_linears(part))
+        if any(quant_layers(part)) and not simulated:
             found.append((part, to_json(describe(part))))
     return found
 

@@ -19,7 +19,8 @@ from typing import Any
 from torch import nn
 
 from w8a8.checkpoint.headers import Entry, each_once
-from w8a8.layers.linear import QuantLinear, is_linear
+from w8a8.layers.buffers import QuantLayer
+from w8a8.layers.linear import is_linear
 from w8a8.model.experts import holds_experts, stack_names
 from w8a8.model.pretrained import Conversion, conversions, renames, stacks_experts
 
@@ -46,7 +47,8 @@ class FileNames:
         self.renamings = _renamings(model) if apart else []
         self._back = _reversed(self.renamings)
         self._tensors = set(_stored(model))
-        self._layers = {name for name, m in model.named_modules() if is_linear(m) or isinstance(m, QuantLinear)}
+        kinds = QuantLayer | nn.Embedding
+        self._layers = {name for name, m in model.named_modules() if is_linear(m) or isinstance(m, kinds)}
         self._prefix = f"{prefix}." if (prefix := getattr(model, "base_model_prefix", "")) else ""
         self._unwanted = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         buffers = [name for name, _ in model.named_buffers()]
@@ -80,7 +82,7 @@ class FileNames:
         return self.in_file(f"{name}.weight").removesuffix(".weight")
 
     def layers_of(self, stored: Iterable[str]) -> dict[str, str]:
-        """How these files call the model's linear layers of which they hold a tensor."""
+        """How these files call the model's linear layers and tables of which they hold a tensor."""
         found = {}
         for name in stored:
             layer = self.in_model(name).rpartition(".")[0]

@@ -1,9 +1,9 @@
 """Load a model's directory: compressed-tensors runs in int8, a float model is loaded as transformers does it.
 
 transformers decompresses the former to float.  Here the model is built without memory (parameters on
-the meta device), its linear layers become empty `QuantLinear`, and the tensors are mapped from the files: the
-weights are never float, and are in memory once.  Where they are packed for the native kernel, this is done one by one,
-each from a mapping of its own that is dropped before the next.
+the meta device), what is quantised in it becomes an empty `QuantLinear` or `QuantEmbedding`, and the tensors are mapped
+from the files: the weights are never float, and are in memory once.  Where they are packed for the native kernel, this
+is done one by one, each from a mapping of its own that is dropped before the next.
 
 Everything is checked before it is used: the index points into the directory, the files are whole, each
 tensor has the shape and dtype that the config promises, none is missing and none is left over.
@@ -32,12 +32,14 @@ from w8a8.core.packed import SHAPE, WORDS, unpack_rows, words
 from w8a8.core.scheme import PerGroup, PerTensor, Scheme
 from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, ModelError, few
-from w8a8.layers.linear import QuantLinear, quant_linears
+from w8a8.layers.buffers import QuantLayer, quant_layers
+from w8a8.layers.embedding import share_codes
 from w8a8.model.choice import Choice
 from w8a8.model.pretrained import Pretrained
-from w8a8.model.roles import Head
+from w8a8.model.roles import Embeddings, Head
 from w8a8.model.roles import heads as heads_of
 from w8a8.model.swapping import build
+from w8a8.model.tables import quantize_tables, tables_of
 
 _LOG = logging.getLogger(__name__)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -53,6 +55,7 @@ def load(
     source: str | os.PathLike[str] | Directory,
     *,
     head: str = "float",
+    embeddings: str = "float",
     simulated: bool = False,
     kernel: str = kernels.AUTO,
     strict: bool = False,
@@ -65,6 +68,7 @@ def load(
         head: "int8" quantises the output head as it is loaded, in the scheme of the file's first group, whatever the
             file holds; a tied head becomes a copy of its own.  Where that scheme is static its activations are
             dynamic here, since the head's input was never measured.  "float" leaves it as the file has it.
+        embeddings: "int8" quantises the lookup tables that the file has in float, as `w8a8.quantize` does.
         simulated, kernel, strict: As for `QuantLinear`; a float model has none.
         trust_remote_code: Run Python code from the repository where transformers has no class for the model.  Never
             without it.
@@ -77,22 +81,28 @@ def load(
     Raises:
         CheckpointError: the directory is missing, torn, untruthful or needs code of its own; file and tensor are
             named.
-        ModelError: `head` is neither "float" nor "int8", or int8 for a float model.
+        ModelError: `head` or `embeddings` is neither "float" nor "int8", or int8 for a float model or without a table.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
-    wanted = Head.of(head)
+    wanted, tables = Head.of(head), Embeddings.of(embeddings)
     directory = Directory.of(source, trust_remote_code=trust_remote_code)
     if directory.quantization is None:
-        if wanted is Head.INT8:
-            raise ModelError(f"head='int8' was asked for, but {directory.path} holds a float model; quantise it first")
+        for asked in (wanted, tables):
+            if asked.value == Head.INT8.value:
+                what = type(asked).__name__.lower()
+                raise ModelError(
+                    f"{what}='int8' was asked for, but {directory.path} holds a float model; quantise it first"
+                )
         return load_float(directory)
     check_size(directory)
     with torch.inference_mode(False):  # where a model is loaded says nothing of where it is used
         model, packed = empty_layers(directory, simulated=simulated, kernel=kernel, strict=strict)
         _fill(model, directory, packed)
+        share_codes(model)
         if wanted is Head.INT8:
             scheme = directory.quantization.groups[0].scheme
             quantize_heads(model, scheme, simulated=simulated, kernel=kernel, strict=strict)
+        quantize_missing_tables(model, tables)
     model.config.__dict__.pop("quantization_config", None)
     inscribe(inscription(model))
     generation = directory.path / GENERATION_CONFIG
@@ -159,6 +169,16 @@ def quantize_heads(model: nn.Module, scheme: Scheme, **options: Any) -> None:
         choice.enact(build(model, choice.schemes, **options))
 
 
+def quantize_missing_tables(model: nn.Module, asked: Embeddings) -> None:
+    """Quantise the float tables of a model of which a file has the rest in int8; none where all of them are.
+
+    Raises:
+        ModelError: there are float tables, and none of them can be int8.
+    """
+    if tables_of(model):
+        quantize_tables(model, asked)
+
+
 def _fill(model: Pretrained, directory: Directory, packed: set[str]) -> None:
     """Map every tensor into its place, then see that none is missing.
 
@@ -167,7 +187,7 @@ def _fill(model: Pretrained, directory: Directory, packed: set[str]) -> None:
     """
     modules = dict(model.named_modules())
     wanted = set(model.state_dict())
-    stored = {name: stored_keys(layer, packed=name in packed) for name, layer in quant_linears(model)}
+    stored = {name: stored_keys(layer, packed=name in packed) for name, layer in quant_layers(model)}
     names = FileNames(model)
     found = names.placed(directory.entries)
     unwanted: list[str] = []
@@ -202,17 +222,17 @@ def tell_unwanted(model: str, tensors: Sequence[str]) -> None:
         _LOG.warning("%s does without %d %s: %s", model, len(tensors), what, few(tensors, 4))
 
 
-def stored_keys(layer: QuantLinear, *, packed: bool) -> set[str]:
+def stored_keys(layer: QuantLayer, *, packed: bool) -> set[str]:
     """What a file holds of an empty layer beside its bias, for `place_tensor`."""
     keys = set(layer.state_dict()) - {"bias", "weight", WORDS, SHAPE}
     return keys | ({WORDS, SHAPE} if packed else {"weight"})
 
 
-def place_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str, *, packed: bool = False) -> None:
+def place_tensor(layer: QuantLayer, key: str, tensor: Tensor, where: str, *, packed: bool = False) -> None:
     """Check one tensor of a file and put it into its layer, which packs codes for the kernel or keeps them.
 
     Args:
-        layer: A `QuantLinear`, empty or filled in part; changed.
+        layer: A linear layer or a table, empty or filled in part; changed.
         key: One of `stored_keys`.
         tensor: On any device; kept where nothing has to be converted.
 
@@ -252,7 +272,7 @@ def _place(module: nn.Module, key: str, tensor: Tensor, where: str) -> None:
         module._buffers[key] = tensor
 
 
-def _checked_tensor(layer: QuantLinear, key: str, tensor: Tensor, where: str) -> Tensor:
+def _checked_tensor(layer: QuantLayer, key: str, tensor: Tensor, where: str) -> Tensor:
     """A tensor of a quantised layer in the shape and dtype that the layer holds."""
     want = getattr(layer, key)
     if key == "weight":
@@ -288,11 +308,11 @@ def check_superfluous(names: FileNames, module: nn.Module | None, name: str, ten
         tensor: Looked at where it is a zero point.
     """
     key = name.rpartition(".")[2]
-    if isinstance(module, QuantLinear) and key in _ZERO_POINTS:  # a symmetric layer's zeros, as older files have
+    if isinstance(module, QuantLayer) and key in _ZERO_POINTS:  # a symmetric layer's zeros, as older files have
         if bool(tensor.any()):
             raise CheckpointError(f"{where} is not zero, though {CONFIG} says that the layer is symmetric")
         return
-    if key in QUANTIZED and isinstance(module, nn.Linear):
+    if key in QUANTIZED and isinstance(module, nn.Linear | nn.Embedding):
         raise CheckpointError(f"{where} belongs to a layer that is float by {CONFIG}")
     if not names.ignored(name):
         raise CheckpointError(f"{where} has no place in {names.model}")

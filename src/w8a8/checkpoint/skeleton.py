@@ -23,17 +23,21 @@ from w8a8.checkpoint.names import FileNames
 from w8a8.core.affine import described
 from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, SchemeError, noted
-from w8a8.layers.linear import QuantLinear, is_linear
+from w8a8.layers.buffers import QuantLayer
+from w8a8.layers.linear import is_linear
 from w8a8.model import ties
 from w8a8.model.experts import Experts, unstacked, usual_names
+from w8a8.model.obstacles import obstacles
 from w8a8.model.pretrained import Pretrained
-from w8a8.model.swapping import swap, swapped
+from w8a8.model.swapping import empty_layer, swap, swapped
+from w8a8.model.tables import tables_of
+from w8a8.model.usage import look
 
 _COUNT = re.compile(r"(\w+_)?(layers?|experts|blocks|depth)")
 
 
 def empty_model(directory: Directory, **options: Any) -> Pretrained:
-    """The model of the directory without its values: parameters on the meta device, `QuantLinear` in place.
+    """The model of the directory without its values: parameters on the meta device, quantised layers in place.
 
     Args:
         options: `like`, a model whose class and whose config's class are taken instead of those that config.json
@@ -225,7 +229,7 @@ def insert_quant_linears(
     of_another: bool = False,
     **options: Any,
 ) -> set[str]:
-    """Put empty `QuantLinear` in the places of the linear layers that are quantised.
+    """Put empty layers in the places of the linear layers and the tables that are quantised.
 
     Args:
         model: Float, on the meta device; changed.
@@ -237,10 +241,11 @@ def insert_quant_linears(
         The names of the layers whose weights the files have in words.
 
     Raises:
-        CheckpointError: the targets match no layer, or cannot be matched.
+        CheckpointError: the targets match no layer, or cannot be matched; or a table that has to stay float.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
-    linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+    tables = tables_of(model)
+    linears = {name: m for name, m in model.named_modules() if is_linear(m) or name in tables}
     classes = {
         name: [cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for name, m in linears.items()
     }
@@ -250,12 +255,18 @@ def insert_quant_linears(
     groups = quantization.groups_for(classes, where, in_files)
     if of_another:
         groups = {name: group for name, group in groups.items() if name in held}
-    layers = {}
+    layers: dict[str, QuantLayer] = {}
     for name, group in groups.items():
         with noted(f"while loading {name}, quantised by {where}; simulated=True runs every scheme", SchemeError):
-            layers[name] = QuantLinear.in_place_of(linears[name], group.scheme, **options)
+            layers[name] = empty_layer(model, name, group.scheme, **options)
+    quantized = {name: table for name, table in tables.items() if name in groups}
+    for name, why in obstacles(model, quantized, look(model)).items() if quantized else ():
+        raise CheckpointError(
+            f"{where}: {name} is quantised, and cannot be looked up in int8 here: {why}; transformers opens the "
+            "directory, in float"
+        )
     if not groups:
-        raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer")
+        raise CheckpointError(f"{where}: the targets of quantization_config match no linear layer and no table")
     swap(model, layers)
     ties.forget(model, groups)
     return {name for name, group in groups.items() if group.packed}

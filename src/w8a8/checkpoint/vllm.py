@@ -7,6 +7,7 @@ that build has no kernel for was read in the source of 0.33.0, `layers/quantizat
                             _is_wNa16_group_channel, _get_scheme_from_parts, CompressedTensorsKVCacheMethod
     utils.py                should_ignore_layer, find_matched_target: the shards of a fused layer
     schemes/                compressed_tensors_wNa16.py: weight-only; compressed_tensors_w8a8_int8.py
+    compressed_tensors_embedding.py: CompressedTensorsEmbeddingWNA16Int; its models/bert.py, which hands nothing on
     compressed_tensors_moe/ compressed_tensors_moe_w8a8_int8.py, compressed_tensors_moe_wna16.py
 
 and what its kernels for NVIDIA's GPUs ask of shapes, which are those of a whole layer here, and of each part of it
@@ -24,6 +25,7 @@ from torch import nn
 from w8a8.checkpoint.names import renamed_stacks
 from w8a8.core.packed import in_words
 from w8a8.core.scheme import PerChannel, PerGroup, PerTensor, PerToken, QuantSpec, Scheme
+from w8a8.layers.embedding import QuantEmbedding
 from w8a8.layers.linear import QuantLinear, is_conv1d, is_linear, shape_of
 from w8a8.model.choice import Choice
 from w8a8.model.roles import ROUTERS
@@ -73,6 +75,11 @@ def schemes_of(model: nn.Module) -> dict[str, Scheme | None]:
     }
 
 
+def quantized_tables(model: nn.Module) -> list[str]:
+    """The names of the tables of a model that are int8."""
+    return [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
+
+
 def transposed_of(model: nn.Module) -> set[str]:
     """The layers that are or were `Conv1D`."""
     return {
@@ -93,6 +100,7 @@ def findings(
     heads: Iterable[str] = (),
     transposed: Iterable[str] = (),
     renamed: Iterable[str] = (),
+    tables: Iterable[str] = (),
     shapes: Mapping[str, tuple[int, int]] | None = None,
     packed: Collection[str] | None = None,
 ) -> tuple[Finding, ...]:
@@ -101,6 +109,7 @@ def findings(
     Args:
         schemes: Every linear layer, in the model's order; None for one that stays float.
         renamed: Stacks of experts that stay float, and that the hub's files call otherwise.
+        tables: The lookup tables that are quantised.
         shapes: (N, K) of the layers, as far as they are known.
         packed: Those whose codes are in int32 words, in a directory that is there; None: as `w8a8.save` writes them.
     """
@@ -128,6 +137,13 @@ def findings(
         refused=False,
     )
     found += _about(
+        tables,
+        "a lookup table in int8",
+        "CompressedTensorsEmbeddingWNA16Int reads words, which transformers does not, and in those models alone that "
+        "hand their quantisation on to VocabParallelEmbedding",
+        "leave the tables float: embeddings='float'",
+    )
+    found += _about(
         renamed,
         "experts that stay float, under transformers' names",
         "its models look for those of the hub's files, which transformers cannot read beside int8 layers",
@@ -145,18 +161,23 @@ def _about(layers: Iterable[str], what: str, why: str, instead: str, *, refused:
 def foresee(choice: Choice) -> tuple[Finding, ...]:
     """`findings` of what a choice makes of its model."""
     with choice.unstacked():
-        return foresee_as_it_is(choice.model, schemes=choice.schemes)
+        return foresee_as_it_is(choice.model, schemes=choice.schemes, tables=choice.tables.schemes)
 
 
 def foresee_as_it_is(
-    model: nn.Module, packed: Collection[str] | None = None, *, schemes: Mapping[str, Scheme] | None = None
+    model: nn.Module,
+    packed: Collection[str] | None = None,
+    *,
+    schemes: Mapping[str, Scheme] | None = None,
+    tables: Collection[str] = (),
 ) -> tuple[Finding, ...]:
-    """`findings` of a model, with or without values; float layers with `schemes` are taken for quantised ones."""
+    """`findings` of a model, with or without values; what `schemes` or `tables` name is taken for quantised."""
     return findings(
         {**schemes_of(model), **(schemes or {})},
         heads=heads_of(model, quantized=True),
         transposed=transposed_of(model),
         renamed=renamed_stacks(model),
+        tables=dict.fromkeys([*quantized_tables(model), *tables]),
         shapes=shapes_of(model),
         packed=packed,
     )

@@ -26,6 +26,7 @@ from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG
 from w8a8.checkpoint.verify import verify_values
 from w8a8.checkpoint.vllm import foresee_as_it_is
 from w8a8.errors import CheckpointError, ModelError, SchemeError, few
+from w8a8.layers.buffers import quant_layers
 from w8a8.layers.linear import quant_linears
 from w8a8.model.coverage import coverage
 from w8a8.model.pretrained import Pretrained, Tokenizer
@@ -118,7 +119,7 @@ def _one_model(model: nn.Module) -> Pretrained:
             f"{type(model).__name__}, with {len(found)} of them in it; save each by itself"
         )
     inside = {id(module) for module in found[0].modules()}
-    outside = [name for name, layer in quant_linears(model) if id(layer) not in inside]
+    outside = [name for name, layer in quant_layers(model) if id(layer) not in inside]
     if outside:
         raise ModelError(
             f"{type(model).__name__} is to be saved, and {few(outside)} in it is quantised and lies outside of its "

@@ -21,6 +21,9 @@ def quantize(
     include: Include = ["*"],  # noqa: B006 - typer wants a list, and copies it
     exclude: Exclude = [],  # noqa: B006
     head: Annotated[str, typer.Option("--head", help="The output head: float, which vLLM reads, or int8.")] = "float",
+    embeddings: Annotated[
+        str, typer.Option("--embeddings", help="The lookup tables: float, which vLLM reads, or int8, by rows.")
+    ] = "float",
     calib: Annotated[
         str | None,
         typer.Option(
@@ -115,6 +118,7 @@ def quantize(
         include=include,
         exclude=exclude,
         head=head,
+        embeddings=embeddings,
         calibration=None if calib is None else CalibrationText(calib, calib_samples, calib_length),
         observer=observer,
         smooth=smooth,

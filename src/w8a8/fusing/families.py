@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from w8a8.errors import ModelError
 from w8a8.fusing.capture import Captured, capture
+from w8a8.layers.buffers import QuantLayer
 from w8a8.layers.linear import Mode, QuantLinear
 
 _PLAIN = (int, float, bool, str, tuple, type(None))
@@ -56,7 +57,7 @@ class Family:
 
 def _twin(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     """The same tensors and layers in modules of their own: another thread may be calling those of the model."""
-    if isinstance(module, QuantLinear):
+    if isinstance(module, QuantLayer):
         return module
     if id(module) not in known:
         twin = known[id(module)] = type(module).__new__(type(module))
@@ -105,7 +106,7 @@ def _differing(group: list[nn.Module]) -> tuple[tuple[str, str], ...] | None:
     """In which attributes blocks differ, path and name; None where one of them is no plain value."""
     found = []
     for path, module in group[0].named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLayer):
             continue
         others = [block.get_submodule(path) for block in group[1:]]
         for name, value in vars(module).items():

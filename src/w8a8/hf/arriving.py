@@ -11,7 +11,7 @@ from w8a8.checkpoint.names import FileNames
 from w8a8.checkpoint.reader import QUANTIZED, check_superfluous, place_tensor, stored_keys
 from w8a8.core.packed import SHAPE
 from w8a8.errors import CheckpointError
-from w8a8.layers.linear import QuantLinear, quant_linears
+from w8a8.layers.buffers import QuantLayer, quant_layers
 from w8a8.model.pretrained import initialised
 
 
@@ -25,7 +25,7 @@ class Arriving:
         layer: Empty; changed until `take`.
     """
 
-    def __init__(self, layer: QuantLinear, found: Mapping[str, Entry], *, packed: bool) -> None:
+    def __init__(self, layer: QuantLayer, found: Mapping[str, Entry], *, packed: bool) -> None:
         self.layer, self.packed = layer, packed
         self._where = {key: entry.where for key, entry in sorted(found.items())}
         layer.as_stored(
@@ -57,7 +57,7 @@ def arriving_of(model: nn.Module, stored: Mapping[str, Entry], packed: set[str])
     names = FileNames(model)
     found = names.placed(stored)
     arriving, taken = [], set()
-    for name, layer in quant_linears(model):
+    for name, layer in quant_layers(model):
         keys = stored_keys(layer, packed=name in packed)
         missing = [f"{name}.{key}" for key in sorted(keys - {SHAPE}) if f"{name}.{key}" not in found]
         if missing:
@@ -70,7 +70,7 @@ def arriving_of(model: nn.Module, stored: Mapping[str, Entry], packed: set[str])
     for name in found.keys() - taken:
         prefix, _, key = name.rpartition(".")
         module = modules.get(prefix)
-        unasked = isinstance(module, QuantLinear) and (key != "bias" or module.bias is None)
+        unasked = isinstance(module, QuantLayer) and (key != "bias" or module.bias is None)
         if module is not None and (key in QUANTIZED or unasked):
             check_superfluous(names, module, name, mapped(found[name]), found[name].where)
     return arriving

@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 _THEIRS = "compressed-tensors"
 
 
-def enable(*, head: str = "float", kernel: str = kernels.AUTO, strict: bool = False) -> None:
+def enable(*, head: str = "float", embeddings: str = "float", kernel: str = kernels.AUTO, strict: bool = False) -> None:
     """Let transformers run compressed-tensors directories by this package, in this process.
 
     Whatever `w8a8.load` runs: 8-bit integer layers in integers, and weight-only ones, packed or not, with a float
@@ -28,16 +28,17 @@ def enable(*, head: str = "float", kernel: str = kernels.AUTO, strict: bool = Fa
     Called twice, the second call says how what is loaded from then on is run.
 
     Args:
-        head, kernel, strict: As for `w8a8.load`.
+        head, embeddings, kernel, strict: As for `w8a8.load`.
 
     Raises:
-        ModelError: `head` is neither "float" nor "int8".
+        ModelError: `head` or `embeddings` is neither "float" nor "int8".
         KernelError: no kernel has this name.
     """
-    W8A8Config(head=head, kernel=kernel, strict=strict)  # it checks them
+    W8A8Config(head=head, embeddings=embeddings, kernel=kernel, strict=strict)  # it checks them
     theirs: Any = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
     ours: Any = _Ours(
-        theirs.theirs if isinstance(theirs, _Ours) else theirs, {"head": head, "kernel": kernel, "strict": strict}
+        theirs.theirs if isinstance(theirs, _Ours) else theirs,
+        {"head": head, "embeddings": embeddings, "kernel": kernel, "strict": strict},
     )
     AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours
 
@@ -50,10 +51,12 @@ def disable() -> None:
 
 
 @contextlib.contextmanager
-def enabled(*, head: str = "float", kernel: str = kernels.AUTO, strict: bool = False) -> Iterator[None]:
+def enabled(
+    *, head: str = "float", embeddings: str = "float", kernel: str = kernels.AUTO, strict: bool = False
+) -> Iterator[None]:
     """`enable` for the length of a `with` block."""
     before = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
-    enable(head=head, kernel=kernel, strict=strict)
+    enable(head=head, embeddings=embeddings, kernel=kernel, strict=strict)
     try:
         yield
     finally:

@@ -26,18 +26,22 @@ from w8a8.checkpoint.files import CONFIG
 from w8a8.checkpoint.headers import each_once, read_header
 from w8a8.checkpoint.layout import from_json, to_json
 from w8a8.checkpoint.names import remember
-from w8a8.checkpoint.reader import quantize_heads
+from w8a8.checkpoint.reader import quantize_heads, quantize_missing_tables
 from w8a8.checkpoint.skeleton import as_stored, insert_quant_linears
 from w8a8.core.scheme import AUTO, Scheme
 from w8a8.errors import CheckpointError, SchemeError, W8A8Error
 from w8a8.hf.arriving import Arriving, arriving_of
+from w8a8.layers.buffers import quant_layers
+from w8a8.layers.embedding import share_codes
 from w8a8.layers.linear import quant_linears
 from w8a8.layers.weights import make_weight
 from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, mark_arriving
 from w8a8.model.pretrained import Conversion, Pretrained, stacks_experts
-from w8a8.model.roles import Head
+from w8a8.model.roles import Embeddings, Head
+from w8a8.model.selection import matching
 from w8a8.model.swapping import build, empty_layer, swap
+from w8a8.model.tables import quantize_tables, tables_of
 
 _LOG = logging.getLogger(__name__)
 METHOD = "w8a8"  # in memory; files say compressed-tensors
@@ -52,11 +56,12 @@ class W8A8Config(QuantizationConfigMixin):
             "auto" is what is usual for the model.
         include, exclude: As for `w8a8.quantize`.
         head: "int8" quantises the output head too.
+        embeddings: "int8" quantises lookup tables too, when the model is loaded: until then they are float.
         kernel, strict: As for `w8a8.quantize`; of this process, and in no file.
 
     Raises:
         SchemeError: the scheme is unknown, needs calibration, or cannot be executed.
-        ModelError: `head` is neither "float" nor "int8".
+        ModelError: `head` or `embeddings` is neither "float" nor "int8".
         KernelError: no kernel has this name.
     """
 
@@ -67,6 +72,7 @@ class W8A8Config(QuantizationConfigMixin):
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = (),
         head: str = "float",
+        embeddings: str = "float",
         kernel: str = kernels.AUTO,
         strict: bool = False,
     ) -> None:
@@ -75,6 +81,7 @@ class W8A8Config(QuantizationConfigMixin):
         self.checkpoint: dict[str, object] | None = None  # what a file says; then nothing else counts
         self.scheme = scheme if scheme == AUTO else Scheme.of(scheme)
         self.include, self.exclude, self.head = list(include), list(exclude), Head.of(head)
+        self.embeddings = Embeddings.of(embeddings)
         self.kernel, self.strict = kernel, strict
         if isinstance(self.scheme, Scheme):
             way_out = "load the float model and call w8a8.quantize(model, scheme, calibration=...)"
@@ -87,12 +94,13 @@ class W8A8Config(QuantizationConfigMixin):
         return_unused_kwargs: bool = False,
         *,
         head: str = "float",
+        embeddings: str = "float",
         kernel: str = kernels.AUTO,
         strict: bool = False,
         **kwargs: Any,
     ) -> Any:
         """From the `quantization_config` of a file, and how it is to be run, as for `w8a8.load`."""
-        config = cls(head=head, kernel=kernel, strict=strict)
+        config = cls(head=head, embeddings=embeddings, kernel=kernel, strict=strict)
         config.checkpoint = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -106,6 +114,7 @@ class W8A8Config(QuantizationConfigMixin):
             "include": self.include,
             "exclude": self.exclude,
             "head": self.head.value,
+            "embeddings": self.embeddings.value,
             "kernel": self.kernel,
             "strict": self.strict,
         }
@@ -182,13 +191,15 @@ class W8A8Quantizer(HfQuantizer):
             running = self.quantization_config.running
             packed = insert_quant_linears(model, quantization, where, stored, of_another=another, **running)
             self._stored_scheme = quantization.groups[0].scheme
-            self._quantized = {name for name, _ in quant_linears(model)}
+            self._quantized = {name for name, _ in quant_layers(model)}
             self._arriving = arriving_of(model, stored, packed)
             self._unstacked = holds_experts(model)
             mark_arriving(model, arriving=True)
             return
         config = self.quantization_config
-        choice = Choice.of(model, config.scheme, config.include, config.exclude, stacks=(experts, {}))
+        others = tables_of(model) if config.embeddings is Embeddings.INT8 else {}  # they come later
+        exclude = [pattern for pattern in config.exclude if not matching(pattern, others)]
+        choice = Choice.of(model, config.scheme, config.include, exclude, stacks=(experts, {}))
         choice = _untied(model, choice, config.include)
         swap(model, choice.taken)
         self._unstacked = holds_experts(model)
@@ -223,10 +234,16 @@ class W8A8Quantizer(HfQuantizer):
         elif config.head is Head.INT8:
             choice = Choice.of(model, config.scheme, [], head=Head.INT8)
             choice.enact(build(model, choice.schemes, **config.running))
+        if self.pre_quantized:
+            share_codes(model)
+            quantize_missing_tables(model, config.embeddings)
+        else:
+            quantize_tables(model, config.embeddings, config.exclude)
         config.checkpoint = to_json(describe(model))
         remember(model)
         layers = [layer for _, layer in quant_linears(model)]
-        _LOG.info("w8a8: %d linear layers run as %s", len(layers), layers[0].extra_repr().partition("scheme=")[2])
+        told = layers[0].extra_repr().partition("scheme=")[2] if layers else "none"
+        _LOG.info("w8a8: %d linear layers run as %s", len(layers), told)
         return model
 
 

@@ -139,7 +139,7 @@ class _Work:
             self.note(f"saving was not rehearsed: {not_rehearsed}; what is written is looked at as always")
         smooth, chosen = (None, None) if job.search is None else self._searched(opened, data)
         schemes = job.wanted if chosen is None else chosen.schemes
-        choice = Choice.of(opened.model, schemes, job.include, job.exclude, head=job.head)
+        choice = Choice.of(opened.model, schemes, job.include, job.exclude, head=job.head, embeddings=job.embeddings)
         self.findings = foresee(choice)
         job.check_target(self.findings)
         with self.watcher.stage("quantising") as step:
@@ -215,6 +215,7 @@ class _Work:
                 include=job.include,
                 exclude=job.exclude,
                 head=job.head,
+                embeddings=job.embeddings,
                 overwrite=job.overwrite,
                 dry_run=job.dry_run,
                 before=self._planned,

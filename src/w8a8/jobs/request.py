@@ -69,7 +69,7 @@ class Job:
     model: A directory or a hub id, float.
     output: The directory to write.
     scheme: As for `w8a8.quantize`, one for all layers; under a search not used.
-    include, exclude, head, observer, smooth: As for `w8a8.quantize`.
+    include, exclude, head, embeddings, observer, smooth: As for `w8a8.quantize`.
     calibration: For static schemes and for smoothing.
     seed: Of all that is drawn.
     search: Choose a scheme or float for each layer; None gives each the scheme.
@@ -95,6 +95,7 @@ class Job:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     head: str = "float"
+    embeddings: str = "float"
     calibration: CalibrationText | None = None
     observer: str = "absmax"
     smooth: str | float | None = None

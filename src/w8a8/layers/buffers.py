@@ -19,7 +19,7 @@ that is asked for later, or in another process that reads a pickle, they are lai
 `layer.weight` is not the codes but a `Weight`, which tells dtype and shape of the float weight and refuses the rest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8 import kernels
-from w8a8.core.affine import QParams
+from w8a8.core.affine import QParams, QTensor, dequantize
 from w8a8.core.packed import SHAPE, WORDS, as_words, in_words, unpack_rows, words
 from w8a8.core.scheme import CODE_REACH, MAX_CODE_BITS, PerGroup, Scheme, largest_k
 from w8a8.errors import SchemeError
@@ -37,8 +37,10 @@ from w8a8.layers.weight import Weight
 from w8a8.layers.weights import LayerWeight, scale_shape
 
 
-class LinearBuffers(nn.Module):
-    """The buffers of a quantised linear layer: made empty, then filled, packed, moved, saved and loaded.
+class QuantLayer(nn.Module):
+    """The buffers of a quantised layer: made empty, then filled, packed, moved, saved and loaded.
+
+    They are those of a linear layer; of a lookup table (`w8a8.layers.embedding`) N are its rows.
 
     Args:
         integer: Whether the layer multiplies integers: it then has sums, and packs its codes for the native kernel.
@@ -97,7 +99,7 @@ class LinearBuffers(nn.Module):
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
         groups = of_scale[1] if isinstance(spec.granularity, PerGroup) else 1
-        self.register_buffer("weight_sum", empty(torch.int32, out_features, groups), persistent=False)
+        self.register_buffer("weight_sum", empty(torch.int32, self._summed, groups), persistent=False)
         self.register_buffer("packed_weight", None, persistent=False)
 
     @property
@@ -124,6 +126,11 @@ class LinearBuffers(nn.Module):
         """Take what a copy or a pickle holds; what was laid out for another machine or process is laid out anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lay_out()
+
+    @property
+    def _summed(self) -> int:
+        """How many rows have a sum."""
+        return self.out_features
 
     @property
     def in_words(self) -> bool:
@@ -190,7 +197,7 @@ class LinearBuffers(nn.Module):
         self._buffers["weight"] = codes
         groups = self.weight_sum.shape[1]
         if codes.is_meta or not self._integer:
-            self.weight_sum = codes.new_zeros((self.out_features, groups), dtype=torch.int32)
+            self.weight_sum = codes.new_zeros((self._summed, groups), dtype=torch.int32)
         elif self._packs(codes.device):
             self._buffers["packed_weight"], self.weight_sum = native.pack(codes)
             del self._buffers["weight"]
@@ -236,6 +243,13 @@ class LinearBuffers(nn.Module):
         codes = self._buffers.get("weight") if packed is None else self._unpacked(packed)
         assert codes is not None, "a layer has codes, or room for them"
         return codes
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight that the codes stand for, a new (N, K) float32 tensor."""
+        codes = self.codes
+        if codes.dtype is torch.float32:
+            return codes.clone()
+        return dequantize(QTensor(codes, self.weight_scale, self.weight_zero_point))
 
     def _unpacked(self, packed: Tensor) -> Tensor:
         return kernels.unpack(packed, self.out_features, self.in_features)
@@ -298,7 +312,7 @@ class LinearBuffers(nn.Module):
         if params.zero_point is not None:
             self.input_zero_point = params.zero_point.detach().to(self._device, torch.int32, copy=True).reshape(1)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LinearBuffers":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "QuantLayer":
         """Move with the model, but keep the grid float32 through `.half()` and `.to(dtype)`."""
         probe = fn(torch.empty(0, dtype=torch.int8, device=self.weight_sum.device))
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_sum.device)).dtype
@@ -318,7 +332,7 @@ class LinearBuffers(nn.Module):
     @property
     def _tied_weights_keys(self) -> None:
         """Nothing is tied; transformers asks each module that it saves, also where the state dict is given to it."""
-        saving.check_given(self, LinearBuffers)
+        saving.check_given(self, QuantLayer)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         saving.tell(destination)
@@ -359,7 +373,7 @@ class LinearBuffers(nn.Module):
         given = state_dict.get(prefix + "weight")
         if given is not None and given.dtype is not holds:
             error_msgs.append(
-                f"{prefix}weight is {given.dtype}, this QuantLinear holds {holds}: "
+                f"{prefix}weight is {given.dtype}, this {type(self).__name__} holds {holds}: "
                 "load the float weights into the float model and quantise that"
             )
             return
@@ -370,6 +384,11 @@ class LinearBuffers(nn.Module):
         )
         self.set_codes(self.codes)
         self.weight_sqnr_db = None
+
+
+def quant_layers(model: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
+    """Name and layer of everything in the model that is quantised, each once: linear layers and tables."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer))
 
 
 def _sums(codes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ What it computes is one of three things, and `mode` says which:
 - WEIGHT_ONLY: the activation stays float; the int8 weight is dequantised and multiplied in its dtype, with the
   gradients of that product.
 
-What it holds, and how that goes to files and back, is `LinearBuffers`.  `weight_sqnr_db` says what quantising did to
+What it holds, and how that goes to files and back, is `QuantLayer`.  `weight_sqnr_db` says what quantising did to
 the weight (`w8a8.core.row_sample`); None where the codes came from a file.
 """
 
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w8a8 import kernels
-from w8a8.core.affine import QParams, QTensor, dequantize
+from w8a8.core.affine import QParams
 from w8a8.core.scheme import MAX_CODE_BITS, PerGroup, PerTensor, PerToken, QuantSpec, Scheme, largest_k
 from w8a8.core.tokens import fake_quantize_tokens
 from w8a8.defaults import without_autocast
 from w8a8.errors import ModelError, SchemeError
 from w8a8.kernels import native, reference
-from w8a8.layers.buffers import LinearBuffers
+from w8a8.layers.buffers import QuantLayer
 from w8a8.layers.straight_through import straight_through
 from w8a8.layers.weights import make_weight
 
@@ -46,7 +46,7 @@ class Mode(enum.Enum):
     WEIGHT_ONLY = "weight-only"
 
 
-class QuantLinear(LinearBuffers):
+class QuantLinear(QuantLayer):
     """A linear layer with a quantised weight.  Made by `from_float`, or empty, to be filled from a file.
 
     Args:
@@ -177,13 +177,6 @@ class QuantLinear(LinearBuffers):
             with without_autocast(x.device):
                 return F.linear(x, self.dequantized_weight().to(x.dtype), _cast(self.bias, x.dtype))
         return straight_through(x, self.bias, self)
-
-    def dequantized_weight(self) -> Tensor:
-        """The weight that the codes stand for, a new (N, K) float32 tensor."""
-        codes = self.codes
-        if codes.dtype is torch.float32:
-            return codes.clone()
-        return dequantize(QTensor(codes, self.weight_scale, self.weight_zero_point))
 
     def kernel_calls(self) -> dict[str, int]:
         """The layer's page of the ledger: how often each kernel ran."""

@@ -19,12 +19,15 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from w8a8.core.scheme import AUTO, Scheme
-from w8a8.layers.linear import QuantLinear, check_module
+from w8a8.layers.buffers import QuantLayer
+from w8a8.layers.embedding import share_codes
+from w8a8.layers.linear import check_module
 from w8a8.model import ties
 from w8a8.model.experts import Experts, own_weights, unstacked
-from w8a8.model.roles import Head
+from w8a8.model.roles import Embeddings, Head
 from w8a8.model.selection import Schemes, Selection, assign, scheme_of, select, with_head
 from w8a8.model.swapping import swap, swapped
+from w8a8.model.tables import Tables, choose_tables, tables_of
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,14 @@ class Choice:
     selection: The layers to quantise, and why others, and stacks that are not taken apart, stay float.
     schemes: Of the layers to quantise, in the model's order.
     experts: What can take the places of stacks, by their names, whether or not anything in them is chosen.
+    tables: The lookup tables that are quantised.
     """
 
     model: nn.Module
     selection: Selection
     schemes: dict[str, Scheme]
     experts: dict[str, Experts]
+    tables: Tables
 
     @classmethod
     def of(
@@ -51,6 +56,7 @@ class Choice:
         exclude: Sequence[str] = (),
         *,
         head: Head | str = Head.FLOAT,
+        embeddings: Embeddings | str = Embeddings.FLOAT,
         stacks: tuple[Mapping[str, Experts], Mapping[str, str]] | None = None,
     ) -> "Choice":
         """Choose.
@@ -58,14 +64,20 @@ class Choice:
         Args:
             model: Not modified.
             schemes: One for all layers, or by pattern, as for `assign`; "auto" is what is usual for the model.
+            include, exclude: As for `select`; `exclude` is for tables too, where these are asked for.
+            head, embeddings: What heads and lookup tables are to be.
             stacks: What can take the places of stacks, and why others stay, where it is not all that can.
         """
         check_module(model)
         include = with_head(model, include, head)
         experts, reasons = unstacked(model) if stacks is None else stacks
+        others = tables_of(model) if Embeddings.of(embeddings) is Embeddings.INT8 else {}
         with swapped(model, experts):
-            selection, by_layer = assign(select(model, include, exclude), scheme_of(model, schemes))
-        return cls(model, replace(selection, reasons={**reasons, **selection.reasons}), by_layer, dict(experts))
+            selected = select(model, include, exclude, others=others)
+            selection, by_layer = assign(selected, scheme_of(model, schemes))
+        tables = choose_tables(model, embeddings, by_layer, exclude)
+        reasons = {**reasons, **selection.reasons, **tables.reasons}
+        return cls(model, replace(selection, reasons=reasons), by_layer, dict(experts), tables)
 
     def on(self, model: nn.Module) -> "Choice":
         """The same choice of another model of the same modules: one that is empty, or float again."""
@@ -86,15 +98,21 @@ class Choice:
         """The experts with layers of their own, for the length of a `with` block."""
         return swapped(self.model, self.taken)
 
-    def enact(self, layers: Mapping[str, QuantLinear]) -> None:
+    @property
+    def copied(self) -> dict[str, str]:
+        """Layers that get a weight of their own, each with a module that it shared with, which keeps another."""
+        return {name: other for name, other in self.selection.untied.items() if other not in self.tables.schemes}
+
+    def enact(self, layers: Mapping[str, QuantLayer]) -> None:
         """Put the new layers in their places; the model is changed, its config where a tied layer was quantised."""
         swap(self.model, self.taken)
         swap(self.model, layers)
         for parent in dict.fromkeys(name.rsplit(".", 2)[0] for name in layers):
             if isinstance(experts := self.model.get_submodule(parent), Experts):
                 own_weights(experts)
-        ties.untie(self.model, self.selection.untied)  # or they would be tied again
+        ties.untie(self.model, {**self.selection.untied, **self.tables.schemes})  # or they would be tied again
         ties.forget(self.model, self.selection.together)
+        share_codes(self.model)
 
 
 def unstack_experts_(model: nn.Module) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Coverage: what of a model is quantised, what is not, and why not.  Nothing is left out silently.
 
-Counted per module that holds parameters (or is a `QuantLinear`), each once even where it has several names:
+Counted per module that holds parameters (or is quantised), each once even where it has several names:
 
 - parameters: elements of weights and biases, as the float model would count them;
 - bytes: what they take in memory as they are now (codes, packed or not, scales, sums and biases);
@@ -10,8 +10,9 @@ Counted per module that holds parameters (or is a `QuantLinear`), each once even
   model's config). Attention's own products between tokens and elementwise work are not counted, nor are convolutions.
 """
 
-from torch import nn
+from torch import Tensor, nn
 
+from w8a8.layers.buffers import QuantLayer
 from w8a8.layers.linear import Mode, QuantLinear, check_materialised, is_linear
 from w8a8.model.experts import CONVOLUTIONS, Experts, stack_names
 from w8a8.model.usage import look
@@ -30,7 +31,7 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
     """
     check_materialised(model)
     found = []
-    seen: set[int] = set()  # parameters counted so far: a tied one belongs to its first owner
+    seen: set[int] = set()  # tensors counted so far: a tied one belongs to its first owner
     shares = {
         id(layer): _active_share(model, experts.num_experts)
         for experts in model.modules()
@@ -40,8 +41,10 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
     multiplied = look(model).multiplied
     stacked = stack_names(model)
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            found.append(_quantized(name, module, shares.get(id(module), 1.0)))
+        if isinstance(module, QuantLayer):
+            held = [b for b in module.buffers() if id(b) not in seen]  # a table may share its head's codes
+            seen.update(map(id, held))
+            found.append(_quantized(name, module, held, shares.get(id(module), 1.0)))
             continue
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         tied = len(own) < sum(1 for _ in module.parameters(recurse=False))
@@ -54,15 +57,17 @@ def coverage(model: nn.Module, reasons: dict[str, str]) -> Coverage:
     return Coverage(tuple(found))
 
 
-def _quantized(name: str, layer: QuantLinear, share: float) -> ModuleCoverage:
+def _quantized(name: str, layer: QuantLayer, held: list[Tensor], share: float) -> ModuleCoverage:
     weights = layer.out_features * layer.in_features
+    linear = isinstance(layer, QuantLinear)
+    mode = "" if not linear or layer.mode is Mode.INTEGER else f" ({layer.mode.value})"
     return ModuleCoverage(
         name=name,
-        kind="QuantLinear" if layer.mode is Mode.INTEGER else f"QuantLinear ({layer.mode.value})",
+        kind=type(layer).__name__ + mode,
         shape=(layer.out_features, layer.in_features),
         parameters=weights + (0 if layer.bias is None else layer.out_features),
-        bytes=sum(b.numel() * b.element_size() for b in layer.buffers()),
-        macs=round(weights * share),
+        bytes=sum(b.numel() * b.element_size() for b in held),
+        macs=round(weights * share) if linear else 0,
         scheme=layer.scheme.name,
         reason=None,
         weight_sqnr_db=layer.weight_sqnr_db,

@@ -52,7 +52,7 @@ NOTHING: Values = frozenset()
 class Uses:
     """What the code of one module does with what is below it.
 
-    read: Linear layers of which more is read than a quantised layer has: what, and where.
+    read: Linear layers and tables of which more is read than a quantised one has: what, and where.
     chosen_by: Linear layers from whose output a choice is made: by what, and where.
     multiplied: Parameters that a product of matrices takes.
     returned: The linear layers from whose outputs the forward's result is made.
@@ -172,7 +172,7 @@ class Following(ABC):
                 self._assign(inner, values, frame)
             case ast.Attribute(value=inner, attr=attr):
                 for value in self._eval(inner, frame):
-                    if value.kind == "module" and is_linear(locate(self.module, value.path)):
+                    if value.kind == "module" and may_be_replaced(locate(self.module, value.path)):
                         self._reads(value.path, f"sets its {attr}", frame.function)
             case ast.Subscript(value=inner):
                 self._eval(inner, frame)
@@ -205,6 +205,8 @@ class Following(ABC):
         if isinstance(inside, nn.Module):
             return {Value("module", here)}
         if isinstance(inside, Tensor):
+            if path and isinstance(module, nn.Embedding):  # by another's code
+                self._reads(path, f"reads its {attr}", frame.function)
             return {Value("parameter", here)}
         if isinstance(inside, list | tuple | set | dict):
             return {Value("module", p) for p in self._held(inside, module, path)}
@@ -218,16 +220,17 @@ class Following(ABC):
         return {Value("method", path, attr)}
 
     def _asks_for_parameters(self, module: nn.Module, path: Path, frame: Frame) -> None:
-        """Of a module with linear layers only: one of them must keep parameters."""
+        """Of a module with linear layers and tables only: one of them, a table first, must keep parameters."""
         owners = [(name, m) for name, m in module.named_modules() if any(p is not None for p in m._parameters.values())]
-        if owners and all(is_linear(owner) for _, owner in owners):
-            layer = (*path, *owners[0][0].split("."))
+        if owners and all(may_be_replaced(owner) for _, owner in owners):
+            first = next((name for name, owner in owners if isinstance(owner, nn.Embedding)), owners[0][0])
+            layer = (*path, *first.split("."))
             self.asked[layer] = f"{frame.function.__qualname__} takes a parameter of it"
 
     def _uses_below(self, module: nn.Module, path: Path, how: str, frame: Frame) -> None:
         """A forward takes tensors by their names: of every layer below, as a quantised one's would be its codes."""
         for name, layer in module.named_modules():
-            if is_linear(layer):
+            if may_be_replaced(layer):
                 self._reads((*path, *name.split(".")), f"may read its weight by {how}", frame.function)
 
     def _held(self, inside: Collection[object], module: nn.Module, path: Path) -> Iterator[Path]:
@@ -320,6 +323,11 @@ _COMPARED: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+
+
+def may_be_replaced(module: object) -> bool:
+    """Whether a module is such as a quantised one may take the place of: a linear layer or a table."""
+    return isinstance(module, nn.Module) and (is_linear(module) or isinstance(module, nn.Embedding))
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Why a linear layer cannot be replaced, however it is named.
+"""Why a linear layer, or a table, cannot be replaced, however it is named.
 
 A layer is taken where `QuantLinear` in its place leaves the model as it is but for the rounding: it is a linear layer
 and nothing else, the model only calls it, and holds it where a swap reaches.  So it stays float where
@@ -9,6 +9,9 @@ and nothing else, the model only calls it, and holds it where a swap reaches.  S
 - the model's code reads more of it than a quantised layer has (`w8a8.model.usage`): its weight, most often;
 - the model keeps it in float32 beside layers of 16 bits;
 - the model also holds it in a tuple, a closure or a bound method (`w8a8.model.places`).
+
+A table is taken where `QuantEmbedding` leaves it so, by the same rules; and not where it changes its own rows, or asks
+for gradients by rows.
 
 Whatever is decided here is decided before a layer is made.
 """
@@ -74,12 +77,21 @@ def _of_layer(linear: nn.Module) -> str | None:
     attached = next(_attached(linear), None)
     if attached is not None:
         return attached
-    if isinstance(linear, nn.Linear) and type(linear) is not nn.Linear:
-        with usual_defaults():  # a caller may be making models on the meta device
-            why = _differs(linear)
-        if why is not None:
-            return f"{type(linear).__name__} is a subclass of nn.Linear that {why}"
-    return None
+    if isinstance(linear, nn.Embedding):
+        if linear.max_norm is not None:
+            return f"it rescales its own rows when they are looked up (max_norm={linear.max_norm})"
+        if linear.sparse or linear.scale_grad_by_freq:
+            return "it asks for gradients of a kind of their own (sparse, scale_grad_by_freq), and codes have none"
+        if not linear.weight.numel():
+            return "it is empty"
+    if type(linear) in (nn.Linear, nn.Embedding) or not isinstance(linear, nn.Linear | nn.Embedding):
+        return None
+    with usual_defaults():  # a caller may be making models on the meta device
+        why = _differs(linear)
+    if why is None:
+        return None
+    kind = "Linear" if isinstance(linear, nn.Linear) else "Embedding"
+    return f"{type(linear).__name__} is a subclass of nn.{kind} that {why}"
 
 
 def _attached(linear: nn.Module) -> Iterator[str]:
@@ -108,16 +120,23 @@ def _attached(linear: nn.Module) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _differs(linear: nn.Linear) -> str | None:
-    """Why a subclass does something else than nn.Linear: nothing where its `forward` does the same in small."""
+def _differs(linear: nn.Linear | nn.Embedding) -> str | None:
+    """Why a subclass does something else than the class: nothing where its `forward` does the same in small."""
     if type(linear).__call__ is not nn.Module.__call__:
         return "is called in another way"
     small, draw = copy.copy(linear), torch.Generator().manual_seed(0)
-    small.in_features, small.out_features = 8, 12
     weight, bias = (torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") for shape in ((12, 8), (12,)))
-    small._parameters = {"weight": nn.Parameter(weight), "bias": None if linear.bias is None else nn.Parameter(bias)}
-    x = torch.randn(2, 3, 8, generator=draw, dtype=torch.float32, device="cpu")
-    want = F.linear(x, weight, small.bias)
+    if isinstance(small, nn.Embedding):
+        small.num_embeddings, small.embedding_dim, small.padding_idx = 12, 8, None
+        small._parameters = {"weight": nn.Parameter(weight)}
+        x = torch.randint(12, (2, 3), generator=draw, dtype=torch.int64, device="cpu")
+        want = F.embedding(x, weight)
+    else:
+        small.in_features, small.out_features = 8, 12
+        biased = None if small.bias is None else nn.Parameter(bias)
+        small._parameters = {"weight": nn.Parameter(weight), "bias": biased}
+        x = torch.randn(2, 3, 8, generator=draw, dtype=torch.float32, device="cpu")
+        want = F.linear(x, weight, small.bias)
     try:
         found = small(x)
         same = bool((found - want).norm() <= 1e-5 * want.norm())  # float32, sums of 8

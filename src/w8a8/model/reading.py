@@ -12,7 +12,18 @@ from torch import nn
 
 from w8a8.layers.linear import is_linear
 from w8a8.model import sources
-from w8a8.model.following import NOTHING, Following, Frame, Path, Uses, Value, Values, locate, mixed
+from w8a8.model.following import (
+    NOTHING,
+    Following,
+    Frame,
+    Path,
+    Uses,
+    Value,
+    Values,
+    locate,
+    may_be_replaced,
+    mixed,
+)
 
 CHOOSING = frozenset({"topk", "argmax", "argsort", "multinomial", "one_hot", "gumbel_softmax"})
 """Operations whose result says which of several is taken."""
@@ -100,7 +111,7 @@ class Reading(Following):
         for value in args[0] if args else ():
             owner = locate(self.module, value.path)
             for name, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-                if is_linear(module) and named.issuperset(name.split(".")[:1]):
+                if may_be_replaced(module) and named.issuperset(name.split(".")[:1]):
                     self._reads(
                         (*value.path, *name.split(".")), "may read its weight (no source to look into)", function
                     )
@@ -215,7 +226,7 @@ class Reading(Following):
         """One tensor is taken by its name."""
         paths = {(*value.path, *dotted.split(".")) for value in owners if value.kind in ("module", "method")}
         for path in paths:
-            if is_linear(locate(self.module, path[:-1])):
+            if may_be_replaced(locate(self.module, path[:-1])):
                 self._reads(path[:-1], f"reads its {path[-1]}", frame.function)
         return frozenset(Value("parameter", path) for path in paths)
 
@@ -246,7 +257,8 @@ class Reading(Following):
         module = locate(self.module, path)
         if is_linear(module):
             return {Value("output", path)}
-        if any(value.kind in ("module", "parameter") for value in given):
+        # a table's own forward reads its weight, and is looked at where that matters (`obstacles`)
+        if not isinstance(module, nn.Embedding) and any(value.kind in ("module", "parameter") for value in given):
             found = sources.method(module, "forward")
             if found is not None:
                 self._run(found[0], found[1], [frozenset({Value("module", path)}), *args], kwargs)

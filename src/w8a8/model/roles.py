@@ -3,6 +3,7 @@
 import enum
 from collections import Counter
 from collections.abc import Mapping, Set
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -11,23 +12,37 @@ from w8a8.layers.linear import QuantLinear, is_linear, shape_of
 from w8a8.model.experts import Experts, expert_counts
 from w8a8.model.pretrained import is_pretrained
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of typing from Python 3.11 on
+
 ROUTERS = ("gate", "router", "shared_expert_gate")
 """What models call the layers that weigh experts."""
 
 
-class Head(str, enum.Enum):
+class _Kept(str, enum.Enum):
+    """What a part of a model is to be that stays float by default."""
+
+    @classmethod
+    def of(cls, asked: str) -> "Self":
+        """The one that is written so; `ModelError` where there is none."""
+        try:
+            return cls(asked)
+        except ValueError:
+            raise ModelError(f"{cls.__name__.lower()}={asked!r} is unknown; use 'float' or 'int8'") from None
+
+
+class Head(_Kept):
     """What an output head is to be."""
 
     FLOAT = "float"
     INT8 = "int8"
 
-    @classmethod
-    def of(cls, head: "Head | str") -> "Head":
-        """The one that is written so; `ModelError` where there is none."""
-        try:
-            return cls(head)
-        except ValueError:
-            raise ModelError(f"head={head!r} is unknown; use 'float' or 'int8'") from None
+
+class Embeddings(_Kept):
+    """What lookup tables are to be."""
+
+    FLOAT = "float"
+    INT8 = "int8"
 
 
 def heads(model: nn.Module, *, quantized: bool = False) -> list[str]:
@@ -96,11 +111,12 @@ def adapters_of(model: nn.Module) -> set[str]:
 
 
 def beside_models(model: nn.Module) -> set[str]:
-    """The linear layers outside of transformers' models in what saves itself around such, as `SentenceTransformer`.
+    """The layers and tables outside of transformers' models in what saves itself around such, as `SentenceTransformer`.
 
     Each such module is written into a folder of its own, of which no config.json tells that it is quantised.
     """
     inside = {id(m) for part in model.modules() if is_pretrained(part) for m in part.modules()}
     if not inside or id(model) in inside or not hasattr(model, "save_pretrained"):
         return set()
-    return {name for name, module in model.named_modules() if is_linear(module) and id(module) not in inside}
+    kinds = (name for name, module in model.named_modules() if is_linear(module) or isinstance(module, nn.Embedding))
+    return {name for name in kinds if id(model.get_submodule(name)) not in inside}

@@ -52,13 +52,16 @@ class Selection:
     together: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Selection:
+def select(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), *, others: Collection[str] = ()
+) -> Selection:
     """Choose the layers to quantise.
 
     Args:
         model: Of any class.  Not modified.
         include: Exact names or globs; a layer must match one.
         exclude: Exact names or globs; a layer must match none.
+        others: Names that `exclude` may be for too: those of tables.
 
     Raises:
         PatternError: a pattern matches no linear layer; the message lists the closest names.
@@ -73,7 +76,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
         )
     check_materialised(model)
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
-    _check_patterns(model, linears, include, exclude)
+    _check_patterns(model, linears, include, [each for each in exclude if not matching(each, others)])
     included = set().union(*(matching(pattern, linears) for pattern in include))
     excluded = {name: pattern for pattern in reversed(exclude) for name in matching(pattern, linears)}
     usage = look(model)
@@ -246,13 +249,18 @@ def _nothing_left(model: nn.Module, reasons: dict[str, str]) -> str:
     return f"there is nothing to quantise: all {len(reasons)} linear layers are left out, {name}: {reason}"
 
 
-def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """For each linear layer whose weight other modules hold too: these modules' names."""
+def owners_of(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each parameter, by its id."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    shared = {}
+    return owners
+
+
+def _shared_weights(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """For each linear layer whose weight other modules hold too: these modules' names."""
+    owners, shared = owners_of(model), {}
     for name, linear in linears.items():
         others = [owner for owner in owners.get(id(linear._parameters.get("weight")), ()) if owner != name]
         if others:

@@ -14,6 +14,8 @@ from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import Scheme
 from w8a8.errors import noted
+from w8a8.layers.buffers import QuantLayer
+from w8a8.layers.embedding import QuantEmbedding
 from w8a8.layers.linear import QuantLinear
 from w8a8.model.places import places
 
@@ -45,12 +47,14 @@ def build(
     return layers
 
 
-def empty_layer(model: nn.Module, name: str, scheme: Scheme, **options: Any) -> QuantLinear:
-    """The layer that is to take the place of one of the model's, which is not modified, without values.
+def empty_layer(model: nn.Module, name: str, scheme: Scheme, **options: Any) -> QuantLayer:
+    """The layer, or table, that is to take the place of one of the model's, which is not modified, without values.
 
     Options and errors are those of `QuantLinear`; a note names the layer.
     """
     with noted(f"while quantising {name}"):
+        if isinstance(model.get_submodule(name), nn.Embedding):
+            return QuantEmbedding.in_place_of(model.get_submodule(name), scheme)
         return QuantLinear.in_place_of(model.get_submodule(name), scheme, **options)
 
 

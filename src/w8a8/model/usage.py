@@ -1,4 +1,4 @@
-"""What a model's own code does with its linear layers, beside calling them: read in the source, never run.
+"""What a model's own code does with its linear layers and tables, beside calling them: read in the source, never run.
 
 A layer may be replaced where its parents only call it.  Some do more: they multiply by `self.proj.weight` themselves,
 hand it to a fused function, or choose among experts by what the layer returns.  None of this shows in the tree of
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from w8a8.layers.linear import QuantLinear, is_linear
+from w8a8.layers.buffers import QuantLayer
+from w8a8.layers.linear import is_linear
 from w8a8.model import sources
 from w8a8.model.following import Uses, locate
 from w8a8.model.reading import Reading
@@ -26,7 +27,7 @@ from w8a8.model.reading import Reading
 class Usage:
     """What a model's code does with its linear layers and matrices, by the names of the modules.
 
-    read: Of which layers more is read than a quantised layer has, and where.
+    read: Of which layers and tables more is read than a quantised one has, and where.
     choosing: From the output of which layers a choice is made, by what, and where.
     multiplied: The matrices that a module of no known kind multiplies by, by their names.
     """
@@ -42,7 +43,7 @@ def look(model: nn.Module) -> Usage:
     names = {id(module): name for name, module in model.named_modules()}
     found = Usage({}, {}, {})
     for module in model.modules():
-        if is_linear(module) or isinstance(module, QuantLinear):
+        if is_linear(module) or isinstance(module, QuantLayer):
             continue
         uses = reader.uses(module)
         for paths, told in ((uses.read, found.read), (uses.chosen_by, found.choosing)):

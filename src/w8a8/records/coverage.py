@@ -44,7 +44,7 @@ class Coverage:
 
     @property
     def quantized(self) -> tuple[ModuleCoverage, ...]:
-        """The modules that became `QuantLinear`."""
+        """The modules that became `QuantLinear` or `QuantEmbedding`."""
         return tuple(m for m in self.modules if m.reason is None)
 
     @property

@@ -96,7 +96,7 @@ def run(
             return found
 
         def told(prediction: Prediction, coverage: Coverage, smooth: SmoothReport | None) -> Streamed:
-            counts, untied = (len(plan.shards), len(work.finished)), plan.choice.selection.untied
+            counts, untied = (len(plan.shards), len(work.finished)), plan.choice.copied
             return Streamed(target, plan.scheme, coverage, untied, smooth, prediction, *counts, us.rank == 0)
 
         if dry_run:

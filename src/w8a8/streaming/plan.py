@@ -140,12 +140,13 @@ def make_plan(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     head: str = "float",
+    embeddings: str = "float",
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """Decide what becomes of every tensor.
 
     Args:
-        scheme, include, exclude, head: As for `w8a8.quantize`.
+        scheme, include, exclude, head, embeddings: As for `w8a8.quantize`.
         shard_bytes: Files of the result are not larger, save for a tensor that is.
 
     Raises:
@@ -159,26 +160,28 @@ def make_plan(
     check_counts(source)
     model = empty_model(source)
     stacks = unstacked(model, at_most=_most_experts(source))
-    choice = Choice.of(model, scheme, include, exclude, head=head, stacks=stacks)
+    choice = Choice.of(model, scheme, include, exclude, head=head, embeddings=embeddings, stacks=stacks)
     swap(model, choice.taken)
-    selection = choice.selection
+    selection, tables = choice.selection, choice.tables
+    schemes = dict.fromkeys(selection.chosen, scheme) | tables.schemes
     names = FileNames(model)
     found, unwanted = _sources(source, model)
-    chosen = {f"{name}.weight": name for name in selection.chosen}
+    chosen = {f"{name}.weight": name for name in schemes}
     copies = _copies(model, found, set(chosen)) | not_saved(model)
     dtypes = _dtypes(model)
     steps = []
     for parameter, entry in found.items():
         dtype = dtypes.get(parameter, entry.dtype)
         if parameter in chosen:
-            steps.append(_quantized(model, names, chosen.pop(parameter), scheme, dtype, entry))
+            name = chosen.pop(parameter)
+            steps.append(_quantized(model, names, name, schemes[name], dtype, entry))
         elif parameter not in copies:
             steps.append(_copied(names, parameter, dtype, entry))
     for parameter, name in chosen.items():  # tied: the files have it under the other name only
-        others = selection.together.get(name) or (selection.untied[name],)
+        others = selection.together.get(name) or tables.tied.get(name) or (selection.untied[name],)
         entry = next(found[f"{other}.weight"] for other in others if f"{other}.weight" in found)
-        steps.append(_quantized(model, names, name, scheme, dtypes.get(parameter, entry.dtype), entry))
-    layers = {step.place: empty_layer(model, step.place, scheme) for step in steps if step.spec is not None}
+        steps.append(_quantized(model, names, name, schemes[name], dtypes.get(parameter, entry.dtype), entry))
+    layers = {name: empty_layer(model, name, each) for name, each in schemes.items()}
     aliases = {name: names for names, _ in by_tensor(model) if len(names) > 1 for name in names}  # by each of them
     choice.enact(layers)
     there = {f"{step.place}.weight" if step.place in layers else step.place for step in steps}
