@@ -181,7 +181,7 @@ def carry_out(
                 progress=progress,
                 **options,
             )
-            layers |= build_tables(model, choice.tables.schemes)
+            layers |= build_tables(model, choice.tables.schemes, layers)
             with swapped(model, layers):  # what can fail of telling what was done fails here
                 told, inscribed = coverage(model, choice.selection.reasons), inscription(model)
     except BaseException:

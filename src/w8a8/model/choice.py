@@ -20,7 +20,6 @@ from torch import nn
 
 from w8a8.core.scheme import AUTO, Scheme
 from w8a8.layers.buffers import QuantLayer
-from w8a8.layers.embedding import share_codes
 from w8a8.layers.linear import check_module
 from w8a8.model import ties
 from w8a8.model.experts import Experts, own_weights, unstacked
@@ -112,7 +111,6 @@ class Choice:
                 own_weights(experts)
         ties.untie(self.model, {**self.selection.untied, **self.tables.schemes})  # or they would be tied again
         ties.forget(self.model, self.selection.together)
-        share_codes(self.model)
 
 
 def unstack_experts_(model: nn.Module) -> dict[str, str]:

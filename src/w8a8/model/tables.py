@@ -10,7 +10,7 @@ left float where that would change more than rounding does (`w8a8.model.obstacle
 A table that is one tensor with something that stays float, as with the output head of most language models, is an
 error that says so: the head would be a float copy of its own, and the model larger than before.
 
-A table that is tied to layers that are quantised too gets their codes, in memory once (`share_codes`).
+A table that is tied to layers that are quantised too gets their codes, in memory once.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,8 +20,8 @@ from torch import nn
 
 from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError, noted
-from w8a8.layers.buffers import quant_layers
-from w8a8.layers.embedding import TABLE, QuantEmbedding, share_codes
+from w8a8.layers.buffers import QuantLayer, quant_layers
+from w8a8.layers.embedding import TABLE, QuantEmbedding
 from w8a8.model import ties
 from w8a8.model.obstacles import obstacles
 from w8a8.model.roles import Embeddings, adapters_of, beside_models
@@ -114,8 +114,13 @@ def _numbers(model: nn.Module) -> int:
     )
 
 
-def build_tables(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, QuantEmbedding]:
+def build_tables(
+    model: nn.Module, schemes: Mapping[str, Scheme], layers: Mapping[str, QuantLayer]
+) -> dict[str, QuantEmbedding]:
     """Make the new tables; the model is not modified.
+
+    Args:
+        layers: That were made of the model's, whose codes a table holds where they are its own.
 
     Raises:
         NonFiniteError, SchemeError: as `QuantEmbedding.from_float`, with a note that names the table.
@@ -124,7 +129,7 @@ def build_tables(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, Q
     for name, scheme in schemes.items():
         with noted(f"while quantising {name}"):
             table = QuantEmbedding.from_float(model.get_submodule(name), scheme)
-        any(table.share(other) for other in made.values())  # tied ones are in memory once
+        any(table.share(other) for other in (*layers.values(), *made.values()))
         made[name] = table
     return made
 
@@ -136,7 +141,6 @@ def quantize_tables(model: nn.Module, asked: Embeddings | str, exclude: Sequence
         ModelError, NonFiniteError: as `choose_tables` and `build_tables`; the model is as it was then.
     """
     chosen = choose_tables(model, asked, (), exclude)
-    swap(model, build_tables(model, chosen.schemes))
+    swap(model, build_tables(model, chosen.schemes, dict(quant_layers(model))))
     ties.untie(model, list(chosen.schemes))
-    share_codes(model)
     return chosen
