@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,36 @@ def test_the_fused_kernels_ran_and_blocks_that_are_alike_share_their_graphs(monk
     assert len(families) == 1
     assert sum(map(len, model.encoder.layer[0].forward.family.graphs.values())) == 1
     assert all(set(counts) == {"native"} for counts in w8a8.ledger(model).values() if counts)
+
+
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
+def test_a_graph_of_a_part_is_not_told_as_one_of_the_model():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = _bert()
+
+        def forward(self, **call):
+            return SimpleNamespace(last_hidden_state=self.inner(**call)[0])  # no graph returns this
+
+    model = Around().eval()
+    w8a8.quantize(model, fuse=True)
+    _out(model, _text())
+    told = w8a8.fusions(model)
+    assert told.whole == ("inner",)
+    assert "inner is one graph with all of them" in str(told)
+    assert "the model is one graph" not in str(told)
+
+
+@pytest.mark.slow
+@pytest.mark.not_under("meta", reason="nothing is exported with values on no device")
+def test_a_fused_model_is_exported_as_it_was_before():
+    model, call = _bert(), _text(1)
+    w8a8.quantize(model, fuse=True)
+    _out(model, call)
+    program = torch.export.export(model, (), call)
+    w8a8.restore(model)
+    assert torch.equal(_out(program.module(), call), _out(model, call))
 
 
 @pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")

@@ -99,7 +99,7 @@ def _show_fused(directory: Path, found: "Fusions", *, as_json: bool) -> None:
     if as_json:
         print_json({"directory": directory, **plain(found)})
         return
-    print_line(f"{directory}: {found.line}" + (", the model as one graph" if found.whole else ""))
+    print_line(f"{directory}: {found.line}" + "".join(f", {name or 'the model'} as one graph" for name in found.whole))
     rows = [(str(times), what, "yes") for what, times in found.fused.items()]
     rows += [(str(times), what, "no") for what, times in found.left.items()]
     if rows:

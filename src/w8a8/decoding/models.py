@@ -49,7 +49,8 @@ def set_cache(model: Any, kind: str = "int8") -> None:
         kind: "int8": keys and values in int8 (`Int8Cache`), with attention that reads them so, where the model's can be
             exchanged; where it cannot a warning says why, and they are dequantised for it at each token.
             "block": as they came, in blocks (`BlockCache`), which changes no bit. "dynamic": transformers' own; the
-            model is as it was.
+            model is as it was.  Until then `model.generation_config` names no cache of transformers', also where it is
+            saved by itself; `model.save_pretrained` writes the one that it had.
 
     Raises:
         ModelError: no such kind; the model does not generate, or its config says that it keeps nothing, or something

@@ -8,6 +8,7 @@ calls `w8a8.optimize` again.
 """
 
 import threading
+import types
 from collections.abc import Callable, Collection, Mapping, Sized
 from typing import Any, TypeAlias
 
@@ -60,6 +61,11 @@ class Fused:
         self._tried: dict[Key, int] = {}
         # at the first call: a copy is not whole before
         self._inner: list[tuple[Mapping[str, object], Sized, Sized]] | None = None
+
+    @property
+    def __code__(self) -> types.CodeType:  # torch.export reads the names of arguments there
+        code: types.CodeType = type(self.block).forward.__code__
+        return code
 
     def __getstate__(self) -> dict[str, object]:  # a copy, or what a pickle makes, finds its graphs anew
         return {"block": self.block, "whole": self.whole, "outermost": self.outermost}

@@ -21,7 +21,7 @@ class Fusions:
     blocks: How many blocks have one.
     waiting: How many were not called yet.
     unfused: How many run as they are.
-    whole: Whether calls of the model are one graph, with all of the blocks in it.
+    whole: What is one graph, with all of the blocks in it, by name: "" is the model itself.
     fused: What was fused, and how often, over all graphs.
     left: What was not, and how often.
     refused: Why blocks, or what is around them, run as they are, by name.
@@ -30,7 +30,7 @@ class Fusions:
     blocks: int
     waiting: int
     unfused: int
-    whole: bool
+    whole: tuple[str, ...]
     fused: dict[str, int]
     left: dict[str, int]
     refused: dict[str, str]
@@ -44,7 +44,7 @@ class Fusions:
         lines = [f"{self.blocks} blocks run fused" + (f", {self.waiting} were not called yet" if self.waiting else "")]
         lines += [f"  {times} x {what}" for what, times in self.fused.items()]
         lines += [f"  left, {times} x {what}" for what, times in self.left.items()]
-        lines += ["  the model is one graph with all of them"] if self.whole else []
+        lines += [f"  {name or 'the model'} is one graph with all of them" for name in self.whole]
         lines += [f"  {name or 'the model'} runs as it is: {why}" for name, why in self.refused.items()]
         return "\n".join(lines)
 
@@ -153,11 +153,11 @@ def fusions(model: nn.Module) -> Fusions:
     """What is fused in a model, and what is not."""
     made, left, refused = Counter[str](), Counter[str](), {}
     count = waiting = unfused = 0
-    whole = any(vars(part)["forward"].whole and vars(part)["forward"].told for _, part in _fused(model))
-    for name, block in _fused(model):
-        forward = vars(block)["forward"]
+    parts = [(name, vars(part)["forward"]) for name, part in _fused(model)]
+    whole = tuple(name for name, forward in parts if forward.whole and forward.told)
+    for name, forward in parts:
         if not forward.whole:
-            count += bool(forward.told) or whole
+            count += bool(forward.told or whole)
             waiting += not forward.told and not forward.refused and not whole
             unfused += not forward.told and bool(forward.refused) and not whole
         for told in forward.told:
