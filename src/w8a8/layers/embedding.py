@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w8a8.core.affine import QTensor, dequantize
 from w8a8.core.scheme import MAX_CODE_BITS, PRESETS, PerColumn, Scheme
 from w8a8.errors import SchemeError
 from w8a8.kernels import AUTO
@@ -43,6 +42,8 @@ class QuantEmbedding(QuantLayer):
     Raises:
         SchemeError: the scheme has activations, which ids are not, or no codes; K does not divide into groups.
     """
+
+    _shares = False  # whether the codes may be another layer's too
 
     @torch.inference_mode(False)  # where a layer is made says nothing of where it is used
     def __init__(
@@ -124,16 +125,15 @@ class QuantEmbedding(QuantLayer):
         Raises:
             IndexError: an id is no row.
         """
-        ids = input.reshape(-1)
-
-        def of_rows(grid: Tensor | None) -> Tensor | None:
-            return grid if grid is None or grid.ndim == 1 else F.embedding(ids, grid)
-
+        ids, zero_point = input.reshape(-1), self._buffers["weight_zero_point"]
         # first: it looks whether there are such rows, which a place in the panels does not
-        scale = of_rows(self._buffers["weight_scale"])
-        assert scale is not None, "codes have a scale"
-        rows = QTensor(self._codes_of(ids), scale, of_rows(self._buffers["weight_zero_point"]))
-        return dequantize(rows, dtype=self.dtype).view(*input.shape, self.embedding_dim)
+        scale = _of_rows(self._buffers["weight_scale"], ids)
+        # `dequantize`, but nothing is written into: then the model that this is in can be one graph (`w8a8.optimize`)
+        values = self._codes_of(ids).to(torch.float32).unflatten(-1, (scale.shape[-2], -1))  # (M, G, size)
+        if zero_point is not None:
+            values = values - _of_rows(zero_point, ids)
+        found: Tensor = (values * scale).to(self.dtype)
+        return found.view(*input.shape, self.embedding_dim)
 
     def _codes_of(self, ids: Tensor) -> Tensor:
         """(M, K) int8."""
@@ -163,6 +163,7 @@ class QuantEmbedding(QuantLayer):
             self._buffers.pop(name, None)
             if name in other._buffers:
                 self._buffers[name] = other._buffers[name]
+        self._shares = True
         return True
 
     @property
@@ -176,17 +177,26 @@ class QuantEmbedding(QuantLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # shared codes are written for each who has them, and who writes takes tensors in one memory for one
-        destination[prefix + "weight"] = destination[prefix + "weight"].clone()
+        if self._shares and self.packed_weight is None:
+            # they are written for each who has them, and who writes takes tensors in one memory for one
+            destination[prefix + "weight"] = self.codes.clone()
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        if self._buffers["packed_weight"] is None:  # it is filled in place, which another layer's codes are not for
+        if self._shares and self.packed_weight is None:  # filled in place, which another layer's codes are not for
             self._buffers["weight"] = self.codes.clone()
+        self._shares = False
         super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}, scheme={self.scheme.name}"
+
+
+def _of_rows(grid: Tensor | None, ids: Tensor) -> Tensor:
+    """What the rows have of a scale or a zero point, (M, G, 1); of one that is all rows', (1, 1)."""
+    assert grid is not None, "codes have a scale"
+    rows: Tensor = grid if grid.ndim == 1 else F.embedding(ids, grid)
+    return rows.unsqueeze(-1)
 
 
 def share_codes(model: nn.Module) -> None:
