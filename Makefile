@@ -31,6 +31,7 @@ test: $(VENV)/.installed
 # model that was saved: 10,000 from a seed, 10,000 guided by coverage
 test-all: test
 	$(BIN)/pytest -m slow --numprocesses=logical --maxprocesses=4
+	$(BIN)/python -m tests.preferences --slow
 	$(BIN)/python -m tests.defaults
 	$(MAKE) -C tests/native check sanitize arm
 	$(MAKE) -C tests/native door PYTHON=$(CURDIR)/$(BIN)/python

@@ -14,7 +14,7 @@ from torch.utils._device import _device_constructors
 import w8a8
 from tests import ambient
 from tests.checkpoint.test_skeleton import codegen, marian
-from tests.conftest import crossed, llama, mixtral
+from tests.conftest import every_third, llama, mixtral
 from w8a8 import kernels
 from w8a8.calibration.observers import OBSERVERS
 from w8a8.core.affine import QParams
@@ -131,7 +131,7 @@ def same(found, wanted):
 
 
 @pytest.mark.filterwarnings("ignore:kernel 'native' cannot run")  # where it has no groups or float64, others do
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", every_third(DTYPES), ids=str)
 def test_layers_of_every_scheme_and_kernel_are_the_same(setting, dtype):
     linear, x = nn.Linear(100, 33).to(dtype).requires_grad_(False), torch.randn(3, 7, 100).to(dtype)
     grids = {True: QParams(torch.tensor([0.02]), None), False: QParams(torch.tensor([0.02]), torch.tensor([3]).int())}
@@ -154,7 +154,8 @@ def whole(model, directory, scheme, smooth):
     return found
 
 
-@crossed("name kind", list(SETTINGS), ["static, smoothed", "experts"])
+@pytest.mark.parametrize("name", every_third(SETTINGS))
+@pytest.mark.parametrize("kind", ["static, smoothed", "experts"])
 def test_models_are_the_same(tmp_path, name, kind):
     make, scheme, smooth = {
         "static, smoothed": (llama, "w8a8-static", "searched"),
@@ -188,7 +189,7 @@ def test_a_float_model_is_loaded_the_same_and_what_others_wrote_makes_it(setting
     same(found, wanted)
 
 
-@pytest.mark.parametrize("make", [marian, codegen])
+@pytest.mark.parametrize("make", [pytest.param(marian, marks=pytest.mark.slow), codegen])
 def test_tables_that_a_class_makes_itself_are_the_same(setting, tmp_path, make):
     model = make()
     w8a8.quantize(model)

@@ -87,6 +87,7 @@ def test_calibration_is_what_quantize_takes_it_to_be(tmp_path):
     assert contents(tmp_path / "ids") == contents(tmp_path / "calibration")
 
 
+@pytest.mark.slow
 def test_without_data_neither_calibration_nor_smoothing_is_imported(tmp_path):
     llama().save_pretrained(tmp_path / "source")
     code = (

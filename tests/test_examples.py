@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import every_third
 from w8a8.demo import demo_directory
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +28,7 @@ ARGUMENTS = {"static": [str(demo_directory()), str(ROOT / "README.md")]}
 """By default it reads all docstrings of the standard library, which takes long."""
 
 
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", every_third(SAYS))
 def test_an_example_runs(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *ARGUMENTS.get(name, [])])

@@ -83,6 +83,7 @@ def test_smoothing_helps_most_below_float_where_the_input_has_outliers_by_what_s
     assert best.gain_kl_nats == pytest.approx(by_hand, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_layers_of_one_group_have_one_gain_from_smoothing():
     model = with_outliers()
     found = sensitivity(model, IDS, **SHORT)
@@ -115,7 +116,7 @@ def test_what_cannot_be_folded_has_no_gain_from_smoothing_and_says_why():
     assert "transformer.h.0.mlp.c_fc cannot be folded: " in behind.note
 
 
-@pytest.mark.parametrize("fails_at", [1, 3])
+@pytest.mark.parametrize("fails_at", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_weights_are_back_to_the_bit_whatever_happens(monkeypatch, fails_at):
     model = with_outliers()
     before = copy.deepcopy(model.state_dict())

@@ -18,13 +18,16 @@ def test_the_grid_is_the_notebooks_experiment():
     assert sum(scheme.integer_executable for scheme in schemes) == 2 * 2 * 2 * 2 * 3
 
 
+HALF = ["*.layers.[0-2].*"]
+
+
 @pytest.fixture(scope="module")
 def measured():
-    """The shipped model at 6 and 4 bits, where the differences are large."""
+    """The first half of the shipped model at 6 and 4 bits, where the differences are large."""
     torch.manual_seed(0)
     opened = demo_model()
     ids = encode(opened.tokenizer, held_out_text()).ids[:128]
-    return opened.model, ids, study(opened.model, ids, seq_len=64, bits=(6, 4))
+    return opened.model, ids, study(opened.model, ids, seq_len=64, bits=(6, 4), include=HALF)
 
 
 def cell(result, bits, weights, activations, *, symmetric=True):
@@ -74,7 +77,7 @@ def test_the_model_is_put_back_and_an_executable_cell_is_the_integer_model(measu
     assert not list(quant_linears(model))
     assert perplexity(model, ids, seq_len=64).perplexity.mean == result.float_model.perplexity.mean
     wanted = cell(result, 6, PerChannel, PerToken)
-    quantized = quantize(demo_model().model, wanted.scheme).model
+    quantized = quantize(demo_model().model, wanted.scheme, include=HALF).model
     assert perplexity(quantized, ids, seq_len=64).perplexity.mean == wanted.perplexity
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import w8a8
 from tests import families
 from tests.blockwise.conftest import data, saved
-from tests.conftest import contents, crossed, gpt2, llama, named, opt, qwen3_moe
+from tests.conftest import contents, crossed, every_third, gpt2, llama, named, opt, qwen3_moe
 from tests.streaming.conftest import partial_of, tensors
 from w8a8.blockwise import calibrated
 from w8a8.blockwise.activations import Recorder
@@ -99,7 +99,8 @@ def test_experts_become_what_they_become_in_memory(tmp_path, split, scheme, smoo
     assert sum(".experts." in name for name in result.schemes) == 2 * 4 * 3
 
 
-@crossed("make dtype", [llama, opt, stacked_mixtral], [torch.float32, torch.bfloat16], ids=named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+@pytest.mark.parametrize("make", every_third([stacked_mixtral, llama, opt]), ids=named)
 def test_a_searched_alpha_gives_the_weights_of_the_model_in_memory(tmp_path, make, dtype):
     source = saved(make(), tmp_path / "source", dtype)
     done = quantize_directory(source, tmp_path / "streamed", "w8a8-static", calibration=data())
@@ -298,6 +299,7 @@ def test_a_job_that_is_killed_at_twenty_moments_gives_the_same_bytes(tmp_path, f
         assert contents(made) == whole
 
 
+@pytest.mark.slow
 def test_wherever_the_disk_is_full_the_job_goes_on_from_there(small_disk, four_blocks, monkeypatch):
     """Room is made a little at a time, so that it is full again and again, at files of every kind."""
     source, whole = four_blocks

@@ -141,6 +141,7 @@ def test_a_weight_that_lost_nothing_is_told_as_exact(call, tmp_path):
     assert (last["name"], last["weight_sqnr_db"]) == ("model.layers.0.self_attn.q_proj", None)
 
 
+@pytest.mark.slow
 def test_where_outputs_are_measured_the_weights_are_told_with_them(call, tmp_path, demo_dir, text):
     fixed = ["quantize", demo_dir, "-o", tmp_path / "out", "--eval-text", text]
     _, printed, _ = call(*fixed)
@@ -156,6 +157,7 @@ def test_quantize_prints_what_was_untied(call, tmp_path, demo_dir):
     assert "lm_head was tied to model.decoder.embed_tokens and is now an int8 copy" in out
 
 
+@pytest.mark.slow
 def test_a_static_scheme_is_calibrated_saved_and_scored(call, tmp_path, demo_dir, text):
     arguments = ["--scheme", "w8a8-static", "--calib", text, "--calib-samples", "4", "--calib-length", "64"]
     code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", *arguments, "--observer", "percentile")
@@ -216,6 +218,7 @@ def test_calibration_streams_block_by_block_what_it_does_in_memory(call, tmp_pat
     assert all(torch.equal(streamed[key], memory[key]) for key in memory)
 
 
+@pytest.mark.slow
 def test_the_seed_of_a_calibration_decides(call, tmp_path, demo_dir, text):
     scales = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -438,6 +441,7 @@ def test_inspect_fused_says_what_runs_in_fewer_passes_and_what_does_not_and_why(
     assert "ask for one at a time" in err
 
 
+@pytest.mark.slow
 def test_study_prints_the_grid_and_names_the_best(call, demo_dir, text):
     arguments = ("study", demo_dir, "--text", text, "--max-tokens", 64, "--bits", 8, "--include", "*.fc1")
     code, out, _ = call(*arguments)
@@ -488,6 +492,7 @@ def test_demo_prints_its_table_and_sample(call):
     assert err.splitlines() == ["demo: float (0/2)", "demo: w8a8 (1/2)", "demo: w8a8-asym (2/2)"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_demo")
 def test_the_demo_is_one_json_document_where_that_is_asked_for(call):
     found = json.loads(call("demo", "--max-tokens", 512, "--json")[1])
@@ -523,6 +528,7 @@ def test_sensitivity_prints_the_ten_worst_layers_or_json(call, demo_dir, text):
     assert found["rankings"]["kl_alone"][0] == max(found["layers"], key=lambda each: each["kl_alone"])["name"]
 
 
+@pytest.mark.slow
 def test_a_budget_chooses_a_scheme_for_each_layer_and_says_what_it_measured(call, demo_dir, text, tmp_path):
     half = sum(p.numel() for p in demo_model().model.parameters()) * 3 // 2  # of the float16 file's 2 bytes
     out = tmp_path / "out"

@@ -49,6 +49,7 @@ def test_the_headline_has_the_verdict_and_the_sizes(call, demo_dir, text, quanti
         assert words in out
 
 
+@pytest.mark.slow
 def test_the_ten_worst_layers_stand_at_the_end(call, demo_dir, text, quantized):  # noqa: F811
     code, out, _ = call("eval", quantized, "--text", text, "--against", demo_dir)
     assert code == 0

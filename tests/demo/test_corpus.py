@@ -47,6 +47,7 @@ def words(text: str) -> list[str]:
     return text.casefold().split()
 
 
+@pytest.mark.slow
 def test_texts_are_long_enough_to_train_and_score_a_small_model(training: list[str], held_out: list[str]) -> None:
     assert sum(map(len, training)) > 1_000_000
     assert 100_000 < sum(map(len, held_out)) < 200_000
@@ -69,10 +70,12 @@ def test_each_held_out_module_exists_and_gives_text(held_out: list[str]) -> None
         assert any(text.startswith(phrase) for text in held_out), phrase
 
 
+@pytest.mark.slow
 def test_no_held_out_docstring_is_in_the_training_text(training: list[str], held_out: list[str]) -> None:
     assert not {" ".join(words(text)) for text in training} & {" ".join(words(text)) for text in held_out}
 
 
+@pytest.mark.slow
 def test_no_long_run_of_held_out_words_is_in_a_training_docstring(training: list[str], held_out: list[str]) -> None:
     def runs(texts: list[str]) -> set[str]:
         listed = [words(text) for text in texts]
@@ -82,6 +85,7 @@ def test_no_long_run_of_held_out_words_is_in_a_training_docstring(training: list
     assert not runs(training) & runs(held_out)
 
 
+@pytest.mark.slow
 def test_docstrings_are_distinct_trimmed_and_not_tiny(training: list[str], held_out: list[str]) -> None:
     for texts in (training, held_out):
         assert len({" ".join(words(text)) for text in texts}) == len(texts)

@@ -15,7 +15,7 @@ from w8a8.layers.linear import QuantLinear
 @pytest.fixture(scope="module")
 def report():
     steps, shown = [], []
-    result = run_demo(max_tokens=2048, progress=lambda *s: steps.append(s), show=shown.append)
+    result = run_demo(max_tokens=1024, progress=lambda *s: steps.append(s), show=shown.append)
     assert [s[2] for s in steps] == ["float", *SCHEMES]
     assert [first.rows for first in shown] == [result.rows[:2]]
     return result
@@ -55,7 +55,7 @@ def test_the_files_are_smaller_and_the_sample_is_text(report):
     rows = {row.scheme: row for row in report.rows}
     assert rows["w8a8"].bytes < 0.75 * rows["float"].bytes
     assert len(report.sample.split()) > 5
-    assert report.tokens == 2048
+    assert report.tokens == 1024
     assert "modules quantised" in report.coverage
 
 

@@ -50,6 +50,7 @@ def test_the_interval_of_a_difference_is_narrower_than_that_of_a_model(chance):
     assert found.difference.high - found.difference.low < 0.3 * (found.model.high - found.model.low)
 
 
+@pytest.mark.slow
 def test_what_is_clearly_worse_is_called_so(chance):
     gold = chance.standard_normal(300)
     found = ranked_alike(chance.standard_normal(300), gold, gold)

@@ -174,7 +174,9 @@ def test_one_graph_serves_every_length_and_batch():
     assert not model.forward.refused
 
 
-@pytest.mark.parametrize(("rows", "length"), [(1, 1), (1, 6), (4, 1)])
+@pytest.mark.parametrize(
+    ("rows", "length"), [(1, 1), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((1, 6), (4, 1)))]
+)
 def test_one_row_and_one_token_have_graphs_of_their_own(rows, length):
     model = _bert()
     w8a8.quantize(model)
@@ -199,7 +201,12 @@ _NO_GRADIENT = pytest.mark.not_under("inference", reason="no derivative can be a
 
 
 @pytest.mark.parametrize(
-    "change", ["hook", "child", "forward", "training", pytest.param("gradient", marks=_NO_GRADIENT)]
+    "change",
+    [
+        "hook",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("child", "forward", "training")),
+        pytest.param("gradient", marks=_NO_GRADIENT),
+    ],
 )
 def test_a_block_that_is_not_what_it_was_runs_as_it_is(change):
     model = _bert()

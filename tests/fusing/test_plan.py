@@ -127,6 +127,7 @@ def test_a_config_that_is_changed_is_read_at_the_next_call():
         assert model(**call).hidden_states is not None
 
 
+@pytest.mark.slow
 @_UNDER
 def test_saving_writes_into_the_config_and_the_model_stays_one_graph(tmp_path):
     model, call = _fused(), _text()
@@ -136,6 +137,7 @@ def test_saving_writes_into_the_config_and_the_model_stays_one_graph(tmp_path):
     assert w8a8.fusions(model) == told
 
 
+@pytest.mark.slow
 def test_a_config_that_is_another_at_every_call_ends_the_making_of_graphs():
     model, call = _fused(), _text()
     for label in range(6):

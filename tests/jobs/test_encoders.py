@@ -76,6 +76,7 @@ def test_an_embedder_on_texts_pairs_and_what_is_to_be_found(models, data):
     assert gain.difference.mean == pytest.approx(gain.model.mean - gain.reference.mean)
 
 
+@pytest.mark.slow
 def test_the_figures_are_those_of_sentence_transformers_own_evaluators(models, data):
     model = SentenceTransformer(str(models / "embedder"), device="cpu")
     (correlation,) = judged(models, "embedder", data / "pairs.jsonl").measures
@@ -90,6 +91,7 @@ def test_the_figures_are_those_of_sentence_transformers_own_evaluators(models, d
     assert gain.reference.mean == pytest.approx(wanted["cosine_ndcg@10"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_reranker_on_pairs_and_a_classifier_on_labels(models, data):
     (correlation,) = judged(models, "ranker", data / "pairs.jsonl").measures
     assert -1 <= correlation.model.mean <= 1
@@ -115,9 +117,9 @@ def test_what_is_judged_is_measured_in_integers(models, data, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("embedder", "texts.txt"),
+        pytest.param("embedder", "texts.txt", marks=pytest.mark.slow),
         pytest.param("ranker", "pairs.jsonl", marks=pytest.mark.slow),
-        pytest.param("classifier", "labels.jsonl", marks=pytest.mark.slow),
+        ("classifier", "labels.jsonl"),
     ],
 )
 def test_what_is_judged_is_fused_where_it_was_not_refused_and_both_are_told(models, data, name, what):

@@ -21,9 +21,12 @@ from w8a8.report import collect, report, write_report
 from w8a8.smoothing.smooth import smooth_
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium: apt-get install chromium, or name its binary in $CHROMIUM"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium: apt-get install chromium, or name its binary in $CHROMIUM"
+    ),
+]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 BLOCKS = 32
 HOSTILE = "<script>alert(1)</script>"
@@ -118,14 +121,10 @@ def visit(browser, pages):
 
 @pytest.mark.parametrize(
     ("name", "width", "theme"),
-    [  # axe takes ten seconds for each of these
-        ("demo", 400, "light"),
-        *(
-            pytest.param("demo", *how, marks=pytest.mark.slow)
-            for how in ((400, "dark"), (1600, "light"), (1600, "dark"))
-        ),
-        pytest.param("standin", 400, "light", marks=pytest.mark.slow),
-        pytest.param("standin", 1600, "dark", marks=pytest.mark.slow),
+    [
+        *(("demo", width, theme) for width in (400, 1600) for theme in ("light", "dark")),
+        ("standin", 400, "light"),
+        ("standin", 1600, "dark"),
     ],
 )
 def test_the_page_is_quiet_accessible_and_as_wide_as_the_window(visit, name, width, theme):

@@ -466,6 +466,7 @@ def test_smoothing_without_data_is_refused():
         w8a8.quantize(llama(), smooth="max")
 
 
+@pytest.mark.slow
 def test_the_same_data_gives_the_same_bits(data):
     one, other = llama(), None
     other = copy.deepcopy(one)

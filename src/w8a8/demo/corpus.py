@@ -18,6 +18,7 @@ have to be found, licensed and carried; a famous one, most models have seen in t
 """
 
 import ast
+import functools
 import inspect
 import os
 import re
@@ -113,6 +114,7 @@ def _stdlib() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+@functools.cache
 def _held_out_docstrings(root: Path) -> tuple[str, ...]:
     """The docstrings of all `HELD_OUT` modules, each module of which must have some."""
     found = {name: _docstrings(root, _module_sources(root, name)) for name in HELD_OUT}

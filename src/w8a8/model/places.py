@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from w8a8.model import sources
 
 _DEPTH = 5
+_HOLDS_NOTHING = (Tensor, type, types.ModuleType, str, bytes, int, float, types.NoneType)
 _OWN = frozenset(nn.Module().__dict__)
 """What each module has: its parameters, its children, its hooks."""
 
@@ -58,7 +59,7 @@ def _inside(value: object, container: Any, key: Any, name: str, seen: set[int], 
         yield Place(container, key, value, name)
         yield from _of_module(value, name, seen)  # it may be no child of anything
         return
-    if depth == 0 or isinstance(value, Tensor | type | types.ModuleType | str | bytes | int | float | None):
+    if depth == 0 or isinstance(value, _HOLDS_NOTHING):
         return
     if id(value) in seen:
         return
