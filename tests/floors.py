@@ -37,7 +37,7 @@ FLOORS = [
 # in a room, the order in which its files may import one another
 INSIDE = {
     "core": ["scheme", "plain", "progress", "affine", "packed", "tokens", "row_sample"],
-    "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "fused", "cached", "select", "ops"],
+    "kernels": ["request", "reference", "torch_cpu", "compiled", "native", "fused", "cached", "each", "select", "ops"],
     "records": ["coverage", "smoothing", "layers", "streaming"],
     "layers": ["saving", "straight_through", "weight", "weights", "buffers", "embedding", "linear"],
     "model": [
@@ -154,6 +154,7 @@ INSIDE = {
         "encoders",
         "texts",
         "answers",
+        "places",
         "packed",
         "sampling",
         "engine",

@@ -1,25 +1,15 @@
-"""Keys and values of many sequences, a place for each."""
+"""A step over several sequences, and what a token of it sees."""
 
 import torch
 
-from w8a8.serving.packed import Piece, Places, Step
+from w8a8.serving.packed import Piece, Step
+from w8a8.serving.places import Places
 
 
-def test_what_is_not_written_is_zero_and_a_place_is_cleared():
-    """What is masked is multiplied with nothing, and nothing times garbage of the memory may be a NaN."""
-    garbage = [torch.full((1 << 16,), torch.nan) for _ in range(8)]
-    del garbage
-    store = Places(3, 8)
-    for dtype in (torch.float32, torch.bfloat16):
-        layer = int(dtype is torch.bfloat16)
-        step = Step.of(store, [Piece(1, 0, 2, 0)], torch.device("cpu"))
-        new = torch.full((1, 2, 2, 4), torch.nan, dtype=dtype)
-        keys, values = store.written(layer, step, new, new)
-        for kept in (keys, values):
-            assert kept.dtype is dtype
-            assert kept[1, :, :2].isnan().all()
-            assert not kept[1, :, 2:].any()
-            assert not kept[[0, 2]].any()
-        store.clear(1)
-        assert not keys.any()
-        assert not values.any()
+def test_a_mask_is_made_once_for_all_layers_of_a_window():
+    store = Places(1, 40)
+    step = Step.of(store, [Piece(0, 0, 3, 10)], torch.device("cpu"))
+    mask = step.mask(step.pieces[0], 7, 4, torch.float32)
+    assert step.mask(step.pieces[0], 7, 4, torch.float32) is mask
+    seen = mask.eq(0)[0, 0].int().tolist()
+    assert seen == [[1, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]

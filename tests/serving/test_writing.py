@@ -10,7 +10,9 @@ from transformers import AutoTokenizer
 
 import w8a8
 from tests.serving.conftest import TIMEOUT_S, serving
+from w8a8.errors import ModelError
 from w8a8.serving import engine as engines
+from w8a8.serving.start import Serving, application
 
 PROMPTS = ["Return the", "Open a file", "Raise an", "The number of items in the list", "A"]
 NEW = 12
@@ -169,6 +171,24 @@ def test_a_step_that_fails_is_told_and_the_next_request_is_answered(writer, expe
     again = writer.post(COMPLETION, {"prompt": PROMPTS[0], "max_tokens": NEW}).json()
     assert again["choices"][0]["text"] == expected[PROMPTS[0]]
     assert engine.restarts == before + 1
+
+
+@pytest.mark.parametrize("batching", [True, False])
+def test_keys_and_values_in_int8_write_what_generate_does_with_them(writer_directory, batching):
+    known, model = AutoTokenizer.from_pretrained(writer_directory), w8a8.load(writer_directory)
+    w8a8.set_cache(model, "int8")
+    with serving(writer_directory, kv="int8", batching=batching) as server:
+        assert (server.engine is not None) is batching
+        for prompt in PROMPTS:
+            ids = known(prompt, return_tensors="pt")
+            wrote = model.generate(**ids, max_new_tokens=NEW, do_sample=False)[0, ids["input_ids"].shape[1] :]
+            found = server.post(COMPLETION, {"prompt": prompt, "max_tokens": NEW}).json()
+            assert found["choices"][0]["text"] == known.decode(wrote, skip_special_tokens=True)
+
+
+def test_an_unknown_way_to_keep_keys_and_values_is_refused_before_anything_is_read(writer_directory):
+    with pytest.raises(ModelError, match="unknown kind of cache 'int4'"):
+        application(Serving(writer_directory, kv="int4"))
 
 
 def test_a_model_that_does_not_suit_writes_for_one_after_another(writer_directory, expected):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Model, TrustRemoteCode, app
+from w8a8.cli.app import Device, Dtype, Head, Kv, Model, TrustRemoteCode, app
 from w8a8.cli.output import Watching, print_note
 
 
@@ -31,6 +31,8 @@ def serve(
     fuse: Annotated[
         bool, typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder.")
     ] = True,
+    kv: Kv = "auto",
+    head: Head = "float",
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -54,6 +56,8 @@ def serve(
         clients=clients,
         batching=batching,
         fuse=fuse,
+        kv=kv,
+        head=head,
         trust_remote_code=trust_remote_code,
     )
     run(asked, watcher=Watching(), ready=lambda address: print_note(f"w8a8: listening at {address}"))

@@ -96,7 +96,7 @@ def attention(
             f"attention {NAME!r} was asked for a soft cap or sinks with dropout {dropout}, which it does not have; "
             'call model.eval(), or train with model.set_attn_implementation("eager")'
         )
-    return _plain(query, key, value, Asked(scale, _added(attention_mask, position_bias), causal, softcap, s_aux)), None
+    return plain(query, key, value, Asked(scale, _added(attention_mask, position_bias), causal, softcap, s_aux)), None
 
 
 def _not_by_codes(query: Tensor, key: Tensor, *, causal: bool, dropout: float) -> str | None:
@@ -125,7 +125,7 @@ def _added(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
+def plain(query: Tensor, key: Tensor, value: Tensor, asked: Asked) -> Tensor:
     """In float32, some rows at a time."""
     shared = query.shape[1] // key.shape[1]
     keys, values = (x.to(torch.float32) for x in (key, value))

@@ -34,7 +34,7 @@ TILE = 16
 
 _GRID = QuantSpec(granularity=PerToken())
 _QUERY = QuantSpec(bits=16, granularity=PerToken())
-_MOST_DIMS = 512  # 32767 * 127 * 512 < 2**31
+MOST_DIMS = 512  # 32767 * 127 * 512 < 2**31
 
 
 class Codes(NamedTuple):
@@ -158,8 +158,8 @@ def copied(codes: Codes, start: int, end: int, room: int) -> Codes:
     return found
 
 
-def chosen(codes: Codes, sequences: Tensor) -> Codes:
-    """Some of the sequences, each as often as it is named: indices (B,), or which of them."""
+def chosen(codes: Codes, sequences: Tensor | slice) -> Codes:
+    """Some of the sequences, each as often as it is named: indices (B,), or which of them; of a slice a view."""
     return codes._replace(
         key_codes=codes.key_codes[sequences],
         key_scale=codes.key_scale[sequences],
@@ -199,7 +199,7 @@ def attend(q: Tensor, codes: Codes, start: int, end: int, asked: Asked) -> Tenso
         cannot.
     """
     functions = library()
-    if isinstance(functions, str) or q.shape[-1] > _MOST_DIMS:
+    if isinstance(functions, str) or q.shape[-1] > MOST_DIMS:
         return None
     found: Tensor | None = functions.cached_attend(q, codes, start, end, *asked)
     return found

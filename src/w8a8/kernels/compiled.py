@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from w8a8.errors import KernelError
 from w8a8.kernels.request import describe
 
-ABI = 9  # of csrc/w8a8.h
+ABI = 10  # of csrc/w8a8.h
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # enum w8a8_dtype
 _P, _I32, _I64, _F32 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -58,7 +58,8 @@ class Library:
         self.linear = self._door.linear
         self.fused, self.normalize, self.attend = self._door.fused, self._door.normalize, self._door.attend
         self.cached_append, self.cached_read = self._door.cached_append, self._door.cached_read
-        self.cached_attend = self._door.cached_attend
+        self.cached_attend, self.cached_each = self._door.cached_attend, self._door.cached_each
+        self.cached_deal = self._door.cached_deal
         self.run = self._door.run
         self.prepare(getattr(Tensor, "__dlpack_c_exchange_api__", None))
 

@@ -1,7 +1,7 @@
 """Generation for many clients at once: one forward pass after another, each with a token of everybody's text.
 
-A step takes one token of each sequence that is being written, and fills up with pieces of prompts that are waiting, so
-that a long prompt holds nobody up for longer than a step.  Whoever comes waits for a place; who is done, or whose
+A step takes one token of each sequence that is being written, and fills up with pieces of prompts that are being read,
+so that a long prompt holds nobody up for longer than a step.  Whoever comes waits for a place; who is done, or whose
 client has gone, gives it back at the next step.
 
 One thread computes, another waits for its end.  A fault in a step is the end of that thread: those who were in the step
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from w8a8.errors import ModelError
 from w8a8.model.pretrained import Pretrained
-from w8a8.serving.packed import Piece, Places, Step
+from w8a8.serving.packed import Piece, Step
+from w8a8.serving.places import Places
 from w8a8.serving.sampling import Chooser, Sampling, chosen
 
 STEP_TOKENS = 512
@@ -92,12 +93,15 @@ class Engine:
 
     Args:
         model: A causal language model that `packed` suits, with its attention set.
+        kind: How keys and values are kept (`places.KINDS`).
         step_tokens: Rows of a step at the most.
     """
 
-    def __init__(self, model: Pretrained, *, places: int, tokens: int, step_tokens: int = STEP_TOKENS) -> None:
+    def __init__(
+        self, model: Pretrained, *, places: int, tokens: int, kind: str = "float", step_tokens: int = STEP_TOKENS
+    ) -> None:
         self._model, self._step_tokens = model, max(step_tokens, places)
-        self._store = Places(places, tokens)
+        self._store = Places(places, tokens, kind)
         self._free = list(range(places))
         self._active: list[_Sequence] = []
         self._waiting: deque[Ticket] = deque()
@@ -145,7 +149,7 @@ class Engine:
                 return
             _LOG.error("w8a8: a step of generation failed; the engine starts anew", exc_info=error)
             self.restarts += 1
-            self._store = Places(self._store.count, self._store.tokens)
+            self._store = self._store.emptied()
             failed, self._active = self._active, []
             self._free = list(range(self._store.count))
             for sequence in failed:
@@ -178,14 +182,23 @@ class Engine:
                 self._changed.wait()
 
     def _batch(self) -> list[tuple[_Sequence, int]]:
-        """Who is in the next step, with how many tokens: those who are written for first."""
-        room = self._step_tokens
-        batch = []
-        for sequence in sorted(self._active, key=lambda s: not s.written):  # stable: who came first
-            count = min(sequence.pending, room)
-            if count:
-                batch.append((sequence, count))
+        """Who is in the next step, with how many tokens: those who need one first.
+
+        Half of what is left is for the prompt that came first, so that it is read however many come after it; the rest
+        for those that are soonest read, so that a short one does not wait for a long one.
+        """
+        batch = [(sequence, 1) for sequence in self._active if sequence.pending == 1]
+        reading = [sequence for sequence in self._active if sequence.pending > 1]
+        room = self._step_tokens - len(batch)
+        if reading:
+            counts = dict.fromkeys(reading, 0)
+            shares = [(reading[0], (room + 1) // 2)]
+            shares += [(sequence, room) for sequence in (*sorted(reading, key=lambda s: s.pending), reading[0])]
+            for sequence, share in shares:
+                count = min(sequence.pending - counts[sequence], share, room)
+                counts[sequence] += count
                 room -= count
+            batch += [(sequence, count) for sequence, count in counts.items() if count]
         return batch
 
     def _step(self, batch: list[tuple[_Sequence, int]]) -> None:
@@ -207,7 +220,6 @@ class Engine:
         for (sequence, _), token in zip(ready, tokens, strict=True):
             if token is None:
                 sequence.ticket.error = ModelError("the model's logits are not finite")
-                self._store.clear(sequence.place)
                 self._end(sequence, [], "failed")
             else:
                 self._wrote(sequence, token)
@@ -252,7 +264,7 @@ def forward(model: Pretrained, ids: Sequence[int], step: Step, rows: Sequence[in
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     found: Tensor = model(
         input_ids=torch.tensor([ids], dtype=torch.long, device=device),
-        position_ids=step.positions[None],
+        position_ids=step.where[:, 1].long()[None],
         use_cache=False,
         w8a8_step=step,
         **({"logits_to_keep": kept} if keeps else {}),

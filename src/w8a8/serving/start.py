@@ -54,6 +54,8 @@ class Serving:
     context: Tokens that a text may have, prompt and answer; by default what the model reads, at most `CONTEXT`.
     clients: Texts that are written at once.
     batching: Whether a language model writes for several at once, where it can; else one after another.
+    head: "int8" quantises the output head of a quantised language model while it is loaded.
+    kv: How keys and values are kept: "int8"; else as they came, and one after another as for `NamedModel`.
     fuse: Whether what lies between an encoder's integer layers is done by the native kernel (`w8a8.optimize`).
     trust_remote_code: As for `w8a8.load`.
     """
@@ -67,6 +69,8 @@ class Serving:
     context: int | None = None
     clients: int = CLIENTS
     batching: bool = True
+    head: str = "float"
+    kv: str = "auto"
     fuse: bool = True
     trust_remote_code: bool = False
 
@@ -163,8 +167,8 @@ def _language(directory: Directory, asked: Serving, names: Sequence[str], watche
         processor = AutoProcessor.from_pretrained(directory.path, trust_remote_code=directory.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{directory.path}: transformers cannot read its tokenizer: {error}; copy it again") from error
-    opened = open_model(NamedModel(directory, asked.dtype, asked.device, trust_remote_code=asked.trust_remote_code))
-    model = opened.model
+    named = NamedModel(directory, asked.dtype, asked.device, asked.head, asked.trust_remote_code, asked.kv)
+    model = open_model(named).model
     layers = sum(isinstance(module, QuantLinear) for module in model.modules())
     text_only = isinstance(processor, PreTrainedTokenizerBase)
     speech = not text_only and kind_of(kind, config) not in (Kind.CAUSAL,) and hasattr(processor, "feature_extractor")
@@ -176,8 +180,9 @@ def _language(directory: Directory, asked: Serving, names: Sequence[str], watche
     why = set_packed(model) if why is None else why
     engine = None
     if why is None:
-        places = _places(model, context, asked.clients)
-        engine = Engine(model, places=places, tokens=context).start()
+        kept = "int8" if asked.kv == "int8" else "float"
+        places = _places(model, context, asked.clients, kept)
+        engine = Engine(model, places=places, tokens=context, kind=kept).start()
         warm_up(engine)
     served = Served(
         names,
@@ -217,12 +222,12 @@ def warm_up(engine: "Engine") -> None:
             raise ModelError(f"the model cannot write: {ticket.error}") from ticket.error
 
 
-def _places(model: Pretrained, context: int, clients: int) -> int:
+def _places(model: Pretrained, context: int, clients: int, kept: str) -> int:
     """How many texts have room in memory at once."""
     from w8a8.serving.suits import bytes_per_token
 
     room = int(psutil.virtual_memory().available * _SHARE)
-    each = bytes_per_token(model) * context
+    each = bytes_per_token(model, kept) * context
     found = min(clients, room // each)
     if found < 1:
         raise ServingError(

@@ -13,7 +13,8 @@ from w8a8.defaults import usual_defaults
 from w8a8.model.kinds import input_config
 from w8a8.model.pretrained import Pretrained
 from w8a8.serving.engine import forward
-from w8a8.serving.packed import NAME, Piece, Places, Step
+from w8a8.serving.packed import NAME, Piece, Step
+from w8a8.serving.places import Places
 
 APART = 1e-2
 """How far the logits may be from those of the model as it is: the norm of the difference over the norm.  Attention adds
@@ -46,9 +47,14 @@ def set_packed(model: Pretrained) -> str | None:
     return why
 
 
-def bytes_per_token(model: Pretrained) -> int:
-    """What keys and values of a token take, seen by writing some."""
-    store = Places(1, 2)
+def bytes_per_token(model: Pretrained, kind: str) -> int:
+    """What keys and values of a token take, seen by writing some.
+
+    Args:
+        model: With the attention of `packed`.
+        kind: How they are kept.
+    """
+    store = Places(1, 2, kind)
     with usual_defaults(), torch.inference_mode():
         forward(model, [0, 0], Step.of(store, [Piece(0, 0, 2, 0)], model.device), [])
     return store.bytes_per_token()

@@ -1,5 +1,7 @@
-// Keys and values of the past in int8: written, read, and looked at by few queries (w8a8/kernels/cached.py).
+// Keys and values of the past in int8: written, read, and looked at by few queries, as are those that lie there as they
+// came (w8a8/kernels/cached.py).
 #include <limits>
+#include <utility>
 
 #include "internal.h"
 #include "parallel.h"
@@ -22,6 +24,7 @@ struct Cached {
   bool valid() const {
     return c.batch >= 0 && c.heads >= 0 && c.room >= 0 && c.room % kCachedTile == 0 && c.key_dims > 0 && c.value_dims > 0;
   }
+  bool codes() const { return c.keys != nullptr; }
   int8_t *keys(int64_t head, int64_t tile) const { return c.keys + (head * c.room + tile * kCachedTile) * 2 * pairs; }
   int8_t *values(int64_t head, int64_t place) const { return c.values + (head * c.room + place) * value_room; }
   float *key_scale(int64_t head) const { return c.key_scale + head * c.room; }
@@ -97,10 +100,22 @@ void rows_of_tile(const int8_t *from, int64_t pairs, int16_t *to) {
       std::memcpy(to + lane * pairs + pair, from + (pair * kCachedTile + lane) * 2, 2);
 }
 
+// Which places a sequence looks at, and of which sequence of the cache.
+struct Range {
+  int64_t of, start, end;
+  int64_t first() const { return start / kCachedTile * kCachedTile; }   // where its first piece begins
+};
+
+Range range_of(const w8a8_cached_attention &a, int64_t batch) {
+  if (!a.ranges) return {batch, a.start, a.end};
+  return {a.ranges[3 * batch], a.ranges[3 * batch + 1], a.ranges[3 * batch + 2]};
+}
+
 // What is added to the scores of a query over the places [first, first + places).
-void write_seen(const w8a8_cached_attention &a, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t places, float *bias) {
-  const int64_t last = a.causal ? a.end - a.queries + query + 1 : a.end;
-  const int64_t from = std::min(std::max(a.start, first), first + places), to = std::max(std::min(last, first + places), from);
+void write_seen(const w8a8_cached_attention &a, const Range &range, int64_t batch, int64_t head, int64_t query, int64_t first, int64_t places,
+                float *bias) {
+  const int64_t last = a.causal ? range.end - a.queries + query + 1 : range.end;
+  const int64_t from = std::min(std::max(range.start, first), first + places), to = std::max(std::min(last, first + places), from);
   std::fill(bias, bias + (from - first), kHidden);
   std::fill(bias + (to - first), bias + places, kHidden);
   float *const seen = bias + (from - first);
@@ -115,14 +130,30 @@ void write_seen(const w8a8_cached_attention &a, int64_t batch, int64_t head, int
 struct Attended {
   const w8a8_cached_attention &a;
   const Cached cached;
-  int64_t rows, first, pieces;   // first: the place where the first piece begins
+  int64_t batch, rows, pieces, places = 0;   // pieces: of the sequence that has most; places: that are looked at by all
   Part *part;                    // (heads, pieces, rows)
   float *sums;                   // (heads, pieces, rows, value_room)
 
   explicit Attended(const w8a8_cached_attention &asked)
-      : a(asked), cached(asked.cached), rows(asked.shared * asked.queries), first(asked.start / kCachedTile * kCachedTile),
-        pieces(div_up(asked.end - first, kPiece)), part(nullptr), sums(nullptr) {}
-  int64_t heads() const { return a.cached.batch * a.cached.heads; }
+      : a(asked), cached(asked.cached), batch(asked.ranges ? asked.batch : asked.cached.batch), rows(asked.shared * asked.queries), pieces(0),
+        part(nullptr), sums(nullptr) {
+    for (int64_t b = 0; b < batch; ++b) {
+      const Range r = range_of(a, b);
+      pieces = std::max(pieces, div_up(r.end - r.first(), kPiece)), places += r.end - r.start;
+    }
+  }
+  bool valid() const {
+    const w8a8_cached &c = a.cached;
+    if (a.dtype < W8A8_F32 || a.dtype > W8A8_F16 || a.shared < 1 || a.queries < 1 || a.softcap < 0 || batch < 0) return false;
+    if (cached.codes() ? !cached.valid() || c.key_dims > 512 : c.key_dims < 1 || c.value_dims < 1 || c.heads < 0) return false;
+    if (a.ranges && (a.queries != 1 || a.mask || a.causal)) return false;
+    for (int64_t b = 0; b < batch; ++b) {
+      const Range r = range_of(a, b);
+      if (r.of < 0 || r.of >= c.batch || r.start < 0 || r.start >= r.end || r.end > c.room) return false;
+    }
+    return true;
+  }
+  int64_t heads() const { return batch * a.cached.heads; }
   int64_t biases() const { return a.mask && a.mask_at[1] ? rows : a.queries; }
   int64_t partial_bytes() const {
     return round_up(heads() * pieces * rows * static_cast<int64_t>(sizeof(Part)), 64) + heads() * pieces * rows * cached.value_room * 4;
@@ -131,47 +162,63 @@ struct Attended {
     part = reinterpret_cast<Part *>(memory);
     sums = reinterpret_cast<float *>(memory + round_up(heads() * pieces * rows * static_cast<int64_t>(sizeof(Part)), 64));
   }
-  // scores, biases, a query as floats, factors, pointers to biases, codes: each a multiple of 64 bytes
+  int64_t key_room() const { return round_up(a.cached.key_dims, 16); }
+  // scores, biases, a query as floats, factors, pointers to biases, then codes, or queries as floats and a tile of them:
+  // each a multiple of 64 bytes
   int64_t scratch_bytes() const {
-    return 4 * kPiece * (kMostQueries + biases()) + 4 * round_up(a.cached.key_dims, 16) + round_up(4 * rows, 64) +
-           round_up(8 * rows, 64) + 4 * rows * cached.pairs;
+    const int64_t own = cached.codes() ? 4 * rows * cached.pairs : 4 * (rows * key_room() + kCachedTile * std::max(key_room(), cached.value_room));
+    return 4 * kPiece * (kMostQueries + biases()) + 4 * key_room() + round_up(4 * rows, 64) + round_up(8 * rows, 64) + own;
   }
 
   void run(int64_t task, char *memory) const {
-    const int64_t head = task / pieces, piece = task % pieces;
-    const int64_t batch = head / a.cached.heads, dims = a.cached.key_dims, begin = first + piece * kPiece;
+    const int64_t head = task / pieces, piece = task % pieces, of_batch = head / a.cached.heads, of_cache = head % a.cached.heads;
+    const Range range = range_of(a, of_batch);
+    const int64_t dims = a.cached.key_dims, begin = range.first() + piece * kPiece, kept = range.of * a.cached.heads + of_cache;
+    if (begin >= range.end) {   // another sequence has more
+      std::fill(part + task * rows, part + (task + 1) * rows, Part{kHidden, 0.0f});
+      std::fill(sums + task * rows * cached.value_room, sums + (task + 1) * rows * cached.value_room, 0.0f);
+      return;
+    }
     float *const scores = reinterpret_cast<float *>(memory), *const bias = scores + kPiece * kMostQueries;
     float *const spare = bias + kPiece * biases(), *const factor = spare + round_up(dims, 16);
     const float **const biases_of = reinterpret_cast<const float **>(reinterpret_cast<char *>(factor) + round_up(4 * rows, 64));
     int16_t *const codes = reinterpret_cast<int16_t *>(reinterpret_cast<char *>(biases_of) + round_up(8 * rows, 64));
     Piece t = {};
-    t.places = round_up(std::min<int64_t>(kPiece, a.end - begin), kCachedTile);
-    t.keys = cached.keys(head, begin / kCachedTile), t.values = cached.values(head, begin);
-    t.key_scale = cached.key_scale(head) + begin, t.value_scale = cached.value_scale(head) + begin;
+    t.places = round_up(std::min<int64_t>(kPiece, range.end - begin), kCachedTile);
+    if (cached.codes()) {
+      t.keys = cached.keys(kept, begin / kCachedTile), t.values = cached.values(kept, begin);
+      t.key_scale = cached.key_scale(kept) + begin, t.value_scale = cached.value_scale(kept) + begin;
+    }
     t.pairs = cached.pairs, t.value_room = cached.value_room, t.rows = static_cast<int>(rows);
     t.q = codes, t.factor = factor, t.bias = biases_of, t.softcap = a.softcap;
     const Floats &floats = *isa().floats;
-    std::fill(spare, spare + round_up(dims, 16), 0.0f);
+    float *const queries = reinterpret_cast<float *>(codes);
+    std::fill(spare, spare + key_room(), 0.0f);
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t of_head = row / a.queries, query = row % a.queries, q_head = head % a.cached.heads * a.shared + of_head;
+      const int64_t of_head = row / a.queries, query = row % a.queries, q_head = of_cache * a.shared + of_head;
       const Strided q{a.q, a.dtype, a.q_at};
-      const void *x = q.row(batch, q_head, query);
+      const void *x = q.row(of_batch, q_head, query);
       for (int64_t i = 0; i < dims; ++i) spare[i] = load_one(x, a.dtype, i);
-      factor[row] = floats.query(spare, dims, t.pairs, codes + row * 2 * t.pairs) * a.scale;
+      if (cached.codes()) factor[row] = floats.query(spare, dims, t.pairs, codes + row * 2 * t.pairs) * a.scale;
+      else factor[row] = a.scale, std::memcpy(queries + row * key_room(), spare, static_cast<size_t>(key_room()) * 4);
       float *const own = bias + kPiece * (biases() == rows ? row : query);
-      if (biases() == rows || row < a.queries) write_seen(a, batch, q_head, query, begin, t.places, own);
+      if (biases() == rows || row < a.queries) write_seen(a, range, of_batch, q_head, query, begin, t.places, own);
       biases_of[row] = own;
     }
-    floats.piece(t, scores, part + task * rows, sums + task * rows * t.value_room);
+    if (cached.codes()) return floats.piece(t, scores, part + task * rows, sums + task * rows * t.value_room);
+    const Strided k{a.keys, a.dtype, a.keys_at}, v{a.values, a.dtype, a.values_at};
+    const Rows r = {k.row(range.of, of_cache, begin), v.row(range.of, of_cache, begin), a.keys_at[2], a.values_at[2], dims,
+                    a.cached.value_dims, std::max<int64_t>(range.start - begin, 0), std::min(range.end - begin, t.places), a.dtype, queries};
+    floats.rows(t, r, queries + rows * key_room(), scores, part + task * rows, sums + task * rows * t.value_room);
   }
 
   void finish(int64_t index, float *out) const {   // of a head's row
-    const int64_t head = index / rows, row = index % rows, batch = head / a.cached.heads;
+    const int64_t head = index / rows, row = index % rows, of_batch = head / a.cached.heads;
     const int64_t q_head = head % a.cached.heads * a.shared + row / a.queries, heads = a.cached.heads * a.shared;
     const int64_t at = head * pieces * rows + row;
     isa().floats->merge(part + at, sums + at * cached.value_room, pieces, rows, cached.value_room,
                         a.sinks ? a.sinks[q_head] : kHidden, out);
-    const int64_t to = ((batch * a.queries + row % a.queries) * heads + q_head) * a.cached.value_dims;
+    const int64_t to = ((of_batch * a.queries + row % a.queries) * heads + q_head) * a.cached.value_dims;
     for (int64_t i = 0; i < a.cached.value_dims; ++i) store_one(a.out, a.dtype, to + i, out[i]);
   }
 };
@@ -181,13 +228,14 @@ struct Attended {
 
 using namespace w8a8;
 
-extern "C" int w8a8_cached_append(const w8a8_cached *to, const void *keys, const int64_t *keys_at, const void *values,
-                                  const int64_t *values_at, int32_t dtype, int64_t at, int64_t tokens, int32_t threads) {
-  const Cached cached(*to);
-  if (!cached.valid() || dtype < W8A8_F32 || dtype > W8A8_F16 || at < 0 || tokens < 0 || at + tokens > to->room)
-    return W8A8_BAD_ARGUMENT;
-  const Strided k{keys, dtype, keys_at}, v{values, dtype, values_at};
-  const int64_t dims = to->key_dims + to->value_dims, heads = to->batch * to->heads;
+namespace {
+
+// batch: sequences of keys and values; place_of(b, h, t): which head of the cache, counted through, and which place there.
+template <class PlaceOf>
+int append(const Cached &cached, int64_t batch, const Strided &k, const Strided &v, int dtype, int64_t tokens, int threads,
+           const PlaceOf &place_of) {
+  const w8a8_cached *const to = &cached.c;
+  const int64_t dims = to->key_dims + to->value_dims, heads = batch * to->heads;
   const int64_t step = std::max<int64_t>(1, 8192 / dims), steps = div_up(tokens, step);
   if (heads * tokens * dims <= kSerial) threads = 1;
   std::atomic<bool> starved{false};
@@ -196,10 +244,33 @@ extern "C" int w8a8_cached_append(const w8a8_cached *to, const void *keys, const
     char *codes = scratch.get(round_up(std::max(to->key_dims + 1, cached.value_room), 64));
     if (!codes) return starved.store(true, std::memory_order_relaxed);
     const int64_t head = task / steps, b = head / to->heads, h = head % to->heads;
-    for (int64_t t = task % steps * step; t < std::min(tokens, (task % steps + 1) * step); ++t)
-      append_token(cached, head, at + t, k.row(b, h, t), v.row(b, h, t), dtype, codes);
+    for (int64_t t = task % steps * step; t < std::min(tokens, (task % steps + 1) * step); ++t) {
+      const std::pair<int64_t, int64_t> place = place_of(b, h, t);
+      append_token(cached, place.first, place.second, k.row(b, h, t), v.row(b, h, t), dtype, codes);
+    }
   });
   return starved.load(std::memory_order_relaxed) ? W8A8_NO_MEMORY : W8A8_OK;
+}
+
+}  // namespace
+
+extern "C" int w8a8_cached_append(const w8a8_cached *to, const void *keys, const int64_t *keys_at, const void *values,
+                                  const int64_t *values_at, int32_t dtype, int64_t at, int64_t tokens, int32_t threads) {
+  const Cached cached(*to);
+  if (!cached.valid() || dtype < W8A8_F32 || dtype > W8A8_F16 || at < 0 || tokens < 0 || at + tokens > to->room)
+    return W8A8_BAD_ARGUMENT;
+  return append(cached, to->batch, {keys, dtype, keys_at}, {values, dtype, values_at}, dtype, tokens, threads,
+                [&](int64_t b, int64_t h, int64_t t) { return std::make_pair(b * to->heads + h, at + t); });
+}
+
+extern "C" int w8a8_cached_deal(const w8a8_cached *to, const void *keys, const int64_t *keys_at, const void *values,
+                                const int64_t *values_at, int32_t dtype, const int32_t *where, int64_t tokens, int32_t threads) {
+  const Cached cached(*to);
+  if (!cached.valid() || dtype < W8A8_F32 || dtype > W8A8_F16 || tokens < 0) return W8A8_BAD_ARGUMENT;
+  for (int64_t t = 0; t < tokens; ++t)
+    if (where[2 * t] < 0 || where[2 * t] >= to->batch || where[2 * t + 1] < 0 || where[2 * t + 1] >= to->room) return W8A8_BAD_ARGUMENT;
+  return append(cached, 1, {keys, dtype, keys_at}, {values, dtype, values_at}, dtype, tokens, threads,
+                [&](int64_t, int64_t h, int64_t t) { return std::make_pair(where[2 * t] * to->heads + h, int64_t{where[2 * t + 1]}); });
 }
 
 extern "C" int w8a8_cached_read(const w8a8_cached *from, int32_t keys, int64_t start, int64_t tokens, int32_t dtype, void *out,
@@ -233,10 +304,8 @@ extern "C" int w8a8_cached_read(const w8a8_cached *from, int32_t keys, int64_t s
 
 extern "C" int w8a8_cached_attend(const w8a8_cached_attention *a, int32_t threads) {
   Attended t(*a);
-  if (!t.cached.valid() || a->dtype < W8A8_F32 || a->dtype > W8A8_F16 || a->shared < 1 || a->queries < 1 || a->start < 0 ||
-      a->start >= a->end || a->end > a->cached.room || a->cached.key_dims > 512 || a->softcap < 0)
-    return W8A8_BAD_ARGUMENT;
-  if (t.heads() * t.rows * (a->end - a->start) * (a->cached.key_dims + a->cached.value_dims) <= kSerial) threads = 1;
+  if (!t.valid()) return W8A8_BAD_ARGUMENT;
+  if (a->cached.heads * t.rows * t.places * (a->cached.key_dims + a->cached.value_dims) <= kSerial) threads = 1;
   static thread_local Scratch partial;
   char *memory = partial.get(t.partial_bytes());
   if (!memory) return W8A8_NO_MEMORY;

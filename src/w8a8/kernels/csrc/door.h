@@ -225,6 +225,8 @@ PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count);
 PyObject *cached_append(PyObject *, PyObject *const *args, Py_ssize_t count);
 PyObject *cached_read(PyObject *, PyObject *const *args, Py_ssize_t count);
 PyObject *cached_attend(PyObject *, PyObject *const *args, Py_ssize_t count);
+PyObject *cached_deal(PyObject *, PyObject *const *args, Py_ssize_t count);
+PyObject *cached_each(PyObject *, PyObject *const *args, Py_ssize_t count);
 
 }  // namespace door
 }  // namespace w8a8

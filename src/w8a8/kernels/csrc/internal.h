@@ -205,6 +205,15 @@ struct Piece {
   const float *const *bias;              // (rows) of (places): added to the scores; minus infinity hides a key
   float softcap;                         // or 0
 };
+// Keys and values as they came, of the same piece; the scales and codes of `Piece` are not read then.
+struct Rows {
+  const void *keys, *values;             // of the first place
+  int64_t keys_at, values_at;            // from one to the next, in elements
+  int64_t key_dims, value_dims;
+  int64_t first, last;                   // of the places, which are seen by anybody: no other is read
+  int dtype;
+  const float *q;                        // (rows, key_dims rounded up to 16), zeros at the end
+};
 // What a piece gives a query: the greatest score, the sum of weights less exp of it, and the values so weighed.
 struct Part {
   float top, whole;
@@ -219,6 +228,8 @@ struct Floats {
   float (*query)(const float *x, int64_t k, int64_t pairs, int16_t *codes);
   // scores: (rows, kPiece) of scratch; sums: (rows, value_room)
   void (*piece)(const Piece &t, float *scores, Part *part, float *sums);
+  // Likewise over keys and values as they came.  tile: scratch for 16 rows of the longer of a key and a value.
+  void (*rows)(const Piece &t, const Rows &r, float *tile, float *scores, Part *part, float *sums);
   // The parts of one query, `stride` parts and sums apart from piece to piece -> out, (value_room).  sink: or minus infinity.
   void (*merge)(const Part *part, const float *sums, int64_t pieces, int64_t stride, int64_t value_room, float sink, float *out);
 };

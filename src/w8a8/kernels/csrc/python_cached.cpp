@@ -75,6 +75,27 @@ bool takes(PyObject *const *, Py_ssize_t count, Py_ssize_t wanted, const char *w
   return false;
 }
 
+// Whether keys and values are so many sequences of what is kept.
+bool fit(const w8a8_cached &c, const View &k, const View &v, int64_t batch) {
+  return k.dtype == v.dtype && k.shape[0] == batch && k.shape[1] == c.heads && k.shape[3] == c.key_dims && v.shape[0] == batch &&
+         v.shape[1] == c.heads && v.shape[2] == k.shape[2] && v.shape[3] == c.value_dims;
+}
+
+// What is kept: codes, or (keys, values) as they came, (P, H, C, D).
+bool take_kept(PyObject *kept, w8a8_cached_attention *a) {
+  if (!PyTuple_Check(kept) || PyTuple_Size(kept) != 2) return take_codes(kept, &a->cached);
+  View k, v;
+  if (!floats_by_head(PyTuple_GetItem(kept, 0), &k, a->keys_at) || !floats_by_head(PyTuple_GetItem(kept, 1), &v, a->values_at) ||
+      k.dtype != a->dtype || v.dtype != a->dtype)
+    return false;
+  for (int i = 0; i < 3; ++i)
+    if (k.shape[i] != v.shape[i]) return false;
+  w8a8_cached *const c = &a->cached;
+  c->batch = k.shape[0], c->heads = k.shape[1], c->room = k.shape[2], c->key_dims = k.shape[3], c->value_dims = v.shape[3];
+  a->keys = k.data, a->values = v.data;
+  return true;
+}
+
 // True, or None; or an error.
 PyObject *done(int status) {
   if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
@@ -83,6 +104,28 @@ PyObject *done(int status) {
 }
 
 }  // namespace
+
+// cached_deal(codes, keys (1, H, T, D), values, where (T, 2) int32) -> True or None
+PyObject *cached_deal(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  if (!takes(args, count, 4, "cached_deal takes (codes, keys, values, where)")) return nullptr;
+  if (!torch.type) Py_RETURN_NONE;
+  const int64_t threads = integer_of(PyObject_CallNoArgs(given.threads));
+  if (threads < 0) return nullptr;
+  w8a8_cached c = {};
+  View k, v;
+  int64_t keys_at[3], values_at[3];
+  void *where;
+  if (!take_codes(args[0], &c) || !floats_by_head(args[1], &k, keys_at) || !floats_by_head(args[2], &v, values_at) || !fit(c, k, v, 1))
+    Py_RETURN_NONE;
+  const int64_t pairs[2] = {k.shape[2], 2};
+  if (!contiguous_of(args[3], kInt32, pairs, 2, &where)) Py_RETURN_NONE;
+  int status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = w8a8_cached_deal(&c, k.data, keys_at, v.data, values_at, k.dtype, static_cast<int32_t *>(where), k.shape[2],
+                            static_cast<int32_t>(threads));
+  Py_END_ALLOW_THREADS;
+  return done(status);
+}
 
 // cached_append(codes, keys, values, at) -> True or None
 PyObject *cached_append(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -97,9 +140,7 @@ PyObject *cached_append(PyObject *, PyObject *const *args, Py_ssize_t count) {
   int64_t keys_at[3], values_at[3];
   if (!take_codes(args[0], &c) || !floats_by_head(args[1], &k, keys_at) || !floats_by_head(args[2], &v, values_at))
     Py_RETURN_NONE;
-  if (k.dtype != v.dtype || k.shape[0] != c.batch || k.shape[1] != c.heads || k.shape[3] != c.key_dims ||
-      v.shape[0] != c.batch || v.shape[1] != c.heads || v.shape[2] != k.shape[2] || v.shape[3] != c.value_dims)
-    Py_RETURN_NONE;
+  if (!fit(c, k, v, c.batch)) Py_RETURN_NONE;
   int status;
   Py_BEGIN_ALLOW_THREADS;
   status = w8a8_cached_append(&c, k.data, keys_at, v.data, values_at, k.dtype, at, k.shape[2], static_cast<int32_t>(threads));
@@ -160,6 +201,43 @@ PyObject *cached_attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
   const int64_t full[4] = {q.shape[0], q.shape[1], a.queries, a.end - a.start};
   if (args[5] != Py_None && !take_mask(args[5], full, &a)) Py_RETURN_NONE;
   if (args[8] != Py_None && !contiguous_of(args[8], W8A8_F32, &q.shape[1], 1, &sinks)) Py_RETURN_NONE;
+  a.q = now.data, a.out = to, a.sinks = static_cast<float *>(sinks);
+  int status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = w8a8_cached_attend(&a, static_cast<int32_t>(threads));
+  Py_END_ALLOW_THREADS;
+  if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
+  if (status != W8A8_OK) Py_RETURN_NONE;
+  return out.release();
+}
+
+// cached_each(q (B, H, 1, D), codes or (keys, values), ranges (B, 3) int32, scale, softcap or None, sinks or None)
+//     -> (B, H, D) or None
+PyObject *cached_each(PyObject *, PyObject *const *args, Py_ssize_t count) {
+  if (!takes(args, count, 6, "cached_each takes (q, kept, ranges, scale, softcap, sinks)")) return nullptr;
+  w8a8_cached_attention a = {};
+  a.scale = static_cast<float>(PyFloat_AsDouble(args[3]));
+  a.softcap = args[4] == Py_None ? 0.0f : static_cast<float>(PyFloat_AsDouble(args[4]));
+  if (PyErr_Occurred()) return nullptr;
+  if (!torch.type) Py_RETURN_NONE;
+  const int64_t threads = integer_of(PyObject_CallNoArgs(given.threads));
+  if (threads < 0) return nullptr;
+  View q;
+  w8a8_cached *const c = &a.cached;
+  if (!floats_by_head(args[0], &q, a.q_at)) Py_RETURN_NONE;
+  a.dtype = q.dtype, a.batch = q.shape[0], a.queries = 1;
+  if (!take_kept(args[1], &a) || c->heads < 1 || q.shape[1] % c->heads || q.shape[2] != 1 || q.shape[3] != c->key_dims) Py_RETURN_NONE;
+  const int64_t shape[3] = {q.shape[0], q.shape[1], c->value_dims}, three[2] = {q.shape[0], 3};
+  Ref out(tensor_of(args[0], shape, 3, c->value_dims));   // may run Python code, of a mode: all is looked at after it
+  if (!out) return nullptr;
+  View now;
+  void *to, *ranges, *sinks = nullptr;
+  if (!floats_by_head(args[0], &now, a.q_at) || !now.same_shape(q) || now.dtype != q.dtype || !take_kept(args[1], &a) ||
+      c->heads < 1 || q.shape[1] % c->heads || c->key_dims != q.shape[3] || c->value_dims != shape[2] ||
+      !contiguous_of(out.get(), q.dtype, shape, 3, &to) || !contiguous_of(args[2], kInt32, three, 2, &ranges))
+    Py_RETURN_NONE;
+  if (args[5] != Py_None && !contiguous_of(args[5], W8A8_F32, &q.shape[1], 1, &sinks)) Py_RETURN_NONE;
+  a.shared = q.shape[1] / c->heads, a.ranges = static_cast<int32_t *>(ranges);
   a.q = now.data, a.out = to, a.sinks = static_cast<float *>(sinks);
   int status;
   Py_BEGIN_ALLOW_THREADS;

@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 #define W8A8_API __attribute__((visibility("default")))
-#define W8A8_ABI 9       /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
+#define W8A8_ABI 10      /* raised whenever a struct, a function or a signature changes, below or in python.cpp */
 #define W8A8_PANEL 32    /* output columns in one panel of packed weights */
 
 enum w8a8_dtype { W8A8_F32 = 0, W8A8_BF16 = 1, W8A8_F16 = 2 };
@@ -124,6 +124,10 @@ typedef struct w8a8_cached {
  * A key or value that is not finite gets codes 0 and scale NaN. */
 W8A8_API int w8a8_cached_append(const w8a8_cached *to, const void *keys, const int64_t *keys_at, const void *values,
                                 const int64_t *values_at, int32_t dtype, int64_t at, int64_t tokens, int32_t threads);
+/* The same for tokens of several sequences: keys and values are one sequence's, and where (tokens, 2) says which sequence of
+ * `to` each belongs to, and which place there. */
+W8A8_API int w8a8_cached_deal(const w8a8_cached *to, const void *keys, const int64_t *keys_at, const void *values,
+                              const int64_t *values_at, int32_t dtype, const int32_t *where, int64_t tokens, int32_t threads);
 
 /* The keys, or the values, of the places start .. start + tokens, dequantised: (batch, heads, tokens, dims), contiguous. */
 W8A8_API int w8a8_cached_read(const w8a8_cached *from, int32_t keys, int64_t start, int64_t tokens, int32_t dtype, void *out,
@@ -143,6 +147,13 @@ typedef struct w8a8_cached_attention {
   int64_t q_at[3], mask_at[4];
   float scale, softcap;
   int32_t dtype, causal, mask_is_float;
+  /* Or keys and values as they came, in the dtype of q, where cached.keys is null, which then has their sizes alone. */
+  const void *keys, *values;
+  int64_t keys_at[3], values_at[3];
+  /* null, or (batch, 3): the sequence of the cache that each of q looks at, and instead of start and end those of its own;
+   * then there is one query, and no mask. */
+  const int32_t *ranges;
+  int64_t batch;
 } w8a8_cached_attention;
 W8A8_API int w8a8_cached_attend(const w8a8_cached_attention *a, int32_t threads);
 

@@ -42,7 +42,7 @@ W8A8_INLINE Floats_ bent(Floats_ x, float cap) {
   return x == x ? (1.0f - 2.0f / (e + 1.0f)) * cap : x;
 }
 
-// Scores of one query -> weights of the values' codes, in their place.
+// Scores of one query -> weights of the values' codes, or of values as they came, in their place.
 static Part weigh_piece(const Piece &t, const float *bias, float *s) {
   const float none = -__builtin_inff();
   Floats_ top = all(none), odd = {};
@@ -65,7 +65,8 @@ static Part weigh_piece(const Piece &t, const float *bias, float *s) {
       for (int p = 0; p < kParts; ++p) {
         const int64_t at = i + p * kWidth;
         const Floats_ e = exponential(load(s + at) - part.top);
-        store(s + at, e == 0.0f ? Floats_{} : e * load(t.value_scale + at));   // what has no weight may be anything
+        // what has no weight may be anything
+        store(s + at, !t.value_scale ? e : e == 0.0f ? Floats_{} : e * load(t.value_scale + at));
         sum.part[p] += e;
       }
     part.whole = total(sum);

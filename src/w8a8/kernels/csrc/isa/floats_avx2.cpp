@@ -28,11 +28,27 @@ static inline __m256 floats_of(__m256i sums) { return _mm256_cvtepi32_ps(sums); 
 typedef __m256i Sums;
 #include "cached.h"
 
+static inline __m256 widened(const uint16_t *p, bool brain) {
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+  return brain ? _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)) : _mm256_cvtph_ps(halves);
+}
+static inline __m256 totals(const Lanes *sum) {
+  __m256 v[8];
+  for (int i = 0; i < 8; ++i) v[i] = sum[i].part[0] + sum[i].part[1];
+  for (int i = 0; i < 4; ++i) v[i] = _mm256_permute2f128_ps(v[i], v[i + 4], 0x20) + _mm256_permute2f128_ps(v[i], v[i + 4], 0x31);
+  for (int i = 0; i < 4; i += 2) {
+    const __m256d a = _mm256_castps_pd(v[i]), b = _mm256_castps_pd(v[i + 1]);
+    v[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)) + _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+  }
+  return _mm256_shuffle_ps(v[0], v[2], 0x88) + _mm256_shuffle_ps(v[0], v[2], 0xdd);
+}
+#include "rows.h"
+
 W8A8_TARGET_END
 
 }  // namespace
 
-const Floats kAvx2Floats = {activate, norm_row, attend, query, piece, merge};
+const Floats kAvx2Floats = {activate, norm_row, attend, query, piece, rows, merge};
 
 }  // namespace w8a8
 #endif

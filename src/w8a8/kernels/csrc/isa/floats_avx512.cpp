@@ -28,11 +28,33 @@ static inline __m512 floats_of(__m512i sums) { return _mm512_cvtepi32_ps(sums); 
 typedef __m512i Sums;
 #include "cached.h"
 
+static inline __m512 widened(const uint16_t *p, bool brain) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
+  return brain ? _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)) : _mm512_cvtph_ps(halves);
+}
+static inline __m512 totals(const Lanes *sum) {
+  __m512 v[16];
+  for (int i = 0; i < 16; ++i) v[i] = sum[i].part[0];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {   // the keys 4 apart
+    const int k = (i & 3) | (i & 4) << 1;
+    v[i] = _mm512_shuffle_f32x4(v[k], v[k + 4], 0x44) + _mm512_shuffle_f32x4(v[k], v[k + 4], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) v[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88) + _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+  for (int i = 0; i < 4; i += 2) {
+    const __m512d a = _mm512_castps_pd(v[i]), b = _mm512_castps_pd(v[i + 1]);
+    v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  return _mm512_shuffle_ps(v[0], v[2], 0x88) + _mm512_shuffle_ps(v[0], v[2], 0xdd);
+}
+#include "rows.h"
+
 W8A8_TARGET_END
 
 }  // namespace
 
-const Floats kAvx512Floats = {activate, norm_row, attend, query, piece, merge};
+const Floats kAvx512Floats = {activate, norm_row, attend, query, piece, rows, merge};
 
 }  // namespace w8a8
 #endif

@@ -59,8 +59,24 @@ static inline Fours floats_of(Sums s) { return __builtin_convertvector(s, Fours)
 static inline Fours floats_of(const int8_t *p) { return floats_of(Sums{p[0], p[1], p[2], p[3]}); }
 #include "cached.h"
 
+static inline Fours widened(const uint16_t *p, bool brain) {
+  Fours v;
+  for (int i = 0; i < 4; ++i) v[i] = brain ? from_bf16(p[i]) : from_f16(p[i]);
+  return v;
+}
+static inline Fours totals(const Lanes *sum) {
+  Fours v;
+  for (int i = 0; i < 4; ++i) {
+    const Fours *const p = sum[i].part;
+    const Fours s = (p[0] + p[2]) + (p[1] + p[3]);
+    v[i] = (s[0] + s[2]) + (s[1] + s[3]);
+  }
+  return v;
+}
+#include "rows.h"
+
 }  // namespace
 
-const Floats kPortableFloats = {activate, norm_row, attend, query, piece, merge};
+const Floats kPortableFloats = {activate, norm_row, attend, query, piece, rows, merge};
 
 }  // namespace w8a8
