@@ -5,8 +5,10 @@ import types
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, StaticCache
 
 from tests.conftest import needs
+from tests.decoding.models import VOCAB, causal
 from w8a8.decoding import attention as here
 from w8a8.decoding.attention import ROWS, attention
 from w8a8.decoding.layers import Int8Layer, SlidingInt8Layer
@@ -80,6 +82,26 @@ def test_codes_are_attended_as_plain_pytorch_attends_to_what_they_stand_for(aske
     assert len(asked_of_kernel) == 1
     assert asked_of_kernel[0] is found
     assert (found - wanted).abs().max() <= 2e-4 * layer.values.abs().max()
+
+
+@pytest.mark.parametrize("mask", ["seen", "added", "by head"])
+def test_a_token_over_floats_is_plain_pytorch_with_the_keys_that_heads_share_where_they_are(monkeypatch, mask):
+    """As a graph of torch.compile has it too: transformers' own writes them out there for each head."""
+    (keys, values), q = states(40), queries(1)
+    seen = torch.rand(2, 1, 1, 40) > 0.3
+    given = {"seen": seen, "added": seen.float().log(), "by head": torch.randn(2, HEADS * SHARED, 1, 40)}[mask]
+    shapes = []
+
+    def product(q, k, v, **how):
+        shapes.append((q.shape[1], k.shape[1]))
+        return plain(q, k, v, **how)
+
+    plain = here.F.scaled_dot_product_attention
+    monkeypatch.setattr(here.F, "scaled_dot_product_attention", product)
+    found, _ = attention(MODULE, q, keys, values, given)
+    wanted = by_floats(q, keys, values, given)
+    assert shapes == [(HEADS, HEADS)]
+    assert (found - wanted).abs().max() <= 4e-6 * values.abs().max()
 
 
 def test_a_window_is_what_the_layer_gives(asked_of_kernel):
@@ -194,3 +216,21 @@ def test_who_looks_on_sees_floats(asked_of_kernel):
     assert keys.isfinite().all()
     assert not asked_of_kernel
     assert layer.update(*states(1))[0].isnan().all()
+
+
+@pytest.mark.slow
+@pytest.mark.not_under("meta", reason="dynamo makes tensors of its own")
+def test_one_graph_of_a_token_serves_while_the_context_grows():
+    model = causal("llama")
+    model.set_attn_implementation("w8a8")
+    ids = torch.randint(1, VOCAB, (2, 30))
+    static, own = StaticCache(config=model.config, max_cache_len=30), DynamicCache(config=model.config)
+    step = torch.compile(model.forward, dynamic=False, fullgraph=True, backend="aot_eager")
+    with torch.inference_mode():
+        model(ids[:, :8], past_key_values=own)
+        model(ids[:, :8], past_key_values=static)
+        for at in range(8, 30):
+            with torch._dynamo.config.patch(error_on_recompile=at > 8):
+                found = step(ids[:, at : at + 1], past_key_values=static).logits
+            wanted = model(ids[:, at : at + 1], past_key_values=own).logits
+            assert (found - wanted).norm() <= 1e-5 * wanted.norm()
