@@ -78,6 +78,24 @@ def directory(request, floats):
     return floats / request.param
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert-cls", "qwen3"])
+def test_tables_in_int8_are_saved_whole_and_read_back_in_every_way(floats, tmp_path, name):
+    model = opened(floats / name)
+    exact = embedded(model)
+    w8a8.quantize(model, embeddings="int8")
+    wanted = embedded(model)
+    w8a8.save(model, tmp_path / "out")
+    w8a8.quantize_directory(floats / name, tmp_path / "streamed", embeddings="int8")
+    config = {"quantization_config": W8A8Config(embeddings="int8")}
+    found = [opened(floats / name, model_kwargs=config)]
+    with w8a8.enabled():
+        found += [opened(tmp_path / place) for place in ("out", "streamed")]
+    assert all(np.array_equal(embedded(each), wanted) for each in found)
+    assert all(any(isinstance(module, w8a8.QuantEmbedding) for module in each.modules()) for each in found)
+    assert cosines(wanted, exact).min() > 0.99
+
+
 class TestAnEmbedder:
     def test_it_is_quantised_saved_by_either_and_read_again(self, directory, tmp_path):
         model = opened(directory)

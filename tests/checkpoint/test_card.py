@@ -169,3 +169,10 @@ def test_on_the_hub_the_directory_has_its_name_there():
 def test_a_card_of_a_float_model_that_could_not_be_read_is_told():
     text = card(replace(FACTS, origin=Origin(card=True, unread="ScannerError")))
     assert "Its front matter cannot be read (ScannerError), so no licence is repeated from it." in text
+
+
+def test_tables_are_told_beside_linear_layers():
+    table = replace(module("model.embed", "w8a16", None), kind="QuantEmbedding")
+    told = card(replace(FACTS, coverage=Coverage((table, *COVERAGE.modules[1:]))))
+    assert "with 3 linear layers and 1 lookup table quantised" in told
+    assert "with 3 linear layers quantised" in card(FACTS)

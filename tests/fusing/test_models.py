@@ -331,3 +331,15 @@ def test_threads_that_call_a_block_first_at_once_all_compute_and_it_is_fused():
     _out(model, inputs)
     told = w8a8.fusions(model)
     assert (told.waiting, told.refused) == (0, {})
+
+
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
+def test_a_model_with_tables_in_int8_is_one_graph():
+    model, call = _bert(), _text()
+    w8a8.quantize(model, embeddings="int8")
+    plain = _out(model, call)
+    w8a8.optimize(model)
+    assert relative_error(_out(model, call), plain) < 2e-2
+    told = w8a8.fusions(model)
+    assert told.whole
+    assert not told.refused

@@ -126,13 +126,13 @@ def test_what_is_excluded_stays_float_with_that_reason():
 )
 def test_what_is_more_than_a_table_is_refused_with_the_reason(table, why):
     model = Around(table)
-    with pytest.raises(ModelError, match=f"has no table that can be int8: table: .*{why}"):
+    with pytest.raises(ModelError, match=rf"has no table that can be int8 \(table: .*{why}"):
         w8a8.quantize(model, "w8a8", embeddings="int8")
     assert isinstance(model.proj, nn.Linear)
 
 
 def test_a_table_whose_weight_is_read_is_refused():
-    with pytest.raises(ModelError, match=r"table: it is not only called: Reads.forward reads its weight"):
+    with pytest.raises(ModelError, match=r"\(table: it is not only called: Reads.forward reads its weight"):
         w8a8.quantize(Reads(nn.Embedding(64, 16)), "w8a8", embeddings="int8")
 
 

@@ -19,7 +19,7 @@ from w8a8.checkpoint.vllm import VERSION, Finding
 from w8a8.core.row_sample import ROWS
 from w8a8.core.scheme import PRESETS
 from w8a8.errors import few
-from w8a8.records.coverage import Coverage, megabytes, percentage
+from w8a8.records.coverage import TABLE, Coverage, megabytes, percentage
 
 PLACE = "path/to/this/directory"
 """What a card calls its directory while that has no name on the hub."""
@@ -148,7 +148,11 @@ def _about(facts: Facts) -> Iterator[str]:
     done, every = totals["quantized"], totals["all"]
     name = facts.model if origin.repository is None else origin.repository.rpartition("/")[2]
     yield f"# {name}, quantised: {few(schemes)}"
-    made = f"{facts.model} with {done.modules} linear layers quantised, made by [w8a8]({HOME})"
+    tables = sum(module.kind == TABLE for module in coverage.quantized)
+    what = f"{done.modules - tables} linear layers" + (
+        f" and {tables} lookup table{'s' * (tables > 1)}" if tables else ""
+    )
+    made = f"{facts.model} with {what} quantised, made by [w8a8]({HOME})"
     if origin.repository is not None:
         made += f" from [{origin.repository}](https://huggingface.co/{origin.repository})"
         made += f" at commit `{origin.commit}`" if origin.commit else ""

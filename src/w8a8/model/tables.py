@@ -100,7 +100,8 @@ def choose_tables(
         name, why = next(iter(reasons.items()), ("", ""))
         raise ModelError(
             f"embeddings='int8' was asked for, and {type(model).__name__} has no table that can be int8"
-            + (f": {name}: {why}" if name else "")
+            + (f" ({name}: {why})" if name else "")
+            + "; leave embeddings='float'"
         )
     return Tables(chosen, reasons, {name: tied[name] for name in chosen if tied[name]})
 

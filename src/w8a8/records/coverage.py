@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, replace
 
 from w8a8.errors import few
 
+TABLE = "QuantEmbedding"
+"""The kind of a lookup table that is quantised."""
+
 
 @dataclass(frozen=True)
 class Totals:
