@@ -131,6 +131,19 @@ def test_the_fused_kernels_ran_and_blocks_that_are_alike_share_their_graphs(monk
     assert all(set(counts) == {"native"} for counts in w8a8.ledger(model).values() if counts)
 
 
+@pytest.mark.slow
+@pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
+def test_where_the_cpu_has_no_fused_multiply_add_attention_stays_pytorchs_and_it_is_told(monkeypatch):
+    model = _bert()
+    w8a8.quantize(model)
+    plain = _out(model, _text())
+    monkeypatch.setattr(kernels.compiled, "multiplies_and_adds", lambda: False)
+    w8a8.optimize(model)
+    assert relative_error(_out(model, _text()), plain) < 2e-2
+    assert any("fused multiply-add" in told for told in w8a8.fusions(model).left)
+    assert not any(told.startswith("attention") for told in w8a8.fusions(model).fused)
+
+
 @pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
 def test_a_graph_of_a_part_is_not_told_as_one_of_the_model():
     class Around(nn.Module):

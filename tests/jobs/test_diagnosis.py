@@ -26,6 +26,13 @@ def test_what_the_native_kernel_runs_on_is_told():
     assert machine["native kernel's threads"].startswith("openmp")
 
 
+@needs("native")
+def test_whose_attention_runs_between_fused_layers_is_told(monkeypatch):
+    for ours, told in ((True, "native"), (False, "PyTorch's")):
+        monkeypatch.setattr(compiled, "multiplies_and_adds", lambda ours=ours: ours)
+        assert diagnose().machine["attention between fused layers"].startswith(told)
+
+
 def test_what_is_missing_is_told_with_its_reason(monkeypatch):
     monkeypatch.setattr(
         kernels, "available", lambda: {"native": "not built", "torch_cpu": "no VNNI", "reference": None}

@@ -18,6 +18,7 @@ from torch.fx.node import Argument
 from w8a8.fusing.capture import Captured, exchanged, is_float32, mask_of, operand, sizes_of
 from w8a8.fusing.plan import is_sum, plan, rows_are_alone
 from w8a8.fusing.steps import Attention, Held, Layer, Linears, NormOf, NormStep, Place, Run, Told, item
+from w8a8.kernels import compiled
 from w8a8.layers.linear import Mode, QuantLinear
 
 _ATEN = torch.ops.aten
@@ -106,6 +107,9 @@ class _Walk:
         }
         q, k, v = (operand(named[name]) for name in ("query", "key", "value"))
         causal = named.get("is_causal", False)
+        if not compiled.multiplies_and_adds():
+            self.told.left["attention, at which PyTorch is faster without a fused multiply-add"] += 1
+            return
         if named.get("dropout_p", 0.0) or not all(map(is_float32, (q, k, v))) or len(sizes_of(q)) != _HEADS:
             self.told.left["attention that is not float32 of four axes"] += 1
             return

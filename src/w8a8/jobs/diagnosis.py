@@ -53,6 +53,8 @@ def diagnose() -> Diagnosis:
         machine["native kernel has"] = ", ".join(name for name, reason in sets.items() if reason is None)
         machine["native kernel has not"] = "; ".join(f"{name}: {reason}" for name, reason in sets.items() if reason)
         machine["native kernel runs"] = _what_runs()
+        ours = compiled.multiplies_and_adds()
+        machine["attention between fused layers"] = "native" if ours else "PyTorch's: the CPU has no fused multiply-add"
         machine["native kernel prefetches"] = compiled.prefetching()
         machine["native kernel's threads"] = compiled.threading()
     statuses = (

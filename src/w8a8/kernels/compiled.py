@@ -8,6 +8,7 @@ Which instruction set runs a product, by rows and K, says one table (`choices`);
 
 import ctypes
 import os
+import platform
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
@@ -158,6 +159,14 @@ def instruction_sets() -> dict[str, str | None]:
 def instruction_set() -> str:
     """The instruction set that is forced, or else the best that `choices` has."""
     return str(loaded().isa_name().decode())
+
+
+def multiplies_and_adds() -> bool:
+    """Whether floats are multiplied and added in one instruction, as attention does by the contract of equal bits.
+
+    Where not, each is a call of the C library, and PyTorch's attention is a hundred times as fast.
+    """
+    return instruction_set() != "portable" or platform.machine() in ("aarch64", "arm64")
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ const void *mask_row(const Attention &t, int64_t batch, int64_t head, int64_t qu
 int64_t visible_keys(const Attention &t, int64_t batch, int64_t head);
 // What is added to the scores of a query, (room): minus infinity where it sees no key.
 void write_bias(const Attention &t, int64_t batch, int64_t head, int64_t query, int64_t keys, int64_t room, float *bias);
-constexpr int kMostQueries = 12;         // that any instruction set takes at once
+constexpr int kMostQueries = 24;         // that any instruction set takes at once
 // Floats of scratch memory that `attend` takes.
 inline int64_t attention_scratch(const Attention &t) {
   const int64_t room = round_up(t.keys, 16), dims = round_up(t.dims, 16);

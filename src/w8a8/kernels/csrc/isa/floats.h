@@ -22,19 +22,26 @@ W8A8_INLINE Floats_ load(const float *p) {
 }
 W8A8_INLINE void store(float *p, Floats_ v) { std::memcpy(p, &v, sizeof v); }
 
+// a * b + c, rounded once or twice
+template <bool Once>
+W8A8_INLINE Floats_ multiplied(Floats_ a, Floats_ b, Floats_ c) {
+  return Once ? fma(a, b, c) : a * b + c;
+}
+
 // exp(x) for x <= 88; zero from -87 down.  NaN stays.
+template <bool Once = false>
 W8A8_INLINE Floats_ exponential(Floats_ x) {
-  const Floats_ shifted = x * 0x1.715476p0f + 0x1.8p23f;   // x / ln 2, rounded by the adder
+  const Floats_ shifted = multiplied<Once>(x, all(0x1.715476p0f), all(0x1.8p23f));   // x / ln 2, rounded by the adder
   Ints_ n;
   std::memcpy(&n, &shifted, sizeof n);
   const Floats_ whole = shifted - 0x1.8p23f;
   // ln 2 in two pieces, the first short enough for an exact product
-  const Floats_ r = x - whole * 0x1.62ep-1f - whole * 0x1.0bfbe8p-15f;
-  Floats_ p = r * 1.3981999e-3f + 8.3334519e-3f;
-  p = p * r + 4.1665796e-2f;
-  p = p * r + 0.16666666f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
+  const Floats_ r = multiplied<Once>(whole, all(-0x1.0bfbe8p-15f), multiplied<Once>(whole, all(-0x1.62ep-1f), x));
+  Floats_ p = multiplied<Once>(r, all(1.3981999e-3f), all(8.3334519e-3f));
+  p = multiplied<Once>(p, r, all(4.1665796e-2f));
+  p = multiplied<Once>(p, r, all(0.16666666f));
+  p = multiplied<Once>(p, r, all(0.5f));
+  p = (Once ? fma(p, r * r, r) : p * r * r + r) + 1.0f;
   const Ints_ power = (n - 0x4b400000 + 127) << 23;
   Floats_ two;
   std::memcpy(&two, &power, sizeof two);
@@ -165,10 +172,17 @@ static void norm_row(const NormRow &r) {
 
 // --- attention ----------------------------------------------------------------------------------------------------
 
-// c[r][j] = sum_d a[r][d] b[d][j] for R rows and V vectors of columns, d ascending.
+// c[r][j] (+)= sum_d a[r][d] b[d][j] for R rows and V vectors of columns, d ascending.
 template <int R, int V>
-W8A8_INLINE void multiply(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc) {
+W8A8_INLINE void multiply(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc,
+                          bool adds) {
   Floats_ sum[R][V] = {};
+  if (adds)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = load(c + r * ldc + v * kWidth);
+#pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     Floats_ right[V];
 #pragma GCC unroll 8
@@ -189,19 +203,30 @@ W8A8_INLINE void multiply(const float *a, int64_t lda, const float *b, int64_t l
 // Rows of `c` in whole vectors: `columns` is a multiple of the width, and b and c have that much room.
 template <int R>
 W8A8_INLINE void multiply_rows(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c,
-                               int64_t ldc, int64_t columns) {
+                               int64_t ldc, int64_t columns, bool adds) {
   int64_t j = 0;
   for (; j + kColumns * kWidth <= columns; j += kColumns * kWidth)
-    multiply<R, kColumns>(a, lda, b + j, ldb, depth, c + j, ldc);
-  for (; j + 2 * kWidth <= columns; j += 2 * kWidth) multiply<R, 2>(a, lda, b + j, ldb, depth, c + j, ldc);
-  for (; j < columns; j += kWidth) multiply<R, 1>(a, lda, b + j, ldb, depth, c + j, ldc);
+    multiply<R, kColumns>(a, lda, b + j, ldb, depth, c + j, ldc, adds);
+  for (; j + 2 * kWidth <= columns; j += 2 * kWidth) multiply<R, 2>(a, lda, b + j, ldb, depth, c + j, ldc, adds);
+  for (; j < columns; j += kWidth) multiply<R, 1>(a, lda, b + j, ldb, depth, c + j, ldc, adds);
 }
 
 template <int R>
 static void multiply_any(int rows, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c,
-                         int64_t ldc, int64_t columns) {
-  if (rows == R) return multiply_rows<R>(a, lda, b, ldb, depth, c, ldc, columns);
-  if constexpr (R > 1) multiply_any<R - 1>(rows, a, lda, b, ldb, depth, c, ldc, columns);
+                         int64_t ldc, int64_t columns, bool adds) {
+  if (rows == R) return multiply_rows<R>(a, lda, b, ldb, depth, c, ldc, columns, adds);
+  if constexpr (R > 1) multiply_any<R - 1>(rows, a, lda, b, ldb, depth, c, ldc, columns, adds);
+}
+
+// The same for any number of rows, in tiles that are as even as can be.
+static void multiply_all(int64_t rows, const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c,
+                         int64_t ldc, int64_t columns, bool adds) {
+  const int64_t tiles = div_up(rows, kQueries);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = rows * tile / tiles;
+    multiply_any<kQueries>(static_cast<int>(rows * (tile + 1) / tiles - first), a + first * lda, lda, b, ldb, depth,
+                           c + first * ldc, ldc, columns, adds);
+  }
 }
 
 // to[d][i] = from[i][d]; `from` has rows of `ld`, `to` of `room`.
@@ -229,22 +254,29 @@ static void transpose(const float *from, int64_t ld, int64_t rows, int64_t colum
 #undef W8A8_SHUFFLE
 }
 
-// Scores of one query -> weights in its place, less their common divisor, which is returned; 0 where no key may be seen.
-// `bias` is added to the scaled scores; it is minus infinity where there is no key to see.
+// The greatest of some lanes, none of which is NaN.
+W8A8_INLINE float greatest_of(Floats_ lanes) {
+  float v[kWidth];
+  store(v, lanes);
+  for (int half = kWidth / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] < v[i + half] ? v[i + half] : v[i];
+  return v[0];
+}
+
+// Scores of one query -> weights in its place, less their common divisor, which is returned: NaN where a score is NaN, and
+// 0 where no key may be seen.  `bias` is added to the scaled scores; it is minus infinity where there is no key to see.
 static float weigh(float *s, const float *bias, int64_t room, float scale) {
   const float none = -__builtin_inff();
-  Floats_ top = all(none), odd = {};
+  Floats_ top = all(none);
   for (int64_t i = 0; i < room; i += kWidth) {
-    const Floats_ v = load(s + i) * scale + load(bias + i);
+    const Floats_ v = fma(load(s + i), all(scale), load(bias + i));
     store(s + i, v);
-    top = most(v, top);
-    odd += v == v ? Floats_{} : v;   // NaN as soon as one is
+    top = most(v, top);   // the second where v is NaN
   }
-  float greatest = none;
-  for (int i = 0; i < kWidth; ++i) greatest = top[i] > greatest ? top[i] : greatest;
-  for (int i = 0; i < kWidth; ++i)
-    if (odd[i] != odd[i]) return odd[i];
+  const float greatest = greatest_of(top);
   if (greatest == none) {
+    for (int64_t i = 0; i < room; ++i)
+      if (s[i] != s[i]) return s[i];
     std::memset(s, 0, static_cast<size_t>(room) * 4);
     return 0.0f;
   }
@@ -252,45 +284,64 @@ static float weigh(float *s, const float *bias, int64_t room, float scale) {
   for (int64_t i = 0; i < room; i += 16)
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) {
-      const Floats_ e = exponential(load(s + i + p * kWidth) - greatest);
+      const Floats_ e = exponential<true>(load(s + i + p * kWidth) - greatest);
       store(s + i + p * kWidth, e);
       sum.part[p] += e;
     }
   return total(sum);
 }
 
+// not std::min: a copy of it that was compiled for one instruction set could become everybody's
+W8A8_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Queries are taken some tiles at a time: what a tile reads of the keys, or of the values, is then in the first cache for
+// the tiles after it, and the scores of all of them are in the second.
 static void attend(const Attention &t, int64_t batch, int64_t head, float *scratch) {
+  constexpr int64_t kPanelKeys = 64;
+  static_assert(4 * kQueries <= kMostQueries, "room for the scores");
   const float *q = t.q.at(batch, head), *k = t.k.at(batch, head / t.shared), *v = t.v.at(batch, head / t.shared);
   const int64_t keys = visible_keys(t, batch, head), room = round_up(keys, 16), dims = round_up(t.dims, 16);
   float *const bias = scratch;                     // (room)
-  float *const across = bias + room;               // the keys, a column each: (t.dims, room)
-  float *const scores = across + room * t.dims;    // (kQueries, room)
-  float *const sums = scores + kQueries * room;    // (kQueries, dims)
-  float *const values = sums + kQueries * dims;    // the values in whole vectors, where they are not: (keys, dims)
-  transpose(k, t.k.token, keys, t.dims, across, room);
-  for (int64_t d = 0; d < t.dims; ++d)
-    for (int64_t key = keys; key < room; ++key) across[d * room + key] = 0;
+  float *const across = bias + room;               // the keys, a column each, in panels: (room / 64, t.dims, 64)
+  float *const scores = across + room * t.dims;    // (kMostQueries, room)
+  float *const sums = scores + kMostQueries * room;    // (kMostQueries, dims)
+  float *const values = sums + kMostQueries * dims;    // the values in whole vectors, one behind the other: (keys, dims)
+  for (int64_t first = 0; first < room; first += kPanelKeys) {
+    const int64_t width = lesser(kPanelKeys, room - first), here = lesser(width, keys - first);
+    float *const panel = across + first * t.dims;
+    transpose(k + first * t.k.token, t.k.token, here, t.dims, panel, width);
+    for (int64_t key = here; key < width; ++key)
+      for (int64_t d = 0; d < t.dims; ++d) panel[d * width + key] = 0;
+  }
   int64_t ldv = t.v.token;
-  if (t.dims % kWidth) {
-    for (int64_t key = 0; key < keys; ++key)
-      for (int64_t d = 0; d < dims; ++d) values[key * dims + d] = d < t.dims ? v[key * t.v.token + d] : 0;
+  if (t.dims % kWidth || (t.queries > kMostQueries && ldv != t.dims)) {
+    for (int64_t key = 0; key < keys; ++key) {
+      std::memcpy(values + key * dims, v + key * t.v.token, static_cast<size_t>(t.dims) * 4);
+      for (int64_t d = t.dims; d < dims; ++d) values[key * dims + d] = 0;
+    }
     v = values, ldv = dims;
   }
   const bool each_its_own = t.causal || (t.mask && t.mask_at[2]);
   if (!each_its_own) write_bias(t, batch, head, 0, keys, room, bias);
-  const int64_t tiles = div_up(t.queries, kQueries);   // dealt out evenly
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = t.queries * tile / tiles;
-    const int rows = static_cast<int>(t.queries * (tile + 1) / tiles - first);
-    multiply_any<kQueries>(rows, q + first * t.q.token, t.q.token, across, room, t.dims, scores, room, room);
-    float divisor[kQueries];
-    for (int r = 0; r < rows; ++r) {
-      if (each_its_own) write_bias(t, batch, head, first + r, keys, room, bias);
+  const int64_t columns = round_up(t.dims, kWidth), depth = 4096 / columns < 16 ? 16 : 4096 / columns;
+  const int64_t blocks = div_up(t.queries, 4 * kQueries);   // dealt out evenly
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = t.queries * block / blocks, rows = t.queries * (block + 1) / blocks - begin;
+    for (int64_t first = 0; first < room; first += kPanelKeys) {
+      const int64_t width = lesser(kPanelKeys, room - first);
+      multiply_all(rows, q + begin * t.q.token, t.q.token, across + first * t.dims, width, t.dims, scores + first, room,
+                   width, false);
+    }
+    float divisor[kMostQueries];
+    for (int64_t r = 0; r < rows; ++r) {
+      if (each_its_own) write_bias(t, batch, head, begin + r, keys, room, bias);
       divisor[r] = weigh(scores + r * room, bias, room, t.scale);
     }
-    multiply_any<kQueries>(rows, scores, room, v, ldv, keys, sums, dims, round_up(t.dims, kWidth));
-    for (int r = 0; r < rows; ++r) {
-      float *to = t.out.at(batch, head) + (first + r) * t.out.token;
+    for (int64_t first = 0; first < keys; first += depth)
+      multiply_all(rows, scores + first, room, v + first * ldv, ldv, lesser(depth, keys - first), sums, dims, columns,
+                   first > 0);
+    for (int64_t r = 0; r < rows; ++r) {
+      float *to = t.out.at(batch, head) + (begin + r) * t.out.token;
       const float by = divisor[r];
       each(t.dims, [&](int64_t i, int c) {
         const Floats_ o = load(sums + r * dims + i);

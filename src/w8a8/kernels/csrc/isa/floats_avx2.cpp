@@ -7,7 +7,7 @@ namespace {
 
 W8A8_TARGET_BEGIN("avx2,fma,f16c")
 
-constexpr int kWidth = 8, kColumns = 2, kQueries = 4;
+constexpr int kWidth = 8, kColumns = 2, kQueries = 6;
 static inline __m256 all(float x) { return _mm256_set1_ps(x); }
 static inline __m256 least(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 static inline __m256 most(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
