@@ -5,22 +5,24 @@
                   a copy of its own
     with labels   the labels that its head gives          KL of their probabilities, a text (of labels of tokens, the
                                                           mean); by a sigmoid each, where they do not exclude another
-    other         a vector: the mean of the last states   1 - cosine, a text
+    other         a vector: the last states, pooled       1 - cosine, a text
 
 The last is a KL as well: of two normal distributions of unit variance, around the two vectors scaled to length one.
-Which pooling an embedder has, transformers' model does not say.
+They are pooled as the directory of an embedder says, else by the mean.  Dense layers behind the pooling are not run.
 
 A masked model is asked about a few tokens of a window only: each costs a forward of the whole, and a sweep over layers
 runs every window twice for each of them.
 """
 
 import enum
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from w8a8.errors import ModelError
+from w8a8.errors import ModelError, closest
 from w8a8.evaluation.scores import batch_logits, logits_of, token_kl
 from w8a8.evaluation.text import Frame
 from w8a8.model.kinds import Kind, kind_of_model
@@ -37,7 +39,23 @@ class Told(enum.Enum):
     MASKED = "KL(float || quantised) of masked tokens, nats per token"
     LABEL = "KL(float || quantised) of the label, nats per text"
     LABELS = "KL(float || quantised) of each label by itself, summed, nats per text"
-    VECTOR = "1 - cosine of the mean of the last states with the float model's, per text"
+    VECTOR = "1 - cosine of the pooled last states with the float model's, per text"
+
+
+def _growing(states: Tensor) -> Tensor:
+    """(T, 1), in float32 as what they weigh."""
+    return torch.arange(1, len(states) + 1, dtype=torch.float32, device=states.device)[:, None]
+
+
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cls": lambda states: states[0],
+    "max": lambda states: states.amax(0),
+    "mean": lambda states: states.mean(0),
+    "mean_sqrt_len_tokens": lambda states: states.sum(0) / math.sqrt(len(states)),
+    "weightedmean": lambda states: (states * _growing(states)).sum(0) / _growing(states).sum(),
+    "lasttoken": lambda states: states[-1],
+}
+"""(T, C) -> (C,), by the names that sentence-transformers has for them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +68,7 @@ class Window:
     inputs: (B, T') what it is called with: special tokens around, and in each copy a mask.
     masks: (B,) where that is; None where there is none.
     targets: (S,) the tokens that are told; None where none are.
+    pooling: What is made of the last states, one behind the other; none: the mean.
     """
 
     start: int
@@ -58,16 +77,24 @@ class Window:
     inputs: Tensor
     masks: Tensor | None = None
     targets: Tensor | None = None
+    pooling: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, ids: Tensor, start: int, told: Told = Told.NEXT, frame: Frame | None = None) -> "Window":
+    def of(
+        cls,
+        ids: Tensor,
+        start: int,
+        told: Told = Told.NEXT,
+        frame: Frame | None = None,
+        pooling: tuple[str, ...] = (),
+    ) -> "Window":
         """The question about the tokens (T,) that begin there."""
         if told is Told.NEXT:
             return cls(start, ids, told, ids[None], targets=ids[1:])
         before, after = ((), ()) if frame is None else (frame.before, frame.after)
         framed = torch.cat([ids.new_tensor(before), ids, ids.new_tensor(after)])
         if told is not Told.MASKED:
-            return cls(start, ids, told, framed[None])
+            return cls(start, ids, told, framed[None], pooling=pooling)
         assert frame is not None, "seen when the text was cut"
         count = min(MASKS, len(ids))
         places = ids.new_tensor([(2 * i + 1) * len(ids) // (2 * count) for i in range(count)])  # evenly, none at an end
@@ -98,7 +125,16 @@ class Window:
                 f"what {type(model).__name__} says of the window at token {self.start} is not finite; a model in "
                 f"{answer.dtype} may overflow, try float32 or bfloat16"
             )
-        return answer.mean(0, keepdim=True) if self.told is Told.VECTOR else answer
+        return self._pooled(answer)[None] if self.told is Told.VECTOR else answer
+
+    def _pooled(self, states: Tensor) -> Tensor:
+        ways = self.pooling or ("mean",)
+        if unknown := [way for way in ways if way not in POOLINGS]:
+            raise ModelError(
+                f"a text's last states were to be pooled by {unknown[0]!r}, as the embedder's directory says, which is "
+                f"not known here: {closest(unknown[0], POOLINGS)}"
+            )
+        return torch.cat([POOLINGS[way](states.float()) for way in ways])
 
     def divergence(self, exact: Tensor, other: Tensor) -> float:
         """How far an answer is from the float model's, nats, summed over what is told."""

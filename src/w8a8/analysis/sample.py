@@ -67,7 +67,7 @@ def draw(
     """
     if windows < 1:
         raise CalibrationError(f"windows={windows} is out of range: at least 1; {WINDOWS} is the default")
-    ids, frame = (text.ids, text.frame) if isinstance(text, Text) else (text, None)
+    ids, frame, pooling = (text.ids, text.frame, text.pooling) if isinstance(text, Text) else (text, None, ())
     kind = kind_of_model(model)
     if kind not in (Kind.MASKED, Kind.TEXT):
         frame = None
@@ -88,7 +88,7 @@ def draw(
         :windows
     ]
     drawn = (cut[i] for i in sorted(order.tolist()))
-    return Sample(tuple(Window.of(ids[start:end], start, told, frame) for start, end in drawn), length)
+    return Sample(tuple(Window.of(ids[start:end], start, told, frame, pooling) for start, end in drawn), length)
 
 
 def layers_for(

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import nn
 
+from w8a8.checkpoint.beside import pooling_of
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.reader import load, load_float
 from w8a8.decoding.models import check_cache, set_cache, set_usual_cache
@@ -35,6 +36,11 @@ class OpenedModel:
     quantized: bool
     kv: str = "dynamic"
     kv_why: str | None = None
+
+    @property
+    def pooling(self) -> tuple[str, ...]:
+        """How the directory's vectors are made of last states, where it is an embedder's."""
+        return pooling_of(self.directory)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A text as token ids, with the bytes that each token stands for, cut into windows."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +30,18 @@ class Text:
     ids: (T,) int64.
     byte_ends: (T,) int64, how many UTF-8 bytes of the text end with each token; None where the tokenizer does not say.
     frame: None where the tokenizer has no token for a mask.
+    pooling: How vectors are made of the last states of an embedder (`w8a8.analysis.answers.POOLINGS`); none: the mean.
     """
 
     ids: Tensor
     byte_ends: Tensor | None = None
     frame: Frame | None = None
+    pooling: tuple[str, ...] = ()
 
     def first(self, tokens: int | None) -> "Text":
         """The first so many tokens."""
-        return Text(self.ids[:tokens], None if self.byte_ends is None else self.byte_ends[:tokens], self.frame)
+        ends = None if self.byte_ends is None else self.byte_ends[:tokens]
+        return replace(self, ids=self.ids[:tokens], byte_ends=ends)
 
     def bytes_between(self, first: int, end: int) -> int:
         """How many bytes the tokens from `first` up to `end` stand for."""
@@ -46,8 +49,8 @@ class Text:
         return int(self.byte_ends[end - 1]) - (int(self.byte_ends[first - 1]) if first else 0)
 
 
-def encode(tokenizer: Tokenizer | None, text: str) -> Text:
-    """A text, tokenised without special tokens.
+def encode(tokenizer: Tokenizer | None, text: str, pooling: tuple[str, ...] = ()) -> Text:
+    """A text, tokenised without special tokens, for a model whose vectors are made so of its states.
 
     Raises:
         ModelError: there is no tokenizer.
@@ -61,7 +64,7 @@ def encode(tokenizer: Tokenizer | None, text: str) -> Text:
     if ids.numel() < 2:
         raise TextError(f"the text has {ids.numel()} tokens; scoring needs two or more")
     ends = _byte_ends(text, found["offset_mapping"]) if offsets else None
-    return Text(ids, ends, _frame(tokenizer, text[:64]))
+    return Text(ids, ends, _frame(tokenizer, text[:64]), pooling)
 
 
 def _frame(tokenizer: Tokenizer, text: str) -> Frame | None:

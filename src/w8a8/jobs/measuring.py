@@ -136,4 +136,4 @@ def _with_text(model: Named, asked: Asked, text: str) -> tuple[OpenedModel, Text
     """The model and the text, which is read first."""
     content = content_of(text)
     opened = open_model(model, asked)
-    return opened, encode(opened.tokenizer, content)
+    return opened, encode(opened.tokenizer, content, opened.pooling)

@@ -19,6 +19,7 @@ class Scratch {
 
   // At least `bytes`, aligned to a cache line; the contents are lost.  Null where there is no memory.
   char *get(int64_t bytes) {
+    asked_ = bytes > asked_ ? bytes : asked_;
     if (bytes <= size_) return data_;
     std::free(data_);
     data_ = nullptr, size_ = 0;
@@ -34,9 +35,12 @@ class Scratch {
     return data_;
   }
 
-  // One very long prompt should not hold its memory for ever.
+  // Called when a call is done.  One very long prompt should not hold its memory for ever; but from the second call in a
+  // row that needs as much, it is kept until one needs less: new pages cost as much as a tenth of such a call.
   void shrink() {
-    if (size_ <= kKept) return;
+    const bool again = large_;
+    large_ = asked_ > kKept, asked_ = 0;
+    if (size_ <= kKept || (large_ && again)) return;
     std::free(data_);
     data_ = nullptr, size_ = 0;
   }
@@ -44,7 +48,8 @@ class Scratch {
  private:
   static constexpr int64_t kHugePage = int64_t{1} << 21, kKept = int64_t{32} << 20;
   char *data_ = nullptr;
-  int64_t size_ = 0;
+  int64_t size_ = 0, asked_ = 0;   // asked_: since the last `shrink`
+  bool large_ = false;             // the call before that
 };
 
 }  // namespace w8a8
