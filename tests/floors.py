@@ -96,6 +96,7 @@ INSIDE = {
         "judged",
         "encoders",
         "summary",
+        "samples",
         "speed",
         "generation",
     ],

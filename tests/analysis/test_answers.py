@@ -122,7 +122,7 @@ def test_a_texts_vector_is_pooled_as_the_embedder_says(ways, text):
 
 def test_a_pooling_that_nobody_knows_is_an_error(text):
     model = made("vector")
-    with pytest.raises(ModelError, match="pooled by 'lastoken', .* closest: lasttoken"):
+    with pytest.raises(ModelError, match=r"pooled by 'lastoken', .* closest: lasttoken"):
         draw(model, replace(text, pooling=("lastoken",)), **SHORT).windows[0].answer(model)
 
 

@@ -162,12 +162,23 @@ def test_the_command_tells_it(call, models, data):  # noqa: F811
     assert code == 0, err
     assert "Spearman's correlation, model - reference" in out
     assert "not fused: it was not asked for." in call("eval", *names, "--data", data / "pairs.jsonl", "--no-fuse")[1]
-    code, _, err = call("eval", *names, "--text", data / "texts.txt", "--fuse")
-    assert code == 2
-    assert "--fuse and --no-fuse are of --data" in err
     code, out, err = call("eval", *names, "--data", data / "texts.txt", "--json")
     assert code == 0, err
     assert 0.99 < json.loads(out)["alike"]["cosine"]["mean"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.kernels
+@pytest.mark.filterwarnings("ignore")
+def test_on_a_text_encoders_are_fused_too_and_it_is_told(call, models, data):  # noqa: F811
+    names = models / "embedder-int8", "--against", models / "embedder"
+    cosines = []
+    for more, told in (([], "embedder-int8: 2 blocks run fused."), (["--no-fuse"], "not fused: it was not asked for.")):
+        code, out, err = call("eval", *names, "--text", data / "texts.txt", "--json", *more)
+        assert code == 0, err
+        assert told in err
+        cosines.append(json.loads(out)["cosine"]["mean"])
+    assert cosines[0] == pytest.approx(cosines[1], abs=1e-4)
 
 
 @pytest.mark.parametrize(

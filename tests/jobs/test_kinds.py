@@ -13,7 +13,6 @@ from w8a8.errors import ModelError
 from w8a8.evaluation import perplexity
 from w8a8.evaluation.generation import continue_text
 from w8a8.evaluation.harness import run_tasks
-from w8a8.evaluation.speed import measure_speed
 from w8a8.jobs.request import BudgetSearch, CalibrationText, Job
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 40}
@@ -23,7 +22,6 @@ BY_NAME = {
     "a perplexity": lambda name, text, out: w8a8.score_model(name, text),
     "a study of perplexities": lambda name, text, out: w8a8.study_model(name, text),
     "the sensitivity of layers": lambda name, text, out: w8a8.rank_layers(name, text),
-    "reading and writing tokens": lambda name, text, out: w8a8.time_models(name),
     "going on from a prompt": lambda name, text, out: continue_text(name, "Once"),
     "tasks of the harness": lambda name, text, out: run_tasks(name, ["none"]),
     "a comparison on a text": lambda name, text, out: w8a8.compare_models(w8a8.ModelPair(name, name, text)),
@@ -40,7 +38,6 @@ BY_MODEL = {
     "a study of perplexities": lambda opened: w8a8.study(opened.model, IDS),
     "the sensitivity of layers": lambda opened: w8a8.sensitivity(opened.model, IDS),
     "--budget, which is spent on what a model tells of a text,": lambda opened: w8a8.allocate(opened.model, IDS, "1MB"),
-    "reading and writing tokens": lambda opened: measure_speed({"it": opened.model}),
     "going on from a prompt": lambda opened: continue_text(opened, "Once"),
     "tasks of the harness": lambda opened: run_tasks(opened, ["none"]),
 }

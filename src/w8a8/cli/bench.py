@@ -42,7 +42,7 @@ def bench(
 ) -> None:
     """Measure tokens per second of reading and writing, models in turn: a float model beside itself quantised.
 
-    An encoder of text is timed reading.
+    An encoder is timed reading: tokens, pictures or sounds.
     """
     import torch
 
@@ -69,7 +69,13 @@ def bench(
     first = next(iter(found.values()))
     if first.writing is None:
         read = [(name, *_cells(speed.reading, first.reading), speed.fused or "") for name, speed in found.items()]
-        columns: tuple[str, ...] = ("model", "reading, tokens/s", "quartiles", "times", "between the layers")
+        columns: tuple[str, ...] = (
+            "model",
+            f"reading, {first.unit}/s",
+            "quartiles",
+            "times",
+            "between the layers",
+        )
         print_table(f"batch {batch}, {first.rounds} rounds, {threads} threads", columns, read)
         print_line("One round: each model in turn reads. Medians; times is beside the first.")
         return

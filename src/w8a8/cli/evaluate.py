@@ -63,9 +63,9 @@ def evaluate(
         Path | None, typer.Option("--cache", help="A file for the reference's predictions: made, or used again.")
     ] = None,
     fuse: Annotated[
-        bool | None,
-        typer.Option("--fuse/--no-fuse", help="With --data: fuse what lies between the integer layers, as by default."),
-    ] = None,
+        bool,
+        typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder."),
+    ] = True,
     head: Head = "float",
     kv: Kv = "dynamic",
     dtype: Dtype = "auto",
@@ -110,9 +110,7 @@ def evaluate(
                 f"--data {data} compares two encoders as they are, on a CPU, and {given} was given: give "
                 "--against FLOAT_MODEL, and leave out the others"
             )
-        encoders = EncoderPair(
-            model, against, data, seed=seed, fuse=fuse is not False, trust_remote_code=trust_remote_code
-        )
+        encoders = EncoderPair(model, against, data, seed=seed, fuse=fuse, trust_remote_code=trust_remote_code)
         judged = judge_encoders(encoders, watching)
         if as_json:
             print_json({"model_name": model, "reference_name": against, **judged.to_dict()})
@@ -120,20 +118,18 @@ def evaluate(
             show_judged(model, against, judged)
             print_line(f"{model}: {judged.fused}.")
         return
-    if fuse is not None:
-        raise SchemeError("--fuse and --no-fuse are of --data PATH, which runs encoders; leave them out")
     if text is None:
         raise SchemeError("give --text FILE to score, --data PATH to judge an encoder on, or --tasks A,B to ask")
     windows: dict[str, Any] = {"seq_len": seq_len, "stride": stride, "max_tokens": max_tokens, "seed": seed}
     if against is not None:
-        pair = ModelPair(named, against, text, one_at_a_time=one_at_a_time, cache=cache, **windows)
+        pair = ModelPair(named, against, text, one_at_a_time=one_at_a_time, cache=cache, fuse=fuse, **windows)
         both = compare_models(pair, watching)
         if as_json:
             print_json({"model_name": model, "reference_name": against, **both.to_dict()})
         else:
             show_compared(model, against, both)
         return
-    alone = score_model(named, text, **windows, watcher=watching)
+    alone = score_model(named, text, **windows, fuse=fuse, watcher=watching)
     if as_json:
         print_json({"model": model, **plain(alone)})
         return

@@ -10,7 +10,7 @@ What is written may come after another number of tokens than are read (`context`
 rounds, and what was kept of them is copied in each.
 
 The tokens are random: what a dense model does takes as long for any text (a mixture of experts does not quite).
-An encoder of text writes nothing: it is timed reading alone, by one forward.
+An encoder writes nothing: it is timed reading alone, by one forward; of pictures or sound in these a second.
 `generate` is not timed, since its own bookkeeping is a large share of a small model's token, and the same for all.
 """
 
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from w8a8.core.progress import Progress, tell
 from w8a8.decoding.models import cache_argument, new_cache
 from w8a8.errors import ModelError
+from w8a8.evaluation.samples import UNITS, random_inputs, unit_of
 from w8a8.model.kinds import READS_TEXT, Asked, Kind, context_length, kind_of_model
 from w8a8.model.pretrained import Pretrained
 
-ASKED = Asked("reading and writing tokens", READS_TEXT)
+ASKED = Asked("a measurement of speed", READS_TEXT | UNITS.keys())
 PROMPT, NEW = 512, 32
 _ROUNDS = 3  # at least
 _PART = 512  # tokens of a context that are read at once
@@ -50,6 +51,7 @@ class Speed:
     """One model's rates.  `rounds` were timed.
 
     writing: None of an encoder.
+    unit: What is read: "tokens", "pictures" or "sounds".
     fused: What of an encoder was fused, or why nothing was; None where nobody asked.
     kv: How the model kept keys and values; None where nobody told.
     """
@@ -57,6 +59,7 @@ class Speed:
     reading: Rate
     writing: Rate | None
     rounds: int
+    unit: str = "tokens"
     fused: str | None = None
     kv: str | None = None
 
@@ -72,7 +75,7 @@ def measure_speed(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Speed]:
-    """Time causal language models against each other, or encoders of text.
+    """Time causal language models against each other, or encoders of one kind of input.
 
     Args:
         models: By the name that they are told by; all in memory, on their devices, with the caches that are set for
@@ -87,7 +90,7 @@ def measure_speed(
 
     Raises:
         ModelError: no room in a model's context; it is of another kind, or keeps no cache; some of them are encoders
-            and some are not; a context is asked of encoders.
+            and some are not, or they read different things; a context is asked of encoders, or tokens of pictures.
     """
     for model in models.values():
         ASKED.check_model(model)
@@ -98,14 +101,24 @@ def measure_speed(
             f"{encoders[0]} reads and writes nothing, and was to be timed with {other}: time encoders with encoders, "
             "and without --context"
         )
-    length = _length(models, prompt, 0 if encoders else new, least=0 if encoders else 1)
+    units = {name: unit_of(model) for name, model in models.items()}
+    unit = next(iter(units.values()))
+    if len(set(units.values())) > 1 or (unit != "tokens" and prompt is not None):
+        told = ", ".join(f"{name} reads {read}" for name, read in units.items())
+        raise ModelError(f"{told}: time models that read the same, and without --prompt where that is no text")
+    length = _length(models, prompt, 0 if encoders else new, least=0 if encoders else 1) if unit == "tokens" else 1
     if context is not None:
         _length(models, context, new, "--context")
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     turns: dict[str, _Turn | _Reading] = {}
     for name, model in models.items():
-        ids = _ids(model, batch, length, seed)
-        turns[name] = turn = _Reading(model, ids) if encoders else _Turn(name, model, new, ids)
+        turn: _Reading | _Turn
+        if unit != "tokens":
+            turn = _Reading(model, random_inputs(model, batch, seed))
+        else:
+            ids = _ids(model, batch, length, seed)
+            turn = _Reading.of_text(model, ids) if encoders else _Turn(name, model, new, ids)
+        turns[name] = turn
         turn.once()
         if context is not None and isinstance(turn, _Turn):
             turn.read(_ids(model, batch, context, seed + 1))
@@ -118,15 +131,18 @@ def measure_speed(
             tell(progress, round(min(spent, total)), round(total), name)
     return {
         name: Speed(
-            _rate([read for read, _ in found]), None if encoders else _rate([wrote for _, wrote in found]), len(found)
+            _rate([read for read, _ in found]),
+            None if encoders else _rate([wrote for _, wrote in found]),
+            len(found),
+            unit,
         )
         for name, found in rates.items()
     }
 
 
 def only_reads(model: nn.Module) -> bool:
-    """Whether it is an encoder of text."""
-    return kind_of_model(model) in {Kind.MASKED, Kind.TEXT}
+    """Whether it is an encoder: of text, of pictures or of sound."""
+    return kind_of_model(model) in {Kind.MASKED, Kind.TEXT, *UNITS}
 
 
 def _length(
@@ -155,8 +171,13 @@ def _ids(model: Pretrained, batch: int, length: int, seed: int) -> Tensor:
 class _Reading:
     """What an encoder does in each round."""
 
-    def __init__(self, model: Pretrained, ids: Tensor) -> None:
-        self._model, self._inputs = model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def __init__(self, model: Pretrained, inputs: dict[str, Tensor]) -> None:
+        self._model, self._inputs = model, inputs
+
+    @classmethod
+    def of_text(cls, model: Pretrained, ids: Tensor) -> "_Reading":
+        """Of token ids, (B, T), without padding."""
+        return cls(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     @torch.inference_mode()
     def once(self) -> tuple[float, float]:

@@ -98,6 +98,15 @@ def optimize_where_possible(model: nn.Module) -> str | None:
     return None
 
 
+def fusions_in_words(model: nn.Module, why_not: str | None) -> str:
+    """What is fused, in a line, after a first call.
+
+    Args:
+        why_not: What `optimize_where_possible` gave.
+    """
+    return fusions(model).line if why_not is None else f"not fused: {why_not}"
+
+
 def _around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
     """What has all of the blocks in it, and no forward but its class's own: the model, its encoder and the like."""
     found = []

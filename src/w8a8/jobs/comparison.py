@@ -1,6 +1,7 @@
 """Two models by name, compared on a text: their predictions token by token, or the outputs of what predicts none."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ from w8a8.errors import ModelError
 from w8a8.evaluation import Comparison, Reference
 from w8a8.evaluation.outputs import OutputComparison, compare_outputs
 from w8a8.evaluation.scores import default_length, scoring_length
+from w8a8.evaluation.speed import only_reads
+from w8a8.fusing.models import fusions_in_words, optimize_where_possible
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import unstack_experts_
 from w8a8.model.experts import holds_experts
 from w8a8.model.kinds import PREDICTS_TOKENS, READS_TEXT, Asked
+from w8a8.model.pretrained import Pretrained
 from w8a8.streaming.resources import available_memory
 
 ASKED = Asked("a comparison on a text", READS_TEXT)
@@ -39,6 +43,7 @@ class ModelPair:
     seq_len, stride: Of the windows; by default the model's context, at most 2048, and as far apart.
     max_tokens: Only the first so many.
     seed: Of the bootstrap.
+    fuse: Whether what lies between the integer layers of encoders is fused (`w8a8.optimize`), where it can be.
     one_at_a_time: Never hold both in memory; chosen too where they do not fit.
     cache: A file for the reference's predictions: made, or used again.
     """
@@ -50,6 +55,7 @@ class ModelPair:
     stride: int | None = None
     max_tokens: int | None = None
     seed: int = 0
+    fuse: bool = True
     one_at_a_time: bool = False
     cache: Path | None = None
 
@@ -105,8 +111,11 @@ def _predictions(pair: ModelPair, model: NamedModel, against: NamedModel, watche
     opened = open_model(model)
     windows = _windows(pair, opened, content)
     reference: Any = open_model(against).model if stored is None else stored
+    told = _fused(pair, opened.model, reference if stored is None else None)
     with watcher.stage("comparing") as step:
         both = evaluation.compare(opened.model, reference, seed=pair.seed, progress=step, **windows)
+    for each in told():
+        watcher.note(each)
     if apart:
         return Compared(both, (), "the models were in memory one at a time")
     if holds_experts(opened.model):
@@ -131,6 +140,7 @@ def _stored(pair: ModelPair, against: NamedModel, content: str, watcher: Watcher
             )
         return reference
     opened = open_model(against)
+    _fused(pair, opened.model, None)
     with watcher.stage("reference") as step:
         reference = evaluation.store(opened.model, name=name, progress=step, **_windows(pair, opened, content))
     if pair.cache is not None:
@@ -152,6 +162,15 @@ def _fingerprint(directory: Directory, dtype: str) -> str:
     return found.hexdigest()
 
 
+def _fused(pair: ModelPair, model: Pretrained, reference: Pretrained | None) -> Callable[[], list[str]]:
+    """Fuse what can be of encoders; what comes of it is told by a call, after the work."""
+    names = {str(NamedModel.of(pair.model).name): model, pair.against: reference}
+    encoders = {name: each for name, each in names.items() if each is not None and only_reads(each)}
+    asked = "it was not asked for"
+    whys = {name: optimize_where_possible(each) if pair.fuse else asked for name, each in encoders.items()}
+    return lambda: [f"{name}: {fusions_in_words(encoders[name], why)}." for name, why in whys.items()]
+
+
 def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: Watcher) -> Compared:
     """Run a text through two models in memory that read one and predict no tokens."""
     content = content_of(pair.text)
@@ -165,8 +184,11 @@ def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: W
         raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {NamedModel.of(pair.model).name}")
     before, after = (encoded.ids.new_tensor(part) for part in frame)
     batches = [{"input_ids": torch.cat([before, ids, after])[None]} for ids in encoded.ids.split(length)]
+    told = _fused(pair, opened.model, other.model)
     with watcher.stage("comparing") as step:
         both = compare_outputs(opened.model, other.model, batches, seed=pair.seed, progress=step)
+    for each in told():
+        watcher.note(each)
     try:
         layers = layer_errors(other.model, opened.model, encoded, seed=pair.seed)
     except ModelError as error:

@@ -21,7 +21,7 @@ from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, TextError, closest
 from w8a8.evaluation.encoders import Alike, Array, Measure, alike, found_right, labelled_right, ranked_alike
 from w8a8.evaluation.judged import Judged, Labelled, Retrieval, ScoredPairs, Texts, read_judged
-from w8a8.fusing.models import fusions, optimize_where_possible
+from w8a8.fusing.models import fusions_in_words, optimize_where_possible
 from w8a8.hf.enabling import enabled
 from w8a8.jobs.watching import Watcher
 
@@ -83,7 +83,7 @@ def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgeme
     whys = [optimize_where_possible(each.model) if pair.fuse else "it was not asked for" for each in (ours, theirs)]
     with watcher.stage("judging") as step, usual_defaults():
         judged = _judged(data, _Answers(ours, step, 0), _Answers(theirs, step, 1), pair)
-    return replace(judged, fused=fusions(ours.model).line if whys[0] is None else f"not fused: {whys[0]}")
+    return replace(judged, fused=fusions_in_words(ours.model, whys[0]))
 
 
 class _Encoder:

@@ -12,10 +12,12 @@ from w8a8.checkpoint.vllm import Finding, foresee_as_it_is
 from w8a8.core.scheme import Scheme
 from w8a8.dataflow import Dataflow, observe, probe
 from w8a8.errors import ModelError, SchemeError
+from w8a8.evaluation.samples import UNITS, random_inputs
 from w8a8.fusing.models import Fusions, fusions, optimize
 from w8a8.layers.linear import QuantLinear
 from w8a8.model.choice import Choice
 from w8a8.model.coverage import coverage
+from w8a8.model.kinds import kind_of_model
 from w8a8.model.pretrained import Pretrained
 from w8a8.pipeline import quantize
 from w8a8.records.coverage import Coverage
@@ -76,7 +78,8 @@ def observe_model(model: Named) -> Dataflow:
 def fuse_model(model: Named) -> Fusions:
     """What `w8a8.optimize` fuses of a model, seen in a forward: what `w8a8 inspect --fused` shows.
 
-    A float one is quantised for that, in the usual scheme, in memory.  The forward is of random tokens, or of pictures.
+    A float one is quantised for that, in the usual scheme, in memory.
+    The forward is of random tokens, pictures or sounds.
 
     Raises:
         ModelError: it reads something else; as `open_model`, `w8a8.quantize` and `w8a8.optimize`.
@@ -92,14 +95,12 @@ def fuse_model(model: Named) -> Fusions:
 
 
 def _inputs(model: Pretrained) -> dict[str, Tensor]:
-    if model.main_input_name == "input_ids":
-        found = probe(model)
-        return found | {"attention_mask": torch.ones_like(found["input_ids"])}
-    channels, size = (getattr(model.config, name, None) for name in ("num_channels", "image_size"))
-    if model.main_input_name != "pixel_values" or not isinstance(channels, int) or not isinstance(size, int):
+    if kind_of_model(model) in UNITS:
+        return random_inputs(model, 2)
+    if model.main_input_name != "input_ids":
         raise ModelError(
             f"what is fused was to be seen in a forward, and {type(model).__name__} reads {model.main_input_name}, of "
             "which none can be made here: in Python, w8a8.optimize(model), call it, and print w8a8.fusions(model)"
         )
-    pictures = torch.zeros(2, channels, size, size, dtype=torch.float32, device=model.device)
-    return {"pixel_values": pictures}
+    found = probe(model)
+    return found | {"attention_mask": torch.ones_like(found["input_ids"])}

@@ -13,7 +13,7 @@ from w8a8.calibration.sources import content_of
 from w8a8.checkpoint.opening import Named, NamedModel, OpenedModel, open_model
 from w8a8.core.scheme import AUTO, Scheme
 from w8a8.evaluation import Evaluation, Text, encode, perplexity, scores, speed
-from w8a8.fusing.models import fusions, optimize_where_possible
+from w8a8.fusing.models import fusions_in_words, optimize_where_possible
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import unstack_experts_
 from w8a8.model.kinds import Asked
@@ -22,7 +22,13 @@ from w8a8.pipeline import quantize
 
 
 def score_model(
-    model: Named, text: str, *, max_tokens: int | None = None, watcher: Watcher | None = None, **options: Any
+    model: Named,
+    text: str,
+    *,
+    max_tokens: int | None = None,
+    fuse: bool = True,
+    watcher: Watcher | None = None,
+    **options: Any,
 ) -> Evaluation:
     """The perplexity of a text, or the pseudo-perplexity: what `w8a8 eval` measures of one model.
 
@@ -30,7 +36,8 @@ def score_model(
         model: Causal, or masked.
         text: A file, or a data set on the hub.
         max_tokens: Only the first so many.
-        watcher: Told how it goes.
+        fuse: Whether what lies between the layers of a masked model is fused (`w8a8.optimize`), where it can be.
+        watcher: Told how it goes, and what of a masked model was fused.
         options: As for `w8a8.evaluation.perplexity`.
 
     Raises:
@@ -38,8 +45,14 @@ def score_model(
         CheckpointError, TextError: the model or the text cannot be read.
     """
     opened, encoded = _with_text(model, scores.ASKED, text)
-    with (watcher or Watcher()).stage("scoring") as step:
-        return perplexity(opened.model, encoded.first(max_tokens), progress=step, **options)
+    watcher, why = watcher or Watcher(), None
+    if speed.only_reads(opened.model):
+        why = optimize_where_possible(opened.model) if fuse else "it was not asked for"
+    with watcher.stage("scoring") as step:
+        found = perplexity(opened.model, encoded.first(max_tokens), progress=step, **options)
+    if speed.only_reads(opened.model):
+        watcher.note(f"{NamedModel.of(model).name}: {fusions_in_words(opened.model, why)}.")
+    return found
 
 
 def study_model(
@@ -93,7 +106,7 @@ def time_models(
     """How fast models read and write, in turns, by their names: what `w8a8 bench` measures.
 
     Args:
-        model: Causal, as are the others; or encoders of text, all of them.
+        model: Causal, as are the others; or encoders, all of them of text, of pictures or of sound.
         against: Others, opened as this one is; they come first.
         scheme: What a float model with nothing to be against is quantised in, to be timed beside itself.
         fuse: Whether what lies between the integer layers of encoders is fused (`w8a8.optimize`), where it can be.
@@ -128,7 +141,7 @@ def time_models(
         encoders = {name: each for name, each in models.items() if speed.only_reads(each)}
         whys = {name: optimize_where_possible(each) if fuse else "not asked for" for name, each in encoders.items()}
         found = speed.measure_speed(models, progress=step, **options)
-    told = {name: fusions(models[name]).line if why is None else f"not fused: {why}" for name, why in whys.items()}
+    told = {name: fusions_in_words(models[name], why) for name, why in whys.items()}
     return {name: replace(each, fused=told.get(name), kv=caches[name]) for name, each in found.items()}
 
 
