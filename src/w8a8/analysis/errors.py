@@ -124,7 +124,6 @@ def observe_readers(
 
 
 def described(model: nn.Module, blocks: list[str], name: str, layer: QuantLinear, group: str) -> dict[str, Any]:
-    """What a layer is."""
     return {
         "name": name,
         "kind": name.rpartition(".")[2],

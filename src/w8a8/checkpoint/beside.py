@@ -127,7 +127,6 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """The files under a folder."""
     if folder.is_symlink():
         raise CheckpointError(f"{folder} is a link to a folder: it is not followed; put the folder itself there")
     for path in _visible(folder):

@@ -109,7 +109,6 @@ def card(facts: Facts) -> str:
 
 
 def front_matter(facts: Facts) -> dict[str, object]:
-    """What the hub is to read of a card."""
     told = facts.origin.told
     library = told.get("library_name")
     found: dict[str, object] = {"library_name": library if isinstance(library, str) else "transformers"}

@@ -18,7 +18,6 @@ from w8a8.errors import ElsewhereError, W8A8Error
 
 
 def main() -> None:
-    """Run the command line."""
     with _ending_cleanly():
         _run()
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def show_compared(model: str, against: str, found: "Compared") -> None:
-    """For people."""
     from w8a8.evaluation.outputs import OutputComparison
 
     if isinstance(found.both, OutputComparison):
@@ -73,7 +72,6 @@ def _show_layers(found: "Compared") -> None:
 
 
 def show_judged(model: str, against: str, found: "Judgement") -> None:
-    """What an encoder lost of what it is for, for people."""
     rows = []
     if found.alike is not None:
         rows += [

@@ -51,7 +51,6 @@ class WatchingJob(Watching):
 
 
 def _how_to_see(made: "Made") -> str:
-    """What tells what quantising lost."""
     from w8a8.model.kinds import READS_TEXT, way_out
 
     if made.kind not in READS_TEXT:
@@ -60,7 +59,6 @@ def _how_to_see(made: "Made") -> str:
 
 
 def _show(made: "Made") -> None:
-    """What was done, for people."""
     from w8a8.core.scheme import AUTO, Scheme
     from w8a8.model.kinds import ENCODERS
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from w8a8.decoding.layers import BlockLayer, Int8Layer, SlidingBlockLayer, SlidingInt8Layer
 from w8a8.errors import ModelError
+from w8a8.model.pretrained import Config
 
 
 class BlockCache(DynamicCache):
@@ -29,7 +30,7 @@ class BlockCache(DynamicCache):
     _full: ClassVar[type[BlockLayer]] = BlockLayer
     _sliding: ClassVar[type[SlidingBlockLayer]] = SlidingBlockLayer
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Config) -> None:
         name = type(self).__name__
         if isinstance(config, type) or not hasattr(config, "get_text_config"):
             found = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
@@ -88,7 +89,7 @@ class Int8Cache(BlockCache):
     _sliding = SlidingInt8Layer
 
 
-def _keeps_nothing(config: Any, decoder: Any) -> str | None:
+def _keeps_nothing(config: Config, decoder: Config) -> str | None:
     """Why nothing is kept in a cache, as the config tells it; None where something is, or where it does not tell.
 
     Families of encoders whose models also decode say in `is_decoder` which they are; for others it means nothing.  A
@@ -103,7 +104,7 @@ def _keeps_nothing(config: Any, decoder: Any) -> str | None:
     return None
 
 
-def _heads(decoder: Any, layers: int) -> list[int | None]:
+def _heads(decoder: Config, layers: int) -> list[int | None]:
     """How many heads have keys in each layer, where the config says it: for all of them, or for each."""
     each = list(getattr(decoder, "per_layer_config", None) or [decoder] * layers)
     found = [getattr(layer, "num_key_value_heads", None) for layer in each[:layers]]

@@ -41,7 +41,7 @@ class _Set:
     implementation: str | None
 
 
-def set_cache(model: Any, kind: str = "int8") -> None:
+def set_cache(model: PreTrainedModel, kind: str = "int8") -> None:
     """Have a model generate with a cache of this kind, in place, until it is set to another.
 
     Args:
@@ -159,7 +159,7 @@ def check_cache(model: type, config: Any, kind: str) -> None:
     made(config)
 
 
-def new_cache(model: Any) -> Any:
+def new_cache(model: PreTrainedModel) -> BlockCache | EncoderDecoderCache | None:
     """A cache of the kind that is set for a model, empty; None where nothing is set, and transformers makes its own."""
     found = _setting(model)
     if found is None:
@@ -172,13 +172,13 @@ def new_cache(model: Any) -> Any:
     return cache
 
 
-def _setting(model: Any) -> _Set | None:
+def _setting(model: PreTrainedModel) -> _Set | None:
     found = vars(model).get("_w8a8_cache")
     assert found is None or isinstance(found, _Set)
     return found
 
 
-def _undo(model: Any, before: _Set) -> None:
+def _undo(model: PreTrainedModel, before: _Set) -> None:
     del vars(model)["_w8a8_cache"], vars(model)["generate"]
     saves = vars(model).get("save_pretrained")
     if getattr(saves, "__func__", None) is _save_pretrained:
@@ -187,7 +187,7 @@ def _undo(model: Any, before: _Set) -> None:
     model.set_attn_implementation(before.attention)
 
 
-def _attention(model: Any) -> str | dict[str, str]:
+def _attention(model: PreTrainedModel) -> str | dict[str, str]:
     """Which attention a model has, as `set_attn_implementation` takes it."""
     own = {"": model.config._attn_implementation}
     for key in model.config.sub_configs:
@@ -197,7 +197,7 @@ def _attention(model: Any) -> str | dict[str, str]:
     return own if len(own) > 1 else own[""]
 
 
-def _attend_to_codes(model: Any) -> str | None:
+def _attend_to_codes(model: PreTrainedModel) -> str | None:
     """Give a model attention that reads codes; why that is not what it computes, where it is not."""
     if not model._can_set_attn_implementation():
         return "transformers cannot exchange it"
@@ -215,8 +215,7 @@ def _attend_to_codes(model: Any) -> str | None:
 
 
 @torch.inference_mode()
-def _probed(model: Any) -> torch.Tensor:
-    """Logits of a few tokens."""
+def _probed(model: PreTrainedModel) -> torch.Tensor:
     words = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = [(7 * i * i + 3 * i + 1) % words for i in range(13)]
     with usual_defaults():

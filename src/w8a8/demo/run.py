@@ -177,7 +177,6 @@ def time_layer(features: int = 4096, *, rows: tuple[int, ...] = (1, 128), rounds
 
 
 def _ms(layer: nn.Module, x: torch.Tensor) -> float:
-    """Of one call."""
     began = time.perf_counter()
     layer(x)
     return 1e3 * (time.perf_counter() - began)

@@ -23,7 +23,6 @@ class Pooled(Encoder):
 
     @property
     def width(self) -> int:
-        """Of a vector."""
         return int(input_config(self.model.config).hidden_size)
 
     def items(self, texts: Sequence[str]) -> list[Item]:

@@ -38,7 +38,6 @@ class NormOf:
         self.weight, self.bias, self.eps = weight, bias, eps
 
     def now(self) -> fused.Norm:
-        """With today's parameters."""
         weight = None if self.weight is None else self.weight[0][self.weight[1]]
         bias = None if self.bias is None else self.bias[0][self.bias[1]]
         return fused.Norm(weight, bias, self.eps)

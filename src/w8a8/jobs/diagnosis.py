@@ -65,7 +65,6 @@ def diagnose() -> Diagnosis:
 
 
 def _what_runs() -> str:
-    """The table of instruction sets, in words."""
     forced = os.environ.get("W8A8_ISA")
     if forced:
         return f"{forced}, as W8A8_ISA asks"

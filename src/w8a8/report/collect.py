@@ -91,7 +91,6 @@ def collect(
 
 
 def verdict_of(comparison: Json | None) -> str:
-    """One sentence about what was lost."""
     if comparison is None:
         return "Quality was not measured."
     if "relative_error" in comparison:

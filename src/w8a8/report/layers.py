@@ -57,7 +57,6 @@ def worst(records: Records) -> str:
 
 
 def _best(tried: Sequence[Remedy]) -> str | None:
-    """The remedy of the largest gain."""
     measured = [r for r in tried if r.gain_kl_nats is not None]
     if not measured:
         return f"{tried[0].remedy}: gain not measured" if tried else None

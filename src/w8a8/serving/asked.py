@@ -88,7 +88,6 @@ class Served:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer alone."""
         found: Tokenizer = getattr(self.processor, "tokenizer", self.processor)
         return found
 

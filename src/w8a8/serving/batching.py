@@ -69,7 +69,6 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Items that wait."""
         return len(self._waiting)
 
     async def ask(self, items: Sequence[Item]) -> list[Tensor]:

@@ -74,7 +74,6 @@ class Embedder(Encoder):
 
     @property
     def width(self) -> int:
-        """Of a vector."""
         return int(self.model.get_embedding_dimension())
 
     @property

@@ -112,7 +112,6 @@ class Engine:
 
     @property
     def tokens(self) -> int:
-        """Of a sequence at the most."""
         return self._store.tokens
 
     @property
@@ -121,7 +120,6 @@ class Engine:
         return len(self._active), len(self._waiting)
 
     def start(self) -> "Engine":
-        """Begin to compute."""
         self._thread.start()
         return self
 

@@ -83,7 +83,6 @@ def integer(body: Body, name: str, *, low: int = 0, high: int = 2**63 - 1) -> in
 
 
 def flag(body: Body, name: str) -> bool | None:
-    """True or false."""
     value = body.get(name)
     if value is not None and not isinstance(value, bool):
         raise wrong(name, value, "true or false")
@@ -91,7 +90,6 @@ def flag(body: Body, name: str) -> bool | None:
 
 
 def one_of(body: Body, name: str, known: Collection[str]) -> str | None:
-    """One of some words."""
     value = body.get(name)
     if value is not None and (not isinstance(value, str) or value not in known):
         raise wrong(name, value, f"one of {', '.join(known)}")

@@ -81,7 +81,6 @@ class Front:
 
     @property
     def posts(self) -> list[str]:
-        """The paths that take a request."""
         return [path for path, route in self._routes.items() if "POST" in route.methods]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -32,7 +32,6 @@ class RefusedError(Exception):
 
     @property
     def body(self) -> dict[str, object]:
-        """As OpenAI's API has errors."""
         return error_body(str(self), self.status, param=self.param, code=self.code)
 
 

@@ -201,7 +201,6 @@ class Packed(BaseGenerateManager):
         return "".join(part for part in parts if isinstance(part, str)), len(ticket.prompt), written
 
     def stop(self) -> None:
-        """End the engine."""
         self._engine.close()
 
     def _ticket(

@@ -82,7 +82,6 @@ class Step:
 
     @property
     def bytes(self) -> int:
-        """Of what it becomes."""
         return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.outputs)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
@@ -129,7 +128,6 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
-        """All tensors, in the order of the shards."""
         return [step for shard in self.shards for step in shard.steps]
 
 
