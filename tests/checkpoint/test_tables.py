@@ -26,6 +26,12 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_atten
 WORDS_TABLE = "embeddings.word_embeddings"
 
 
+WRITTEN = [
+    (4, PerGroup(8)),
+    *(pytest.param(8, shared, marks=pytest.mark.slow) for shared in (PerChannel(), PerGroup(8))),
+]
+
+
 def bert(**more):
     torch.manual_seed(0)
     return BertModel(BertConfig(**SMALL, max_position_embeddings=16, **more)).eval()
@@ -147,7 +153,7 @@ class TestOurs:
 class TestOthers:
     """What llm-compressor writes: `pack-quantized`, of 8 or 4 bits, per channel or in groups, or as int8."""
 
-    @pytest.mark.parametrize(("bits", "granularity"), [(8, PerChannel()), (8, PerGroup(8)), (4, PerGroup(8))])
+    @pytest.mark.parametrize(("bits", "granularity"), WRITTEN)
     def test_words_are_read(self, edited, bits, granularity):
         spec = QuantSpec(bits, granularity)
         weight = bert().embeddings.word_embeddings.weight.detach()
@@ -175,6 +181,7 @@ class TestOthers:
         w8a8.save(again, place / "again")
         assert torch.equal(outputs(w8a8.load(place / "again")), outputs(again))
 
+    @pytest.mark.slow
     def test_tables_alone_may_be_quantised(self, edited, made):
         place = edited()
         config = json.loads((place / "config.json").read_text())
@@ -215,6 +222,7 @@ class TestOthers:
         with pytest.raises((SchemeError, FormatError), match="a table is looked up by ids"):
             w8a8.load(edited({"input_activations": activations}))
 
+    @pytest.mark.slow
     def test_what_is_no_plain_table_is_refused_with_the_reason(self, tmp_path):
         model = opt(tie_word_embeddings=False)
         w8a8.quantize(model, "w8a8", embeddings="int8")
@@ -255,7 +263,10 @@ class TestEveryWay:
         w8a8.quantize(model, "w8a8-static", **options)
         if smooth == "none":
             assert torch.equal(outputs(w8a8.load(tmp_path / "out")), outputs(model))
-        assert tables(w8a8.load(tmp_path / "out"))["model.embed_tokens"].packed_weight is not None
+        again = w8a8.load(tmp_path / "out")
+        table, head = again.get_input_embeddings(), again.get_output_embeddings()
+        name = "weight" if head.packed_weight is None else "packed_weight"
+        assert table._buffers[name] is head._buffers[name]
 
     def test_as_a_directory_is_loaded(self, made, tmp_path):
         model = bert()
@@ -273,7 +284,7 @@ class TestEveryWay:
         with pytest.raises(ModelError, match="embeddings='int4' is unknown"):
             W8A8Config(embeddings="int4")
 
-    @pytest.mark.parametrize("stream", [None, False])
+    @pytest.mark.parametrize("stream", [None, pytest.param(False, marks=pytest.mark.slow)])
     def test_as_a_job(self, made, tmp_path, stream):
         bert().save_pretrained(tmp_path / "float")
         job = Job(str(tmp_path / "float"), tmp_path / "out", "w8a8", embeddings="int8", stream=stream)
@@ -299,6 +310,7 @@ def test_vllm_refuses_it_before_and_after(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_excluded_table_is_copied_by_every_way(tmp_path):
     bert().save_pretrained(tmp_path / "float")
     options = {"embeddings": "int8", "exclude": ["*position*"]}

@@ -72,7 +72,8 @@ class Reads(Around):
         return super().forward(ids) @ self.table.weight.t()
 
 
-TIED = [lambda: llama(tie_word_embeddings=True), opt, bart, t5, lambda: bert(BertForMaskedLM)]
+OTHERS = [lambda: llama(tie_word_embeddings=True), bart, t5, lambda: bert(BertForMaskedLM)]
+TIED = [opt, *(pytest.param(make, marks=pytest.mark.slow) for make in OTHERS)]
 
 
 def tables(model):
@@ -107,6 +108,7 @@ def test_by_default_tables_stay_float():
     assert not tables(model)
 
 
+@pytest.mark.slow
 def test_what_is_excluded_stays_float_with_that_reason():
     model = bert()
     result = w8a8.quantize(model, embeddings="int8", exclude=["*position*", "*.query"])
@@ -219,6 +221,7 @@ def test_a_head_with_one_scale_keeps_codes_of_its_own():
     assert model.get_input_embeddings().packed_weight is None
 
 
+@pytest.mark.slow
 def test_factorised_tables_are_taken():
     model = AlbertModel(AlbertConfig(**SMALL, embedding_size=16, max_position_embeddings=16))
     w8a8.quantize(model, embeddings="int8")
@@ -234,7 +237,7 @@ def test_a_vocabulary_is_not_resized_in_int8_and_the_model_is_left_as_it_was():
     assert torch.equal(model(IDS).last_hidden_state, before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_a_model_of_half_floats_gets_half_floats_from_its_tables(dtype):
     model = bert().to(dtype)
     w8a8.quantize(model, embeddings="int8")
