@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import w8a8
 from tests.serving.conftest import TIMEOUT_S, serving
+from w8a8.demo.run import demo_directory
 from w8a8.errors import ModelError
 from w8a8.serving import engine as engines
 from w8a8.serving.start import Serving, application
@@ -66,6 +67,43 @@ def test_a_text_ends_before_a_stop_streamed_or_not(writer, expected):
         answer = client.completions.create(**asked).choices[0]
         assert (answer.text, answer.finish_reason) == (before, "stop")
         assert "".join(chunk.choices[0].text for chunk in client.completions.create(**asked, stream=True)) == before
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_is_ended_by_its_last_token_was_not_cut_off(writer, expected, stream):
+    known = AutoTokenizer.from_pretrained(demo_directory())
+    stop = known.decode(known(PROMPTS[0] + expected[PROMPTS[0]])["input_ids"][-1:])
+    asked = {"model": "writer", "prompt": PROMPTS[0], "max_tokens": NEW}
+    with writer.openai() as client:
+        for stops, reason in (([stop], "stop"), ([], "length")):
+            answer = client.completions.create(**asked, stop=stops, stream=stream)
+            found = (
+                [chunk.choices[0].finish_reason for chunk in answer][-1] if stream else answer.choices[0].finish_reason
+            )
+            assert found == reason
+
+
+def test_a_server_that_is_stopped_ends_what_it_cannot_finish_with_a_reason(writer_directory, monkeypatch):
+    own = engines.forward
+
+    def slow(*given):
+        time.sleep(0.1)
+        return own(*given)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        with serving(writer_directory, clients=2) as server:
+            monkeypatch.setattr(engines, "forward", slow)
+            asked = [{"prompt": "A", "max_tokens": 250, "stream": i % 2 == 0} for i in range(6)]
+            answers = [threads.submit(server.post, COMPLETION, body) for body in asked]
+            while sum(server.engine.busy) < len(asked):
+                time.sleep(0.01)
+        for body, answer in zip(asked, answers, strict=True):
+            found = answer.result(TIMEOUT_S)
+            if body["stream"]:
+                event = found.content.decode().strip().rpartition("data: ")[2]
+                assert json.loads(event)["error"]["code"] == "stopped"
+            else:
+                assert (found.status_code, found.json()["error"]["code"]) == (503, "stopped")
 
 
 def test_each_request_is_drawn_by_its_own_seed_and_temperature(writer, expected):

@@ -148,6 +148,13 @@ class Front:
                 gone.set()
                 work.cancel()
                 await asyncio.wait({work})
+        except asyncio.CancelledError:  # the server is stopped, and the time for answers that have begun is over
+            client.leave()  # nobody waits for its end, since the loop may not run until then
+            raise RefusedError(
+                "the server was stopped before this was answered; ask again when it is back",
+                status=HTTPStatus.SERVICE_UNAVAILABLE,
+                code="stopped",
+            ) from None
         finally:
             watch.cancel()
             work.cancel()
@@ -173,13 +180,19 @@ class _Answer:
         self._send = send
         self._status: int | None = None
         self._wrong = bytearray()
-        self._begun = False
+        self._begun = self._events = self._ended = False
 
     async def __call__(self, message: Message) -> None:
+        if self._ended:  # an answer that was broken off
+            return
         if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
             self._status = message["status"]  # kept until its body is here
         elif self._status is None:
             self._begun = True
+            if message["type"] == "http.response.start":
+                kind = dict(message["headers"]).get(b"content-type", b"")
+                self._events = kind.startswith(b"text/event-stream")
+            self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
             await self._send(message)
         elif message["type"] == "http.response.body":
             self._wrong += message.get("body", b"")
@@ -188,9 +201,13 @@ class _Answer:
                 await self._answer(status, _in_their_words(bytes(self._wrong), status))
 
     async def refuse(self, refused: RefusedError) -> None:
-        """Answer with an error, where no answer has begun."""
+        """Answer with an error; where a stream of events has begun, as its last."""
         if not self._begun:
             await self._answer(refused.status, refused.body)
+        elif self._events and not self._ended:
+            self._ended = True
+            event = f"data: {json.dumps(refused.body)}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _answer(self, status: int, body: Body) -> None:
         raw = json.dumps(body).encode()

@@ -152,6 +152,8 @@ class Packed(BaseGenerateManager):
                 tokens, ending = await told.get()
                 streamer.put(torch.tensor(tokens, dtype=torch.long, device="cpu"))
                 await asyncio.sleep(0)  # what the streamer has put off until the loop is free
+            if ending == "stop" or held.stopped:
+                _ended_before_the_most(gen_config, streamer.total_tokens)
             if ending == "failed":
                 held.put_nowait(_StreamError(_escaped(ticket.error)))
             elif not held.stopped:
@@ -195,6 +197,8 @@ class Packed(BaseGenerateManager):
                 status=HTTPStatus.SERVICE_UNAVAILABLE,
                 code="engine_failed",
             )
+        if ending == "stop" or held.stopped:
+            _ended_before_the_most(gen_config, len(written))
         if stream is None:
             return tokenizer.decode(written, skip_special_tokens=True), len(ticket.prompt), written
         held.put_nowait(None)
@@ -290,6 +294,11 @@ def _decoding(tokenizer: Any) -> Callable[[Iterable[int]], list[str]]:
         return [text for text in found if text is not None]
 
     return decoded
+
+
+def _ended_before_the_most(gen_config: GenerationConfig, tokens: int) -> None:
+    """Have a handler, which compares counts, tell that a text ended by itself, be it with its last token."""
+    gen_config.max_new_tokens = tokens + 1
 
 
 def _escaped(error: BaseException | None) -> str:
