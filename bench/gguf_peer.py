@@ -3,7 +3,8 @@
 A GGUF file is written with the gguf package: the matrices, embedding and output head included, in Q8_0 (32 codes and
 one float16 scale), everything else in float32.  The file has no tokenizer; tokens go in as ids.  llama.cpp is called
 through llama-cpp-python's low-level functions, so that a step costs one `llama_decode` and an argmax; eight sequences
-go into one batch.  Its cache holds float16, as is its default.  The process works only when it is told to.
+go into one batch.  Its cache holds float16, as is its default.  The process works only when it is told to.  With one
+thread the clock is that of its processor time.
 
 TinyLlama's shape is llama.cpp's architecture "llama".  OPT has no architecture there; "gpt2" has its very matrices
 (q, k and v fused into one), learned positions and biases, with GELU in the place of ReLU.
@@ -182,6 +183,7 @@ class _Session:
     def __init__(self, path: str, threads: int) -> None:
         import llama_cpp as api
 
+        self._clock = time.process_time if threads == 1 else time.perf_counter
         self._quiet = api.llama_log_callback(lambda level, text, data: None)  # kept: C calls it
         api.llama_log_set(self._quiet, ctypes.c_void_p())
         api.llama_backend_init()
@@ -235,9 +237,9 @@ class _Session:
     def tokens(self, count: int) -> list[float]:
         seconds = []
         for _ in range(count):
-            begin = time.perf_counter()
+            begin = self._clock()
             self._next = self._step(self._next, self._position)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(self._clock() - begin)
             self._position += 1
         return seconds
 
@@ -252,9 +254,9 @@ class _Session:
             self._open(1, length)
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         ids = self._random.integers(0, self._vocabulary, (1, length))
-        begin = time.perf_counter()
+        begin = self._clock()
         self._step(ids, 0)
-        return time.perf_counter() - begin
+        return self._clock() - begin
 
     def stop(self) -> None:
         if self._context is not None:

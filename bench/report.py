@@ -13,6 +13,7 @@ import allocator
 import blocks
 import cache
 import calibration
+import contexts
 import demo
 import encoders
 import evaluation
@@ -27,6 +28,7 @@ import serve
 import smoothing
 import smoothing_peer
 import streaming
+import together
 import vllm_peer
 from machine import results_of
 
@@ -130,6 +132,25 @@ def _account(result: dict[str, Any]) -> str:
         "`int8` is `w8a8.set_cache(model)`; `int8, dequantised` the same cache with PyTorch's attention.\n\n"
         + account.table(result)
         + "\n"
+    )
+
+
+def _contexts(result: dict[str, Any]) -> str:
+    return (
+        "Tokens a second of all sequences together, and in brackets what has to be read for them beside a plain read "
+        "of memory: the codes of all layers once, and keys and values. Random weights, head in int8; rows of fewer "
+        "layers are of the first ones. Compiled is `torch.compile` with transformers' StaticCache and our attention, "
+        "`compiled, sdpa` with transformers'. llama.cpp has no OPT: its column there is GPT-2's architecture with the "
+        "same matrices. The last column is the best of ours beside llama.cpp. With one thread all clocks are of "
+        "processor time.\n\n" + contexts.table(result) + "\n"
+    )
+
+
+def _together(result: dict[str, Any]) -> str:
+    return (
+        "The first layers of a shape, decoding, batch 1, after 256 tokens in blocks; beside the model as it is. `in "
+        "one call`: layers that read the same tensor, their input quantised once, with no check at all. `no norms`: "
+        "norms that do nothing. One thread by its processor time, two by the wall.\n\n" + together.table(result) + "\n"
     )
 
 
@@ -259,7 +280,9 @@ SECTIONS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("serve", "Texts for many clients at once", _serving),
     ("overhead", "Where a token's time goes", _tokens),
     ("account", "Where a token's time goes, by context and cache", _account),
+    ("contexts", "Decoding after short and long contexts", _contexts),
     ("cache", "Keys and values in blocks and in int8", _caches),
+    ("together", "Layers that read the same tensor, in one call", _together),
     ("allocator", "New memory", _memory),
     ("layout", "Packed or row-major, our tile or oneDNN's product", _layouts),
     ("calibration", "Calibrating", _calibrating),
