@@ -51,7 +51,7 @@ def marked(block):
 def programs():
     for page in PAGES:
         for i, block in enumerate(blocks(page)):
-            if block.language == "python" and page != TUTORIAL:
+            if block.language == "python" and block.note != "not run" and page != TUTORIAL:
                 name = f"{page.relative_to(ROOT)}-{i}"
                 yield pytest.param(block.code, id=name, marks=marked(block))
 
