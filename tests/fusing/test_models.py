@@ -134,12 +134,12 @@ def test_the_fused_kernels_ran_and_blocks_that_are_alike_share_their_graphs(monk
 @pytest.mark.slow
 @pytest.mark.not_under("meta", reason="where a default device is set, blocks run as they are")
 def test_where_the_cpu_has_no_fused_multiply_add_attention_stays_pytorchs_and_it_is_told(monkeypatch):
-    model = _bert()
+    model, call = _bert(), _text()
     w8a8.quantize(model)
-    plain = _out(model, _text())
+    plain = _out(model, call)
     monkeypatch.setattr(kernels.compiled, "multiplies_and_adds", lambda: False)
     w8a8.optimize(model)
-    assert relative_error(_out(model, _text()), plain) < 2e-2
+    assert relative_error(_out(model, call), plain) < 2e-2
     assert any("fused multiply-add" in told for told in w8a8.fusions(model).left)
     assert not any(told.startswith("attention") for told in w8a8.fusions(model).fused)
 
