@@ -137,12 +137,12 @@ def _account(result: dict[str, Any]) -> str:
 
 def _contexts(result: dict[str, Any]) -> str:
     return (
-        "Tokens a second of all sequences together, and in brackets what has to be read for them beside a plain read "
-        "of memory: the codes of all layers once, and keys and values. Random weights, head in int8; rows of fewer "
-        "layers are of the first ones. Compiled is `torch.compile` with transformers' StaticCache and our attention, "
-        "`compiled, sdpa` with transformers'. llama.cpp has no OPT: its column there is GPT-2's architecture with the "
-        "same matrices. The last column is the best of ours beside llama.cpp. With one thread all clocks are of "
-        "processor time.\n\n" + contexts.table(result) + "\n"
+        "Tokens a second of all sequences together, and in brackets, where it was measured, what has to be read for "
+        "them beside a plain read of memory: the codes of all layers once, and keys and values. Random weights, head "
+        "in int8; rows of fewer layers are of the first ones. Compiled is `torch.compile` with transformers' "
+        "StaticCache and our attention, `compiled, sdpa` with transformers'. llama.cpp has no OPT: its column there is "
+        "GPT-2's architecture with the same matrices. The last column is the best of ours beside llama.cpp. With one "
+        "thread all clocks are of processor time.\n\n" + contexts.table(result) + "\n"
     )
 
 
