@@ -73,12 +73,13 @@ def _tensors(config: Any) -> tuple[str, Tensors]:
     return architecture, shapes
 
 
-def write_gguf(path: Path, config: Any) -> None:
+def write_gguf(path: Path, config: Any, tokenizer: Path | None = None) -> None:
     """Write a model of this shape with random weights.
 
     Args:
         path: The file to make.
         config: An OPT or Llama config of transformers.
+        tokenizer: A tokenizer.json of byte-level BPE that goes into the file; by default none does.
     """
     import gguf
 
@@ -97,7 +98,10 @@ def write_gguf(path: Path, config: Any) -> None:
     else:
         writer.add_feed_forward_length(config.ffn_dim)
         writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_tokenizer(writer, json.loads(tokenizer.read_text()), config.vocab_size)
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         if len(shape) == 1:
@@ -110,6 +114,25 @@ def write_gguf(path: Path, config: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_tokenizer(writer: Any, told: dict[str, Any], size: int) -> None:
+    """A tokenizer of byte-level BPE, with tokens that nothing is made of up to the size of the vocabulary."""
+    import gguf
+
+    special = {entry["id"] for entry in told["added_tokens"]}
+    by_id = {place: token for token, place in told["model"]["vocab"].items()}
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([by_id.get(i, f"[unused{i}]") for i in range(size)])
+    writer.add_token_types(
+        [kinds.CONTROL if i in special else kinds.NORMAL if i in by_id else kinds.UNUSED for i in range(size)]
+    )
+    writer.add_token_merges([" ".join(pair) for pair in told["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(size - 1)  # which random weights write as seldom as any other
+    writer.add_add_bos_token(False)
 
 
 def _random_q8_0(random: np.random.Generator, n: int, k: int) -> np.ndarray:

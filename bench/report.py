@@ -107,7 +107,12 @@ def _encoders(result: dict[str, Any]) -> str:
 
 
 def _serving(result: dict[str, Any]) -> str:
-    said = f"Tokens a second of all clients together, {result['prompt']} tokens in and {result['new']} out for each."
+    said = (
+        "Tokens a second of all clients together, by the clock, and by the processor time of the server; "
+        f"{result['prompt']} tokens in for each. A column is so many clients by so many tokens out; an empty cell was "
+        "not measured, or took longer than four minutes. One figure is by the clock alone, with two threads, of the "
+        "version before attention of many clients was one native call; with two figures others used the machine."
+    )
     return f"{said}\n\n{serve.table(result)}\n"
 
 
