@@ -56,7 +56,7 @@ def test_what_is_fused_is_seen_in_a_forward_of_a_float_directory_and_of_an_int8_
     w8a8.save(model, tmp_path / "int8")
     for name in ("float", "int8"):
         found = fuse_model(tmp_path / name)
-        assert (found.blocks, found.whole, found.refused) == (2, True, {})
+        assert (found.blocks, found.whole, found.refused) == (2, ("",), {})
         assert {"attention", "padding is left out, and its outputs are zero"} <= found.fused.keys()
     ViTModel(
         ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32)
