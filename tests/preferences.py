@@ -25,10 +25,19 @@ ROOT = Path(__file__).parents[1]
 LIMIT_S = 900  # on busy cores; a single test that hangs is ended sooner
 # without the native kernel a warning says once that another runs, and the tests take warnings for errors
 _NOT_BUILT = ["-W", "ignore:kernel 'native' cannot run:UserWarning"]
-# torch and transformers are imported once, and each process of tests is a fork of that; libgomp looks at its start
+# what takes long to import and is not the package's is imported once, and each process of tests is a fork of that;
+# libgomp looks at its start
 os.environ["OMP_NUM_THREADS"] = "1"
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
+_MODELS = ("bert", "gpt2", "llama", "mixtral", "nemotron_h", "opt", "phimoe", "qwen2_moe", "qwen3_moe")
+_PROCESSES.set_forkserver_preload(
+    [
+        "pytest",
+        "hypothesis",
+        "sentence_transformers",
+        *(f"transformers.models.{name}.modeling_{name}" for name in _MODELS),
+    ]
+)
 # oneDNN then saturates, on x86, and torch_cpu finds itself unavailable
 _NO_INT8 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 

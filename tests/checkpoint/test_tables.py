@@ -201,7 +201,7 @@ class TestOthers:
     @pytest.mark.parametrize(
         ("tensors", "why"),
         [
-            ({"weight_scale": None}, "tensors are missing"),
+            ({"weight_scale": None}, "expected float values"),
             ({"weight_scale": -torch.ones(64, 1)}, "not positive and finite"),
             ({"weight_scale": torch.ones(32, 1)}, "expected shape"),
             ({"weight": torch.ones(64, 32)}, "expected int8"),
@@ -230,6 +230,10 @@ class TestOthers:
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         config["quantization_config"]["ignore"] = ["lm_head"]
         (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+        assert len(tables(w8a8.load(tmp_path / "out"))) == 1  # the files have floats of the other
+        held, name = load_file(tmp_path / "out" / "model.safetensors"), "model.decoder.embed_positions.weight"
+        held |= {name: held[name].to(torch.int8), f"{name}_scale": torch.ones(len(held[name]), 1)}
+        save_file(held, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match="embed_positions is quantised, and cannot be looked up in int8 here"):
             w8a8.load(tmp_path / "out")
 

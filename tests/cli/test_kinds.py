@@ -34,7 +34,7 @@ SAYS = {
     "paired": "is an encoder-decoder",
     "vision": "is a model of pictures",
 }
-READING = ("masked", "encoder", "classifier")
+READING = ("masked", "encoder", "classifier", "vision")
 
 
 @pytest.fixture(scope="module")

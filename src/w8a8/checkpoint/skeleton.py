@@ -244,13 +244,14 @@ def insert_quant_linears(
         CheckpointError: the targets match no layer, or cannot be matched; or a table that has to stay float.
         SchemeError: a scheme that integers cannot run, and `simulated` is not asked for.
     """
-    tables = tables_of(model)
+    names, stored = FileNames(model), set(stored)
+    held = names.layers_of(stored)
+    # an expression may be meant for layers and match a table too, of which there is no scale
+    tables = {name: table for name, table in tables_of(model).items() if f"{held.get(name)}.weight_scale" in stored}
     linears = {name: m for name, m in model.named_modules() if is_linear(m) or name in tables}
     classes = {
         name: [cls.__name__ for cls in type(m).__mro__ if issubclass(cls, nn.Module)] for name, m in linears.items()
     }
-    names = FileNames(model)
-    held = names.layers_of(stored)
     in_files = {name: held.get(name, names.of_layer(name)) for name in linears}  # a tied head lies nowhere
     groups = quantization.groups_for(classes, where, in_files)
     if of_another:
