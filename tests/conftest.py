@@ -13,24 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    NemotronHConfig,
-    NemotronHForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PhimoeConfig,
-    PhimoeForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+import transformers as t  # what it has is imported where it is asked for
 
 from tests.ambient import leave_out
 from w8a8.core.scheme import PerToken, QuantSpec
@@ -94,7 +77,7 @@ ONE_BLOCK = {
 """The sizes of a small decoder, for configurations that have these names."""
 
 
-def llama(**changes: Any) -> LlamaForCausalLM:
+def llama(**changes: Any) -> "t.LlamaForCausalLM":
     """Grouped-query attention, an untied head, K = 100 in the down projection."""
     options = {
         "vocab_size": 96,
@@ -106,10 +89,10 @@ def llama(**changes: Any) -> LlamaForCausalLM:
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
     }
-    return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).eval()
+    return t.LlamaForCausalLM(t.LlamaConfig(**{**options, **changes})).eval()
 
 
-def opt(**changes: Any) -> OPTForCausalLM:
+def opt(**changes: Any) -> "t.OPTForCausalLM":
     """Biases everywhere, the head tied to the embedding."""
     options = {
         "vocab_size": 96,
@@ -121,18 +104,18 @@ def opt(**changes: Any) -> OPTForCausalLM:
         "word_embed_proj_dim": 48,
         "dropout": 0.0,
     }
-    return OPTForCausalLM(OPTConfig(**{**options, **changes})).eval()
+    return t.OPTForCausalLM(t.OPTConfig(**{**options, **changes})).eval()
 
 
-def gpt2() -> GPT2LMHeadModel:
+def gpt2() -> "t.GPT2LMHeadModel":
     """Conv1D everywhere, one of them square, the head tied."""
-    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64)).eval()
+    return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64)).eval()
 
 
-def mixtral(**changes: Any) -> MixtralForCausalLM:
+def mixtral(**changes: Any) -> "t.MixtralForCausalLM":
     """Mixture of experts, whose weights transformers 5 stacks in 3-D parameters and renames."""
     options = {**ONE_BLOCK, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(**{**options, **changes})).eval()
+    return t.MixtralForCausalLM(t.MixtralConfig(**{**options, **changes})).eval()
 
 
 _MOE = {
@@ -146,27 +129,27 @@ _MOE = {
 }
 
 
-def qwen3_moe() -> Qwen3MoeForCausalLM:
+def qwen3_moe() -> "t.Qwen3MoeForCausalLM":
     """Experts called gate, up and down, in files too."""
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_MOE, num_experts=4, head_dim=16)).eval()
+    return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**_MOE, num_experts=4, head_dim=16)).eval()
 
 
-def qwen2_moe() -> Qwen2MoeForCausalLM:
+def qwen2_moe() -> "t.Qwen2MoeForCausalLM":
     """A shared expert, which a linear layer of one row weighs."""
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**_MOE, num_experts=4, shared_expert_intermediate_size=24)).eval()
+    return t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(**_MOE, num_experts=4, shared_expert_intermediate_size=24)).eval()
 
 
-def phimoe() -> PhimoeForCausalLM:
+def phimoe() -> "t.PhimoeForCausalLM":
     """Experts called w1, w2 and w3, in files too."""
-    return PhimoeForCausalLM(PhimoeConfig(**_MOE, num_local_experts=4)).eval()
+    return t.PhimoeForCausalLM(t.PhimoeConfig(**_MOE, num_local_experts=4)).eval()
 
 
-def nemotron_h() -> NemotronHForCausalLM:
+def nemotron_h() -> "t.NemotronHForCausalLM":
     """Experts without a gate, narrower than the model; the files call the whole otherwise."""
     layers = ["full_attention", "moe", "moe", "moe"]
     config = {**_MOE, "num_hidden_layers": len(layers), "head_dim": 8, "n_routed_experts": 4, "moe_latent_size": 16}
-    return NemotronHForCausalLM(
-        NemotronHConfig(**config, layers_block_type=layers, moe_shared_expert_intermediate_size=24)
+    return t.NemotronHForCausalLM(
+        t.NemotronHConfig(**config, layers_block_type=layers, moe_shared_expert_intermediate_size=24)
     ).eval()
 
 

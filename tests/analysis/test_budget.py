@@ -107,6 +107,7 @@ def test_the_choice_is_the_best_of_all_of_them(seed):
     assert size == min(other for other, cost in every if cost <= bound)
 
 
+@pytest.mark.slow
 def test_a_ruined_layer_of_the_demo_is_left_float_and_nothing_else():
     opened = demo_model()
     block = opened.model.model.decoder.layers[2]

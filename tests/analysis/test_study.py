@@ -42,6 +42,7 @@ def cell(result, bits, weights, activations, *, symmetric=True):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [6, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_finer_granularity_is_better_as_theory_says(measured, bits, symmetric):
@@ -58,12 +59,14 @@ def test_finer_granularity_is_better_as_theory_says(measured, bits, symmetric):
         assert at(PerChannel, PerToken).perplexity < at(PerTensor, PerTensor).perplexity
 
 
+@pytest.mark.slow
 def test_two_bits_more_are_about_twelve_decibels(measured):
     _, _, result = measured
     gain = cell(result, 6, PerChannel, PerToken).sqnr_db - cell(result, 4, PerChannel, PerToken).sqnr_db
     assert 10 < gain < 15  # 20 log10(31 / 7) = 12.9
 
 
+@pytest.mark.slow
 def test_the_best_executable_cell_is_executable_and_best(measured):
     _, _, result = measured
     best = result.best_executable
@@ -72,6 +75,7 @@ def test_the_best_executable_cell_is_executable_and_best(measured):
     assert [c.executable for c in result.cells] == [c.scheme.integer_executable for c in result.cells]
 
 
+@pytest.mark.slow
 def test_the_model_is_put_back_and_an_executable_cell_is_the_integer_model(measured):
     model, ids, result = measured
     assert not list(quant_linears(model))

@@ -205,6 +205,7 @@ def four_blocks(tmp_path_factory):
     return source, contents(place / "whole")
 
 
+@pytest.mark.slow
 def test_finished_blocks_are_not_made_again(tmp_path, four_blocks):
     source, whole = four_blocks
     target = tmp_path / "out"

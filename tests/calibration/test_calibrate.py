@@ -125,7 +125,7 @@ def test_a_loop_in_inference_mode_is_measured_too():
     assert all(torch.equal(observer.absmax[0], expected) for observer in found.values())
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_loop_may_pass_in_and_out_of_inference_mode(first):
     batches = [torch.randint(0, 96, (8, 48)) for _ in range(4)]  # more tokens than smoothing keeps
 

@@ -113,6 +113,7 @@ def test_a_stand_in_that_is_read_in_another_shape_is_no_reason_to_stop(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_with_two_configs_of_text_has_a_stand_in(tmp_path):
     model = musicgen()
     assert rehearse(model, Scheme.of("w8a8"), tmp_path / "out") is None

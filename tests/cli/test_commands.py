@@ -174,7 +174,7 @@ def test_a_static_scheme_is_calibrated_saved_and_scored(call, tmp_path, demo_dir
     ("option", "alpha"),
     [
         pytest.param(("--smooth", "searched"), "searched", marks=pytest.mark.slow),
-        (("--smooth", "0.6"), 0.6),
+        pytest.param(("--smooth", "0.6"), 0.6, marks=pytest.mark.slow),
         (("--smooth", "none"), None),
     ],
 )

@@ -73,6 +73,7 @@ def test_why_layers_were_not_measured_is_told(call, demo_dir, text, quantized, m
     assert why is None or why in out
 
 
+@pytest.mark.slow
 def test_quantize_scores_its_result_where_a_text_is_given(call, tmp_path, demo_dir, text):  # noqa: F811
     code, out, _ = call("quantize", demo_dir, "-o", tmp_path / "out", "--eval-text", text)
     assert code == 0

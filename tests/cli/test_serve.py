@@ -91,6 +91,7 @@ def wait_for(port, process, log):
     raise AssertionError(log.read_text())
 
 
+@pytest.mark.slow
 def test_a_client_streams_a_completion_from_integer_layers(server, served, directory):
     port, process, log = server
     wait_for(port, process, log)

@@ -29,6 +29,7 @@ def test_vectors_are_compared_row_by_row(chance):
     assert same.cosine.mean == pytest.approx(1.0, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_correlation_is_scipys_and_the_same_models_do_not_differ(chance):
     gold = chance.integers(0, 6, 80).astype(float)
     theirs = gold + chance.standard_normal(80)

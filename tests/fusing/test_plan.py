@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import w8a8
-from tests.conftest import relative_error
+from tests.conftest import every_third, relative_error
 from tests.fusing.test_models import _bert, _by_blocks, _text, pytestmark  # noqa: F401 (they hold here too)
 from w8a8 import kernels
 
@@ -159,7 +159,7 @@ class _Asking(_Mean):
 
 
 @_UNDER
-@pytest.mark.parametrize("read", [lambda h: h.mean(1), lambda h: h[:, -1]], ids=["mean", "last"])
+@pytest.mark.parametrize("read", every_third([lambda h: h.mean(1), lambda h: h[:, -1]]), ids=["mean", "last"])
 def test_what_lies_around_a_graph_and_reads_padding_gets_it(read):
     model, call = _Asking(read).eval(), _text(3, 11)
     w8a8.quantize(model)

@@ -46,6 +46,7 @@ class Asking(MixtralForCausalLM):
             initialization.normal_(module.experts.down_proj)
 
 
+@pytest.mark.slow
 def test_a_model_that_asks_experts_for_a_stack_while_it_is_initialised_is_loaded(tmp_path):
     model = Asking(mixtral().config).eval()
     model.save_pretrained(tmp_path / "float")

@@ -38,7 +38,7 @@ def test_no_way_does_any_work_for_a_name_that_cannot_be_made(tmp_path, calibrati
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("way", every_third([Way.BLOCKS, Way.MEMORY, Way.FILES]))
+@pytest.mark.parametrize("way", every_third([Way.MEMORY, Way.BLOCKS, Way.FILES]))
 def test_python_writes_the_bytes_that_the_command_writes(monkeypatch, capsys, tmp_path, calibration, way):
     options = ["--calib", calibration.source, "--calib-samples", 2, "--calib-length", 32]
     options += ["--smooth", 0.5, "--scheme", "w8a8-static"]

@@ -19,6 +19,7 @@ from w8a8.report.png import PALETTE, data_uri
 RATIO = {"mean": 1.006, "low": 1.004, "high": 1.009}
 
 
+@pytest.mark.slow
 def test_a_page_of_32_blocks_is_below_3_mb_and_names_nothing_outside(tmp_path):
     write_report(tmp_path / "page.html", standin(32))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -211,7 +211,7 @@ def test_a_step_that_fails_is_told_and_the_next_request_is_answered(writer, expe
     assert engine.restarts == before + 1
 
 
-@pytest.mark.parametrize("batching", [True, False])
+@pytest.mark.parametrize("batching", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_keys_and_values_in_int8_write_what_generate_does_with_them(writer_directory, batching):
     known, model = AutoTokenizer.from_pretrained(writer_directory), w8a8.load(writer_directory)
     w8a8.set_cache(model, "int8")

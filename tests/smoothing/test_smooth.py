@@ -422,6 +422,7 @@ def test_quantize_that_fails_after_smoothing_puts_the_weights_back(data, monkeyp
     assert dict(model.named_modules()) == modules
 
 
+@pytest.mark.slow
 def test_quantize_smooths_where_there_is_calibration_and_says_so(data):
     assert w8a8.quantize(llama()).smooth is None
     assert w8a8.quantize(llama(), calibration=data).smooth.alpha == "auto"
