@@ -36,6 +36,7 @@ def test_the_shipped_directory_is_small_and_its_tokenizer_is_lossless():
     assert opened.tokenizer.decode(opened.tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_integer_and_simulated_perplexity_are_the_same_number(report):
     for row in report.rows[1:]:
         if row.scheme != "w8a16":
@@ -44,6 +45,7 @@ def test_integer_and_simulated_perplexity_are_the_same_number(report):
             assert row.perplexity == pytest.approx(row.simulated_perplexity, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_int8_loses_little_and_finer_scales_lose_less(report):
     rows = {row.scheme: row for row in report.rows}
     assert abs(rows["w8a8"].perplexity / report.float_perplexity - 1) < 0.005
@@ -51,6 +53,7 @@ def test_int8_loses_little_and_finer_scales_lose_less(report):
     assert rows["w8a8"].top1_agreement > rows["w8a8-o2"].top1_agreement
 
 
+@pytest.mark.slow
 def test_the_files_are_smaller_and_the_sample_is_text(report):
     rows = {row.scheme: row for row in report.rows}
     assert rows["w8a8"].bytes < 0.75 * rows["float"].bytes

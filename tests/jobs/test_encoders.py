@@ -62,6 +62,7 @@ def judged(models, name, data, **more):
     return judge_encoders(EncoderPair(str(models / f"{name}-int8"), str(models / name), data, **more))
 
 
+@pytest.mark.slow
 def test_an_embedder_on_texts_pairs_and_what_is_to_be_found(models, data):
     told = judged(models, "embedder", data / "texts.txt")
     assert told.judged == "6 texts"

@@ -224,7 +224,11 @@ def test_a_block_that_draws_or_is_given_a_cache_is_compared_as_any_other(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(_Remembering, "compared.*keeps state between calls"), (_Growing, "called with.*RuntimeError")]
+    ("kind", "reason"),
+    [
+        (_Remembering, "compared.*keeps state between calls"),
+        pytest.param(_Growing, "called with.*RuntimeError", marks=pytest.mark.slow),
+    ],
 )
 def test_a_block_that_keeps_state_refuses_its_folds_and_nothing_changes(kind, reason, precision):
     model, x = _Whole(kind()).eval(), torch.randn(5, 8)
