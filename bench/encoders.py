@@ -18,6 +18,7 @@ dynamic batch and length by torch.onnx; pictures and sound have one length, so f
 import argparse
 import copy
 import importlib.util
+import math
 import statistics
 import tempfile
 import time
@@ -204,7 +205,7 @@ def least_cosine(found: Tensor, wanted: Tensor, inputs: Inputs) -> float:
     return float(F.cosine_similarity(found[seen].double(), wanted[seen].double(), dim=-1).min())
 
 
-def measure(runs: dict[str, Run], inputs: Inputs, seconds: float, longest: float) -> dict[str, Any]:
+def measure(runs: dict[str, Run], inputs: Inputs, seconds: float, longest: float = math.inf) -> dict[str, Any]:
     """Interleaved calls of all peers on the inputs of one cell; or why there are none."""
     start = time.process_time()
     outputs = {"float32": runs["float32"](inputs).clone()}
