@@ -62,6 +62,7 @@ def run_program(code):
     assert names["w8a8"].__name__ == "w8a8"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of torch's inductor
 @pytest.mark.parametrize("code", list(programs()))
 def test_every_python_block_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
