@@ -79,6 +79,7 @@ def with_code(tmp_path, monkeypatch):
     return directory
 
 
+@pytest.mark.slow
 def test_the_command_quantises_a_model_with_code_of_its_own(tmp_path, with_code, monkeypatch, tokens):
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["w8a8", "quantize", str(with_code), "-o", str(out), "--trust-remote-code"])

@@ -481,6 +481,7 @@ def short_demo(monkeypatch):
     monkeypatch.setattr("w8a8.demo.run.time_layer", partial(time_layer, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_demo")
 def test_demo_prints_its_table_and_sample(call):
     code, out, err = call("demo", "--max-tokens", 512)

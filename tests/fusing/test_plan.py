@@ -171,6 +171,7 @@ def test_what_lies_around_a_graph_and_reads_padding_gets_it(read):
     assert any("steps in one call" in what for what in w8a8.fusions(model).fused)
 
 
+@pytest.mark.slow
 @_UNDER
 def test_a_block_with_layers_that_hold_integers_for_memory_alone_runs_as_it_is_and_is_told():
     model, call = _bert(), _text(3, 11)

@@ -273,6 +273,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_the_environment_forces_an_instruction_set():
     code = "from w8a8.kernels import compiled; print(compiled.instruction_set())"
@@ -290,6 +291,7 @@ def test_another_word_than_0_or_1_for_what_is_compiled_is_refused():
     assert "W8A8_NATIVE is 'no'; set it to 0, to 1, or not at all" in wrong.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_torchs_own_threads_are_borrowed():
     code = (
