@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from machine import describe_machine, keep, kept
 from serve import running
 from w8a8.checkpoint.beside import class_around
@@ -77,8 +75,7 @@ def residents(directory: Path, marks: Sequence[int], *, clients: int = 16) -> tu
     failed: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "w8a8", "serve", str(directory)]
-        with running(command, Path(folder) / "log") as address:
-            (server,) = (each for each in psutil.Process().children() if str(directory) in each.cmdline())
+        with running(command, Path(folder) / "log") as (address, server):
             port, done = int(address.rpartition(":")[2]), 0
             for mark in marks:
                 numbers = range(done, mark)

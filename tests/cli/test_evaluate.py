@@ -7,7 +7,6 @@ import pytest
 from tests.cli.test_commands import call, demo_dir, quantized, text  # noqa: F401 - fixtures
 
 
-@pytest.mark.slow
 def test_two_models_in_memory_and_one_after_the_other_agree(call, tmp_path, demo_dir, text, quantized):  # noqa: F811
     arguments = ("eval", quantized, "--text", text, "--against", demo_dir, "--dtype", "float32", "--json")
     both = json.loads(call(*arguments)[1])

@@ -53,7 +53,6 @@ def quantize(monkeypatch, tmp_path, capsys):
     return run
 
 
-@pytest.mark.slow
 def test_quantize_writes_a_page_about_its_result(quantize):
     html, records, _ = quantize()
     layer = "model.decoder.layers.0.fc1"

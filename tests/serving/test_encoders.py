@@ -16,6 +16,8 @@ from tests.serving.conftest import serving
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
 import w8a8  # noqa: E402
+from w8a8.errors import ServingError  # noqa: E402
+from w8a8.serving.start import Serving, application  # noqa: E402
 
 
 def in_python(directory, kind):
@@ -157,3 +159,14 @@ def test_memory_stays_flat_over_two_thousand_requests(embedder_directory, monkey
     (warm, after), failed = importlib.import_module("serve_memory").residents(embedder_directory, [1000, 3000])
     assert not failed
     assert after - warm < 8e6
+
+
+@pytest.mark.parametrize(
+    "asked", [{"kv": "int8"}, {"head": "int8"}, {"device": "cuda"}, {"dtype": "bfloat16", "clients": 2}]
+)
+def test_what_an_encoder_would_ignore_is_refused(embedder_directory, asked):
+    name, value = next(iter(asked.items()))
+    with pytest.raises(
+        ServingError, match=f"{name}='{value}'.* is for a language model; .* is an encoder: leave it out"
+    ):
+        application(Serving(embedder_directory, **asked))

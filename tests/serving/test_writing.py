@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import w8a8
 from tests.serving.conftest import TIMEOUT_S, serving
 from w8a8.demo.run import demo_directory
-from w8a8.errors import ModelError
+from w8a8.errors import ModelError, ServingError
 from w8a8.serving import engine as engines
 from w8a8.serving.start import Serving, application
 
@@ -135,6 +135,20 @@ BAD = {
     "several answers": (COMPLETION, {"prompt": "a", "n": 2}, 400, "n is a number: 2, which is not done here"),
     "an empty stop": (COMPLETION, {"prompt": "a", "stop": ""}, 400, "an empty text"),
     "a bias for no token": (COMPLETION, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "token ids below"),
+    "a bias for a number of 5,000 digits": (
+        COMPLETION,
+        {"prompt": "a", "logit_bias": {"9" * 5000: 1}},
+        400,
+        "token ids",
+    ),
+    "a bias that is a list": (COMPLETION, {"prompt": "a", "logit_bias": [1]}, 400, "an object of token ids"),
+    "seventeen stops": (COMPLETION, {"prompt": "a", "stop": ["x"] * 17}, 400, "at most 16 texts"),
+    "a seed beyond 64 bits": (COMPLETION, {"prompt": "a", "seed": 2**70}, 400, "seed is a number"),
+    "a call that is none": (
+        *(CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "1"}}]}]}),
+        *(400, "the JSON of an object"),
+    ),
+    "an input of numbers": ("/v1/responses", {"input": [1]}, 400, "input[0] is a number: 1"),
     "a whole generation_config": (COMPLETION, {"prompt": "a", "generation_config": "{}"}, 400, "not known here"),
     "half a pair of surrogates": (COMPLETION, {"prompt": "\ud800"}, 400, "surrogates"),
     "no messages": (CHAT, {}, 400, "messages is null"),
@@ -235,3 +249,8 @@ def test_a_model_that_does_not_suit_writes_for_one_after_another(writer_director
         assert found["choices"][0]["text"] == expected[PROMPTS[0]]
         assert server.post(COMPLETION, {}).status_code == 400
         assert any("one client after another: it was not asked for" in note for note in server.told)
+
+
+def test_what_a_language_model_would_ignore_is_refused(writer_directory):
+    with pytest.raises(ServingError, match=r"fuse=False was asked for, and is for an encoder"):
+        application(Serving(writer_directory, fuse=False))

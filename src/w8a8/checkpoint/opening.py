@@ -100,7 +100,7 @@ def open_model(source: Named | OpenedModel, asked: Asked | None = None, **option
     if asked is not None:
         asked.check(*directory.architecture)
     if named.kv != AUTO_KV:
-        check_cache(*directory.architecture, named.kv)
+        check_cache(*directory.architecture, named.kv, beside=(AUTO_KV,))
     quantized = directory.quantization is not None
     wanted = _dtype(named.dtype)
     if quantized or Head.of(named.head) is Head.INT8:  # which a float model is refused with there

@@ -142,12 +142,17 @@ def _check_module(model: object, kind: object) -> None:
         raise ModelError(f"a cache of kind {kind!r} was to be set for a model, found {found}; pass the model itself")
 
 
-def check_cache(model: type, config: Any, kind: str) -> None:
-    """Raise `ModelError` where models of this class and config cannot generate with a cache of this kind."""
+def check_cache(model: type, config: Any, kind: str, *, beside: tuple[str, ...] = ()) -> None:
+    """Raise `ModelError` where models of this class and config cannot generate with a cache of this kind.
+
+    Args:
+        beside: Kinds that the caller knows beside these.
+    """
+    known = (*CACHES, *beside)
     if not isinstance(kind, str):
-        raise ModelError(f"a kind of cache is a name, found {kind!r}; use one of {', '.join(CACHES)}")
+        raise ModelError(f"a kind of cache is a name, found {kind!r}; use one of {', '.join(known)}")
     if kind not in CACHES:
-        raise ModelError(f"unknown kind of cache {kind!r} ({closest(kind, CACHES)}); use one of {', '.join(CACHES)}")
+        raise ModelError(f"unknown kind of cache {kind!r} ({closest(kind, known)}); use one of {', '.join(known)}")
     made = CACHES[kind]
     if made is None:
         return

@@ -24,6 +24,8 @@ MOST_NEW = 1024
 
 MOST_STOPS = 16
 
+_LONGEST_ID = 20  # digits; Python makes no number of thousands of them
+
 _PASSED = (
     *("user", "metadata", "store", "service_tier", "stream_options", "seed", "stream", "model", "parallel_tool_calls"),
 )
@@ -184,7 +186,7 @@ class Served:
             raise wrong("logit_bias", given, "an object of token ids, each with a number")
         found = {}
         for name in given:
-            if not name.isdecimal() or int(name) >= self.words:
+            if not name.isdecimal() or len(name) > _LONGEST_ID or int(name) >= self.words:
                 raise wrong("logit_bias", name, f"token ids below {self.words}")
             found[int(name)] = number(given, name, low=-100, high=100) or 0.0
         return found

@@ -120,10 +120,31 @@ def application(asked: Serving, *, watcher: Watcher | None = None) -> Running:
 
     watcher = watcher or Watcher()
     directory = Directory.of(asked.model, trust_remote_code=asked.trust_remote_code)
+    encoder = is_encoder(directory)
+    _check_heeded(asked, directory, encoder)
     watcher.note(f"w8a8: {directory.path} is {_how(directory)}")
     names = [asked.name or directory.path.resolve().name, str(directory.path), str(asked.model)]
-    open_ = _encoder if is_encoder(directory) else _language
+    open_ = _encoder if encoder else _language
     return open_(directory, asked, list(dict.fromkeys(names)), watcher)
+
+
+_OF_LANGUAGE = ("dtype", "device", "context", "clients", "batching", "head", "kv")
+_OF_ENCODERS = ("fuse",)
+"""Options of `Serving` that the other kind of model has no use for."""
+
+
+def _check_heeded(asked: Serving, directory: Directory, encoder: bool) -> None:
+    """Raise `ServingError` where something is asked for that would be ignored: what is ignored would be believed."""
+    usual = Serving(asked.model)
+    given = [
+        name for name in (_OF_LANGUAGE if encoder else _OF_ENCODERS) if getattr(asked, name) != getattr(usual, name)
+    ]
+    if given:
+        kind, other = ("an encoder", "a language model") if encoder else ("a language model", "an encoder")
+        raise ServingError(
+            f"{', '.join(f'{name}={getattr(asked, name)!r}' for name in given)} was asked for, and is for {other}; "
+            f"{directory.path} is {kind}: leave it out"
+        )
 
 
 def _how(directory: Directory) -> str:
