@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from w8a8.records.layers import Channels, Histogram, Remedy
 from w8a8.report import plots, png
 from w8a8.report.markup import Column, Columns, drawing, figure, folded, table, text
-from w8a8.report.numbers import fixed, grouped, percent, scientific, significant, without
+from w8a8.report.numbers import by, fixed, grouped, percent, scientific, significant, without
 from w8a8.report.records import Layer, Records
 
 _WORST = 10  # layers that are named as the worst
@@ -123,7 +123,7 @@ LAYER_COLUMNS = (
     ("layer", "name", str, ""),
     ("kind", "kind", str, "the last part of the name"),
     ("block", "block", str, "depth"),
-    ("shape", "shape", str, "out x in"),
+    ("shape", "shape", by, "out x in"),
     ("scheme", "scheme", str, ""),
     ("weight dB", "weight_sqnr_db", fixed(1), "SQNR of the weight"),
     ("input dB", "input_sqnr_db", fixed(1), "SQNR of the input"),
@@ -143,10 +143,7 @@ def every(records: Records) -> str:
         return ""
     used = [c for c in LAYER_COLUMNS if any(getattr(layer, c[1]) is not None for layer in records.layers)]
     columns = [Column(title, shown, about) for title, _, shown, about in used]
-    rows = [
-        [_shape(layer.shape) if name == "shape" else getattr(layer, name) for _, name, _, _ in used]
-        for layer in records.layers
-    ]
+    rows = [[getattr(layer, name) for _, name, _, _ in used] for layer in records.layers]
     kinds = "".join(f"<option>{text(kind)}</option>" for kind in dict.fromkeys(layer.kind for layer in records.layers))
     count = len(rows)
     meanings = "".join(f"<li>{text(title)}: {text(about)}</li>" for title, _, _, about in used if about)
@@ -238,7 +235,3 @@ def _histogram(found: Histogram) -> str:
 def _outside(layers: Sequence[Layer]) -> str:
     count = sum(layer.block is None for layer in layers)
     return f" {count} outside the blocks at the right end." if count else ""
-
-
-def _shape(shape: list[int] | None) -> str | None:
-    return None if shape is None else " x ".join(map(str, shape))

@@ -1,23 +1,11 @@
 """How numbers read on the page: one way for each kind of value, wherever it stands."""
 
-from collections.abc import Callable
-
-from w8a8.report.records import Interval
+from collections.abc import Callable, Sequence
 
 scientific, grouped, significant = "{:.2e}".format, "{:,}".format, "{:.4g}".format
 """How small figures read, counts, and what may be of any size."""
 
 ABSENT = "\u2013"  # how a value that was not measured reads
-
-
-def interval(value: Interval | None, digits: int, *, factor: float = 1.0, unit: str = "") -> str:
-    """`1.234 (1.200 to 1.300)`, or a dash."""
-    if value is None:
-        return ABSENT
-    shown = f"{value.mean * factor:.{digits}f}{unit}"
-    if value.low is None or value.high is None:
-        return shown
-    return f"{shown} ({value.low * factor:.{digits}f} to {value.high * factor:.{digits}f})"
 
 
 def megabytes(count: int) -> str:
@@ -43,6 +31,11 @@ def fixed(digits: int) -> Callable[[float], str]:
 def percent(value: float) -> str:
     """A share as `12.34 %`."""
     return f"{100 * value:.2f} %"
+
+
+def by(shape: Sequence[int]) -> str:
+    """`64 x 32`."""
+    return " x ".join(map(str, shape))
 
 
 def without(count: int, what: str) -> str:

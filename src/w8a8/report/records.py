@@ -82,16 +82,7 @@ class Covered:
 
 @dataclass(frozen=True)
 class Layer:
-    """What was measured of one linear layer.
-
-    kind: The last part of its name: q_proj, down_proj, ...
-    block: Its depth; None for what stands outside the blocks.
-    saturated_share: Of the input's codes, those at an end of the grid.
-    dead_share: Of the input channels, those that were always zero.
-    outlier_ratio: The input's largest channel absmax over the median one.
-    kl_alone: KL of the model in which this layer alone is quantised, nats per token or text.
-    kl_spared: How much less the KL of the quantised model is with this layer alone left in float, in the same.
-    """
+    """What was measured of one linear layer, as `w8a8.records.layers.LayerSensitivity` has it, and less if need be."""
 
     name: str
     kind: str

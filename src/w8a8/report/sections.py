@@ -3,9 +3,10 @@
 A plot leaves out what was not measured, and says how many that are; its table has all.
 """
 
+from w8a8.records.coverage import Coverage
 from w8a8.report import layers, plots
 from w8a8.report.markup import Column, Columns, drawing, figure, folded, table, text
-from w8a8.report.numbers import ABSENT, fixed, grouped, interval, megabytes, percent, rate, scientific, times, without
+from w8a8.report.numbers import ABSENT, by, fixed, grouped, megabytes, percent, rate, scientific, times, without
 from w8a8.report.records import Headline, Interval, Records
 
 Section = tuple[str, str, str]  # its id, its heading, its HTML
@@ -39,8 +40,8 @@ def sections(records: Records) -> list[Section]:
 
 
 def _tiles(h: Headline) -> list[tuple[str, str, str]]:
-    size = speed = ratio = ABSENT
-    shrunk = faster = ""
+    size = speed = ABSENT
+    shrunk = faster = ratio = ""
     if h.bytes_before is not None and h.bytes_after is not None:
         size = f"{megabytes(h.bytes_before)} → {megabytes(h.bytes_after)}"
         shrunk = times(h.bytes_before, h.bytes_after, "smaller")
@@ -70,14 +71,15 @@ def _tiles(h: Headline) -> list[tuple[str, str, str]]:
 
 
 def _split(
-    value: Interval | None, digits: int, more: str = ABSENT, *, factor: float = 1, unit: str = ""
+    value: Interval | None, digits: int, more: str = "", *, factor: float = 1, unit: str = ""
 ) -> tuple[str, str]:
     """A tile's number, and under it its interval and what else there is to say."""
     if value is None:
         return ABSENT, ""
-    whole = interval(value, digits, factor=factor, unit=unit)
-    mean, _, ends = whole.partition(" (")
-    return mean, ", ".join(part for part in (f"95 %: {ends[:-1]}" if ends else "", more) if part not in ("", ABSENT))
+    small = [more] if more else []
+    if value.low is not None and value.high is not None:
+        small.insert(0, f"95 %: {value.low * factor:.{digits}f} to {value.high * factor:.{digits}f}")
+    return f"{value.mean * factor:.{digits}f}{unit}", ", ".join(small)
 
 
 def _coverage(records: Records) -> str:
@@ -92,19 +94,16 @@ def _coverage(records: Records) -> str:
     ]  # fmt: skip
     columns = ("modules", "parameters", "of all", "bytes in memory", "multiply-adds per token", "of all")
     shown: Columns = ["part", *(Column(name, percent if name == "of all" else grouped) for name in columns)]
-    left: dict[str, list[str]] = {}
-    for module in records.coverage.modules:
-        if module.reason is not None:
-            left.setdefault(module.reason, []).append(module.name)
-    reasons = [[why, len(names), ", ".join(names)] for why, names in left.items()]
+    left = Coverage(tuple(records.coverage.modules)).left_by_reason()
+    reasons = [[why, len(stayed), ", ".join(m.name for m in stayed)] for why, stayed in left.items()]
     modules = [
-        [m.name, m.kind, " x ".join(map(str, m.shape)), m.parameters, m.scheme or "float", m.weight_sqnr_db, m.reason]
+        [m.name, m.kind, by(m.shape), m.parameters, m.scheme or "float", m.weight_sqnr_db, m.reason]
         for m in records.coverage.modules
     ]
     return (
         table(shown, totals, caption="What is quantised and what stayed float")
         + folded(
-            f"Why modules stayed float ({sum(len(names) for names in left.values())})",
+            f"Why modules stayed float ({sum(map(len, left.values()))})",
             table(["why", "modules", "names"], reasons, caption="Reasons"),
         )
         + folded(
