@@ -8,15 +8,13 @@ embedded.  So it has to be a file, and one that nobody writes to.  A line that i
 result is a line of the file.
 """
 
-import csv
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from w8a8.core.plain import Json
 from w8a8.errors import TextError, closest
-from w8a8.evaluation.judged import rows_of
+from w8a8.evaluation.judged import readable, rows_of
 
 _COLUMN = "text"
 
@@ -35,7 +33,7 @@ def each_text(path: Path) -> Iterator[Line]:
     Raises:
         TextError: the file cannot be read, is of another kind, or a line of it is no text.
     """
-    with _readable(path):
+    with readable(path, "texts to embed"):
         if not path.is_file():
             raise TextError(f"{path} was given as texts to embed, and is no file; it is read twice, so a pipe is none")
         if path.suffix != ".txt":
@@ -80,13 +78,3 @@ def _text(path: Path, number: int, row: Json) -> str:
     if not isinstance(value, str):
         raise TextError(f"{path}, line {number}: {_COLUMN} is {value!r}, expected a text")
     return value
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except TextError:  # an OSError too
-        raise
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TextError(f"{path} was given as texts to embed, and cannot be read: {error}") from error

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -35,13 +36,9 @@ def check_place(path: Path, *, overwrite: bool) -> None:
 class Rows:
     """The file while it grows: (rows, width) of float32, in C order."""
 
-    def __init__(self, path: Path, rows: int, width: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO, width: int) -> None:
         self.width, self.written = width, 0
-        self._path = path
-        shape = {"descr": np.lib.format.dtype_to_descr(_DTYPE), "fortran_order": False, "shape": (rows, width)}
-        with _told(path):
-            self._file = path.open("wb")
-            np.lib.format.write_array_header_1_0(self._file, shape)
+        self._path, self._file = path, file
 
     def add(self, vectors: Array) -> None:
         """The next rows, (n, width)."""
@@ -49,19 +46,6 @@ class Rows:
         with _told(self._path):
             self._file.write(np.ascontiguousarray(vectors, _DTYPE).data)
         self.written += len(vectors)
-
-    def name(self, path: Path) -> None:
-        """Have the disk hold all of it, and only then give it its name."""
-        with _told(path), self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        with _told(path):
-            self._path.replace(path)
-
-    def drop(self) -> None:
-        """Leave nothing of it, where it has no name yet."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -81,13 +65,23 @@ def growing(path: Path, rows: int, width: int) -> Iterator[Rows]:
             f"{rows:,} vectors of {width} numbers take {size / 1e9:.3f} GB, and {path.parent} has {free / 1e9:.3f} GB "
             "free; give a place on another disk"
         )
-    made = Rows(path.with_name(f".{path.name}.{os.getpid()}.part"), rows, width)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shape = {"descr": np.lib.format.dtype_to_descr(_DTYPE), "fortran_order": False, "shape": (rows, width)}
+    with _told(part):
+        file = part.open("wb")
+        np.lib.format.write_array_header_1_0(file, shape)
+    made = Rows(part, file, width)
     try:
         yield made
         assert made.written == rows
-        made.name(path)
+        with _told(path), file:  # the disk holds all of it before it has its name
+            file.flush()
+            os.fsync(file.fileno())
+        with _told(path):
+            part.replace(path)
     finally:
-        made.drop()
+        file.close()
+        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -143,12 +143,11 @@ def compare(
     cut = scores.cut(model, text, seq_len, stride)
     if isinstance(reference, Reference):
         reference.check(text, seq_len, stride or seq_len)
-    else:
-        if scores.cut(reference, text, seq_len, stride) != cut:
-            raise ModelError(
-                f"{type(model).__name__} and {type(reference).__name__} cannot be compared: one is a masked language "
-                "model and one is not"
-            )
+    elif scores.cut(reference, text, seq_len, stride) != cut:
+        raise ModelError(
+            f"{type(model).__name__} and {type(reference).__name__} cannot be compared: one is a masked language "
+            "model and one is not"
+        )
     ours: list[float] = []
     theirs: list[float] = []
     agree: list[float] = []

@@ -14,6 +14,7 @@ import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -73,16 +74,12 @@ def read_judged(path: Path) -> Judged:
     Raises:
         TextError: it is not there, has none of these layouts, or a line does not fit.
     """
-    try:
+    with readable(path, "data to judge a model on"):
         if path.is_dir():
             return _retrieval(path)
         if path.suffix == ".txt":
             return Texts(_some(path, [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]))
         rows = list(rows_of(path))
-    except TextError:  # an OSError too
-        raise
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise TextError(f"{path} was given as data to judge a model on, and cannot be read: {error}") from error
     columns = _some(path, rows)[0][1].keys()
     if columns >= set(_PAIR):
         first, second, scores = (_column(path, rows, name) for name in _PAIR)
@@ -96,6 +93,17 @@ def read_judged(path: Path) -> Judged:
     raise TextError(
         f"{path} has the columns {', '.join(columns)}: give {', '.join(_PAIR)}, or {', '.join(_LABELLED)}, or text"
     )
+
+
+@contextmanager
+def readable(path: Path, given_as: str) -> Iterator[None]:
+    """A `TextError` where what a `with` block reads cannot be read."""
+    try:
+        yield
+    except TextError:  # an OSError too
+        raise
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TextError(f"{path} was given as {given_as}, and cannot be read: {error}") from error
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, Json]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from w8a8.core.scheme import PerToken
 from w8a8.errors import ModelError
-from w8a8.evaluation.text import Frame, Text, windows_for
+from w8a8.evaluation.text import Frame, Text, framed, windows_for
 from w8a8.layers.linear import quant_linears
 from w8a8.model.kinds import PREDICTS_TOKENS, Asked, Kind, context_length, kind_of_model, way_out
 from w8a8.model.pretrained import Pretrained
@@ -105,11 +105,10 @@ def check_causal(model: Pretrained, ids: Tensor) -> None:
 
 def _masked_logits(model: Pretrained, ids: Tensor, frame: Frame, first: int, start: int) -> Tensor:
     """(S, V): of each token from `first` on what the model says of it, masked."""
-    framed = torch.cat([ids.new_tensor(frame.before), ids, ids.new_tensor(frame.after)])
-    found = []
+    whole, found = framed(ids, frame), []
     scored = torch.arange(first, len(ids), dtype=torch.int64, device=ids.device)
     for places in scored.add(len(frame.before)).split(COPIES):
-        copies = framed.repeat(len(places), 1)
+        copies = whole.repeat(len(places), 1)
         numbers = torch.arange(len(places), dtype=torch.int64, device=ids.device)
         copies[numbers, places] = frame.mask
         found.append(batch_logits(model, copies, start)[numbers, places])

@@ -17,8 +17,9 @@ An encoder writes nothing: it is timed reading alone, by one forward; of picture
 import copy
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -110,22 +111,23 @@ def measure_speed(
     if context is not None:
         _length(models, context, new, "--context")
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    turns: dict[str, _Turn | _Reading] = {}
+    turns: dict[str, Callable[[], tuple[float, float]]] = {}
     for name, model in models.items():
-        turn: _Reading | _Turn
         if unit != "tokens":
-            turn = _Reading(model, random_inputs(model, batch, seed))
-        else:
+            turns[name] = partial(_read, model, random_inputs(model, batch, seed))
+        elif encoders:
             ids = _ids(model, batch, length, seed)
-            turn = _Reading.of_text(model, ids) if encoders else _Turn(name, model, new, ids)
-        turns[name] = turn
-        turn.once()
-        if context is not None and isinstance(turn, _Turn):
+            turns[name] = partial(_read, model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        else:
+            turn = _Turn(name, model, new, _ids(model, batch, length, seed))
+            turns[name] = turn.once
+        turns[name]()
+        if context is not None:  # which no encoder has
             turn.read(_ids(model, batch, context, seed + 1))
     total, spent = seconds * len(models), 0.0
     while spent < total or min(map(len, rates.values())) < _ROUNDS:
         for name in models:
-            read, wrote = turns[name].once()
+            read, wrote = turns[name]()
             rates[name].append((batch * length / read, 0.0 if encoders else batch * new / wrote))
             spent += read + wrote
             tell(progress, round(min(spent, total)), round(total), name)
@@ -168,23 +170,12 @@ def _ids(model: Pretrained, batch: int, length: int, seed: int) -> Tensor:
     return torch.randint(words, (batch, length), generator=drawn, dtype=torch.int64, device="cpu").to(model.device)
 
 
-class _Reading:
-    """What an encoder does in each round."""
-
-    def __init__(self, model: Pretrained, inputs: dict[str, Tensor]) -> None:
-        self._model, self._inputs = model, inputs
-
-    @classmethod
-    def of_text(cls, model: Pretrained, ids: Tensor) -> "_Reading":
-        """Of token ids, (B, T), without padding."""
-        return cls(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-
-    @torch.inference_mode()
-    def once(self) -> tuple[float, float]:
-        """Seconds of reading, and none of writing."""
-        began = _now(self._model)
-        self._model(**self._inputs)
-        return _now(self._model) - began, 0.0
+@torch.inference_mode()
+def _read(model: Pretrained, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+    """What an encoder does in each round: seconds of reading, and none of writing."""
+    began = _now(model)
+    model(**inputs)
+    return _now(model) - began, 0.0
 
 
 class _Turn:
@@ -228,13 +219,8 @@ class _Turn:
             kept = copy.deepcopy(self._filled)
         began = _now(self._model)
         for _ in range(self._new):
-            logits, kept = self._forward(_best(logits), kept)
+            logits, kept = self._forward(logits[:, -1:].argmax(-1), kept)  # (B, 1), the most likely token of each
         return read, _now(self._model) - began
-
-
-def _best(logits: Tensor) -> Tensor:
-    """The most likely next token of each sequence: (B, T, V) -> (B, 1)."""
-    return logits[:, -1:].argmax(-1)
 
 
 def _now(model: Pretrained) -> float:

@@ -110,31 +110,19 @@ def store(
         ModelError, TextError: as `perplexity`.
     """
     windows = cut(reference, text, seq_len, stride)
-    losses, best, top, log_p, log_rest, vocabulary = [], [], [], [], [], 0
+    parts: list[tuple[Tensor, ...]] = []
     for done, window in enumerate(windows, start=1):
         _, first, end = window
         logits = predictions(reference, text, window)
-        vocabulary = logits.shape[1]
-        losses.append(token_losses(logits, text.ids[first:end]))
-        for rows in logits.split(ROWS):
+        for rows, targets in zip(logits.split(ROWS), text.ids[first:end].split(ROWS), strict=True):
             values, places = rows.to(torch.float64).log_softmax(-1).sort(dim=-1, descending=True)
-            log_p.append(values[:, :top_k].to(torch.float32).cpu())
-            top.append(places[:, :top_k].to(torch.int32).cpu())
-            log_rest.append(values[:, top_k:].logsumexp(-1).to(torch.float32).cpu())  # -inf where nothing is left
-        best.append(logits.argmax(-1).cpu())
+            log_p, log_rest = values[:, :top_k], values[:, top_k:].logsumexp(-1)  # -inf where nothing is left
+            likely = places[:, :top_k].to(torch.int32), log_p.to(torch.float32), log_rest.to(torch.float32)
+            parts.append(tuple(t.cpu() for t in (token_losses(rows, targets), rows.argmax(-1), *likely)))
         tell(progress, done, len(windows), "reference")
-    return Reference(
-        torch.cat(losses).cpu(),
-        torch.cat(best),
-        torch.cat(top),
-        torch.cat(log_p),
-        torch.cat(log_rest),
-        vocabulary,
-        seq_len,
-        stride or seq_len,
-        _hash(text.ids),
-        name,
-    )
+    tensors = dict(zip(_TENSORS, map(torch.cat, zip(*parts, strict=True)), strict=True))
+    vocabulary, stride, text_hash = logits.shape[1], stride or seq_len, _hash(text.ids)
+    return Reference(**tensors, vocabulary=vocabulary, seq_len=seq_len, stride=stride, text=text_hash, model=name)
 
 
 def stored_kl(reference: Reference, rows: slice, q: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ class Frame:
         return len(self.before) + len(self.after)
 
 
+def framed(ids: Tensor, frame: Frame | None) -> Tensor:
+    """A window, (T,), with what is read around it."""
+    return ids if frame is None else torch.cat([ids.new_tensor(frame.before), ids, ids.new_tensor(frame.after)])
+
+
 @dataclass(frozen=True)
 class Text:
     """A tokenised text.
