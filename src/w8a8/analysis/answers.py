@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from w8a8.errors import ModelError, closest
 from w8a8.evaluation.scores import batch_logits, logits_of, token_kl
-from w8a8.evaluation.text import Frame
+from w8a8.evaluation.text import Frame, framed
 from w8a8.model.kinds import Kind, kind_of_model
 from w8a8.model.pretrained import Pretrained
 
@@ -91,15 +91,14 @@ class Window:
         """The question about the tokens (T,) that begin there."""
         if told is Told.NEXT:
             return cls(start, ids, told, ids[None], targets=ids[1:])
-        before, after = ((), ()) if frame is None else (frame.before, frame.after)
-        framed = torch.cat([ids.new_tensor(before), ids, ids.new_tensor(after)])
+        whole = framed(ids, frame)
         if told is not Told.MASKED:
-            return cls(start, ids, told, framed[None], pooling=pooling)
+            return cls(start, ids, told, whole[None], pooling=pooling)
         assert frame is not None, "seen when the text was cut"
         count = min(MASKS, len(ids))
         places = ids.new_tensor([(2 * i + 1) * len(ids) // (2 * count) for i in range(count)])  # evenly, none at an end
-        masks = places + len(before)
-        copies = framed.repeat(count, 1)
+        masks = places + len(frame.before)
+        copies = whole.repeat(count, 1)
         copies[torch.arange(count, dtype=torch.int64, device=ids.device), masks] = frame.mask
         return cls(start, ids, told, copies, masks, ids[places])
 

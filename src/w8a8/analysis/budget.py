@@ -39,7 +39,7 @@ from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.vllm import FUSED
 from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import Scheme
-from w8a8.errors import SchemeError
+from w8a8.errors import SchemeError, few
 from w8a8.evaluation.scores import token_losses
 from w8a8.evaluation.text import Text
 from w8a8.layers.linear import QuantLinear
@@ -138,7 +138,7 @@ class Allocation:
         return (
             f"Budget: {self.budget}.  {self.chosen.bytes:,} of {self.float_bytes:,} bytes, "
             f"{len(self.schemes) - len(left)} layers quantised, {len(left)} left float"
-            + (f" ({', '.join(left[:6])}{', ...' if len(left) > 6 else ''})" if left else "")
+            + (f" ({few(left, 6)})" if left else "")
             + f".  {self.measure}: predicted {kl:.3e}, measured {measured:.3e}"
             + ("" if ratio is None else f"; perplexity {100 * (ratio - 1):+.3f} %")
             + f" on {self.checked_tokens:,} {'texts' if ratio is None else 'tokens'}; "
@@ -195,7 +195,7 @@ def allocate(
         names = [name for group in together if scheme in choices[group] for name in group]
         built[scheme.name] = layers_for(model, dict.fromkeys(names, scheme), data, observer)
     groups = _costs(model, sample, choices, built, selection.untied, progress)
-    float_bytes = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
+    float_bytes = sum(parameter.nbytes for parameter in model.parameters())
     fixed = float_bytes - sum(group.bytes[-1] for group in groups)
     check = _check_sample(model, text, sample, windows, seed)
     allowed = math.inf if budget.percent is None else math.log1p(budget.percent / 100)

@@ -6,7 +6,7 @@ Readers of one tensor are found by watching which layers are given the same one.
 
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from w8a8.analysis.answers import Window
 from w8a8.analysis.measure import LayerMeasure
 from w8a8.analysis.replay import block_index, blocks_of
-from w8a8.analysis.sample import draw
+from w8a8.analysis.sample import Sample, draw
 from w8a8.calibration.calibrate import collect
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import MinMax
@@ -26,6 +26,9 @@ from w8a8.model.inputs import evaluating, watched
 from w8a8.model.pretrained import Pretrained
 from w8a8.model.selection import select
 from w8a8.records.layers import Channels, LayerErrors, binned
+
+Ranges: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+"""By layer the smallest and the largest value of each input channel, (K,) each."""
 
 
 def layer_errors(
@@ -52,23 +55,37 @@ def layer_errors(
         ModelError: the models differ beside their quantised layers, or none of those is float in the reference.
         CalibrationError, TextError: as `sensitivity`.
     """
-    layers = {name: layer for name, layer in quant_linears(model) if _is_float_linear(reference, name)}
+    floats = {name for name, module in reference.named_modules() if is_linear(module)}
+    layers = {name: layer for name, layer in quant_linears(model) if name in floats}
     if not layers:
         raise ModelError("no layer is quantised in the one model and float in the other: there is nothing to compare")
     _check_same_beside(reference, model)
     sample = draw(reference, text, windows=windows, seq_len=seq_len, seed=seed)
-    ranges = channel_ranges(reference, list(layers), sample.calibration())
-    measures = {name: LayerMeasure(reference.get_submodule(name), layers[name], *ranges[name]) for name in ranges}
-    blocks, groups = blocks_of(reference), {name: name for name in layers}
+    return measured_alone(reference, layers, sample)[0]
+
+
+def measured_alone(
+    model: Pretrained, layers: Mapping[str, QuantLinear], sample: Sample
+) -> tuple[tuple[LayerErrors, ...], dict[str, LayerMeasure], Ranges]:
+    """What some layers of a float model do in other forms: in figures, as it was summed, and the ranges of inputs."""
+    ranges = channel_ranges(model, list(layers), sample.calibration())
+    measures = {name: LayerMeasure(model.get_submodule(name), layers[name], *ranges[name]) for name in ranges}
+    blocks, groups = blocks_of(model), dict(zip(layers, layers, strict=True))
     for window in sample.windows:
-        groups |= observe_readers(reference, window, list(ranges), measures)
-    return tuple(
+        groups |= observe_readers(model, window, list(ranges), measures)
+    errors = tuple(
         LayerErrors(
-            **described(reference, blocks, name, layer, groups[name]),
-            **figures(measures.get(name), ranges.get(name)),
+            name=name,
+            kind=name.rpartition(".")[2],
+            block=block_index(blocks, name),
+            group=groups[name],
+            shape=list(float_operands(model.get_submodule(name))[0].shape),
+            scheme=layer.scheme.name,
+            **_figures(measures.get(name), ranges.get(name)),
         )
         for name, layer in layers.items()
     )
+    return errors, measures, ranges
 
 
 def channel_absmax(model: Pretrained, text: Text | Tensor, **options: Any) -> dict[str, Tensor]:
@@ -82,7 +99,7 @@ def channel_absmax(model: Pretrained, text: Text | Tensor, **options: Any) -> di
     return {name: torch.maximum(-lo, hi) for name, (lo, hi) in found.items()}
 
 
-def channel_ranges(model: nn.Module, names: Sequence[str], data: Calibration) -> dict[str, tuple[Tensor, Tensor]]:
+def channel_ranges(model: nn.Module, names: Sequence[str], data: Calibration) -> Ranges:
     """The smallest and largest value of each input channel, (K,) each, of the layers that the data reaches."""
     found = collect(model, data, {name: MinMax(PerChannel()) for name in names})
     return {
@@ -123,22 +140,6 @@ def observe_readers(
     return found
 
 
-def described(model: nn.Module, blocks: list[str], name: str, layer: QuantLinear, group: str) -> dict[str, Any]:
-    return {
-        "name": name,
-        "kind": name.rpartition(".")[2],
-        "block": block_index(blocks, name) if any(name.startswith(block + ".") for block in blocks) else None,
-        "group": group,
-        "shape": list(float_operands(model.get_submodule(name))[0].shape),
-        "scheme": layer.scheme.name,
-    }
-
-
-def _is_float_linear(model: nn.Module, name: str) -> bool:
-    module = dict(model.named_modules()).get(name)
-    return module is not None and is_linear(module)
-
-
 def _check_same_beside(reference: nn.Module, model: nn.Module) -> None:
     """Everything but the quantised layers is equal: so a norm that smoothing scaled is seen."""
     quantized = tuple(f"{name}." for name, _ in quant_linears(model))
@@ -157,7 +158,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(narrow), b.to(a.device).to(narrow))
 
 
-def figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+def _figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
     """A layer's record: what `LayerMeasure` has, dead channels and outliers; None for what the data did not reach."""
     if measure is None or ranges is None:
         names = ("weight_sqnr_db", "input_sqnr_db", "output_sqnr_db", "cosine", "saturated_share")
@@ -171,7 +172,7 @@ def figures(measure: LayerMeasure | None, ranges: tuple[Tensor, Tensor] | None) 
     }
 
 
-def channels(ranges: Mapping[str, tuple[Tensor, Tensor]], before: Mapping[str, Tensor] | None) -> tuple[Channels, ...]:
+def channels(ranges: Ranges, before: Mapping[str, Tensor] | None) -> tuple[Channels, ...]:
     """Absmax of the input channels of each layer, for the heat map; beside what it was before smoothing."""
     now = {name: [binned(torch.maximum(-lo, hi).tolist())] for name, (lo, hi) in ranges.items()}
     was = {name: [binned(values.tolist())] for name, values in (before or {}).items()}

@@ -18,9 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from w8a8.analysis.errors import channel_ranges, channels, described, figures, observe_readers
-from w8a8.analysis.measure import LayerMeasure
-from w8a8.analysis.replay import blocks_of, record, replay
+from w8a8.analysis.errors import channels, measured_alone
+from w8a8.analysis.replay import record, replay
 from w8a8.analysis.sample import WINDOWS, draw, layers_for
 from w8a8.calibration.data import Calibration
 from w8a8.calibration.observers import Observer
@@ -73,16 +72,11 @@ def sensitivity(
     sample = draw(model, text, windows=windows, seq_len=seq_len, seed=seed)
     data = sample.calibration()
     layers = layers_for(model, schemes, data if calibration is None else Calibration.of(calibration), observer)
+    errors, measures, ranges = measured_alone(model, layers, sample)
     names = list(layers)
-    ranges = channel_ranges(model, names, data)
-    measures = {
-        name: LayerMeasure(model.get_submodule(name), layers[name], *ranges[name]) for name in names if name in ranges
-    }
     alone, spared = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    groups = dict(zip(names, names, strict=True))
     total, replayed = 0.0, True
     for i, window in enumerate(sample.windows):
-        groups = observe_readers(model, window, names, measures)
         exact = record(model, window, {})
         quantized = record(model, window, layers)
         total += exact.divergence(quantized.answer)
@@ -93,15 +87,11 @@ def sensitivity(
             spared[name] += exact.divergence(replay(model, quantized, others, [name]))
             tell(progress, i * len(names) + done, len(sample.windows) * len(names), name)
     tokens = sample.scored
-    blocks = blocks_of(model)
     found = tuple(
         LayerSensitivity(
-            **described(model, blocks, name, layers[name], groups[name]),
-            **figures(measures.get(name), ranges.get(name)),
-            kl_alone=alone[name] / tokens,
-            kl_spared=(total - spared[name]) / tokens,
+            **vars(each), kl_alone=alone[each.name] / tokens, kl_spared=(total - spared[each.name]) / tokens
         )
-        for name in names
+        for each in errors
     )
     return Sensitivity(
         layers=found,

@@ -66,8 +66,9 @@ class LayerMeasure:
         """The layer's record: SQNRs in dB, cosine, share of saturated codes; None for what was not measured."""
         sums = self._sums
         size = math.sqrt(sums["y"] * sums["yq"])
+        weight_sqnr_db = sqnr_db(self._weight.to(torch.float32), self._layer.dequantized_weight())
         return {
-            "weight_sqnr_db": _finite(sqnr_db(self._weight.to(torch.float32), self._layer.dequantized_weight())),
+            "weight_sqnr_db": weight_sqnr_db if math.isfinite(weight_sqnr_db) else None,
             "input_sqnr_db": _decibels(sums["x"], sums["dx"]),
             "output_sqnr_db": _decibels(sums["y"], sums["dy"]),
             "cosine": sums["yyq"] / size if size else None,
@@ -76,19 +77,15 @@ class LayerMeasure:
 
     def histograms(self, name: str) -> list[Histogram]:
         """Of the weight, and of the input where it is quantised."""
-        layer, spec = self._layer, self._layer.scheme.weights
+        layer, spec, inputs = self._layer, self._layer.scheme.weights, self._layer.scheme.activations
         weight = self._weight.to(torch.float32)
-        lo, hi = float(weight.min()), float(weight.max())
-        scale, zero_point = getattr(layer, "weight_scale", None), layer.weight_zero_point
-        if scale is None:  # a grid wider than codes keeps values only
-            grid = _grid(lo, hi, spec)
-            scale, zero_point = grid.scale, grid.zero_point
-        found = [_histogram(name, "weight", _edges(lo, hi), _counted(weight, lo, hi), spec, scale, zero_point)]
-        inputs = layer.scheme.activations
+        ends = float(weight.min()), float(weight.max())
+        scale = getattr(layer, "weight_scale", None)  # a grid wider than codes keeps values only
+        grid = _grid(*ends, spec) if scale is None else QParams(scale, layer.weight_zero_point)
+        found = [_histogram(name, "weight", ends, _counted(weight, *ends), spec, grid)]
         if inputs is not None and int(self._counts.sum()):
-            lo, hi = self._range
-            grid = self._static() or _grid(lo, hi, inputs)
-            found.append(_histogram(name, "input", _edges(lo, hi), self._counts, inputs, grid.scale, grid.zero_point))
+            grid = self._static() or _grid(*self._range, inputs)
+            found.append(_histogram(name, "input", self._range, self._counts, inputs, grid))
         return found
 
     def _static(self) -> QParams | None:
@@ -116,19 +113,9 @@ def _decibels(signal: float, noise: float) -> float | None:
     return 10 * math.log10(signal / noise) if signal and noise else None
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _grid(lo: float, hi: float, spec: QuantSpec) -> QParams:
     ends = torch.tensor([lo, hi], dtype=torch.float32, device="cpu")
     return grid_of_range(ends[0], ends[1], spec)
-
-
-def _edges(lo: float, hi: float) -> list[float]:
-    """Edges of equal bins; a range of no width gets one."""
-    lo, hi = _widened(lo, hi)
-    return [lo + (hi - lo) * i / BINS for i in range(BINS + 1)]
 
 
 def _counted(values: Tensor, lo: float, hi: float) -> Tensor:
@@ -137,12 +124,16 @@ def _counted(values: Tensor, lo: float, hi: float) -> Tensor:
 
 
 def _widened(lo: float, hi: float) -> tuple[float, float]:
+    """The range of the bins, of which each has some width."""
     return (lo, hi) if hi > lo else (lo - 0.5, hi + 0.5)
 
 
 def _histogram(
-    name: str, what: str, edges: list[float], counts: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None
+    name: str, what: str, ends: tuple[float, float], counts: Tensor, spec: QuantSpec, grid: QParams
 ) -> Histogram:
-    loosest = int(scale.argmax())
-    zero = 0 if zero_point is None else int(zero_point.flatten()[loosest])
-    return Histogram(name, what, edges, counts.tolist(), float(scale.flatten()[loosest]), spec.qmax, spec.qmin, zero)
+    lo, hi = _widened(*ends)
+    edges = [lo + (hi - lo) * i / BINS for i in range(BINS + 1)]
+    loosest = int(grid.scale.argmax())
+    zero = 0 if grid.zero_point is None else int(grid.zero_point.flatten()[loosest])
+    scale = float(grid.scale.flatten()[loosest])
+    return Histogram(name, what, edges, counts.tolist(), scale, spec.qmax, spec.qmin, zero)

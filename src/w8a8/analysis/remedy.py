@@ -110,7 +110,7 @@ def remedies(
         Remedy(name, remedy, (total - cost) / sample.scored, _how(trials[name, remedy], name))
         for (name, remedy), cost in costs.items()
     ]
-    measured.sort(key=lambda each: (worst.index(each.layer), -(each.gain_kl_nats or 0.0)))
+    measured.sort(key=lambda each: -(each.gain_kl_nats or 0.0))
     impossible = [Remedy(name, SMOOTH, None, reason) for name, reason in reasons.items()]
     return tuple(sorted([*measured, *impossible], key=lambda each: worst.index(each.layer)))
 

@@ -79,15 +79,15 @@ def replay(model: Pretrained, recording: Recording, layers: Mapping[str, nn.Modu
         layers: Everything to be swapped in, whether it was when recording or not.
         changed: The names of those layers that are not as they were when recording.
     """
-    first = min((block_index(list(recording.outputs), name) for name in changed), default=0)
+    first = min((block_index(list(recording.outputs), name) or 0 for name in changed), default=0)
     before = dict(list(recording.outputs.items())[:first])
     with evaluating(model), swapped(model, layers), _returning(model, before):
         return recording.window.answer(model)
 
 
-def block_index(blocks: list[str], name: str) -> int:
-    """Which block holds a layer; 0 for a layer outside of all, before which nothing can be skipped."""
-    return next((i for i, block in enumerate(blocks) if name.startswith(block + ".")), 0)
+def block_index(blocks: list[str], name: str) -> int | None:
+    """Which block holds a layer; None for a layer outside of all, before which nothing can be skipped."""
+    return next((i for i, block in enumerate(blocks) if name.startswith(block + ".")), None)
 
 
 def blocks_of(model: nn.Module) -> list[str]:

@@ -84,9 +84,8 @@ def draw(
     cut = [(start, end) for start, _, end in windows_for(model, ids, length, None, frame=frame)]
     cut = [(start, end) for start, end in cut if end - start == length] or cut[:1]
     told = told_of(model, ids[slice(*cut[0])])
-    order = torch.randperm(len(cut), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu")[
-        :windows
-    ]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(cut), generator=generator, dtype=torch.int64, device="cpu")[:windows]
     drawn = (cut[i] for i in sorted(order.tolist()))
     return Sample(tuple(Window.of(ids[start:end], start, told, frame, pooling) for start, end in drawn), length)
 
