@@ -1,12 +1,9 @@
 """Two models by name, compared on a text: their predictions token by token, or the outputs of what predicts none."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from w8a8 import evaluation
 from w8a8.analysis import LayerErrors, layer_errors
@@ -18,8 +15,8 @@ from w8a8.errors import ModelError
 from w8a8.evaluation import Comparison, Reference
 from w8a8.evaluation.outputs import OutputComparison, compare_outputs
 from w8a8.evaluation.scores import default_length, scoring_length
-from w8a8.evaluation.speed import only_reads
-from w8a8.fusing.models import fusions_in_words, optimize_where_possible
+from w8a8.evaluation.text import Text, framed
+from w8a8.jobs.measuring import fusing
 from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import unstack_experts_
 from w8a8.model.experts import holds_experts
@@ -111,21 +108,15 @@ def _predictions(pair: ModelPair, model: NamedModel, against: NamedModel, watche
     opened = open_model(model)
     windows = _windows(pair, opened, content)
     reference: Any = open_model(against).model if stored is None else stored
-    told = _fused(pair, opened.model, reference if stored is None else None)
-    with watcher.stage("comparing") as step:
+    encoders = {_name(pair): opened.model} | ({pair.against: reference} if stored is None else {})
+    with fusing(encoders, watcher, asked=pair.fuse), watcher.stage("comparing") as step:
         both = evaluation.compare(opened.model, reference, seed=pair.seed, progress=step, **windows)
-    for each in told():
-        watcher.note(each)
     if apart:
         return Compared(both, (), "the models were in memory one at a time")
     if holds_experts(opened.model):
         unstack_experts_(reference)
     length = min(windows["seq_len"], _LAYERS_LENGTH)
-    try:
-        layers = layer_errors(reference, opened.model, windows["text"], seq_len=length, seed=pair.seed)
-    except ModelError as error:
-        return Compared(both, (), str(error))
-    return Compared(both, layers, None)
+    return _with_layers(both, reference, opened.model, windows["text"], seq_len=length, seed=pair.seed)
 
 
 def _stored(pair: ModelPair, against: NamedModel, content: str, watcher: Watcher) -> Reference:
@@ -140,8 +131,8 @@ def _stored(pair: ModelPair, against: NamedModel, content: str, watcher: Watcher
             )
         return reference
     opened = open_model(against)
-    _fused(pair, opened.model, None)
-    with watcher.stage("reference") as step:
+    nobody = Watcher()  # what is fused of the reference is not told
+    with fusing({pair.against: opened.model}, nobody, asked=pair.fuse), watcher.stage("reference") as step:
         reference = evaluation.store(opened.model, name=name, progress=step, **_windows(pair, opened, content))
     if pair.cache is not None:
         reference.save(pair.cache)
@@ -162,13 +153,8 @@ def _fingerprint(directory: Directory, dtype: str) -> str:
     return found.hexdigest()
 
 
-def _fused(pair: ModelPair, model: Pretrained, reference: Pretrained | None) -> Callable[[], list[str]]:
-    """Fuse what can be of encoders; what comes of it is told by a call, after the work."""
-    names = {str(NamedModel.of(pair.model).name): model, pair.against: reference}
-    encoders = {name: each for name, each in names.items() if each is not None and only_reads(each)}
-    asked = "it was not asked for"
-    whys = {name: optimize_where_possible(each) if pair.fuse else asked for name, each in encoders.items()}
-    return lambda: [f"{name}: {fusions_in_words(encoders[name], why)}." for name, why in whys.items()]
+def _name(pair: ModelPair) -> str:
+    return str(NamedModel.of(pair.model).name)
 
 
 def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: Watcher) -> Compared:
@@ -177,20 +163,22 @@ def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: W
     opened = open_model(model)
     other = open_model(against)
     encoded = evaluation.encode(opened.tokenizer, content).first(pair.max_tokens)
-    frame = ((), ()) if encoded.frame is None else (encoded.frame.before, encoded.frame.after)
-    room = default_length(opened.model) - sum(map(len, frame))
+    room = default_length(opened.model) - (0 if encoded.frame is None else len(encoded.frame))
     length = pair.seq_len or min(room, _OUTPUTS_LENGTH)
     if length > room:
-        raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {NamedModel.of(pair.model).name}")
-    before, after = (encoded.ids.new_tensor(part) for part in frame)
-    batches = [{"input_ids": torch.cat([before, ids, after])[None]} for ids in encoded.ids.split(length)]
-    told = _fused(pair, opened.model, other.model)
-    with watcher.stage("comparing") as step:
+        raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {_name(pair)}")
+    batches = [{"input_ids": framed(ids, encoded.frame)[None]} for ids in encoded.ids.split(length)]
+    encoders = {_name(pair): opened.model, pair.against: other.model}
+    with fusing(encoders, watcher, asked=pair.fuse), watcher.stage("comparing") as step:
         both = compare_outputs(opened.model, other.model, batches, seed=pair.seed, progress=step)
-    for each in told():
-        watcher.note(each)
+    return _with_layers(both, other.model, opened.model, encoded, seed=pair.seed)
+
+
+def _with_layers(
+    both: Comparison | OutputComparison, reference: Pretrained, model: Pretrained, text: Text, **options: Any
+) -> Compared:
+    """A comparison, and what each layer does by itself, or why that cannot be measured."""
     try:
-        layers = layer_errors(other.model, opened.model, encoded, seed=pair.seed)
+        return Compared(both, layer_errors(reference, model, text, **options), None)
     except ModelError as error:
         return Compared(both, (), str(error))
-    return Compared(both, layers, None)

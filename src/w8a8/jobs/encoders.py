@@ -4,7 +4,7 @@ sentence-transformers is imported here, and where a directory is of it only: its
 `w8a8.enable` has them run ours in integers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,7 +64,7 @@ class Judgement:
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
         measures = [{**plain(measure), "verdict": measure.verdict} for measure in self.measures]
-        return {"judged": self.judged, "alike": plain(self.alike), "measures": measures, "fused": self.fused}
+        return {**plain(self), "measures": measures}
 
 
 def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgement:
@@ -82,7 +82,7 @@ def judge_encoders(pair: EncoderPair, watcher: Watcher | None = None) -> Judgeme
         ours, theirs = (_opened(directory, pair.batch_size) for directory in directories)
     whys = [optimize_where_possible(each.model) if pair.fuse else "it was not asked for" for each in (ours, theirs)]
     with watcher.stage("judging") as step, usual_defaults():
-        judged = _judged(data, _Answers(ours, step, 0), _Answers(theirs, step, 1), pair)
+        judged = _judged(data, ours, theirs, step, pair.seed)
     return replace(judged, fused=fusions_in_words(ours.model, whys[0]))
 
 
@@ -91,26 +91,6 @@ class _Encoder:
 
     def __init__(self, name: str, model: Any, batch_size: int) -> None:
         self.name, self.model, self.batch_size = name, model, batch_size
-
-    def vectors(self, texts: Sequence[str]) -> Array:
-        """(texts, width)."""
-        self.refuse("vectors of texts")
-
-    def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> Array:
-        """(pairs,)."""
-        self.refuse("scores of pairs")
-
-    def retrieved(self, queries: Sequence[str], documents: Sequence[str]) -> Array:
-        """(queries, documents)."""
-        self.refuse("which document answers a query")
-
-    def labels(self, texts: Sequence[str]) -> Array:
-        """(texts,) numbers of labels."""
-        self.refuse("labels of texts")
-
-    def number_of(self, label: str) -> int:
-        """Of a label by its name, or by its number as a text."""
-        self.refuse("labels of texts")
 
     def refuse(self, asked: str) -> NoReturn:
         raise ModelError(
@@ -121,14 +101,17 @@ class _Encoder:
 
 class _Embedder(_Encoder):
     def vectors(self, texts: Sequence[str]) -> Array:
+        """(texts, width)."""
         found: Array = self.model.encode(list(texts), batch_size=self.batch_size, show_progress_bar=False)
         return found
 
     def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> Array:
+        """(pairs,)."""
         first, second = (self.vectors([pair[place] for pair in pairs]) for place in (0, 1))
         return _array(self.model.similarity_pairwise(first, second))
 
     def retrieved(self, queries: Sequence[str], documents: Sequence[str]) -> Array:
+        """(queries, documents)."""
         options = {"batch_size": self.batch_size, "show_progress_bar": False}
         asked = self.model.encode_query(list(queries), **options)  # with the prompts of either
         return _array(self.model.similarity(asked, self.model.encode_document(list(documents), **options)))
@@ -136,6 +119,7 @@ class _Embedder(_Encoder):
 
 class _Ranker(_Encoder):
     def pair_scores(self, pairs: Sequence[tuple[str, str]]) -> Array:
+        """(pairs,)."""
         found: Array = self.model.predict(list(pairs), batch_size=self.batch_size, show_progress_bar=False)
         if found.ndim != 1:
             self.refuse("single scores of pairs")
@@ -151,6 +135,7 @@ class _Classifier(_Encoder):
 
     @torch.inference_mode()
     def vectors(self, texts: Sequence[str]) -> Array:
+        """(texts, labels)."""
         found = []
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])
@@ -159,10 +144,12 @@ class _Classifier(_Encoder):
         return _array(torch.cat(found))
 
     def labels(self, texts: Sequence[str]) -> Array:
+        """(texts,) numbers of labels."""
         found: Array = self.vectors(texts).argmax(-1)
         return found
 
     def number_of(self, label: str) -> int:
+        """Of a label by its name, or by its number as a text."""
         if label not in self.numbers:
             raise TextError(
                 f"the data has the label {label!r}, which {self.name} does not know: {closest(label, self.numbers)}"
@@ -170,38 +157,32 @@ class _Classifier(_Encoder):
         return self.numbers[label]
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """A model whose answers are told as they come."""
+def _judged(data: Judged, ours: _Encoder, theirs: _Encoder, step: Progress, seed: int) -> Judgement:
+    def both(asked: str, ways: Mapping[type[_Encoder], Callable[..., Array]], *given: object) -> Iterator[Array]:
+        for done, encoder in enumerate((ours, theirs), start=1):
+            if type(encoder) not in ways:
+                encoder.refuse(asked)
+            yield ways[type(encoder)](encoder, *given)
+            step(done, 2, encoder.name)
 
-    encoder: _Encoder
-    step: Progress
-    before: int
-
-    def __call__(self, ask: Callable[[_Encoder], Array]) -> Array:
-        found = ask(self.encoder)
-        self.step(self.before + 1, 2, self.encoder.name)
-        return found
-
-
-def _judged(data: Judged, ours: _Answers, theirs: _Answers, pair: EncoderPair) -> Judgement:
-    seed = pair.seed
     match data:
         case Texts(texts):
-            vectors = [each(lambda encoder: encoder.vectors(texts)) for each in (ours, theirs)]
-            return Judgement(f"{len(texts)} texts", alike(vectors[0], vectors[1], seed=seed), ())
+            a, b = both("vectors of texts", {_Embedder: _Embedder.vectors, _Classifier: _Classifier.vectors}, texts)
+            return Judgement(f"{len(texts)} texts", alike(a, b, seed=seed), ())
         case ScoredPairs(pairs, scores):
-            a, b = (each(lambda encoder: encoder.pair_scores(pairs)) for each in (ours, theirs))
+            a, b = both("scores of pairs", {_Embedder: _Embedder.pair_scores, _Ranker: _Ranker.pair_scores}, pairs)
             return Judgement(f"{len(pairs)} pairs", None, (ranked_alike(a, b, scores, seed=seed),))
         case Labelled(texts, labels):
-            gold = [theirs.encoder.number_of(label) for label in labels]
-            a, b = (each(lambda encoder: encoder.labels(texts)) for each in (ours, theirs))
+            if not isinstance(theirs, _Classifier):
+                theirs.refuse("labels of texts")
+            gold = [theirs.number_of(label) for label in labels]
+            a, b = both("labels of texts", {_Classifier: _Classifier.labels}, texts)
             return Judgement(f"{len(texts)} texts", None, labelled_right(a, b, gold, seed=seed))
         case Retrieval(corpus, queries, relevant):
             number = {name: place for place, name in enumerate(corpus)}
             wanted = [{number[name]: score for name, score in relevant[query].items()} for query in queries]
             asked, documents = list(queries.values()), list(corpus.values())
-            a, b = (each(lambda encoder: encoder.retrieved(asked, documents)) for each in (ours, theirs))
+            a, b = both("which document answers a query", {_Embedder: _Embedder.retrieved}, asked, documents)
             told = f"{len(asked)} queries among {len(documents)} documents"
             return Judgement(told, None, found_right(a, b, wanted, seed=seed))
 

@@ -3,7 +3,8 @@
 What is asked of a model is held against its kind before a weight is read (`w8a8.checkpoint.opening`).
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,14 +46,9 @@ def score_model(
         CheckpointError, TextError: the model or the text cannot be read.
     """
     opened, encoded = _with_text(model, scores.ASKED, text)
-    watcher, why = watcher or Watcher(), None
-    if speed.only_reads(opened.model):
-        why = optimize_where_possible(opened.model) if fuse else "it was not asked for"
-    with watcher.stage("scoring") as step:
-        found = perplexity(opened.model, encoded.first(max_tokens), progress=step, **options)
-    if speed.only_reads(opened.model):
-        watcher.note(f"{NamedModel.of(model).name}: {fusions_in_words(opened.model, why)}.")
-    return found
+    watcher, models = watcher or Watcher(), {str(NamedModel.of(model).name): opened.model}
+    with fusing(models, watcher, asked=fuse), watcher.stage("scoring") as step:
+        return perplexity(opened.model, encoded.first(max_tokens), progress=step, **options)
 
 
 def study_model(
@@ -143,6 +139,23 @@ def time_models(
         found = speed.measure_speed(models, progress=step, **options)
     told = {name: fusions_in_words(models[name], why) for name, why in whys.items()}
     return {name: replace(each, fused=told.get(name), kv=caches[name]) for name, each in found.items()}
+
+
+@contextlib.contextmanager
+def fusing(models: Mapping[str, Pretrained], watcher: Watcher, *, asked: bool) -> Iterator[None]:
+    """Fuse what lies between the layers of encoders (`w8a8.optimize`), and tell after the work what was fused.
+
+    Args:
+        models: By the names that they are told by; other models stay as they are.
+        watcher: Told at the end of the `with` block.
+        asked: Whether to; else that is the reason that is told.
+    """
+    encoders = {name: each for name, each in models.items() if speed.only_reads(each)}
+    no = "it was not asked for"
+    whys = {name: optimize_where_possible(each) if asked else no for name, each in encoders.items()}
+    yield
+    for name, why in whys.items():
+        watcher.note(f"{name}: {fusions_in_words(encoders[name], why)}.")
 
 
 def _with_text(model: Named, asked: Asked, text: str) -> tuple[OpenedModel, Text]:

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from w8a8.jobs.watching import Watcher
 from w8a8.model.choice import Choice
 from w8a8.model.selection import assign, with_head
 from w8a8.model.swapping import swap, swapped
-from w8a8.records.smoothing import SmoothReport
+from w8a8.records.smoothing import GroupReport, SmoothReport
 from w8a8.report import collect
 from w8a8.report.page import check_place
 from w8a8.smoothing.smoother import Smoother
@@ -62,22 +62,19 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
     include = with_head(model, job.include, job.head)
     choice = Choice.of(model, job.wanted, include, job.exclude)
     _, schemes = assign(choice.selection, job.wanted if made.allocation is None else made.allocation.schemes)
-    groups = () if made.smooth is None else made.smooth.groups
-    folded = {(g.source, *g.readers): (g.alpha, g.error_after) for g in groups if g.alpha is not None}
-    before = None
-    if folded:
-        assert made.smooth is not None, "it has groups"
+    before, folded = None, 0 if made.smooth is None else len(made.smooth.smoothed)
+    if made.smooth is not None and folded:
         assert data is not None, "smoothed on it"
         with swapped(model, choice.experts):
             before = channel_absmax(model, ids, seed=job.seed)
-        _smooth_again(model, data, made.smooth, folded, choice.outside)
+        _smooth_again(model, data, made.smooth, choice.outside)
     swap(model, choice.experts)
     given: dict[str, Any] = {"include": include, "exclude": job.exclude, "calibration": data, "observer": job.observer}
     with watcher.stage("measuring layers") as step:
         found = sensitivity(model, ids, schemes, **given, seed=job.seed, before_smoothing=before, progress=step)
     with watcher.stage("measuring remedies") as step:
         helpful = remedies(model, ids, found, schemes, **given, progress=step)
-    what = f"the float model with {len(folded)} groups smoothed, as it was quantised" if folded else "the float model"
+    what = f"the float model with {folded} groups smoothed, as it was quantised" if folded else "the float model"
     words = f"Measured in {what}, on {found.windows} windows of {found.seq_len} tokens of {Path(text).name}"
     words += f"; KL is {found.measure}"
     if any(scheme.static for scheme in schemes.values()):
@@ -85,30 +82,26 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
     return MeasuredLayers(found, helpful, words + ".")
 
 
-def _smooth_again(
-    model: nn.Module,
-    data: Calibration,
-    done: SmoothReport,
-    folded: Mapping[tuple[str, ...], tuple[float, float | None]],
-    chosen: Iterable[str],
-) -> None:
+def _smooth_again(model: nn.Module, data: Calibration, done: SmoothReport, chosen: Iterable[str]) -> None:
     """Fold into a float model what was folded before, in place; `ReportError` where that comes out otherwise."""
 
     def key(group: Group) -> tuple[str, ...]:
         return (group.source.module, *dict.fromkeys(reader.module for reader in group.readers))
 
+    folded = {(was.source, *was.readers): was for was in done.smoothed}
     smoother = Smoother.of(model, data, dict.fromkeys(chosen, Scheme.of(done.scheme)))
     smoother.smooth(Smoothing.of(done.kept or done.alpha), [g for g in smoother.groups if key(g) in folded])
     again = {(report.source, *report.readers): report for report in smoother.reports}
-    for name, (alpha, error) in folded.items():
-        report = again.get(name)
-        new, measured = (None, None) if report is None else (report.alpha, report.error_after)
-        assert error is not None, "of what was folded it was measured"
-        if new != alpha or measured is None or not math.isclose(measured, error, rel_tol=1e-3):
+    for name, was in folded.items():
+        now = again.get(name, GroupReport(was.source, was.readers))
+        assert was.error_after is not None, "of what was folded it was measured"
+        close = now.error_after is not None and math.isclose(now.error_after, was.error_after, rel_tol=1e-3)
+        if now.alpha != was.alpha or not close:
             raise ReportError(
-                f"{name[0]} was smoothed with alpha {alpha} and error {error:.3e}, and smoothing it again for the page "
-                f"gave {new} and {measured}: has {data.description} or the model changed since?  The checkpoint "
-                "is whole, only the page is missing; leave out --eval-text for a page without layers"
+                f"{was.source} was smoothed with alpha {was.alpha} and error {was.error_after:.3e}, and smoothing it "
+                f"again for the page gave {now.alpha} and {now.error_after}: has {data.description} or the model "
+                "changed since?  The checkpoint is whole, only the page is missing; leave out --eval-text for a page "
+                "without layers"
             )
 
 

@@ -20,7 +20,7 @@ from w8a8.checkpoint.vllm import Finding, foresee
 from w8a8.checkpoint.writer import check_target, save
 from w8a8.core.scheme import Scheme
 from w8a8.directories import quantize_directory
-from w8a8.errors import SchemeError, W8A8Error
+from w8a8.errors import SchemeError, noted
 from w8a8.evaluation import encode
 from w8a8.evaluation.summary import summary
 from w8a8.jobs import comparison
@@ -66,11 +66,8 @@ def quantize_to(job: Job, watcher: Watcher | None = None) -> Made:
     work.watcher.made(made)
     if job.dry_run:
         return made
-    try:
+    with noted(f"{job.output} is whole all the same" + (", and not pushed" if job.push_to_hub else "")):
         made = _looked_at(made, work.watcher)
-    except W8A8Error as error:
-        error.add_note(f"{job.output} is whole all the same" + (", and not pushed" if job.push_to_hub else ""))
-        raise
     if job.push_to_hub is None:
         return made
     return replace(made, pushed=push_to_hub(job.output, job.push_to_hub, private=job.private or None))
@@ -97,9 +94,9 @@ def _looked_at(made: Made, watcher: Watcher) -> Made:
     job = made.job
     if job.eval_text is not None:
         pair = comparison.ModelPair(replace(job.named, name=job.output), job.model, job.eval_text)
-        made = replace(made, compared=comparison.compare_models(pair, watcher))
-        assert made.compared is not None, "just made"
-        add_measured(job.output, summary(made.compared.both, Path(job.eval_text).name))
+        compared = comparison.compare_models(pair, watcher)
+        made = replace(made, compared=compared)
+        add_measured(job.output, summary(compared.both, Path(job.eval_text).name))
         watcher.compared(made)
     if job.report is not None:
         if job.eval_text is not None:
