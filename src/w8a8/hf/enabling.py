@@ -34,12 +34,10 @@ def enable(*, head: str = "float", embeddings: str = "float", kernel: str = kern
         ModelError: `head` or `embeddings` is neither "float" nor "int8".
         KernelError: no kernel has this name.
     """
-    W8A8Config(head=head, embeddings=embeddings, kernel=kernel, strict=strict)  # it checks them
+    options: dict[str, Any] = {"head": head, "embeddings": embeddings, "kernel": kernel, "strict": strict}
+    W8A8Config(**options)  # it checks them
     theirs: Any = AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS]
-    ours: Any = _Ours(
-        theirs.theirs if isinstance(theirs, _Ours) else theirs,
-        {"head": head, "embeddings": embeddings, "kernel": kernel, "strict": strict},
-    )
+    ours: Any = _Ours(theirs.theirs if isinstance(theirs, _Ours) else theirs, options)
     AUTO_QUANTIZATION_CONFIG_MAPPING[_THEIRS] = ours
 
 

@@ -29,7 +29,7 @@ from w8a8.checkpoint.names import remember
 from w8a8.checkpoint.reader import quantize_heads, quantize_missing_tables
 from w8a8.checkpoint.skeleton import as_stored, insert_quant_linears
 from w8a8.core.scheme import AUTO, Scheme
-from w8a8.errors import CheckpointError, SchemeError, W8A8Error
+from w8a8.errors import CheckpointError, SchemeError, noted
 from w8a8.hf.arriving import Arriving, arriving_of
 from w8a8.layers.buffers import quant_layers
 from w8a8.layers.embedding import share_codes
@@ -88,19 +88,10 @@ class W8A8Config(QuantizationConfigMixin):
             self.scheme.check_without_data(way_out)
 
     @classmethod
-    def from_dict(
-        cls,
-        config_dict: Mapping[str, object],
-        return_unused_kwargs: bool = False,
-        *,
-        head: str = "float",
-        embeddings: str = "float",
-        kernel: str = kernels.AUTO,
-        strict: bool = False,
-        **kwargs: Any,
-    ) -> Any:
+    def from_dict(cls, config_dict: Mapping[str, object], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From the `quantization_config` of a file, and how it is to be run, as for `w8a8.load`."""
-        config = cls(head=head, embeddings=embeddings, kernel=kernel, strict=strict)
+        ours = ("head", "embeddings", "kernel", "strict")
+        config = cls(**{name: kwargs.pop(name) for name in ours if name in kwargs})
         config.checkpoint = dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -130,7 +121,6 @@ class W8A8Quantizer(HfQuantizer):
     """What transformers calls while it loads a model whose configuration is a `W8A8Config`."""
 
     quantization_config: W8A8Config
-    requires_calibration = False
 
     def __init__(self, quantization_config: W8A8Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -139,9 +129,6 @@ class W8A8Quantizer(HfQuantizer):
         self._arriving: list[Arriving] = []
         self._unstacked = False  # the model's experts have layers of their own
         self._stored_scheme: Scheme | None = None  # the first that a file has
-
-    def validate_environment(self, *args: object, **kwargs: object) -> None:
-        """Nothing is needed beside this package."""
 
     def param_needs_quantization(self, model: Pretrained, param_name: str, **kwargs: object) -> bool:
         """Whether a tensor of the files goes into a `QuantLinear`: then it is ours to shape."""
@@ -182,35 +169,30 @@ class W8A8Quantizer(HfQuantizer):
         self._dtype = dtype
         files = [Path(file) for file in checkpoint_files or ()]
         stored = each_once(pair for file in files for pair in read_header(file).items())
-        experts = as_stored(model, stored)
-        if self.quantization_config.checkpoint is not None:
+        experts, config = as_stored(model, stored), self.quantization_config
+        if config.checkpoint is not None:
             where = str(files[0].parent / CONFIG) if files else "quantization_config"
-            quantization = from_json(self.quantization_config.checkpoint, where)
+            quantization = from_json(config.checkpoint, where)
             swap(model, experts)
             another = bool(stored) and type(model).__name__ not in (model.config.architectures or ())
-            running = self.quantization_config.running
-            packed = insert_quant_linears(model, quantization, where, stored, of_another=another, **running)
+            packed = insert_quant_linears(model, quantization, where, stored, of_another=another, **config.running)
             self._stored_scheme = quantization.groups[0].scheme
             self._quantized = {name for name, _ in quant_layers(model)}
             self._arriving = arriving_of(model, stored, packed)
-            self._unstacked = holds_experts(model)
-            mark_arriving(model, arriving=True)
-            return
-        config = self.quantization_config
-        others = tables_of(model) if config.embeddings is Embeddings.INT8 else {}  # they come later
-        exclude = [pattern for pattern in config.exclude if not matching(pattern, others)]
-        choice = Choice.of(model, config.scheme, config.include, exclude, stacks=(experts, {}))
-        choice = _untied(model, choice, config.include)
-        swap(model, choice.taken)
+        else:
+            others = tables_of(model) if config.embeddings is Embeddings.INT8 else {}  # they come later
+            exclude = [pattern for pattern in config.exclude if not matching(pattern, others)]
+            choice = Choice.of(model, config.scheme, config.include, exclude, stacks=(experts, {}))
+            choice = _untied(model, choice, config.include)
+            swap(model, choice.taken)
+            layers = {name: empty_layer(model, name, each, **config.running) for name, each in choice.schemes.items()}
+            for layer in layers.values():
+                # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then quantises it
+                layer.as_stored({"weight": layer.codes.to(dtype or torch.get_default_dtype())})
+            swap(model, layers)
+            self._quantized = set(layers)
         self._unstacked = holds_experts(model)
-        running = config.running
-        layers = {name: empty_layer(model, name, scheme, **running) for name, scheme in choice.schemes.items()}
-        for layer in layers.values():
-            # transformers before 5.23 casts a weight to the dtype of what it is loaded into, and then has it quantised
-            layer.as_stored({"weight": layer.codes.to(dtype or torch.get_default_dtype())})
-        swap(model, layers)
         mark_arriving(model, arriving=True)
-        self._quantized = set(layers)
 
     def _process_model_after_weight_loading(self, model: Pretrained, **kwargs: object) -> Pretrained:
         """Check what came, pack it for the kernel, and have the configuration say what the layers are."""
@@ -260,12 +242,8 @@ class _Quantize(ConversionOps):
         (value,) = input_dict.values()
         weight: Tensor = value[0] if isinstance(value, list) else value
         weight = weight if self.hf_quantizer._dtype is None else weight.to(self.hf_quantizer._dtype)
-        try:
-            weight = weight.t() if layer.was_conv1d else weight
-            made = make_weight(weight, layer.scheme.weights)
-        except W8A8Error as error:
-            error.add_note(f"while quantising {name}")
-            raise
+        with noted(f"while quantising {name}"):
+            made = make_weight(weight.t() if layer.was_conv1d else weight, layer.scheme.weights)
         layer.weight_sqnr_db = made.sqnr_db
         named = {f"{name}.{key}": tensor for key, tensor in made.named().items()}
         for key in named:
