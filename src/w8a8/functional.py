@@ -86,7 +86,5 @@ def _apply(
 ) -> Result:
     spec = QuantSpec(bits=n_bits, granularity=granularity, symmetric=symmetric)
     params = qparams(x, spec, operand, smallest_range=eps)
-    if inplace:
-        return fake_quantize(x, spec, operand, params=params, inplace=True)
-    y = fake_quantize(x, spec, operand, params=params)
-    return y, l2_error(x, y)
+    y = fake_quantize(x, spec, operand, params=params, inplace=inplace)
+    return y if inplace else (y, l2_error(x, y))

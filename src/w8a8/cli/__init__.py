@@ -17,33 +17,6 @@ from types import FrameType
 from w8a8.errors import ElsewhereError, W8A8Error
 
 
-def main() -> None:
-    with _ending_cleanly():
-        _run()
-
-
-def _run() -> None:
-    from w8a8.cli.commands import app
-
-    try:
-        try:
-            app()
-        finally:
-            sys.stdout.flush()  # here, where a full disk is told, and not at the interpreter's end
-    except W8A8Error as error:
-        if not isinstance(error, ElsewhereError):
-            sys.stderr.write(f"w8a8: {error.explain()}\n")
-        sys.exit(2)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sys.stderr.write(
-            f"w8a8: {error.filename or 'the output'} cannot be written, the disk is full; make room, and repeat\n"
-        )
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it goes nowhere
-        sys.exit(2)
-
-
 @contextlib.contextmanager
 def _ending_cleanly() -> Iterator[None]:
     """Have signals that end the process raise first, so that what is on its way is undone; then it ends by them.
@@ -74,3 +47,26 @@ def _ending_cleanly() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
         if told:
             signal.raise_signal(told[0])
+
+
+@_ending_cleanly()
+def main() -> None:
+    from w8a8.cli.commands import app
+
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, where a full disk is told, and not at the interpreter's end
+    except W8A8Error as error:
+        if not isinstance(error, ElsewhereError):
+            sys.stderr.write(f"w8a8: {error.explain()}\n")
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sys.stderr.write(
+            f"w8a8: {error.filename or 'the output'} cannot be written, the disk is full; make room, and repeat\n"
+        )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it goes nowhere
+        sys.exit(2)

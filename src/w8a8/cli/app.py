@@ -24,7 +24,6 @@ SeqLen = Annotated[
     int | None,
     typer.Option("--seq-len", min=2, help="Tokens in a window; by default the model's context, at most 2048."),
 ]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Score only the first so many tokens.")]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="Of the float tensors: auto (the file's), float32, bfloat16, float16.")
 ]
@@ -53,6 +52,10 @@ Kv = Annotated[
         help="Keys and values: dynamic (as transformers keeps them), block (the same bits), int8; "
         "auto: block where it can be.",
     ),
+]
+
+Fuse = Annotated[
+    bool, typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder.")
 ]
 
 TrustRemoteCode = Annotated[

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Head, Json, Kv, Model, TrustRemoteCode, app
+from w8a8.cli.app import Device, Dtype, Fuse, Head, Json, Kv, Model, TrustRemoteCode, app
 from w8a8.cli.output import Watching, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def bench(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at once.")] = 1,
     seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Of measuring, for each model.")] = 10.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the random tokens.")] = 0,
-    fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder.")
-    ] = True,
+    fuse: Fuse = True,
     head: Head = "float",
     kv: Kv = "auto",
     dtype: Dtype = "auto",
@@ -67,30 +65,27 @@ def bench(
         print_json({"batch": batch, "new": new, "context": context, "threads": threads, "models": found})
         return
     first = next(iter(found.values()))
-    if first.writing is None:
-        read = [(name, *_cells(speed.reading, first.reading), speed.fused or "") for name, speed in found.items()]
-        columns: tuple[str, ...] = (
-            "model",
-            f"reading, {first.unit}/s",
-            "quartiles",
-            "times",
-            "between the layers",
-        )
-        print_table(f"batch {batch}, {first.rounds} rounds, {threads} threads", columns, read)
-        print_line("One round: each model in turn reads. Medians; times is beside the first.")
-        return
+    writes = first.writing is not None
     rows = [
-        (name, *_cells(speed.reading, first.reading), *_cells(speed.writing, first.writing), speed.kv or "")
+        (
+            name,
+            *_cells(speed.reading, first.reading),
+            *_cells(speed.writing, first.writing),
+            (speed.kv if writes else speed.fused) or "",
+        )
         for name, speed in found.items()
     ]
-    columns = ("model", "reading, tokens/s", "quartiles", "times", "writing, tokens/s", "quartiles", "times", "cache")
+    columns = ["model", f"reading, {first.unit}/s", "quartiles", "times"]
+    columns += ["writing, tokens/s", "quartiles", "times", "cache"] if writes else ["between the layers"]
     after = "" if context is None else f" after {context}"
-    title = f"batch {batch}, {new} new tokens{after}, {first.rounds} rounds, {threads} threads"
-    print_table(title, columns, rows)
-    print_line("One round: each model in turn reads the prompt and writes. Medians; times is beside the first.")
+    written = f"{new} new tokens{after}, " if writes else ""
+    print_table(f"batch {batch}, {written}{first.rounds} rounds, {threads} threads", columns, rows)
+    does = "reads the prompt and writes" if writes else "reads"
+    print_line(f"One round: each model in turn {does}. Medians; times is beside the first.")
 
 
-def _cells(rate: "Rate | None", first: "Rate | None") -> tuple[str, str, str]:
-    assert rate is not None, "all models write, or none does"
-    assert first is not None, "all models write, or none does"
+def _cells(rate: "Rate | None", first: "Rate | None") -> tuple[str, ...]:
+    """Of all models or of none."""
+    if rate is None or first is None:
+        return ()
     return f"{rate.median:.1f}", f"{rate.low:.1f} .. {rate.high:.1f}", f"{rate.median / first.median:.2f}"

@@ -18,9 +18,9 @@ def show_compared(model: str, against: str, found: "Compared") -> None:
 
     if isinstance(found.both, OutputComparison):
         _show_outputs(model, against, found.both)
-        _show_layers(found)
     else:
-        _show_predictions(model, against, found.both, found)
+        _show_predictions(model, against, found.both)
+    _show_layers(found)
 
 
 def _show_outputs(model: str, against: str, both: "OutputComparison") -> None:
@@ -35,8 +35,8 @@ def _show_outputs(model: str, against: str, both: "OutputComparison") -> None:
     print_table(title, ("measure", "value", "95 % interval"), rows)
 
 
-def _show_predictions(model: str, against: str, both: "Comparison", found: "Compared") -> None:
-    """The headline: sizes, both models' figures, their difference, and what it says; then the worst layers."""
+def _show_predictions(model: str, against: str, both: "Comparison") -> None:
+    """The headline: sizes, both models' figures, their difference, and what it says."""
     bound = "" if both.top_k is None else f", at least (top {both.top_k})"
     rows = [
         *evaluation_rows("model ", both.model),
@@ -55,7 +55,6 @@ def _show_predictions(model: str, against: str, both: "Comparison", found: "Comp
         f"{model} against {against}: {windows_in_words(both.model)}", ("measure", "value", "95 % interval"), rows
     )
     print_line(f"Perplexity: {both.verdict}.")
-    _show_layers(found)
 
 
 def _show_layers(found: "Compared") -> None:
@@ -92,13 +91,9 @@ def show_judged(model: str, against: str, found: "Judgement") -> None:
 
 def sizes(model: str, against: str) -> str:
     """How large a model's files of weights are, and another's."""
-    return f"{megabytes(_on_disk(model))} of {megabytes(_on_disk(against))}"
-
-
-def _on_disk(model: str) -> int:
     from w8a8.checkpoint.directory import Directory
 
-    return Directory.of(model).bytes
+    return " of ".join(megabytes(Directory.of(name).bytes) for name in (model, against))
 
 
 def windows_in_words(e: "Evaluation") -> str:

@@ -5,11 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Exclude, Head, Include, Json, Kv, MaxTokens, Model, SeqLen, TrustRemoteCode, app
+from w8a8.cli.app import Device, Dtype, Exclude, Fuse, Head, Include, Json, Kv, Model, SeqLen, TrustRemoteCode, app
 from w8a8.cli.compare import evaluation_rows, show_compared, show_judged, windows_in_words
 from w8a8.cli.output import Watching, print_json, print_line, print_table
 from w8a8.core.plain import plain
 from w8a8.errors import SchemeError
+
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=2, help="Score only the first so many tokens.")]
 
 SCORING = (
     "Perplexity: the text is tokenised without special tokens and cut into windows of --seq-len tokens that do not "
@@ -62,10 +64,7 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option("--cache", help="A file for the reference's predictions: made, or used again.")
     ] = None,
-    fuse: Annotated[
-        bool,
-        typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder."),
-    ] = True,
+    fuse: Fuse = True,
     head: Head = "float",
     kv: Kv = "dynamic",
     dtype: Dtype = "auto",
@@ -92,23 +91,15 @@ def evaluate(
         _show_tasks(model, found, as_json=as_json)
         return
     if data is not None:
-        others = {
-            "--text": text is not None,
-            "--seq-len": seq_len is not None,
-            "--stride": stride is not None,
-            "--max-tokens": max_tokens is not None,
-            "--one-at-a-time": one_at_a_time,
-            "--cache": cache is not None,
-            "--head": head != "float",
-            "--kv": kv != "dynamic",
-            "--dtype": dtype != "auto",
-            "--device": device != "cpu",
-        }
-        if against is None or any(others.values()):
-            given = next((name for name, there in others.items() if there), "no --against")
+        given: dict[str, object] = {"--text": text, "--seq-len": seq_len, "--stride": stride}
+        given |= {"--max-tokens": max_tokens, "--one-at-a-time": one_at_a_time or None, "--cache": cache}
+        others = [name for name, value in given.items() if value is not None]
+        opened_so = ("head", "kv", "dtype", "device")
+        others += [f"--{name}" for name in opened_so if getattr(named, name) != getattr(NamedModel, name)]
+        if against is None or others:
             raise SchemeError(
-                f"--data {data} compares two encoders as they are, on a CPU, and {given} was given: give "
-                "--against FLOAT_MODEL, and leave out the others"
+                f"--data {data} compares two encoders as they are, on a CPU, and {[*others, 'no --against'][0]} was "
+                "given: give --against FLOAT_MODEL, and leave out the others"
             )
         encoders = EncoderPair(model, against, data, seed=seed, fuse=fuse, trust_remote_code=trust_remote_code)
         judged = judge_encoders(encoders, watching)

@@ -84,21 +84,18 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-ERRORS = ("weight dB", "input dB", "output dB", "outliers", "saturated", "dead")
-"""What `error_cells` tells of a layer."""
+ERRORS = {
+    "weight dB": ("weight_sqnr_db", 1),
+    "input dB": ("input_sqnr_db", 1),
+    "output dB": ("output_sqnr_db", 1),
+    "outliers": ("outlier_ratio", 1),
+    "saturated": ("saturated_share", 4),
+    "dead": ("dead_share", 3),
+}
+"""What `error_cells` tells of a layer: under each heading a field, and its digits."""
 
 
 def error_cells(layer: LayerErrors) -> tuple[str, ...]:
-    """SQNRs in dB, outlier ratio, shares of saturated codes and of dead channels; empty for what has no value."""
-    return (
-        _figure(layer.weight_sqnr_db, 1),
-        _figure(layer.input_sqnr_db, 1),
-        _figure(layer.output_sqnr_db, 1),
-        _figure(layer.outlier_ratio, 1),
-        _figure(layer.saturated_share, 4),
-        _figure(layer.dead_share, 3),
-    )
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    """A cell under each heading of `ERRORS`, empty for what has no value."""
+    found = ((getattr(layer, field), digits) for field, digits in ERRORS.values())
+    return tuple("" if value is None else f"{value:.{digits}f}" for value, digits in found)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.app import Device, Dtype, Head, Kv, Model, TrustRemoteCode, app
+from w8a8.cli.app import Device, Dtype, Fuse, Head, Kv, Model, TrustRemoteCode, app
 from w8a8.cli.output import Watching, print_note
 
 
@@ -28,9 +28,7 @@ def serve(
     batching: Annotated[
         bool, typer.Option("--batching/--no-batching", help="Write for several clients at once, where that can be.")
     ] = True,
-    fuse: Annotated[
-        bool, typer.Option("--fuse/--no-fuse", help="Fuse what lies between the integer layers of an encoder.")
-    ] = True,
+    fuse: Fuse = True,
     kv: Kv = "auto",
     head: Head = "float",
     dtype: Dtype = "auto",
