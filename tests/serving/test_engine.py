@@ -11,7 +11,7 @@ from tests.conftest import needs
 from tests.decoding.models import CAUSAL, causal
 from tests.serving.conftest import TIMEOUT_S
 from w8a8.decoding.models import set_cache
-from w8a8.serving import places
+from w8a8.serving import packed, places
 from w8a8.serving.engine import Engine, Ticket
 from w8a8.serving.sampling import Sampling
 from w8a8.serving.suits import bytes_per_token, set_packed
@@ -98,12 +98,12 @@ def test_tokens_of_many_are_attended_by_the_native_kernel_and_others_by_none(mon
         seen.append((q.shape[0], found is not None))
         return found
 
-    kernel = places.attend_each
-    monkeypatch.setattr(places, "attend_each", told)
+    kernel = packed.attend_each
+    monkeypatch.setattr(packed, "attend_each", told)
     with running(model, places=2, tokens=32, kind=kind) as engine:
         wanted = answered(engine, [Asked(prompt(5), 4), Asked(prompt(5), 4)])
     assert seen == [(2, True)] * 3 * 2, "two layers, and three tokens after the first"
-    monkeypatch.setattr(places, "attend_each", lambda *_: None)
+    monkeypatch.setattr(packed, "attend_each", lambda *_: None)
     with running(model, places=2, tokens=32, kind=kind) as engine:
         assert answered(engine, [Asked(prompt(5), 4), Asked(prompt(5), 4)]) == wanted
 
@@ -118,7 +118,7 @@ def test_what_was_not_written_is_not_read(monkeypatch, kind):
     class Spoiled(places.KINDS[kind]):
         def __init__(self, *given):
             super().__init__(*given)
-            held = self._codes[:4] if kind == "int8" else (self._keys, self._values)
+            held = self.held[:4] if kind == "int8" else self.held
             for tensor in held:
                 tensor.fill_(torch.nan if tensor.is_floating_point() else -77)
 

@@ -23,6 +23,7 @@ from w8a8.embedding.texts import Line, count_texts, each_text, pieces
 from w8a8.embedding.vectors import check_place, growing
 from w8a8.errors import ModelError, TextError, closest
 from w8a8.evaluation.encoders import Array
+from w8a8.fusing.models import fusions_in_words, optimize_where_possible
 from w8a8.jobs.watching import Watcher
 from w8a8.serving.batching import BATCH_TOKENS, Item
 from w8a8.serving.encoders import Embedder, open_encoder
@@ -120,11 +121,11 @@ def embed_texts(asked: Embedding, watcher: Watcher | None = None) -> Embedded:
     count = count_texts(asked.text)
     directory = Directory.of(asked.model, trust_remote_code=asked.trust_remote_code)
     encoder, vectors = _opened(directory, asked.prompt)
-    not_fused = encoder.fuse() if asked.fuse else "it was not asked for"
+    not_fused = optimize_where_possible(encoder.model) if asked.fuse else "it was not asked for"
     watcher.note(f"w8a8: {asked.model}: {vectors}")
     with usual_defaults():  # sentence-transformers makes tensors without saying where
         encoder.warm_up()
-        watcher.note(f"w8a8: {encoder.fused}" if not_fused is None else f"w8a8: not fused: {not_fused}")
+        watcher.note(f"w8a8: {fusions_in_words(encoder.model, not_fused)}")
         work = _Work(asked, encoder, count)
         with watcher.stage("embedding") as step, growing(asked.output, count, encoder.width) as file:
             work.begun = time.perf_counter()

@@ -5,6 +5,7 @@ Every path has its check before it (`texts`), so that what arrives here can be c
 
 import base64
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -48,14 +49,15 @@ def encoder_app(encoder: Encoder, names: Sequence[str], batcher: Batcher) -> Fro
         paths.append(Path(path, endpoint, methods=["POST"]))
 
     if isinstance(encoder, Embedder):
-        check = check_embeddings(encoder, names)
+        check = partial(check_embeddings, encoder, names)
         listen("/v1/embeddings", check, Embeddings, lambda asked: _embed(asked, batcher, names[0]))
     elif isinstance(encoder, Scorer) and encoder.ranks:
         for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
-            check = check_ranking(encoder, names)
+            check = partial(check_ranking, encoder, names)
             listen(path, check, Ranking, lambda asked: _rank(asked, encoder, batcher, names[0]))
     elif isinstance(encoder, Scorer):
-        listen("/classify", check_labels(encoder, names), Labels, lambda asked: _classify(asked, encoder, batcher))
+        check = partial(check_labels, encoder, names)
+        listen("/classify", check, Labels, lambda asked: _classify(asked, encoder, batcher))
     add_common(routes, paths, names)
     return Front(Starlette(routes=paths), routes)
 

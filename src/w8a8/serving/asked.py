@@ -8,13 +8,13 @@ as the model will read it, so that one which does not fit is told with its lengt
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
 
 from w8a8.model.pretrained import Tokenizer
-from w8a8.serving.fields import SHOWN, Body, flag, integer, model_named, number, only, readable, shown, text, wrong
+from w8a8.serving.fields import SHOWN, Body, flag, integer, number, only, readable, shown, text, wrong
 from w8a8.serving.front import Checked
 from w8a8.serving.mistakes import RefusedError
 from w8a8.serving.sampling import Sampling
@@ -143,8 +143,7 @@ class Served:
 
     def _wanted(self, body: Body, known: Sequence[str]) -> Wanted:
         """What every request may ask, checked; and that it asks nothing else."""
-        only(body, (*known, *_PASSED))
-        model_named(body, self.names)
+        only(body, (*known, *_PASSED), self.names)
         for name, values in _ONLY.items():
             value = body.get(name)
             if name in known and value is not None and not any(value == v and type(value) is type(v) for v in values):
@@ -153,32 +152,29 @@ class Served:
         return Wanted(self._sampling(body), _stops(body))
 
     def _sampling(self, body: Body) -> Sampling:
-        asked = self.defaults
-        temperature = number(body, "temperature", low=0, high=2)
-        top_p, min_p = number(body, "top_p", low=0, high=1), number(body, "min_p", low=0, high=1)
-        top_k = integer(body, "top_k", low=-1, high=self.words)
-        repetition = number(body, "repetition_penalty", low=0.01, high=100)
-        presence, frequency = (number(body, f"{name}_penalty", low=-2, high=2) for name in ("presence", "frequency"))
-        if (presence or frequency) and not self.penalties:
+        found = {
+            "temperature": number(body, "temperature", low=0, high=2),
+            "top_p": number(body, "top_p", low=0, high=1),
+            "min_p": number(body, "min_p", low=0, high=1),
+            "top_k": integer(body, "top_k", low=-1, high=self.words),
+            "repetition_penalty": number(body, "repetition_penalty", low=0.01, high=100),
+            "presence_penalty": number(body, "presence_penalty", low=-2, high=2),
+            "frequency_penalty": number(body, "frequency_penalty", low=-2, high=2),
+        }
+        asked: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
+        if asked.get("top_k") == -1:
+            asked["top_k"] = 0  # vLLM's word for all
+        penalised = [name for name in ("presence_penalty", "frequency_penalty") if asked.get(name)]
+        if penalised and not self.penalties:
             raise RefusedError(
                 "presence_penalty and frequency_penalty are not known to this model's way of writing; use "
                 "repetition_penalty",
-                param="presence_penalty" if presence else "frequency_penalty",
+                param=penalised[0],
             )
-        drawn = temperature if temperature is not None else asked.temperature
-        if temperature is None and drawn == 0 and any(value is not None for value in (top_p, top_k, min_p)):
-            drawn = 1.0  # who says which tokens may be drawn wants some drawn
-        return Sampling(
-            drawn,
-            asked.top_k if top_k is None else max(top_k, 0),  # -1 is vLLM's word for all
-            asked.top_p if top_p is None else top_p,
-            asked.min_p if min_p is None else min_p,
-            asked.repetition_penalty if repetition is None else repetition,
-            presence or 0.0,
-            frequency or 0.0,
-            self._bias(body),
-            integer(body, "seed", low=-(2**63), high=2**63 - 1),
-        )
+        if self.defaults.temperature == 0 and not asked.keys().isdisjoint(("top_p", "top_k", "min_p")):
+            asked.setdefault("temperature", 1.0)  # who says which tokens may be drawn wants some drawn
+        seed = integer(body, "seed", low=-(2**63), high=2**63 - 1)
+        return replace(self.defaults, **asked, bias=self._bias(body), seed=seed)
 
     def _bias(self, body: Body) -> dict[int, float]:
         given = body.get("logit_bias") or {}

@@ -67,10 +67,6 @@ class Batcher:
         self._worker: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="w8a8-model")
 
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
     async def ask(self, items: Sequence[Item]) -> list[Tensor]:
         """An answer for each item, in their order.
 

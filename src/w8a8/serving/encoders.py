@@ -8,7 +8,8 @@ A server is a process of its own, so that its default dtype is nobody else's.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -19,7 +20,6 @@ from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.opening import open_model
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError
-from w8a8.fusing.models import fusions, optimize_where_possible
 from w8a8.jobs.encoders import open_sentences
 from w8a8.model.kinds import context_length
 from w8a8.model.pretrained import Tokenizer
@@ -58,15 +58,6 @@ class Encoder(ABC):
         """How many tokens each text or pair has, special ones included."""
         asked = list(texts) if texts and isinstance(texts[0], str) else [list(pair) for pair in texts]
         return [len(ids) for ids in self._counting(asked, truncation=False, padding=False, verbose=False)["input_ids"]]
-
-    def fuse(self) -> str | None:
-        """Let the native kernel do what lies between the integer layers; why not, where it does not."""
-        return optimize_where_possible(self.model)
-
-    @property
-    def fused(self) -> str:
-        """What is fused, after a first call, in a line."""
-        return fusions(self.model).line
 
 
 class Embedder(Encoder):
@@ -112,14 +103,13 @@ class Embedder(Encoder):
 
 
 class Scorer(Encoder):
-    """A classifier of texts or of pairs: logits; with one label a reranker.
+    """A classifier of texts or of pairs: logits; with one label a reranker."""
 
-    labels: Their names, by number.
-    """
-
-    def __init__(self, name: str, model: Any, tokenizer: Any, window: int | None, labels: Sequence[str]) -> None:
-        super().__init__(name, model, tokenizer, window)
-        self.labels = list(labels)
+    @cached_property
+    def labels(self) -> list[str]:
+        """The names of its labels, by number."""
+        config = self.model.config
+        return [str(config.id2label[number]) for number in range(config.num_labels)]
 
     @property
     def ranks(self) -> bool:
@@ -203,22 +193,15 @@ def open_encoder(directory: Directory) -> Encoder:
         opened = open_model(directory)
         if opened.tokenizer is None:
             raise ModelError(f"{directory.path} is a classifier without a tokenizer; copy tokenizer.json there")
-        labels = _labels(opened.model.config)
-        return _Classifier(name, opened.model, opened.tokenizer, window_of(opened.tokenizer, opened.model), labels)
+        return _Classifier(name, opened.model, opened.tokenizer, window_of(opened.tokenizer, opened.model))
     with usual_defaults():  # sentence-transformers makes tensors without saying where
         model = open_sentences(directory, around)
-    window = model.max_seq_length
-    if around == "CrossEncoder":
-        return _CrossEncoder(name, model.eval(), model.tokenizer, window, _labels(model.config))
-    return Embedder(name, model.eval(), model.tokenizer, window)
+    kind = _CrossEncoder if around == "CrossEncoder" else Embedder
+    return kind(name, model.eval(), model.tokenizer, model.max_seq_length)
 
 
 def _classifies(directory: Directory) -> bool:
     return bool(directory.architecture[0].__name__.endswith("ForSequenceClassification"))
-
-
-def _labels(config: Any) -> list[str]:
-    return [str(config.id2label[number]) for number in range(config.num_labels)]
 
 
 def window_of(tokenizer: Tokenizer, model: nn.Module) -> int | None:
@@ -226,10 +209,3 @@ def window_of(tokenizer: Tokenizer, model: nn.Module) -> int | None:
     told = [tokenizer.model_max_length, context_length(model)]
     found = [value for value in told if value is not None and value < 1 << 30]  # the tokenizer's way to say: no limit
     return min(found) if found else None
-
-
-def windows(encoder: Encoder, items: Sequence[Item]) -> Iterator[tuple[int, Item]]:
-    """The items that are longer than what the model reads, each with its place."""
-    for place, item in enumerate(items):
-        if encoder.window is not None and item.tokens > encoder.window:
-            yield place, item

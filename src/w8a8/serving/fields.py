@@ -126,22 +126,18 @@ def texts(value: object, name: str, *, most: int) -> list[str]:
     return [readable(entry, f"{name}[{place}]") for place, entry in enumerate(value)]
 
 
-def only(body: Body, known: Collection[str]) -> None:
-    """Refuse fields that nothing here reads: what is ignored would be believed."""
+def only(body: Body, known: Collection[str], models: Sequence[str]) -> None:
+    """Refuse fields that nothing here reads, since what is ignored would be believed, and another model than these."""
     unknown = [name for name in body if name not in known]
     if unknown:
         raise RefusedError(
             f"the body has {few(map(str, unknown))}, which is not known here; known are {', '.join(sorted(known))}",
             param=str(unknown[0]),
         )
-
-
-def model_named(body: Body, names: Sequence[str]) -> None:
-    """Refuse another model than the one that is served."""
     asked = text(body, "model")
-    if asked is not None and asked not in names:
+    if asked is not None and asked not in models:
         raise RefusedError(
-            f"the model {asked[:SHOWN]!r} is not served here; served is {names[0]!r}",
+            f"the model {asked[:SHOWN]!r} is not served here; served is {models[0]!r}",
             param="model",
             status=HTTPStatus.NOT_FOUND,
             code="model_not_found",

@@ -125,13 +125,11 @@ class Front:
     async def _behind(self, scope: Scope, body: bytes, receive: Receive, answer: "_Answer", client: Client) -> None:
         """Run the application behind, until it has answered or the client is gone."""
         gone = asyncio.Event()
-        sent = False
+        request: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replayed() -> Message:
-            nonlocal sent
-            if not sent:
-                sent = True
-                return {"type": "http.request", "body": body, "more_body": False}
+            if request:
+                return request.pop()
             await gone.wait()
             return {"type": "http.disconnect"}
 

@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from w8a8.decoding.attention import plain
 from w8a8.errors import ModelError
 from w8a8.kernels.cached import Asked
-from w8a8.kernels.each import ranges_of
+from w8a8.kernels.each import attend_each, ranges_of
 from w8a8.serving.places import Places
 
 NAME = "w8a8_packed"
@@ -136,7 +136,7 @@ def attend(
     pieces, found = list(w8a8_step.pieces), []
     if w8a8_step.singles:
         rows = query[0, :, : len(w8a8_step.singles)].transpose(0, 1).unsqueeze(2)  # (sequences, heads, 1, width)
-        out = kept.attended(rows, w8a8_step.ranges(sliding_window), scale, softcap, sinks)
+        out = attend_each(rows, kept.held, w8a8_step.ranges(sliding_window), scale, softcap, sinks)
         if out is None:
             pieces = [*w8a8_step.singles, *pieces]
         else:

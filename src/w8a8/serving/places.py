@@ -4,64 +4,47 @@ Nothing is read that was not written: attention goes over the tokens of each seq
 not touched takes none, and the lowest free place is taken first, that a quiet server stays small.
 """
 
-from typing import Protocol
+from typing import TypeAlias
 
 from torch import Tensor
 
 from w8a8.kernels import cached
-from w8a8.kernels.each import attend_each, deal
-
-
-class Kept(Protocol):
-    """What is kept of one layer."""
-
-    def write(self, keys: Tensor, values: Tensor, where: Tensor) -> None:
-        """Put tokens, (1, heads, T, width), where they belong: (T, 2), of each its place and its position."""
-
-    def attended(
-        self, q: Tensor, ranges: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor | None:
-        """`attend_each` over what is kept."""
-
-    def read(self, place: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of some positions of a place, (1, heads, tokens, width)."""
-
-    @property
-    def token_bytes(self) -> int:
-        """What a token takes."""
+from w8a8.kernels.each import deal
 
 
 class Floats:
-    """As they came.
+    """Those of one layer, as they came.
 
     Args:
         count, tokens: Places, and what each has room for.
         keys, values: Such as are kept.
+
+    held: As `w8a8.kernels.each.attend_each` reads them.
     """
 
     def __init__(self, count: int, tokens: int, keys: Tensor, values: Tensor) -> None:
-        self._keys, self._values = (t.new_empty((count, t.shape[1], tokens, t.shape[3])) for t in (keys, values))
+        keys, values = (t.new_empty((count, t.shape[1], tokens, t.shape[3])) for t in (keys, values))
+        self.held = keys, values
 
     def write(self, keys: Tensor, values: Tensor, where: Tensor) -> None:
+        """Put tokens, (1, heads, T, width), where they belong: (T, 2), of each its place and its position."""
         places, positions = where.unbind(1)
-        for kept, new in ((self._keys, keys), (self._values, values)):
+        for kept, new in zip(self.held, (keys, values), strict=True):
             kept[places, :, positions] = new[0].transpose(0, 1)  # (T, heads, width)
 
-    def attended(
-        self, q: Tensor, ranges: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor | None:
-        return attend_each(q, (self._keys, self._values), ranges, scale, softcap, sinks)
-
     def read(self, place: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        return self._keys[place, None, :, start:end], self._values[place, None, :, start:end]
+        """Keys and values of some positions of a place, (1, heads, tokens, width)."""
+        keys, values = (kept[place, None, :, start:end] for kept in self.held)
+        return keys, values
 
     @property
     def token_bytes(self) -> int:
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self._keys, self._values))
+        """What a token takes."""
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in self.held)
 
 
 class Codes:
-    """In int8 (`w8a8.kernels.cached`).  What is read is dequantised into new memory.
+    """The same in int8 (`w8a8.kernels.cached`).  What is read is dequantised into new memory.
 
     Args:
         count, tokens: Places, and what each has room for.
@@ -70,28 +53,25 @@ class Codes:
 
     def __init__(self, count: int, tokens: int, keys: Tensor, values: Tensor) -> None:
         room = -(-tokens // cached.TILE) * cached.TILE
-        self._codes = cached.empty(count, keys.shape[1], room, keys.shape[3], values.shape[3], keys.device)
+        self.held = cached.empty(count, keys.shape[1], room, keys.shape[3], values.shape[3], keys.device)
         self._dtypes = keys.dtype, values.dtype
 
     def write(self, keys: Tensor, values: Tensor, where: Tensor) -> None:
-        deal(self._codes, keys, values, where)
-
-    def attended(
-        self, q: Tensor, ranges: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
-    ) -> Tensor | None:
-        return attend_each(q, self._codes, ranges, scale, softcap, sinks)
+        deal(self.held, keys, values, where)
 
     def read(self, place: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        own = cached.chosen(self._codes, slice(place, place + 1))
+        own = cached.chosen(self.held, slice(place, place + 1))
         return cached.keys_of(own, start, end, self._dtypes[0]), cached.values_of(own, start, end, self._dtypes[1])
 
     @property
     def token_bytes(self) -> int:
-        room = self._codes.key_scale.shape[0] * self._codes.room
-        return sum(t.numel() * t.element_size() for t in self._codes[:4]) // room
+        room = self.held.key_scale.shape[0] * self.held.room
+        return sum(t.numel() * t.element_size() for t in self.held[:4]) // room
 
 
-KINDS: dict[str, type[Floats] | type[Codes]] = {"float": Floats, "int8": Codes}
+Kept: TypeAlias = Floats | Codes
+
+KINDS: dict[str, type[Kept]] = {"float": Floats, "int8": Codes}
 """Ways of keeping them."""
 
 

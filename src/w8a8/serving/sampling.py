@@ -39,29 +39,20 @@ class Sampling:
     @property
     def plain(self) -> bool:
         """Whether the most likely token is taken as it stands."""
-        return self.temperature == 0 and not self._changed
-
-    @property
-    def _changed(self) -> bool:
-        penalties = self.repetition_penalty != 1, self.presence_penalty, self.frequency_penalty, self.bias
-        return any(map(bool, penalties))
+        changes = self.repetition_penalty != 1, self.presence_penalty, self.frequency_penalty, self.bias
+        return self.temperature == 0 and not any(changes)
 
 
 class Chooser:
     """Chooses the tokens of one sequence."""
 
     def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
-        self._sampling = sampling
+        self.sampling = sampling
         self._prompt = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._written = Counter[int]()
         self._generator: torch.Generator | None = None
         if sampling.seed is not None:
             self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    @property
-    def plain(self) -> bool:
-        """Whether `choose` takes the largest logit."""
-        return self._sampling.plain
 
     def choose(self, logits: Tensor) -> int:
         """The next token.
@@ -69,7 +60,7 @@ class Chooser:
         Args:
             logits: (vocabulary,) in float32; may be changed.
         """
-        asked = self._sampling
+        asked = self.sampling
         self._penalise(logits)
         if asked.temperature == 0:
             return int(logits.argmax())
@@ -94,7 +85,7 @@ class Chooser:
         self._written[token] += 1
 
     def _penalise(self, logits: Tensor) -> None:
-        asked = self._sampling
+        asked = self.sampling
         if asked.repetition_penalty != 1:
             seen = torch.tensor(sorted(self._prompt | set(self._written)), dtype=torch.long, device=logits.device)
             found = logits[seen]
@@ -118,7 +109,7 @@ def chosen(choosers: list[Chooser], logits: Tensor) -> list[int | None]:
     for place, chooser in enumerate(choosers):
         if not bool(values[place].isfinite()):
             found.append(None)
-        elif chooser.plain:
+        elif chooser.sampling.plain:
             found.append(int(largest[place]))
         else:
             found.append(chooser.choose(logits[place].float().clone()))

@@ -6,26 +6,33 @@ Which server it is follows from the directory: one of sentence-transformers or a
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psutil
+from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase
 
 from w8a8 import kernels
 from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.opening import NamedModel, open_model
 from w8a8.errors import ModelError, ServingError
+from w8a8.fusing.models import fusions_in_words, optimize_where_possible
 from w8a8.jobs.watching import Watcher
 from w8a8.kernels import compiled, native
+from w8a8.layers.linear import QuantLinear
+from w8a8.model.kinds import Kind, check_served, context_length, kind_of
 from w8a8.model.pretrained import Pretrained
+from w8a8.serving.batching import Batcher
+from w8a8.serving.encoders import Embedder, is_encoder, open_encoder
+from w8a8.serving.engine import Engine, Ticket
+from w8a8.serving.sampling import Sampling
+from w8a8.serving.suits import bytes_per_token, set_packed
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
-    from transformers import GenerationConfig
-
-    from w8a8.serving.engine import Engine
-    from w8a8.serving.sampling import Sampling
 
 Running: TypeAlias = "tuple[ASGIApp, Callable[[], None]]"
 """An application, and what ends it."""
@@ -116,8 +123,6 @@ def application(asked: Serving, *, watcher: Watcher | None = None) -> Running:
     Args:
         asked: What is to be served; host and port are left to the caller.
     """
-    from w8a8.serving.encoders import is_encoder
-
     watcher = watcher or Watcher()
     directory = Directory.of(asked.model, trust_remote_code=asked.trust_remote_code)
     encoder = is_encoder(directory)
@@ -135,10 +140,8 @@ _OF_ENCODERS = ("fuse",)
 
 def _check_heeded(asked: Serving, directory: Directory, encoder: bool) -> None:
     """Raise `ServingError` where something is asked for that would be ignored: what is ignored would be believed."""
-    usual = Serving(asked.model)
-    given = [
-        name for name in (_OF_LANGUAGE if encoder else _OF_ENCODERS) if getattr(asked, name) != getattr(usual, name)
-    ]
+    others = _OF_LANGUAGE if encoder else _OF_ENCODERS
+    given = [name for name in others if getattr(asked, name) != getattr(Serving, name)]
     if given:
         kind, other = ("an encoder", "a language model") if encoder else ("a language model", "an encoder")
         raise ServingError(
@@ -157,29 +160,20 @@ def _how(directory: Directory) -> str:
 
 def _encoder(directory: Directory, asked: Serving, names: Sequence[str], watcher: Watcher) -> Running:
     from w8a8.serving.answers import encoder_app
-    from w8a8.serving.batching import Batcher
-    from w8a8.serving.encoders import Embedder, open_encoder
 
     encoder = open_encoder(directory)
-    why = encoder.fuse() if asked.fuse else "it was not asked for"
+    why = optimize_where_possible(encoder.model) if asked.fuse else "it was not asked for"
     encoder.warm_up()
     batcher = Batcher(encoder.run)
     front = encoder_app(encoder, names, batcher)
     kind = "an embedder" if isinstance(encoder, Embedder) else type(encoder.model).__name__
     watcher.note(f"w8a8: {names[0]} is {kind}; it answers {', '.join(front.posts)}")
-    watcher.note(f"w8a8: {encoder.fused}" if why is None else f"w8a8: not fused: {why}")
+    watcher.note(f"w8a8: {fusions_in_words(encoder.model, why)}")
     return front, batcher.close
 
 
 def _language(directory: Directory, asked: Serving, names: Sequence[str], watcher: Watcher) -> Running:
-    from transformers import AutoProcessor, PreTrainedTokenizerBase
-
-    from w8a8.checkpoint.opening import NamedModel, open_model
-    from w8a8.layers.linear import QuantLinear
-    from w8a8.model.kinds import Kind, check_served, context_length, kind_of
     from w8a8.serving.asked import Served
-    from w8a8.serving.engine import Engine
-    from w8a8.serving.suits import set_packed
     from w8a8.serving.writing import language_app
 
     kind, config = directory.architecture  # told now, not at the first request
@@ -223,13 +217,8 @@ def _language(directory: Directory, asked: Serving, names: Sequence[str], watche
     return front, (engine.close if engine is not None else lambda: None)
 
 
-def warm_up(engine: "Engine") -> None:
+def warm_up(engine: Engine) -> None:
     """Write a few tokens for two clients, and wait for them."""
-    import threading
-
-    from w8a8.serving.engine import Ticket
-    from w8a8.serving.sampling import Sampling
-
     ends = [threading.Event(), threading.Event()]
     tickets = [
         Ticket([1] * 3, 2, (), Sampling(), lambda _, ending, end=end: end.set() if ending else None)  # type: ignore[misc]
@@ -245,8 +234,6 @@ def warm_up(engine: "Engine") -> None:
 
 def _places(model: Pretrained, context: int, clients: int, kept: str) -> int:
     """How many texts have room in memory at once."""
-    from w8a8.serving.suits import bytes_per_token
-
     room = int(psutil.virtual_memory().available * _SHARE)
     each = bytes_per_token(model, kept) * context
     found = min(clients, room // each)
@@ -258,10 +245,8 @@ def _places(model: Pretrained, context: int, clients: int, kept: str) -> int:
     return found
 
 
-def _defaults(config: "GenerationConfig") -> "Sampling":
+def _defaults(config: GenerationConfig) -> Sampling:
     """How a model chooses its tokens by its own generation_config."""
-    from w8a8.serving.sampling import Sampling
-
     temperature = 1.0 if config.temperature is None else float(config.temperature)
     return Sampling(
         temperature if config.do_sample else 0.0,

@@ -66,15 +66,14 @@ def _differs(model: Pretrained) -> str | None:
     alone = [_alone(model, ids) for ids in (first, second)]
     model.set_attn_implementation(NAME)
     store = Places(3, 16)
-    places = (0, 2)
     read = [Piece(0, 0, 7, 0), Piece(2, 7, 6, 0)]
     forward(model, first[:7] + second[:6], Step.of(store, read, model.device), [])
     if not store.layers():
         return "its attention cannot be exchanged"
-    rest = [Piece(places[0], 0, 1, 7), Piece(places[1], 1, 6, 6)]
+    rest = [Piece(0, 0, 1, 7), Piece(2, 1, 6, 6)]
     step = Step.of(store, rest, model.device)
     together = forward(model, first[7:] + second[6:12], step, [0, 6])
-    last = Step.of(store, [Piece(places[1], 0, 1, 12)], model.device)
+    last = Step.of(store, [Piece(2, 0, 1, 12)], model.device)
     ends = [together[0], forward(model, second[12:], last, [0])[0]]
     apart = max(_apart(ours, theirs) for ours, theirs in zip(ends, alone, strict=True))
     most = APART if model.dtype == torch.float32 else 8 * APART
@@ -84,9 +83,8 @@ def _differs(model: Pretrained) -> str | None:
 
 
 def _alone(model: Pretrained, ids: list[int]) -> Tensor:
-    found: Tensor = model(input_ids=torch.tensor([ids], dtype=torch.long, device=model.device), use_cache=False).logits[
-        0, -1
-    ]
+    given = torch.tensor([ids], dtype=torch.long, device=model.device)
+    found: Tensor = model(input_ids=given, use_cache=False).logits[0, -1]
     return found
 
 

@@ -5,13 +5,13 @@
 `"truncate": true`: cut in silence, a vector is of another text.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 from w8a8.serving.batching import Item
-from w8a8.serving.encoders import Embedder, Encoder, Scorer, windows
-from w8a8.serving.fields import Body, flag, integer, model_named, one_of, only, readable, text, texts, wrong
+from w8a8.serving.encoders import Embedder, Encoder, Scorer
+from w8a8.serving.fields import Body, flag, integer, one_of, only, readable, text, texts, wrong
 from w8a8.serving.front import Checked
 from w8a8.serving.mistakes import RefusedError
 
@@ -66,71 +66,56 @@ class Labels:
     raw: bool
 
 
-def check_embeddings(embedder: Embedder, names: Sequence[str]) -> Callable[[Body], Checked]:
+def check_embeddings(embedder: Embedder, names: Sequence[str], body: Body) -> Checked:
     """The check of `/v1/embeddings`."""
-
-    def check(body: Body) -> Checked:
-        known = ("input", "model", "encoding_format", "dimensions", "user", "input_type", "truncate")
-        only(body, known)
-        model_named(body, names)
-        base64 = one_of(body, "encoding_format", ("float", "base64")) == "base64"
-        dimensions = integer(body, "dimensions", low=1, high=embedder.width)
-        prompt = one_of(body, "input_type", list(embedder.prompts))
-        items = _inputs(body.get("input"), embedder, prompt)
-        _fits(embedder, items, "input", flag(body, "truncate"))
-        return Checked(body, Embeddings(items, dimensions, base64))
-
-    return check
+    known = ("input", "model", "encoding_format", "dimensions", "user", "input_type", "truncate")
+    only(body, known, names)
+    base64 = one_of(body, "encoding_format", ("float", "base64")) == "base64"
+    dimensions = integer(body, "dimensions", low=1, high=embedder.width)
+    prompt = one_of(body, "input_type", list(embedder.prompts))
+    items = _inputs(body.get("input"), embedder, prompt)
+    _fits(embedder, items, "input", flag(body, "truncate"))
+    return Checked(body, Embeddings(items, dimensions, base64))
 
 
-def check_ranking(scorer: Scorer, names: Sequence[str]) -> Callable[[Body], Checked]:
+def check_ranking(scorer: Scorer, names: Sequence[str], body: Body) -> Checked:
     """The check of `/rerank`."""
-
-    def check(body: Body) -> Checked:
-        known = ("query", "documents", "texts", "model", "top_n", "return_documents", "return_text", "raw_scores")
-        only(body, (*known, "truncate"))
-        model_named(body, names)
-        query = text(body, "query")
-        if not query:
-            raise RefusedError("there is no query; send the text that the documents are to answer", param="query")
-        theirs = "texts" in body
-        name = "texts" if theirs else "documents"
-        given = body.get(name)
-        if theirs and "documents" in body:
-            raise RefusedError("there are documents and texts; send one of them", param="texts")
-        if isinstance(given, list):
-            given = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in given]
-        documents = texts(given, name, most=MOST_TEXTS)
-        items = scorer.items([(query, document) for document in documents])
-        _fits(scorer, items, name, flag(body, "truncate"))
-        top = integer(body, "top_n", low=1) or len(documents)
-        told = bool(flag(body, "return_documents")) or bool(flag(body, "return_text"))
-        return Checked(body, Ranking(items, documents, top, told, bool(flag(body, "raw_scores")), theirs))
-
-    return check
+    known = ("query", "documents", "texts", "model", "top_n", "return_documents", "return_text", "raw_scores")
+    only(body, (*known, "truncate"), names)
+    query = text(body, "query")
+    if not query:
+        raise RefusedError("there is no query; send the text that the documents are to answer", param="query")
+    theirs = "texts" in body
+    name = "texts" if theirs else "documents"
+    given = body.get(name)
+    if theirs and "documents" in body:
+        raise RefusedError("there are documents and texts; send one of them", param="texts")
+    if isinstance(given, list):
+        given = [entry.get("text") if isinstance(entry, Mapping) else entry for entry in given]
+    documents = texts(given, name, most=MOST_TEXTS)
+    items = scorer.items([(query, document) for document in documents])
+    _fits(scorer, items, name, flag(body, "truncate"))
+    top = integer(body, "top_n", low=1) or len(documents)
+    told = bool(flag(body, "return_documents")) or bool(flag(body, "return_text"))
+    return Checked(body, Ranking(items, documents, top, told, bool(flag(body, "raw_scores")), theirs))
 
 
-def check_labels(scorer: Scorer, names: Sequence[str]) -> Callable[[Body], Checked]:
+def check_labels(scorer: Scorer, names: Sequence[str], body: Body) -> Checked:
     """The check of `/classify`."""
-
-    def check(body: Body) -> Checked:
-        only(body, ("inputs", "model", "raw_scores", "truncate"))
-        model_named(body, names)
-        given = body.get("inputs")
-        single = isinstance(given, str)
-        entries = [given] if single else given
-        if not isinstance(entries, list) or not entries:
-            raise wrong("inputs", given, "a text, a list of texts, or a list of pairs of texts")
-        if len(entries) > MOST_TEXTS:
-            raise RefusedError(f"inputs has {len(entries)} entries; at most {MOST_TEXTS} are taken", param="inputs")
-        if isinstance(entries[0], list):
-            items = scorer.items([_pair(entry, f"inputs[{place}]") for place, entry in enumerate(entries)])
-        else:
-            items = scorer.items(texts(entries, "inputs", most=MOST_TEXTS))
-        _fits(scorer, items, "inputs", flag(body, "truncate"))
-        return Checked(body, Labels(items, single, bool(flag(body, "raw_scores"))))
-
-    return check
+    only(body, ("inputs", "model", "raw_scores", "truncate"), names)
+    given = body.get("inputs")
+    single = isinstance(given, str)
+    entries = [given] if single else given
+    if not isinstance(entries, list) or not entries:
+        raise wrong("inputs", given, "a text, a list of texts, or a list of pairs of texts")
+    if len(entries) > MOST_TEXTS:
+        raise RefusedError(f"inputs has {len(entries)} entries; at most {MOST_TEXTS} are taken", param="inputs")
+    if isinstance(entries[0], list):
+        items = scorer.items([_pair(entry, f"inputs[{place}]") for place, entry in enumerate(entries)])
+    else:
+        items = scorer.items(texts(entries, "inputs", most=MOST_TEXTS))
+    _fits(scorer, items, "inputs", flag(body, "truncate"))
+    return Checked(body, Labels(items, single, bool(flag(body, "raw_scores"))))
 
 
 def _pair(value: object, name: str) -> tuple[str, str]:
@@ -173,14 +158,14 @@ def _is_id(value: object) -> TypeGuard[int]:
 
 
 def _fits(encoder: Encoder, items: Sequence[Item], name: str, truncate: bool | None) -> None:
-    for place, item in windows(encoder, items):
-        if truncate and item.kind != ("ids",):
-            continue
-        raise RefusedError(
-            f"{name}[{place}] has {item.tokens} tokens, and the model reads {encoder.window}: shorten it"
-            + ("" if item.kind == ("ids",) else ', or send "truncate": true to have it cut'),
-            param=name,
-            code="context_length_exceeded",
-        )
+    for place, item in enumerate(items):
+        fits, cut = encoder.window is None or item.tokens <= encoder.window, item.kind != ("ids",)
+        if not fits and not (truncate and cut):
+            raise RefusedError(
+                f"{name}[{place}] has {item.tokens} tokens, and the model reads {encoder.window}: shorten it"
+                + (', or send "truncate": true to have it cut' if cut else ""),
+                param=name,
+                code="context_length_exceeded",
+            )
     if any(item.tokens == 0 for item in items):
         raise RefusedError(f"an entry of {name} has no tokens", param=name)

@@ -44,7 +44,7 @@ from transformers.cli.serving.utils import (
 from w8a8.serving.answers import add_common
 from w8a8.serving.asked import Served, Wanted
 from w8a8.serving.engine import Ending, Engine, Ticket
-from w8a8.serving.front import CLIENT, Client, Front, Route
+from w8a8.serving.front import CLIENT, Front, Route
 from w8a8.serving.mistakes import RefusedError
 from w8a8.serving.sampling import Sampling
 from w8a8.serving.stops import Stops
@@ -142,9 +142,8 @@ class Packed(BaseGenerateManager):
         held = Stops(wanted.stops, queue.put_nowait, ticket.leave)
         rust = getattr(processor, "tokenizer", processor)._tokenizer
         streamer = _Streamer(ticket.leave, rust, loop, held, **parsing)
-        streamer.put(
-            torch.tensor(ticket.prompt, dtype=torch.long, device="cpu")
-        )  # the first is the prompt, which is not streamed
+        # the first is the prompt, which is not streamed
+        streamer.put(torch.tensor(ticket.prompt, dtype=torch.long, device="cpu"))
 
         async def pump() -> None:
             ending = None
@@ -278,9 +277,8 @@ class _Left(StoppingCriteria):
 
 
 def _wanted() -> Wanted:
-    client = CLIENT.get()
-    assert isinstance(client, Client)
-    return client.asked if isinstance(client.asked, Wanted) else Wanted(Sampling())
+    asked = CLIENT.get().asked
+    return asked if isinstance(asked, Wanted) else Wanted(Sampling())
 
 
 def _decoding(tokenizer: Any) -> Callable[[Iterable[int]], list[str]]:
