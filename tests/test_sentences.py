@@ -1,6 +1,7 @@
 """sentence-transformers, unmodified: embedders and rerankers in one line, saved whole, and back, bit for bit."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -94,6 +95,28 @@ def test_tables_in_int8_are_saved_whole_and_read_back_in_every_way(floats, tmp_p
     assert all(np.array_equal(embedded(each), wanted) for each in found)
     assert all(any(isinstance(module, w8a8.QuantEmbedding) for module in each.modules()) for each in found)
     assert cosines(wanted, exact).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "base"),
+    [
+        ("mpnet", "MPNetForMaskedLM", "MPNetModel"),  # as all-mpnet-base-v2 says
+        pytest.param("qwen3", "Qwen3ForCausalLM", "Qwen3Model", marks=pytest.mark.slow),
+        pytest.param("bert-cls", "BertForSequenceClassification", "BertModel", marks=pytest.mark.slow),
+    ],
+)
+def test_an_embedder_whose_config_names_a_head_that_its_files_do_not_have_is_quantised(
+    floats, tmp_path, name, kind, base
+):
+    shutil.copytree(floats / name, tmp_path / "float")
+    config = json.loads((tmp_path / "float" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "float" / "config.json").write_text(json.dumps(config | {"architectures": [kind]}))
+    w8a8.quantize_directory(tmp_path / "float", tmp_path / "out", embeddings="int8")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [base]
+    model = opened(floats / name)
+    w8a8.quantize(model, embeddings="int8")
+    with w8a8.enabled():
+        assert np.array_equal(embedded(opened(tmp_path / "out")), embedded(model))
 
 
 class TestAnEmbedder:

@@ -11,7 +11,7 @@ import w8a8
 from tests.analysis.conftest import TWO_BITS
 from tests.sentences import SENTENCES, bert, tokenizer, xlm_roberta
 from w8a8.analysis import Budget, allocate, sensitivity
-from w8a8.analysis.answers import MASKS, POOLINGS, Told, Window
+from w8a8.analysis.answers import MASKS, Told, Window
 from w8a8.analysis.errors import layer_errors
 from w8a8.analysis.sample import draw
 from w8a8.errors import ModelError
@@ -106,24 +106,23 @@ def test_masks_are_spread_over_a_window_and_few_tokens_have_one_each():
     assert Window.of(ids[:3], 0, Told.MASKED, frame).targets.tolist() == [10, 11, 12]
 
 
-@pytest.mark.parametrize("ways", [*((way,) for way in POOLINGS), ("cls", "max", "lasttoken"), ()])
-def test_a_texts_vector_is_pooled_as_the_embedder_says(ways, text):
-    pytest.importorskip("sentence_transformers")
-    from sentence_transformers.sentence_transformer.modules import Pooling
-
+def test_a_text_of_no_embedder_is_the_mean_of_its_last_states(text):
     model = made("vector")
-    window = draw(model, replace(text, pooling=ways), **SHORT).windows[0]
+    window = draw(model, text, **SHORT).windows[0]
     with torch.no_grad():
         states = model(input_ids=window.inputs).last_hidden_state
-    features = {"token_embeddings": states, "attention_mask": torch.ones(states.shape[:2], dtype=torch.int64)}
-    wanted = Pooling(states.shape[-1], ways or "mean")(features)["sentence_embedding"]
-    torch.testing.assert_close(window.answer(model), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(window.answer(model), states.mean(1), rtol=1e-5, atol=1e-6)
 
 
-def test_a_pooling_that_nobody_knows_is_an_error(text):
-    model = made("vector")
-    with pytest.raises(ModelError, match=r"pooled by 'lastoken', .* closest: lasttoken"):
-        draw(model, replace(text, pooling=("lastoken",)), **SHORT).windows[0].answer(model)
+@pytest.mark.parametrize("kind", ["vector", "masked", "label"])
+def test_an_embedder_is_asked_for_vectors_whatever_stands_on_its_model(kind, text):
+    model = made(kind)
+    asked = replace(text, vectors=lambda states: states[:, 0] * 2)
+    sample = draw(model, asked, **SHORT)
+    assert sample.told is Told.VECTOR
+    with torch.no_grad():
+        states = model.base_model(input_ids=sample.windows[0].inputs).last_hidden_state
+    assert torch.equal(sample.windows[0].answer(model), states[:, 0] * 2)
 
 
 @pytest.mark.parametrize("kind", ["masked", "vector", "label"])

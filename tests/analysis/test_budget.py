@@ -292,3 +292,45 @@ def test_compressed_tensors_reads_the_groups_of_a_choice(tmp_path):
     config = QuantizationConfig.model_validate(checkpoint.layout.to_json(checkpoint.describe.describe(model)))
     assert len(config.config_groups) == 2
     assert "model.layers.0.mlp.up_proj" in config.ignore
+
+
+class TestTables:
+    """Lookup tables that will be int8: in the bytes and in what is lost, and nothing to choose."""
+
+    def test_a_budget_of_bytes_is_of_the_files_with_tables_in_int8(self):
+        model, few = llama(), {"include": ["*.down_proj"], "options": ["w8a8"], **SHORT}
+        least = allocate(model, IDS, "50%", **few).chosen.bytes
+        limit = least - model.get_input_embeddings().weight.nbytes // 2
+        with pytest.raises(SchemeError, match="cannot be kept"):
+            allocate(model, IDS, limit, **few)
+        found = allocate(model, IDS, limit, embeddings="int8", **few)
+        assert found.chosen.bytes <= limit
+        result = w8a8.quantize(model, found.schemes, embeddings="int8")
+        assert sum(tensor.nbytes for tensor in model.state_dict().values()) == found.chosen.bytes
+        assert "model.embed_tokens" in {module.name for module in result.coverage.quantized}
+
+    def test_what_tables_lose_is_measured_and_predicted(self):
+        model = llama(tie_word_embeddings=False)
+        with torch.no_grad():
+            rows = model.get_input_embeddings().weight
+            rows[:, 5] = 300 * rows.std()  # which takes the codes of all the others
+            model.model.norm.weight *= 30  # so that the model has an opinion
+        little = {"model.layers.0.mlp.down_proj": "w8a8"}
+        found = allocate(model, IDS, "500%", options=[little], embeddings="int8", **SHORT)
+        tables = found.groups[-1]
+        assert (tables.layers, tables.options) == (("model.embed_tokens",), ("w8a16",))
+        assert tables.kl_nats[0] > 1e-3
+        assert found.chosen.predicted_kl_nats >= tables.kl_nats[0]
+        assert found.chosen.measured_kl_nats == pytest.approx(tables.kl_nats[0], rel=0.3)
+        assert "model.embed_tokens" not in found.schemes
+
+    def test_a_table_that_a_layer_of_the_choice_is_tied_to_is_refused(self):
+        model = opt()
+        with pytest.raises(ModelError, match="is one tensor with lm_head, which stays float"):
+            allocate(model, IDS, "1%", embeddings="int8", **SHORT)
+        with pytest.raises(ModelError, match=r"embed_tokens is one tensor with lm_head, which the budget may leave"):
+            allocate(model, IDS, "1%", include=["*", "lm_head"], embeddings="int8", **SHORT)
+
+    def test_tables_may_be_excluded(self):
+        found = allocate(llama(), IDS, "50%", exclude=["model.embed_tokens", "*.up_proj"], **SHORT)
+        assert not any(name.endswith("up_proj") for name in found.schemes)

@@ -12,7 +12,7 @@ from torch import nn
 
 import w8a8
 from tests.conftest import llama
-from w8a8.checkpoint.beside import companions, copy_companions, pooling_of
+from w8a8.checkpoint.beside import companions, copy_companions
 from w8a8.cli import main
 from w8a8.demo.run import demo_directory
 from w8a8.errors import CheckpointError, ModelError
@@ -194,27 +194,3 @@ class TestAModuleAroundAModel:
         with pytest.raises(ModelError, match="found Sentences, with 2 of them in it; save each by itself"):
             w8a8.save(both, tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
-
-
-@pytest.mark.parametrize(
-    ("told", "ways"),
-    [
-        ({"pooling_mode": "lasttoken"}, ("lasttoken",)),
-        ({"pooling_mode": ["cls", "mean"]}, ("cls", "mean")),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, ("cls", "mean")),
-        ({"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}, ("max",)),
-        ({"word_embedding_dimension": 8}, ("mean",)),
-    ],
-)
-def test_the_pooling_of_an_embedder_is_what_its_directory_says(tmp_path, told, ways):
-    assert pooling_of(tmp_path) == ()
-    (tmp_path / "modules.json").write_text(json.dumps(MODULES))
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(told))
-    assert pooling_of(tmp_path) == ways
-    (tmp_path / "1_Pooling" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="1_Pooling"):
-        pooling_of(tmp_path)
-    (tmp_path / "modules.json").write_text("[7]")
-    with pytest.raises(CheckpointError, match="not a list of modules"):
-        pooling_of(tmp_path)

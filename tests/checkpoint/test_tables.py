@@ -19,6 +19,7 @@ from w8a8.directories import quantize_directory
 from w8a8.errors import CheckpointError, FormatError, ModelError, SchemeError
 from w8a8.jobs.quantization import quantize_to
 from w8a8.jobs.request import Job
+from w8a8.layers.buffers import quant_layers
 from w8a8.model.choice import Choice
 
 IDS = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -322,3 +323,12 @@ def test_an_excluded_table_is_copied_by_every_way(tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path / "float", quantization_config=W8A8Config("w8a8", **options))
     assert torch.equal(outputs(loaded), outputs(w8a8.load(tmp_path / "streamed")))
     assert len(tables(loaded)) == 2
+
+
+def test_a_pattern_for_tables_and_layers_keeps_both_float_while_a_model_is_loaded(tmp_path):
+    bert().save_pretrained(tmp_path)
+    options = {"embeddings": "int8", "exclude": ["*po*"]}  # positions, and the pooler
+    loaded = AutoModel.from_pretrained(tmp_path, quantization_config=W8A8Config("w8a8", **options))
+    found = {name for name, _ in quant_layers(loaded)}
+    assert found == {module.name for module in w8a8.quantize(bert(), "w8a8", **options).coverage.quantized}
+    assert not found & {"pooler.dense", "embeddings.position_embeddings"}

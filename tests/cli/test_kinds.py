@@ -152,7 +152,7 @@ def test_quantize_shows_what_an_encoder_lost(call, models, text, tmp_path):  # n
     ("kind", "measure"),
     [
         ("masked", "KL(float || quantised) of masked tokens, nats per token"),
-        ("encoder", "1 - cosine of the pooled last states"),
+        ("encoder", "1 - cosine of the vector"),
         ("classifier", "KL(float || quantised) of the label, nats per text"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 from tests.conftest import needs
 from w8a8 import PerChannel, PerColumn, PerGroup, PerTensor, QuantEmbedding, QuantLinear, QuantSpec, Scheme
 from w8a8.core.affine import QTensor, dequantize, quantize
-from w8a8.errors import NonFiniteError, SchemeError
+from w8a8.errors import NonFiniteError, SchemeError, WeightError
 from w8a8.layers.embedding import TABLE, share_codes
 
 SPECS = {
@@ -106,6 +106,20 @@ def test_copies_pickles_and_state_dicts_have_the_same_rows():
         assert torch.equal(each(ids), layer(ids))
     assert set(layer.state_dict()) == {"weight", "weight_scale"}
     assert (layer.padding_idx, layer.num_embeddings, layer.embedding_dim) == (2, 17, 20)
+
+
+def test_its_number_of_rows_may_be_said_again_and_is_no_other():
+    layer = QuantEmbedding.from_float(table())
+    layer.num_embeddings = 17
+    with pytest.raises(SchemeError, match=r"num_embeddings=18 .* of 17 rows"):
+        layer.num_embeddings = 18
+    assert layer.num_embeddings == len(layer.weight) == 17
+
+
+@pytest.mark.parametrize("place", [3, slice(2), (0, 1)])
+def test_a_row_of_its_weight_is_refused_in_words(place):
+    with pytest.raises(WeightError, match="of it was asked for, and the weight of a quantised layer is no float"):
+        QuantEmbedding.from_float(table()).weight[place]
 
 
 def test_a_float_table_is_not_loaded_into_codes():

@@ -86,6 +86,11 @@ def test_include_narrows_and_says_so():
     assert found.reasons["model.layers.0.self_attn.q_proj"] == "not matched by include"
 
 
+def test_exclude_may_be_for_tables_alone_and_for_both():
+    assert select(llama(), exclude=["model.embed_tokens"]).chosen == select(llama()).chosen
+    assert not any("layers.0" in name for name in select(llama(), exclude=["model.embed*", "model.[le]*.0.*"]).chosen)
+
+
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_lists_the_closest(argument):
     with pytest.raises(PatternError, match=rf"{argument}: 'lm_hed' matches none .* closest: lm_head"):

@@ -145,6 +145,13 @@ def test_a_table_with_hooks_is_refused():
         w8a8.quantize(model, "w8a8", embeddings="int8")
 
 
+def test_a_table_whose_weight_is_made_anew_at_each_call_stays_float_with_that_reason():
+    model = nn.Sequential(Around(nn.Embedding(64, 16)), nn.Linear(16, 4))
+    nn.utils.parametrize.register_parametrization(model[0].table, "weight", nn.Identity())
+    with pytest.raises(ModelError, match=r"\(0.table: its weight is made anew at each call \(Identity\)"):
+        w8a8.quantize(model, "w8a8", embeddings="int8")
+
+
 def test_a_subclass_that_only_looks_up_is_taken():
     model = Around(Plain(64, 16))
     w8a8.quantize(model, "w8a8", embeddings="int8")
@@ -234,6 +241,8 @@ def test_a_vocabulary_is_not_resized_in_int8_and_the_model_is_left_as_it_was():
     before = model(IDS).last_hidden_state
     with pytest.raises(TypeError, match="QuantEmbedding"):
         model.resize_token_embeddings(80)
+    assert torch.equal(model(IDS).last_hidden_state, before)
+    assert model.resize_token_embeddings(64) is model.get_input_embeddings()  # to what it is
     assert torch.equal(model(IDS).last_hidden_state, before)
 
 

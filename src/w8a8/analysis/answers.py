@@ -5,24 +5,23 @@
                   a copy of its own
     with labels   the labels that its head gives          KL of their probabilities, a text (of labels of tokens, the
                                                           mean); by a sigmoid each, where they do not exclude another
-    other         a vector: the last states, pooled       1 - cosine, a text
+    other         a vector: of the last states            1 - cosine, a text
 
 The last is a KL as well: of two normal distributions of unit variance, around the two vectors scaled to length one.
-They are pooled as the directory of an embedder says, else by the mean.  Dense layers behind the pooling are not run.
+Of an embedder it is the vector that its directory makes of them, pooling and dense layers included; else their mean.
 
 A masked model is asked about a few tokens of a window only: each costs a forward of the whole, and a sweep over layers
 runs every window twice for each of them.
 """
 
 import enum
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from w8a8.errors import ModelError, closest
+from w8a8.errors import ModelError
 from w8a8.evaluation.scores import batch_logits, logits_of, token_kl
 from w8a8.evaluation.text import Frame, framed
 from w8a8.model.kinds import Kind, kind_of_model
@@ -39,23 +38,7 @@ class Told(enum.Enum):
     MASKED = "KL(float || quantised) of masked tokens, nats per token"
     LABEL = "KL(float || quantised) of the label, nats per text"
     LABELS = "KL(float || quantised) of each label by itself, summed, nats per text"
-    VECTOR = "1 - cosine of the pooled last states with the float model's, per text"
-
-
-def _growing(states: Tensor) -> Tensor:
-    """(T, 1), in float32 as what they weigh."""
-    return torch.arange(1, len(states) + 1, dtype=torch.float32, device=states.device)[:, None]
-
-
-POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cls": lambda states: states[0],
-    "max": lambda states: states.amax(0),
-    "mean": lambda states: states.mean(0),
-    "mean_sqrt_len_tokens": lambda states: states.sum(0) / math.sqrt(len(states)),
-    "weightedmean": lambda states: (states * _growing(states)).sum(0) / _growing(states).sum(),
-    "lasttoken": lambda states: states[-1],
-}
-"""(T, C) -> (C,), by the names that sentence-transformers has for them."""
+    VECTOR = "1 - cosine of the vector with the float model's, per text"
 
 
 @dataclass(frozen=True)
@@ -68,7 +51,7 @@ class Window:
     inputs: (B, T') what it is called with: special tokens around, and in each copy a mask.
     masks: (B,) where that is; None where there is none.
     targets: (S,) the tokens that are told; None where none are.
-    pooling: What is made of the last states, one behind the other; none: the mean.
+    vectors: What makes a vector of the last states; None: the mean.
     """
 
     start: int
@@ -77,7 +60,7 @@ class Window:
     inputs: Tensor
     masks: Tensor | None = None
     targets: Tensor | None = None
-    pooling: tuple[str, ...] = ()
+    vectors: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(
@@ -86,14 +69,14 @@ class Window:
         start: int,
         told: Told = Told.NEXT,
         frame: Frame | None = None,
-        pooling: tuple[str, ...] = (),
+        vectors: Callable[[Tensor], Tensor] | None = None,
     ) -> "Window":
         """The question about the tokens (T,) that begin there."""
         if told is Told.NEXT:
             return cls(start, ids, told, ids[None], targets=ids[1:])
         whole = framed(ids, frame)
         if told is not Told.MASKED:
-            return cls(start, ids, told, whole[None], pooling=pooling)
+            return cls(start, ids, told, whole[None], vectors=vectors)
         assert frame is not None, "seen when the text was cut"
         count = min(MASKS, len(ids))
         places = ids.new_tensor([(2 * i + 1) * len(ids) // (2 * count) for i in range(count)])  # evenly, none at an end
@@ -118,22 +101,15 @@ class Window:
         if self.masks is not None:
             copies = torch.arange(len(self.masks), dtype=torch.int64, device=self.masks.device)
             return batch_logits(model, self.inputs, self.start)[copies, self.masks]
-        answer = _labels_or_states(model, self.inputs)[1]
+        answer = _labels_or_states(model, self.inputs, base=self.vectors is not None)[1]
         if not bool(torch.isfinite(answer).all()):
             raise ModelError(
                 f"what {type(model).__name__} says of the window at token {self.start} is not finite; a model in "
                 f"{answer.dtype} may overflow, try float32 or bfloat16"
             )
-        return self._pooled(answer)[None] if self.told is Told.VECTOR else answer
-
-    def _pooled(self, states: Tensor) -> Tensor:
-        ways = self.pooling or ("mean",)
-        if unknown := [way for way in ways if way not in POOLINGS]:
-            raise ModelError(
-                f"a text's last states were to be pooled by {unknown[0]!r}, as the embedder's directory says, which is "
-                f"not known here: {closest(unknown[0], POOLINGS)}"
-            )
-        return torch.cat([POOLINGS[way](states.float()) for way in ways])
+        if self.told is not Told.VECTOR:
+            return answer
+        return self.vectors(answer[None]) if self.vectors is not None else answer.float().mean(0)[None]
 
     def divergence(self, exact: Tensor, other: Tensor) -> float:
         """How far an answer is from the float model's, nats, summed over what is told."""
@@ -164,9 +140,9 @@ def told_of(model: Pretrained, ids: Tensor) -> Told:
 
 
 @torch.inference_mode()
-def _labels_or_states(model: Pretrained, inputs: Tensor) -> tuple[bool, Tensor]:
-    """Whether a model of text gives logits of labels, and these (R, L), or its last states (T, C)."""
-    out = model(input_ids=inputs.to(model.device))
+def _labels_or_states(model: Pretrained, inputs: Tensor, *, base: bool = False) -> tuple[bool, Tensor]:
+    """Whether a model of text, or its base, gives logits of labels, and these (R, L), or its last states (T, C)."""
+    out = (model.base_model if base else model)(input_ids=inputs.to(model.device))
     for name in ("logits", "last_hidden_state", "pooler_output"):
         found = getattr(out, name, None)
         if isinstance(found, Tensor) and found.ndim >= 2:

@@ -24,7 +24,7 @@ it is named.
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
@@ -39,15 +39,18 @@ from w8a8.calibration.observers import Observer
 from w8a8.checkpoint.vllm import FUSED
 from w8a8.core.progress import Progress, tell
 from w8a8.core.scheme import Scheme
-from w8a8.errors import SchemeError, few
+from w8a8.errors import ModelError, SchemeError, few
 from w8a8.evaluation.scores import token_losses
 from w8a8.evaluation.text import Text
-from w8a8.layers.linear import QuantLinear
+from w8a8.layers.buffers import QuantLayer
+from w8a8.layers.embedding import TABLE, QuantEmbedding
 from w8a8.model.experts import Experts
 from w8a8.model.kinds import READS_TEXT, Asked
 from w8a8.model.pretrained import Pretrained
-from w8a8.model.selection import Schemes, assign, select
+from w8a8.model.roles import Embeddings
+from w8a8.model.selection import Schemes, Selection, assign, select
 from w8a8.model.swapping import swapped
+from w8a8.model.tables import build_tables, choose_tables
 from w8a8.records.layers import Choice
 
 ASKED = Asked("--budget, which is spent on what a model tells of a text,", READS_TEXT)
@@ -154,6 +157,7 @@ def allocate(
     options: Sequence[Schemes] = OPTIONS,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    embeddings: Embeddings | str = Embeddings.FLOAT,
     windows: int = WINDOWS,
     seq_len: int | None = None,
     seed: int = 0,
@@ -170,6 +174,8 @@ def allocate(
         options: Schemes and presets to choose among; float is always one.  An option may differ from layer to layer: a
             mapping from patterns to schemes as for `w8a8.quantize`, of which None is no option beside float.
         include, exclude: The layers to choose for, as for `w8a8.quantize`; others stay float.
+        embeddings: "int8" counts lookup tables as they then are, in bytes and in what is lost; there is no choice of
+            them, so none may be tied to a layer of which there is.
         windows, seq_len, seed: Of the sample of the text, as for `w8a8.sensitivity`.
         calibration, observer: For static options, as `w8a8.quantize` will be given them.
         progress: Called as progress(done, total, layer).
@@ -177,26 +183,34 @@ def allocate(
     Raises:
         SchemeError: no such budget, or one that cannot be kept: the message says what can; an option is simulated only,
             is static without a calibration, or gives layers that move together several schemes.
-        ModelError: scipy is not installed; and as `w8a8.sensitivity`.
+        ModelError: scipy is not installed; no table can be int8, or one is tied to a layer; as `w8a8.sensitivity`.
         PatternError, NonFiniteError, CalibrationError, TextError: as `w8a8.sensitivity`.
     """
     ASKED.check_model(model)
     budget = Budget.of(budget)
     milp_of_scipy()
     selection = select(model, include, exclude)
+    tables = _tables(model, embeddings, selection, exclude)
     offered = [assign(selection, option)[1] for option in options]
     _check_options(offered, calibrated=calibration is not None)
     sample = draw(model, text, windows=windows, seq_len=seq_len, seed=seed)
     together = _groups(model, sample, selection.chosen)
     choices = {group: _choices(group, offered) for group in together}
     data = sample.calibration() if calibration is None else Calibration.of(calibration)
-    built: dict[str, dict[str, QuantLinear]] = {}
+    built: dict[str, dict[str, QuantLayer]] = {}
     for scheme in dict.fromkeys(scheme for option in offered for scheme in option.values()):
         names = [name for group in together if scheme in choices[group] for name in group]
-        built[scheme.name] = layers_for(model, dict.fromkeys(names, scheme), data, observer)
-    groups = _costs(model, sample, choices, built, selection.untied, progress)
+        built[scheme.name] = {**layers_for(model, dict.fromkeys(names, scheme), data, observer)}
+    if tables:
+        choices[tuple(tables)] = (TABLE,)
+        built[TABLE.name] = built.get(TABLE.name, {}) | tables
+    sizes = {
+        name: _size(model.get_submodule(name), without_weight=name in selection.untied) for name in selection.chosen
+    }
+    groups = _costs(model, sample, choices, built, sizes, progress)
     float_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    fixed = float_bytes - sum(group.bytes[-1] for group in groups)
+    weights = {id(weight): weight.nbytes for weight in (model.get_parameter(f"{name}.weight") for name in tables)}
+    fixed = float_bytes - sum(sizes.values()) - sum(weights.values())
     check = _check_sample(model, text, sample, windows, seed)
     allowed = math.inf if budget.percent is None else math.log1p(budget.percent / 100)
     bound = allowed
@@ -254,6 +268,21 @@ def _groups(model: Pretrained, sample: Sample, names: Sequence[str]) -> tuple[tu
     return tuple(map(tuple, found.values()))
 
 
+def _tables(
+    model: Pretrained, embeddings: Embeddings | str, selection: Selection, exclude: Sequence[str]
+) -> dict[str, QuantEmbedding]:
+    """The tables as they will be, whatever is chosen."""
+    chosen = choose_tables(model, embeddings, selection.chosen, exclude)
+    for name, others in chosen.tied.items():
+        layer = next((other for other in others if other in selection.chosen), None)
+        if layer is not None:
+            raise ModelError(
+                f"embeddings='int8' was asked for under a budget, and {name} is one tensor with {layer}, which the "
+                f"budget may leave float: leave that out with exclude=[{layer!r}, {name!r}], or embeddings='float'"
+            )
+    return build_tables(model, chosen.schemes, {})
+
+
 def _check_options(offered: Sequence[Mapping[str, Scheme]], *, calibrated: bool) -> None:
     """Raise `SchemeError` for what could be measured and not be quantised to."""
     for scheme in dict.fromkeys(scheme for option in offered for scheme in option.values()):
@@ -284,10 +313,11 @@ def _costs(
     model: Pretrained,
     sample: Sample,
     choices: Mapping[tuple[str, ...], Sequence[Scheme]],
-    built: Mapping[str, Mapping[str, QuantLinear]],
-    tied: Collection[str],
+    built: Mapping[str, Mapping[str, QuantLayer]],
+    sizes: Mapping[str, int],
     progress: Progress | None,
 ) -> tuple[GroupCosts, ...]:
+    """What each choice of each group costs; `sizes` are those of the layers that may stay float."""
     options = {group: tuple(scheme.name for scheme in schemes) for group, schemes in choices.items()}
     totals = {(group, option): 0.0 for group in options for option in options[group]}
     total, done = len(sample.windows) * len(totals), 0
@@ -298,18 +328,17 @@ def _costs(
             totals[group, option] += exact.divergence(replay(model, exact, layers, group))
             done += 1
             tell(progress, done, total, group[0])
-    return tuple(
-        GroupCosts(
-            group,
-            (*options[group], FLOAT),
-            (
-                *(sum(_size(built[option][name]) for name in group) for option in options[group]),
-                sum(_size(model.get_submodule(name), without_weight=name in tied) for name in group),
-            ),
-            (*(totals[group, option] / sample.scored for option in options[group]), 0.0),
+    found = []
+    for group, quantized in options.items():
+        size = tuple(sum(_size(built[option][name]) for name in group) for option in quantized)
+        kl = tuple(totals[group, option] / sample.scored for option in quantized)
+        as_float = [sum(sizes[name] for name in group)] if group[0] in sizes else []
+        found.append(
+            GroupCosts(
+                group, (*quantized, *(FLOAT for _ in as_float)), (*size, *as_float), (*kl, *(0.0 for _ in as_float))
+            )
         )
-        for group in options
-    )
+    return tuple(found)
 
 
 def _size(layer: nn.Module, *, without_weight: bool = False) -> int:

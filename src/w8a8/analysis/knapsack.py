@@ -22,6 +22,8 @@ CURVE = 9
 class GroupCosts:
     """Layers that move together, and what each option costs them; the last option is "float".
 
+    Lookup tables are a group too, with one option, what they become.
+
     bytes: Of the group's tensors.  kl_nats: Per token, with this group alone quantised.
     """
 
@@ -78,7 +80,7 @@ def solve(
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:
-        raise SchemeError(f"no choice keeps to the budget: {found.message}")
+        raise SchemeError(f"no choice keeps to the budget ({found.message}); allow more, or exclude less")
     shares = np.split(found.x, np.cumsum(lengths)[:-1])
     return tuple(group.options[int(np.argmax(share))] for group, share in zip(groups, shares, strict=True))
 

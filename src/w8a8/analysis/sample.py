@@ -67,8 +67,8 @@ def draw(
     """
     if windows < 1:
         raise CalibrationError(f"windows={windows} is out of range: at least 1; {WINDOWS} is the default")
-    ids, frame, pooling = (text.ids, text.frame, text.pooling) if isinstance(text, Text) else (text, None, ())
-    kind = kind_of_model(model)
+    ids, frame, vectors = (text.ids, text.frame, text.vectors) if isinstance(text, Text) else (text, None, None)
+    kind = Kind.TEXT if vectors is not None else kind_of_model(model)
     if kind not in (Kind.MASKED, Kind.TEXT):
         frame = None
     elif kind is Kind.MASKED and frame is None:
@@ -83,11 +83,11 @@ def draw(
     length = min(room or most, most) if seq_len is None else seq_len
     cut = [(start, end) for start, _, end in windows_for(model, ids, length, None, frame=frame)]
     cut = [(start, end) for start, end in cut if end - start == length] or cut[:1]
-    told = told_of(model, ids[slice(*cut[0])])
+    told = told_of(model, ids[slice(*cut[0])]) if vectors is None else Told.VECTOR
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(cut), generator=generator, dtype=torch.int64, device="cpu")[:windows]
     drawn = (cut[i] for i in sorted(order.tolist()))
-    return Sample(tuple(Window.of(ids[start:end], start, told, frame, pooling) for start, end in drawn), length)
+    return Sample(tuple(Window.of(ids[start:end], start, told, frame, vectors) for start, end in drawn), length)
 
 
 def layers_for(

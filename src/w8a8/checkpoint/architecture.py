@@ -67,6 +67,20 @@ def architecture(directory: Path, stated: Json, *, trust_remote_code: bool = Fal
     return kind, config
 
 
+def without_head(kind: type[Pretrained], config: Config) -> type[Pretrained]:
+    """The class that transformers has for the states of such a model alone; itself where there is no other.
+
+    An embedder's config.json often names the class that the model was trained as (all-mpnet-base-v2: MPNetForMaskedLM),
+    whose head its files do not have: sentence-transformers takes this one.
+    """
+    for names in (modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES, modeling_auto.MODEL_MAPPING_NAMES):
+        name = names.get(config.model_type)
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return kind
+
+
 def _registered(config: Config) -> Iterator[type[Pretrained]]:
     """The classes of models that a caller has registered with transformers' Auto classes for a config."""
     for auto in vars(modeling_auto).values():

@@ -43,7 +43,7 @@ def companions(directory: Path) -> list[Path]:
         raise CheckpointError(
             f"{directory} has a {README}, which is to be kept as {SOURCE_README}, and that is there too: rename it"
         )
-    named = {folder.parts[0] for folder, _ in _modules(directory)}
+    named = {folder.parts[0] for folder, _ in folders_of(directory)}
     found = [path for path in _visible(directory) if path.is_file() and path.name != CONFIG and not _is_weight(path)]
     for folder in (path for path in _visible(directory) if path.is_dir()):
         below = list(_below(folder))
@@ -77,38 +77,12 @@ def class_around(directory: Path) -> str | None:
     return told if isinstance(told, str) and told.isidentifier() else "SentenceTransformer"
 
 
-def pooling_of(directory: Path) -> tuple[str, ...]:
-    """How an embedder of sentence-transformers makes a vector of a text's last states, in its words for it.
-
-    Returns:
-        Ways whose vectors stand one behind the other, as "cls"; none where the directory is of no embedder.
+def folders_of(directory: Path) -> list[tuple[Path, str]]:
+    """The sub-folders that modules.json names, in its order, and the class of what lies in each.
 
     Raises:
-        CheckpointError: modules.json, or the pooling's config.json, is torn.
+        CheckpointError: modules.json is torn.
     """
-    folder = next((folder for folder, kind in _modules(directory) if kind.rpartition(".")[2] == "Pooling"), None)
-    if folder is None:
-        return ()
-    told = read_json(inside(directory, directory / folder / CONFIG))
-    mode = told.get("pooling_mode")
-    if mode is None:  # before sentence-transformers 5.5, a flag for each
-        mode = [way for flag, way in _POOLING_FLAGS.items() if told.get(flag)] or ["mean"]
-    return (mode,) if isinstance(mode, str) else tuple(map(str, mode))
-
-
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
-"""In the order in which the vectors stand."""
-
-
-def _modules(directory: Path) -> list[tuple[Path, str]]:
-    """The sub-folders that modules.json names, and the class of what lies in each."""
     path = directory / MODULES
     if not path.is_file():
         return []

@@ -14,7 +14,8 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from w8a8.checkpoint.architecture import architecture
+from w8a8.checkpoint.architecture import architecture, without_head
+from w8a8.checkpoint.beside import class_around
 from w8a8.checkpoint.files import CONFIG, INDEX, SINGLE, WEIGHTS, header, inside, read_json
 from w8a8.checkpoint.headers import Entry, each_once
 from w8a8.checkpoint.layout import QuantizationConfig, from_json
@@ -129,13 +130,18 @@ class Directory(Tensors):
 
     @property
     def architecture(self) -> tuple[type[Pretrained], Config]:
-        """The model class that config.json names, and the config as transformers reads it, the caller's own."""
+        """The model class that config.json names, and the config as transformers reads it, the caller's own.
+
+        Of a float embedder the class is the one without a head.
+        """
         kind, config = self._architecture
         return kind, copy.deepcopy(config)  # making a model writes into it
 
     @cached_property
     def _architecture(self) -> tuple[type[Pretrained], Config]:
-        return architecture(self.path, self.config, trust_remote_code=self.trust_remote_code)
+        kind, config = architecture(self.path, self.config, trust_remote_code=self.trust_remote_code)
+        embeds = self.quantization is None and class_around(self.path) == "SentenceTransformer"
+        return (without_head(kind, config) if embeds else kind), config
 
 
 def _found(source: str | os.PathLike[str], *, trust_remote_code: bool) -> Path:

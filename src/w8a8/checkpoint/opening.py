@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from w8a8.checkpoint.beside import pooling_of
 from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.embedder import Behind, open_behind
 from w8a8.checkpoint.reader import load, load_float
 from w8a8.decoding.models import check_cache, set_cache, set_usual_cache
 from w8a8.errors import ModelError
@@ -38,9 +38,9 @@ class OpenedModel:
     kv_why: str | None = None
 
     @property
-    def pooling(self) -> tuple[str, ...]:
-        """How the directory's vectors are made of last states, where it is an embedder's."""
-        return pooling_of(self.directory)
+    def behind(self) -> Behind | None:
+        """What makes a vector of the last states, where the directory is an embedder's; opened at each look."""
+        return open_behind(self.directory)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A text as token ids, with the bytes that each token stands for, cut into windows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,13 +35,13 @@ class Text:
     ids: (T,) int64.
     byte_ends: (T,) int64, how many UTF-8 bytes of the text end with each token; None where the tokenizer does not say.
     frame: None where the tokenizer has no token for a mask.
-    pooling: How vectors are made of the last states of an embedder (`w8a8.analysis.answers.POOLINGS`); none: the mean.
+    vectors: What makes vectors (B, W) of the last states (B, T, C) of an embedder; None: it is none, or by the mean.
     """
 
     ids: Tensor
     byte_ends: Tensor | None = None
     frame: Frame | None = None
-    pooling: tuple[str, ...] = ()
+    vectors: Callable[[Tensor], Tensor] | None = None
 
     def first(self, tokens: int | None) -> "Text":
         """The first so many tokens."""
@@ -54,8 +54,8 @@ class Text:
         return int(self.byte_ends[end - 1]) - (int(self.byte_ends[first - 1]) if first else 0)
 
 
-def encode(tokenizer: Tokenizer | None, text: str, pooling: tuple[str, ...] = ()) -> Text:
-    """A text, tokenised without special tokens, for a model whose vectors are made so of its states.
+def encode(tokenizer: Tokenizer | None, text: str, vectors: Callable[[Tensor], Tensor] | None = None) -> Text:
+    """A text, tokenised without special tokens, for a model of whose states vectors are made so, if any.
 
     Raises:
         ModelError: there is no tokenizer.
@@ -69,7 +69,7 @@ def encode(tokenizer: Tokenizer | None, text: str, pooling: tuple[str, ...] = ()
     if ids.numel() < 2:
         raise TextError(f"the text has {ids.numel()} tokens; scoring needs two or more")
     ends = _byte_ends(text, found["offset_mapping"]) if offsets else None
-    return Text(ids, ends, _frame(tokenizer, text[:64]), pooling)
+    return Text(ids, ends, _frame(tokenizer, text[:64]), vectors)
 
 
 def _frame(tokenizer: Tokenizer, text: str) -> Frame | None:

@@ -39,9 +39,8 @@ from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, mark_arriving
 from w8a8.model.pretrained import Conversion, Pretrained, stacks_experts
 from w8a8.model.roles import Embeddings, Head
-from w8a8.model.selection import matching
 from w8a8.model.swapping import build, empty_layer, swap
-from w8a8.model.tables import quantize_tables, tables_of
+from w8a8.model.tables import quantize_tables
 
 _LOG = logging.getLogger(__name__)
 METHOD = "w8a8"  # in memory; files say compressed-tensors
@@ -179,10 +178,8 @@ class W8A8Quantizer(HfQuantizer):
             self._stored_scheme = quantization.groups[0].scheme
             self._quantized = {name for name, _ in quant_layers(model)}
             self._arriving = arriving_of(model, stored, packed)
-        else:
-            others = tables_of(model) if config.embeddings is Embeddings.INT8 else {}  # they come later
-            exclude = [pattern for pattern in config.exclude if not matching(pattern, others)]
-            choice = Choice.of(model, config.scheme, config.include, exclude, stacks=(experts, {}))
+        else:  # tables come later
+            choice = Choice.of(model, config.scheme, config.include, config.exclude, stacks=(experts, {}))
             choice = _untied(model, choice, config.include)
             swap(model, choice.taken)
             layers = {name: empty_layer(model, name, each, **config.running) for name, each in choice.schemes.items()}

@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from w8a8 import evaluation
 from w8a8.analysis import LayerErrors, layer_errors
 from w8a8.calibration.sources import content_of
 from w8a8.checkpoint.directory import Directory
+from w8a8.checkpoint.embedder import Embedder, is_embedder
 from w8a8.checkpoint.opening import Named, NamedModel, OpenedModel, open_model, open_tokenizer
 from w8a8.core.plain import plain
 from w8a8.errors import ModelError
@@ -87,7 +90,8 @@ def compare_models(pair: ModelPair, watcher: Watcher | None = None) -> Compared:
     both = named, replace(named, name=pair.against, head="float", kv="dynamic")
     model, against = (replace(each, name=each.directory) for each in both)
     kinds = {ASKED.check(*each.directory.architecture) for each in (model, against)}
-    compare = _predictions if kinds <= PREDICTS_TOKENS else _outputs
+    embedders = all(is_embedder(each.directory.path) for each in (model, against))
+    compare = _predictions if kinds <= PREDICTS_TOKENS and not embedders else _outputs
     return compare(pair, model, against, watcher)
 
 
@@ -158,7 +162,7 @@ def _name(pair: ModelPair) -> str:
 
 
 def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: Watcher) -> Compared:
-    """Run a text through two models in memory that read one and predict no tokens."""
+    """Run a text through two models in memory that read one and predict no tokens; of two embedders, to vectors."""
     content = content_of(pair.text)
     opened = open_model(model)
     other = open_model(against)
@@ -168,9 +172,12 @@ def _outputs(pair: ModelPair, model: NamedModel, against: NamedModel, watcher: W
     if length > room:
         raise ModelError(f"--seq-len {length} is out of range: 2..{room} for {_name(pair)}")
     batches = [{"input_ids": framed(ids, encoded.frame)[None]} for ids in encoded.ids.split(length)]
+    models: list[nn.Module] = [opened.model, other.model]
+    embedders = [Embedder(each.model, made) for each in (opened, other) if (made := each.behind) is not None]
+    ours, theirs = embedders if len(embedders) == len(models) else models
     encoders = {_name(pair): opened.model, pair.against: other.model}
     with fusing(encoders, watcher, asked=pair.fuse), watcher.stage("comparing") as step:
-        both = compare_outputs(opened.model, other.model, batches, seed=pair.seed, progress=step)
+        both = compare_outputs(ours, theirs, batches, seed=pair.seed, progress=step)
     return _with_layers(both, other.model, opened.model, encoded, seed=pair.seed)
 
 

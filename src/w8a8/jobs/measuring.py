@@ -85,6 +85,7 @@ def rank_layers(
     if scheme != AUTO:
         scheme = Scheme.of(scheme)
     opened, encoded = _with_text(model, layers.ASKED, text)
+    encoded = replace(encoded, vectors=opened.behind)
     unstack_experts_(opened.model)
     with (watcher or Watcher()).stage("measuring") as step:
         return sensitivity(opened.model, encoded, scheme, progress=step, **options)
@@ -162,4 +163,4 @@ def _with_text(model: Named, asked: Asked, text: str) -> tuple[OpenedModel, Text
     """The model and the text, which is read first."""
     content = content_of(text)
     opened = open_model(model, asked)
-    return opened, encode(opened.tokenizer, content, opened.pooling)
+    return opened, encode(opened.tokenizer, content)

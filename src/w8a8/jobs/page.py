@@ -57,7 +57,7 @@ def measure_layers(made: Made, text: str, watcher: Watcher | None = None) -> Mea
     """
     job, watcher = made.job, watcher or Watcher()
     opened = open_model(job.named)
-    model, ids = opened.model, encode(opened.tokenizer, content_of(text), opened.pooling)
+    model, ids = opened.model, encode(opened.tokenizer, content_of(text), opened.behind)
     data = job.calibrate_on(model, opened.tokenizer)
     include = with_head(model, job.include, job.head)
     choice = Choice.of(model, job.wanted, include, job.exclude)

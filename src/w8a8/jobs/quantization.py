@@ -158,7 +158,7 @@ class _Work:
         job, search, model = self.job, self.job.search, opened.model
         assert search is not None, "asked for"
         wanted = Budget.of(search.limit)
-        ids = encode(opened.tokenizer, content_of(search.text), opened.pooling)
+        ids = encode(opened.tokenizer, content_of(search.text), opened.behind)
         include = with_head(model, job.include, job.head)
         options = [Scheme.of(option) for option in search.options]
         choice = Choice.of(model, options[0], include, job.exclude)
@@ -173,6 +173,7 @@ class _Work:
                 options=options,
                 include=include,
                 exclude=job.exclude,
+                embeddings=job.embeddings,
                 seed=job.seed,
                 calibration=data,
                 observer=job.observer,

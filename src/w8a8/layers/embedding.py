@@ -108,6 +108,19 @@ class QuantEmbedding(QuantLayer):
         """N."""
         return self.out_features
 
+    @num_embeddings.setter
+    def num_embeddings(self, number: int) -> None:
+        """Nothing: transformers says it again where a vocabulary is resized to what it is.
+
+        Raises:
+            SchemeError: to another number.
+        """
+        if number != self.out_features:
+            raise SchemeError(
+                f"num_embeddings={number} was set on a lookup table in int8 of {self.out_features} rows, whose number "
+                "is fixed: resize the float model and quantise that"
+            )
+
     @property
     def embedding_dim(self) -> int:
         """K."""

@@ -58,6 +58,12 @@ class Weight:
         """As the float weight is; the codes are not."""
         return True
 
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, place: object) -> NoReturn:
+        raise _refused(f"{place!r} of it was asked for")
+
     def __getattr__(self, name: str) -> NoReturn:
         raise _refused(f".{name} of it was asked for")
 

@@ -26,7 +26,7 @@ from w8a8.model.experts import Experts, own_weights, unstacked
 from w8a8.model.roles import Embeddings, Head
 from w8a8.model.selection import Schemes, Selection, assign, scheme_of, select, with_head
 from w8a8.model.swapping import swap, swapped
-from w8a8.model.tables import Tables, choose_tables, tables_of
+from w8a8.model.tables import Tables, choose_tables
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,15 @@ class Choice:
         Args:
             model: Not modified.
             schemes: One for all layers, or by pattern, as for `assign`; "auto" is what is usual for the model.
-            include, exclude: As for `select`; `exclude` is for tables too, where these are asked for.
+            include, exclude: As for `select`.
             head, embeddings: What heads and lookup tables are to be.
             stacks: What can take the places of stacks, and why others stay, where it is not all that can.
         """
         check_module(model)
         include = with_head(model, include, head)
         experts, reasons = unstacked(model) if stacks is None else stacks
-        others = tables_of(model) if Embeddings.of(embeddings) is Embeddings.INT8 else {}
         with swapped(model, experts):
-            selected = select(model, include, exclude, others=others)
+            selected = select(model, include, exclude)
             selection, by_layer = assign(selected, scheme_of(model, schemes))
         tables = choose_tables(model, embeddings, by_layer, exclude)
         reasons = {**reasons, **selection.reasons, **tables.reasons}

@@ -52,19 +52,17 @@ class Selection:
     together: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def select(
-    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), *, others: Collection[str] = ()
-) -> Selection:
+def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> Selection:
     """Choose the layers to quantise.
 
     Args:
         model: Of any class.  Not modified.
         include: Exact names or globs; a layer must match one.
-        exclude: Exact names or globs; a layer must match none.
-        others: Names that `exclude` may be for too: those of tables.
+        exclude: Exact names or globs; a layer must match none.  They may be for lookup tables alone.
 
     Raises:
-        PatternError: a pattern matches no linear layer; the message lists the closest names.
+        PatternError: a pattern matches no linear layer, and one of `exclude` no table either; the message lists the
+            closest names.
         SchemeError: nothing is left to quantise.
         ModelError: `model` is not a module, or has parameters without a shape.
     """
@@ -76,7 +74,8 @@ def select(
         )
     check_materialised(model)
     linears = {name: m for name, m in model.named_modules() if is_linear(m)}
-    _check_patterns(model, linears, include, [each for each in exclude if not matching(each, others)])
+    tables = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    _check_patterns(model, linears, include, [each for each in exclude if not matching(each, tables)])
     included = set().union(*(matching(pattern, linears) for pattern in include))
     excluded = {name: pattern for pattern in reversed(exclude) for name in matching(pattern, linears)}
     usage = look(model)

@@ -86,8 +86,8 @@ def choose_tables(
         elif tables[name].weight.numel() < least:
             reasons[name] = "it has less than a thousandth of the parameters"
     owners = owners_of(model)
-    tied = {name: tuple(o for o in owners[id(table.weight)] if o != name) for name, table in tables.items()}
     chosen = {name: TABLE for name in tables if name not in reasons}
+    tied = {name: tuple(o for o in owners[id(tables[name].weight)] if o != name) for name in chosen}
     for name in chosen:
         apart = next((other for other in tied[name] if other not in chosen and other not in quantized), None)
         if apart is not None:
