@@ -167,8 +167,13 @@ def carry_out(
     counted = Counter(schemes.values())
     if calibration is not None:
         calibration = Calibration.of(calibration)
-    for each in counted:
-        _check_static(each, calibration, observer)
+    for each in counted:  # what can be known of the static grids before any pass
+        if calibration is None:
+            each.check_without_data()
+        if each.static and each.activations is not None:
+            checked_observer(observer, each.activations)
+        else:
+            observer_of(observer)
     ((scheme, _),) = counted.most_common(1)
     report, undo = smooth_first(model, choice.outside, scheme, calibration, smooth, progress)
     try:
@@ -205,13 +210,3 @@ def smooth_first(
     if calibration is None or way == NONE:
         return None, lambda: None
     return smooth_undoable(model, calibration, way=way, scheme=scheme, chosen=chosen, progress=progress)
-
-
-def _check_static(scheme: Scheme, calibration: Calibration | None, observer: str | Callable[[], Observer]) -> None:
-    """What can be known of the static grids before any pass."""
-    if calibration is None:
-        scheme.check_without_data()
-    if scheme.static and scheme.activations is not None:
-        checked_observer(observer, scheme.activations)
-    else:
-        observer_of(observer)

@@ -7,7 +7,7 @@ from w8a8.records.layers import Channels, Histogram, Remedy
 from w8a8.report import plots, png
 from w8a8.report.markup import Column, Columns, drawing, figure, folded, table, text
 from w8a8.report.numbers import by, fixed, grouped, percent, scientific, significant, without
-from w8a8.report.records import Layer, Records
+from w8a8.report.records import Records
 
 _WORST = 10  # layers that are named as the worst
 _LEVELS = 255  # of a heat map's colours
@@ -96,9 +96,13 @@ def by_depth(records: Records) -> str:
     ):
         having = [layer for layer in records.layers if getattr(layer, measure) is not None]
         if having:
-            note = without(len(records.layers) - len(having), "layers") + _outside(having)
+            note = without(len(records.layers) - len(having), "layers")
+            if outside := sum(layer.block is None for layer in having):
+                note += f" {outside} outside the blocks at the right end."
             svg = drawing(plots.by_depth(having, measure, title, kinds), f"{title} by depth and kind")
-            figures.append(figure(f"{title} by depth and kind", svg, note, _values(having, measure, title)))
+            values = [[x.name, x.kind, x.block, getattr(x, measure)] for x in having]
+            data = table(["layer", "kind", "block", Column(title, fixed(2))], values, caption=title)
+            figures.append(figure(f"{title} by depth and kind", svg, note, data))
     positive = [layer for layer in records.layers if (layer.kl_alone or 0) > 0 and (layer.kl_spared or 0) > 0]
     if positive:
         title = "Two views of each layer's damage"
@@ -112,11 +116,6 @@ def by_depth(records: Records) -> str:
         )
         figures.append(figure(title, drawing(plots.against(positive, kinds), title), note, data))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else ""
-
-
-def _values(layers: Sequence[Layer], measure: str, title: str) -> str:
-    columns: Columns = ["layer", "kind", "block", Column(title, fixed(2))]
-    return table(columns, [[x.name, x.kind, x.block, getattr(x, measure)] for x in layers], caption=title)
 
 
 LAYER_COLUMNS = (
@@ -230,8 +229,3 @@ def _histogram(found: Histogram) -> str:
         caption=f"{found.what} values",
     )
     return figure(title, drawing(plots.histogram(found), title), note, data)
-
-
-def _outside(layers: Sequence[Layer]) -> str:
-    count = sum(layer.block is None for layer in layers)
-    return f" {count} outside the blocks at the right end." if count else ""
