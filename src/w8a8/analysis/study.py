@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from w8a8.core.affine import sqnr_db
 from w8a8.core.progress import Progress, tell
@@ -19,7 +19,6 @@ from w8a8.core.scheme import Granularity, PerChannel, PerColumn, PerTensor, PerT
 from w8a8.errors import SchemeError
 from w8a8.evaluation import Evaluation, perplexity
 from w8a8.evaluation.scores import default_length
-from w8a8.layers.linear import QuantLinear
 from w8a8.model.inputs import watched
 from w8a8.model.kinds import Asked
 from w8a8.model.pretrained import Pretrained
@@ -102,7 +101,9 @@ def study(
     cells = []
     for done, scheme in enumerate(schemes, start=1):
         layers = build(model, dict.fromkeys(chosen, scheme), simulated=True)
-        sqnr = _mean_sqnr_db(model, layers, inputs)
+        with torch.inference_mode():
+            sqnrs_db = [sqnr_db(model.get_submodule(name)(x), layers[name](x)) for name, x in inputs.items()]
+        sqnr = sum(sqnrs_db) / len(sqnrs_db)
         with swapped(model, layers):
             measured = perplexity(model, ids, seq_len=seq_len)
         cells.append(Cell(scheme, scheme.weights.bits, measured.perplexity.mean, sqnr, scheme.integer_executable))
@@ -111,7 +112,7 @@ def study(
 
 
 def _layer_inputs(model: Pretrained, names: Sequence[str], ids: Tensor) -> dict[str, Tensor]:
-    """What each layer is fed in one forward of the float model."""
+    """What each layer is fed in one forward of the float model; nothing where that does not reach it."""
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str, args: tuple[Tensor, ...], kwargs: object) -> None:
@@ -120,10 +121,3 @@ def _layer_inputs(model: Pretrained, names: Sequence[str], ids: Tensor) -> dict[
     with watched(model, names, keep, after=False), torch.inference_mode():
         model(input_ids=ids[None].to(model.device), use_cache=False)
     return inputs
-
-
-@torch.inference_mode()
-def _mean_sqnr_db(model: nn.Module, layers: dict[str, QuantLinear], inputs: dict[str, Tensor]) -> float:
-    """The mean over layers, in decibels; layers that the forward did not reach do not count."""
-    values = [sqnr_db(model.get_submodule(name)(x), layers[name](x)) for name, x in inputs.items()]
-    return sum(values) / len(values)

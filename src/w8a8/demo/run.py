@@ -171,8 +171,7 @@ def time_layer(features: int = 4096, *, rows: tuple[int, ...] = (1, 128), rounds
         (kernel,) = (name for name, calls in layer.kernel_calls().items() if calls != before.get(name))
         float_ms, int8_ms = (statistics.median(column) for column in zip(*took, strict=True))
         times.append(LayerTime(m, float_ms, int8_ms, kernel))
-    slower = any(each.int8_ms >= each.float_ms for each in times)
-    note = _why_slow(times[-1].kernel) if slower else None
+    note = _why_slow(times[-1].kernel) if any(each.int8_ms >= each.float_ms for each in times) else None
     return LayerSpeed(features, torch.get_num_threads(), tuple(times), note)
 
 

@@ -103,8 +103,8 @@ def drawing(svg: str, title: str) -> str:
 def _cell(column: Column, value: object, numeric: bool, heading: bool, key: str | None) -> str:
     number = isinstance(value, int | float)
     shown = ABSENT if value is None else text(column.shown(value))
+    if heading:
+        return f'<th scope="row">{shown.replace(".", ".<wbr>")}</th>'  # a module's name breaks at its dots
     data = f' data-v="{value!r}"' if number and key is not None else ""
     kind = ' class="n"' if number or numeric else ""
-    if heading:
-        shown = shown.replace(".", ".<wbr>")  # a module's name breaks at its dots
-    return f'<th scope="row">{shown}</th>' if heading else f"<td{kind}{data}>{shown}</td>"
+    return f"<td{kind}{data}>{shown}</td>"

@@ -102,10 +102,9 @@ class _State(GenerationState):
         super().__init__()
         one_by_one: Callable[[], OneByOne] = OneByOne  # untyped where it is transformers'
         self._ours: BaseGenerateManager = one_by_one() if engine is None else Packed(engine)
-        self._packed = engine is not None
 
     def use_continuous_batching(self, *_: object, **__: object) -> bool:
-        return self._packed
+        return isinstance(self._ours, Packed)
 
     def get_manager(self, *_: object, **__: object) -> BaseGenerateManager:
         return self._ours
