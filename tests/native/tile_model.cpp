@@ -92,8 +92,8 @@ const Tiles kTiles = {configure, Model::release, TileProduct<Model>::run};
 
 }  // namespace
 
-const Isa kAmxModel = {"amx_model", [] { return true; }, Left::kU8, 0, 0, {}, portable_range, portable_codes,
-                       portable_finish, [](int64_t) { return 0.0; }, &kPortableFloats, nullptr, &kTiles};
+const Isa kAmxModel = {"amx_model", [] { return true; }, Left::kU8, 0, 0, {}, &kPortableSteps,
+                       [](int64_t) { return 0.0; }, &kPortableFloats, nullptr, &kTiles};
 
 }  // namespace w8a8
 #endif

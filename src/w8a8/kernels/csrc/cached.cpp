@@ -6,7 +6,6 @@
 #include "internal.h"
 #include "parallel.h"
 #include "quantize.h"
-#include "scratch.h"
 
 namespace w8a8 {
 namespace {
@@ -130,13 +129,12 @@ void write_seen(const w8a8_cached_attention &a, const Range &range, int64_t batc
 struct Attended {
   const w8a8_cached_attention &a;
   const Cached cached;
-  int64_t batch, rows, pieces, places = 0;   // pieces: of the sequence that has most; places: that are looked at by all
-  Part *part;                    // (heads, pieces, rows)
-  float *sums;                   // (heads, pieces, rows, value_room)
+  int64_t batch, rows, pieces = 0, places = 0;   // pieces: of the sequence that has most; places: that are looked at by all
+  Part *part = nullptr;                 // (heads, pieces, rows)
+  float *sums = nullptr;         // (heads, pieces, rows, value_room)
 
   explicit Attended(const w8a8_cached_attention &asked)
-      : a(asked), cached(asked.cached), batch(asked.ranges ? asked.batch : asked.cached.batch), rows(asked.shared * asked.queries), pieces(0),
-        part(nullptr), sums(nullptr) {
+      : a(asked), cached(asked.cached), batch(asked.ranges ? asked.batch : asked.cached.batch), rows(asked.shared * asked.queries) {
     for (int64_t b = 0; b < batch; ++b) {
       const Range r = range_of(a, b);
       pieces = std::max(pieces, div_up(r.end - r.first(), kPiece)), places += r.end - r.start;
@@ -238,18 +236,14 @@ int append(const Cached &cached, int64_t batch, const Strided &k, const Strided 
   const int64_t dims = to->key_dims + to->value_dims, heads = batch * to->heads;
   const int64_t step = std::max<int64_t>(1, 8192 / dims), steps = div_up(tokens, step);
   if (heads * tokens * dims <= kSerial) threads = 1;
-  std::atomic<bool> starved{false};
-  for_each(heads * steps, threads, [&](int64_t task) {
-    static thread_local Scratch scratch;
-    char *codes = scratch.get(round_up(std::max(to->key_dims + 1, cached.value_room), 64));
-    if (!codes) return starved.store(true, std::memory_order_relaxed);
+  const int64_t room = round_up(std::max(to->key_dims + 1, cached.value_room), 64);
+  return for_each_with(room, heads * steps, threads, [&](int64_t task, char *codes) {
     const int64_t head = task / steps, b = head / to->heads, h = head % to->heads;
     for (int64_t t = task % steps * step; t < std::min(tokens, (task % steps + 1) * step); ++t) {
       const std::pair<int64_t, int64_t> place = place_of(b, h, t);
       append_token(cached, place.first, place.second, k.row(b, h, t), v.row(b, h, t), dtype, codes);
     }
   });
-  return starved.load(std::memory_order_relaxed) ? W8A8_NO_MEMORY : W8A8_OK;
 }
 
 }  // namespace
@@ -282,11 +276,7 @@ extern "C" int w8a8_cached_read(const w8a8_cached *from, int32_t keys, int64_t s
   const int64_t first = start / kCachedTile, tiles = tokens ? div_up(start + tokens, kCachedTile) - first : 0;
   const int64_t step = std::max<int64_t>(1, 8192 / (kCachedTile * dims)), steps = div_up(tiles, step);
   if (heads * tokens * dims <= kSerial) threads = 1;
-  std::atomic<bool> starved{false};
-  for_each(heads * steps, threads, [&](int64_t task) {
-    static thread_local Scratch scratch;
-    char *rows = scratch.get(4 * kCachedTile * cached.pairs);
-    if (!rows) return starved.store(true, std::memory_order_relaxed);
+  return for_each_with(4 * kCachedTile * cached.pairs, heads * steps, threads, [&](int64_t task, char *rows) {
     const int64_t head = task / steps;
     for (int64_t tile = first + task % steps * step; tile < first + std::min(tiles, (task % steps + 1) * step); ++tile) {
       if (keys) rows_of_tile(cached.keys(head, tile), cached.pairs, reinterpret_cast<int16_t *>(rows));
@@ -299,7 +289,6 @@ extern "C" int w8a8_cached_read(const w8a8_cached *from, int32_t keys, int64_t s
       }
     }
   });
-  return starved.load(std::memory_order_relaxed) ? W8A8_NO_MEMORY : W8A8_OK;
 }
 
 extern "C" int w8a8_cached_attend(const w8a8_cached_attention *a, int32_t threads) {
@@ -310,21 +299,12 @@ extern "C" int w8a8_cached_attend(const w8a8_cached_attention *a, int32_t thread
   char *memory = partial.get(t.partial_bytes());
   if (!memory) return W8A8_NO_MEMORY;
   t.take(memory);
-  std::atomic<bool> starved{false};
-  for_each(t.heads() * t.pieces, threads, [&](int64_t task) {
-    static thread_local Scratch scratch;
-    char *own = scratch.get(t.scratch_bytes());
-    if (!own) return starved.store(true, std::memory_order_relaxed);
-    t.run(task, own);
-  });
-  if (starved.load(std::memory_order_relaxed)) return W8A8_NO_MEMORY;
+  int status = for_each_with(t.scratch_bytes(), t.heads() * t.pieces, threads,
+                             [&](int64_t task, char *own) { t.run(task, own); });
+  if (status != W8A8_OK) return status;
   if (t.heads() * t.rows * t.pieces * t.cached.value_room <= kSerial) threads = 1;
-  for_each(t.heads() * t.rows, threads, [&](int64_t index) {
-    static thread_local Scratch scratch;
-    char *own = scratch.get(4 * t.cached.value_room);
-    if (!own) return starved.store(true, std::memory_order_relaxed);
-    t.finish(index, reinterpret_cast<float *>(own));
-  });
+  status = for_each_with(4 * t.cached.value_room, t.heads() * t.rows, threads,
+                         [&](int64_t index, char *own) { t.finish(index, reinterpret_cast<float *>(own)); });
   partial.shrink();
-  return starved.load(std::memory_order_relaxed) ? W8A8_NO_MEMORY : W8A8_OK;
+  return status;
 }

@@ -73,34 +73,18 @@ extern "C" double w8a8_peak_ops(double seconds, int32_t threads) {
 }
 
 extern "C" double w8a8_peak_read(const void *data, int64_t bytes, double seconds, int32_t threads) {
-  struct Run {
-    const char *data;
-    int64_t bytes, pieces;
-    Shares shares;
-    std::atomic<int> workers{0};
-    std::atomic<uint64_t> sink{0};
-  };
-  static thread_local Run run;
   constexpr int64_t kPiece = 128 << 10;   // as the product reads it: each thread its own run of panels
-  run.data = static_cast<const char *>(data), run.bytes = bytes, run.pieces = bytes / kPiece;
-  if (run.pieces < 1) return 0;
-  if (threads <= 0) threads = default_threads();
+  const int64_t pieces = bytes / kPiece;
+  if (pieces < 1) return 0;
   double best = 0;
   const double start = now_s();
   do {
-    run.shares.reset(run.pieces, threads);
-    run.workers.store(0);
     const double t = now_s();
-    run_on_threads(
-        [](void *p) {
-          Run &r = *static_cast<Run *>(p);
-          const int me = r.workers.fetch_add(1, std::memory_order_relaxed);
-          uint64_t sum = 0;
-          for (int64_t i; (i = r.shares.take(me)) >= 0;) sum ^= read_some(r.data + i * kPiece, kPiece);
-          r.sink.fetch_xor(sum, std::memory_order_relaxed);
-        },
-        &run, threads);
-    best = std::max(best, static_cast<double>(run.pieces * kPiece) / (now_s() - t));
+    for_each(pieces, threads, [&](int64_t i) {
+      const uint64_t sum = read_some(static_cast<const char *>(data) + i * kPiece, kPiece);
+      __asm__ volatile("" : : "r"(sum));   // wanted
+    });
+    best = std::max(best, static_cast<double>(pieces * kPiece) / (now_s() - t));
   } while (now_s() - start < seconds);
   return best;
 }

@@ -152,43 +152,21 @@ struct Cpuid {
 };
 #endif
 
-// One row of a residual sum and LayerNorm, float32.
-struct NormRow {
-  const float *x, *add;           // add may be null
-  float *sum, *out;               // (k); sum is written only where there is something to add
-  const float *weight, *bias;     // (k) or null
-  float eps;
-  int64_t k;
-};
-
-// Attention, float32: where each operand lies, and who sees whom.
-struct Heads {
-  float *data;
-  int64_t batch, head, token;     // strides, in floats; the innermost is 1
-  float *at(int64_t b, int64_t h) const { return data + b * batch + h * head; }
-};
-struct Attention {
-  Heads q, k, v, out;
-  int64_t queries, keys, dims, shared;   // shared: heads of q to one of k and v
-  float scale;
-  bool causal;                           // query i sees keys 0..i
-  const void *mask;                      // or null; float32 to add, or bytes that are not zero where a key is seen
-  bool mask_is_float;
-  int64_t mask_at[4];                    // strides by batch, head, query, key, in elements
-};
+// Where a head begins of an operand of attention that lies `at` (w8a8.h).
+inline const float *head_of(const float *data, const int64_t *at, int64_t b, int64_t h) { return data + b * at[0] + h * at[1]; }
 constexpr float kHidden = -1e30f;        // what is added to a score that is to have no weight, in any model's mask
 // One element of a row of a mask, as what is added to a score.
-float mask_at(const Attention &t, const void *row, int64_t key);
-const void *mask_row(const Attention &t, int64_t batch, int64_t head, int64_t query);
+float mask_at(const w8a8_attention &t, const void *row, int64_t key);
+const void *mask_row(const w8a8_attention &t, int64_t batch, int64_t head, int64_t query);
 // How many keys have to be looked at: those behind the last one that any query sees have no weight.
-int64_t visible_keys(const Attention &t, int64_t batch, int64_t head);
+int64_t visible_keys(const w8a8_attention &t, int64_t batch, int64_t head);
 // What is added to the scores of a query, (room): minus infinity where it sees no key.
-void write_bias(const Attention &t, int64_t batch, int64_t head, int64_t query, int64_t keys, int64_t room, float *bias);
+void write_bias(const w8a8_attention &t, int64_t batch, int64_t head, int64_t query, int64_t keys, int64_t room, float *bias);
 constexpr int kMostQueries = 24;         // that any instruction set takes at once
 // Floats of scratch memory that `attend` takes.
-inline int64_t attention_scratch(const Attention &t) {
-  const int64_t room = round_up(t.keys, 16), dims = round_up(t.dims, 16);
-  return room * (1 + t.dims + kMostQueries) + dims * kMostQueries + t.keys * dims;
+inline int64_t attention_scratch(int64_t keys, int64_t dims) {
+  const int64_t room = round_up(keys, 16), whole = round_up(dims, 16);
+  return room * (1 + dims + kMostQueries) + whole * kMostQueries + keys * whole;
 }
 
 // A piece of the past in int8, and the queries that look at it.
@@ -222,8 +200,9 @@ struct Part {
 // What lies between products; isa/floats.h and isa/cached.h.  All give the same bits.
 struct Floats {
   void (*activate)(int kind, float *y, int64_t n);
-  void (*norm)(const NormRow &row);
-  void (*attend)(const Attention &t, int64_t batch, int64_t head, float *scratch);
+  // What `w8a8_norm` says of one row of k: a sum is written where there is something to add, and the norm.
+  void (*norm)(const w8a8_norm &row, const float *x, int64_t k);
+  void (*attend)(const w8a8_attention &t, int64_t batch, int64_t head, float *scratch);
   // 2 * pairs codes of k floats, of which the vectors read `round_up(k, 16)`; returns the scale, NaN for a row that is not finite.
   float (*query)(const float *x, int64_t k, int64_t pairs, int16_t *codes);
   // scores: (rows, kPiece) of scratch; sums: (rows, value_room)
@@ -238,6 +217,16 @@ extern const Floats kPortableFloats;
 extern const Floats kAvx2Floats, kAvx512Floats;
 #endif
 
+// What is done to rows before and behind the product.  Some instruction sets share it.
+struct RowSteps {
+  RowRange (*range[3])(const void *row, int64_t k, bool asym);   // by w8a8_dtype
+  // Writes round_up(k, kGroup) codes at least, at most round_up(k, 64).
+  void (*codes[3])(const void *row, int64_t k, const Grid &grid, Left left, int offset, void *out);   // likewise
+  // Columns [n0, n0 + cols) of rows [m0, m0 + rows); sums has row stride ld.
+  void (*finish)(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+};
+extern const RowSteps kPortableSteps, kAvx2Steps, kAvx512Steps, kNeonSteps;   // those of this architecture
+
 struct Isa {
   const char *name;
   bool (*usable)();
@@ -245,11 +234,7 @@ struct Isa {
   int max_rows;
   int stream_rows;             // up to so many rows a tile reads its panel once, from front to back
   TileFn tile[kMaxRows + 1];   // by number of rows
-  RowRange (*range)(const void *row, int dtype, int64_t k, bool asym);
-  // Writes round_up(k, kGroup) codes at least, at most round_up(k, 64).
-  void (*codes)(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
-  // Columns [n0, n0 + cols) of rows [m0, m0 + rows); sums has row stride ld.
-  void (*finish)(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
+  const RowSteps *steps;
   double (*peak)(int64_t rounds);   // runs `rounds` rounds of the product instruction, returns operations done
   const Floats *floats;
   const char *(*why_not)() = nullptr;   // where there is more to say than that this CPU has not got it
@@ -269,29 +254,11 @@ extern const Isa kAmxModel;   // tests/native/tile_model.cpp
 #endif
 #ifdef W8A8_ARM_DOT
 extern const Isa kNeonDot;
+void neon_tile_one(const void *left, int64_t ld_bytes, const int8_t *panel, int64_t ksteps, int32_t *sums,
+                   const int8_t *ahead, int ahead_lines);
 #endif
 #ifdef W8A8_ARM_I8MM
 extern const Isa kNeonI8mm;
-#endif
-
-// Shared by instruction sets that do not bring their own.
-RowRange portable_range(const void *row, int dtype, int64_t k, bool asym);
-void portable_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
-void portable_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
-#ifdef W8A8_X86
-RowRange avx2_range(const void *row, int dtype, int64_t k, bool asym);
-void avx2_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
-void avx2_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
-RowRange avx512_range(const void *row, int dtype, int64_t k, bool asym);
-void avx512_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
-void avx512_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
-#endif
-#ifdef W8A8_ARM_DOT
-RowRange neon_range(const void *row, int dtype, int64_t k, bool asym);
-void neon_codes(const void *row, int dtype, int64_t k, const Grid &grid, Left left, int offset, void *out);
-void neon_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols);
-void neon_tile_one(const void *left, int64_t ld_bytes, const int8_t *panel, int64_t ksteps, int32_t *sums,
-                   const int8_t *ahead, int ahead_lines);
 #endif
 
 // Rounding x * (1 / scale) instead of x / scale, with the same codes.

@@ -69,7 +69,7 @@ struct Job {
   }
   // From sums to outputs, rows [m0, m0 + rows) of a panel.
   void finish(const Panel &panel, const int32_t *sums, int64_t m0, int rows) const {
-    isa->finish(panel.finish, sums, kPanel, m0, rows, panel.n0, panel.cols);
+    isa->steps->finish(panel.finish, sums, kPanel, m0, rows, panel.n0, panel.cols);
     if (panel.activation == W8A8_IDENTITY) return;
     for (int64_t m = m0; m < m0 + rows; ++m)
       isa->floats->activate(panel.activation, static_cast<float *>(panel.finish.y) + m * panel.finish.ldy + panel.n0,

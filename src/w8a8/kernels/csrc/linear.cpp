@@ -13,14 +13,14 @@ constexpr int64_t kSerialProduct = 96 << 10;    // multiplications, likewise
 
 int64_t rows_per_task(const Job &job) { return std::max<int64_t>(1, 8192 / std::max<int64_t>(1, job.q.k)); }
 
-void quantize_task(const Job &job, int64_t task, const Grid &shared) {
-  const int64_t step = rows_per_task(job), end = std::min(job.q.m, (task + 1) * step);
-  for (int64_t m = task * step; m < end; ++m) quantize_row(job.q, m, shared);
-}
-
-void measure_task(const Job &job, int64_t task) {
-  const int64_t step = rows_per_task(job), end = std::min(job.q.m, (task + 1) * step);
-  for (int64_t m = task * step; m < end; ++m) measure_row(job.q, m);
+// Calls row(m) for every row, a task at a time, and waits for the others.
+template <class Row>
+void all_rows(const Job &job, Shares &tasks, int worker, const Row &row) {
+  if (tasks.total() == 0) return;
+  const int64_t step = rows_per_task(job);
+  for (int64_t t; (t = tasks.take(worker)) >= 0; tasks.done())
+    for (int64_t m = t * step; m < std::min(job.q.m, (t + 1) * step); ++m) row(m);
+  tasks.wait();
 }
 
 void work(void *data) {
@@ -28,15 +28,9 @@ void work(void *data) {
   const DefaultFloat contract;
   const int me = job.workers.fetch_add(1, std::memory_order_relaxed);
   Workspace &s = *job.space;
-  if (s.measure.total() > 0) {
-    for (int64_t t; (t = s.measure.take(me)) >= 0; s.measure.done()) measure_task(job, t);
-    s.measure.wait();
-  }
-  if (s.quantize.total() > 0) {
-    const Grid shared = shared_grid(job.q);   // cheap beside the rows; every worker gets the same
-    for (int64_t t; (t = s.quantize.take(me)) >= 0; s.quantize.done()) quantize_task(job, t, shared);
-    s.quantize.wait();
-  }
+  all_rows(job, s.measure, me, [&](int64_t m) { measure_row(job.q, m); });
+  const Grid shared = s.quantize.total() ? shared_grid(job.q) : Grid{};   // cheap beside the rows, alike for every worker
+  all_rows(job, s.quantize, me, [&](int64_t m) { quantize_row(job.q, m, shared); });
   if (!job.isa->tiles) {
     for (int64_t t; (t = s.product.take(me)) >= 0;) product_task(job, t);
     return;
@@ -166,18 +160,13 @@ extern "C" int w8a8_quantize_rows(const void *x, int32_t dtype, int64_t m, int64
   }
   const DefaultFloat contract;
   const Grid shared = shared_grid(q);
-  std::atomic<bool> starved{false};
-  for_each(m, threads, [&](int64_t row) {
-    // The kernels write whole vectors; the caller's rows end at k.
-    static thread_local Scratch scratch;
+  // The kernels write whole vectors; the caller's rows end at k.
+  return for_each_with(round_up(k, 64) + 64, m, threads, [&](int64_t row, char *room) {
     Quantize one = q;
-    char *room = scratch.get(round_up(k, 64) + 64);
-    if (!room) return starved.store(true, std::memory_order_relaxed);
     one.codes = room - row * one.ld_bytes;
     quantize_row(one, row, shared);
     if (k > 0) std::memcpy(codes + row * ldq, room, static_cast<size_t>(k));
   });
-  return starved.load(std::memory_order_relaxed) ? W8A8_NO_MEMORY : W8A8_OK;
 }
 
 extern "C" int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t lda, int64_t m, int32_t offset,
@@ -193,7 +182,8 @@ extern "C" int w8a8_finish(const w8a8_layer *layer, const int32_t *acc, int64_t 
     const int64_t end = std::min(m, (task + 1) * step);
     for (int64_t row = task * step; row < end; ++row)   // by rows, in pieces of int range
       for (int64_t n0 = 0; n0 < n; n0 += 1 << 20)
-        use.finish(f, acc + row * lda + n0, lda, row, 1, n0, static_cast<int>(std::min<int64_t>(1 << 20, n - n0)));
+        use.steps->finish(f, acc + row * lda + n0, lda, row, 1, n0,
+                          static_cast<int>(std::min<int64_t>(1 << 20, n - n0)));
   });
   return W8A8_OK;
 }

@@ -122,12 +122,8 @@ bool use_openmp() { return runtime().omp.complete() && !in_forked_child.load(std
 
 }  // namespace
 
-const char *parallel_name() { return use_openmp() ? runtime().name.c_str() : "threads"; }
-
 int default_threads() {
-  int n = 0;
-  if (use_openmp()) n = runtime().omp.max_threads();
-  else n = static_cast<int>(std::thread::hardware_concurrency());
+  const int n = use_openmp() ? runtime().omp.max_threads() : static_cast<int>(std::thread::hardware_concurrency());
   return n < 1 ? 1 : n;
 }
 
@@ -167,4 +163,4 @@ void Shares::wait() const {
 
 }  // namespace w8a8
 
-extern "C" const char *w8a8_parallel_name(void) { return w8a8::parallel_name(); }
+extern "C" const char *w8a8_parallel_name(void) { return w8a8::use_openmp() ? w8a8::runtime().name.c_str() : "threads"; }

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "internal.h"
+#include "scratch.h"
 
 namespace w8a8 {
 
@@ -14,8 +15,6 @@ void run_on_threads(void (*fn)(void *), void *data, int threads);
 
 // What `threads = 0` means: the OpenMP setting of the calling thread.
 int default_threads();
-
-const char *parallel_name();
 
 // Hands the indices [0, total) to whoever asks.  Every worker owns a contiguous share, so that memory is read in long
 // runs, and takes from the others' when its own is used up, so that a thread that was descheduled holds nobody up.
@@ -63,9 +62,9 @@ class Shares {
   int64_t total_ = 0;
 };
 
-// Calls fn(i) for every i of [0, count), on at most `threads` threads, in the arithmetic of the contract.
+// Calls fn(i, worker) for every i of [0, count), on at most `threads` threads, in the arithmetic of the contract.
 template <class Fn>
-void for_each(int64_t count, int threads, const Fn &fn) {
+void for_each_by_worker(int64_t count, int threads, const Fn &fn) {
   struct Loop {
     const Fn &fn;
     Shares shares;
@@ -79,9 +78,29 @@ void for_each(int64_t count, int threads, const Fn &fn) {
         Loop &l = *static_cast<Loop *>(data);
         const DefaultFloat contract;
         const int me = l.workers.fetch_add(1, std::memory_order_relaxed);
-        for (int64_t i; (i = l.shares.take(me)) >= 0;) l.fn(i);
+        for (int64_t i; (i = l.shares.take(me)) >= 0;) l.fn(i, me);
       },
       &loop, threads);
+}
+
+// Calls fn(i), likewise.
+template <class Fn>
+void for_each(int64_t count, int threads, const Fn &fn) {
+  for_each_by_worker(count, threads, [&](int64_t i, int) { fn(i); });
+}
+
+// Calls fn(i, memory), likewise, with so many bytes that are the thread's own; W8A8_NO_MEMORY where one cannot have them.
+template <class Fn>
+int for_each_with(int64_t bytes, int64_t count, int threads, const Fn &fn) {
+  std::atomic<bool> starved{false};
+  for_each(count, threads, [&](int64_t i) {
+    static thread_local Scratch scratch;
+    char *memory = scratch.get(bytes);
+    if (!memory) return starved.store(true, std::memory_order_relaxed);
+    fn(i, memory);
+    scratch.shrink();
+  });
+  return starved.load(std::memory_order_relaxed) ? W8A8_NO_MEMORY : W8A8_OK;
 }
 
 }  // namespace w8a8

@@ -16,7 +16,6 @@
 
 #include "internal.h"
 #include "parallel.h"
-#include "scratch.h"
 
 namespace w8a8 {
 namespace {
@@ -120,17 +119,17 @@ class Run {
 
   // --- who sees whom
 
-  Attention masked(int mask) const {
-    Attention t = {};
+  w8a8_attention masked(int mask) const {
+    w8a8_attention t = {};
     const w8a8_mask &m = p_.masks[mask];
-    t.mask = m.data, t.mask_is_float = m.is_float != 0;
+    t.mask = m.data, t.mask_is_float = m.is_float;
     for (int i = 0; i < 4; ++i) t.mask_at[i] = m.at[i];
     return t;
   }
 
   // Whether all queries of a sequence see the same keys, and nothing is added to what they see; then which: 0 where hidden.
   bool only_hides(int mask, int64_t batch, std::vector<uint8_t> &seen) const {
-    const Attention t = masked(mask);
+    const w8a8_attention t = masked(mask);
     if (t.mask_at[1]) return false;
     const void *row = mask_row(t, batch, 0, 0);
     for (int64_t key = 0; key < p_.length; ++key) {
@@ -147,7 +146,7 @@ class Run {
     }
     return true;
   }
-  bool same(const Attention &t, const void *a, const void *b) const {
+  bool same(const w8a8_attention &t, const void *a, const void *b) const {
     for (int64_t key = 0; key < p_.length; ++key)
       if (mask_at(t, a, key) != mask_at(t, b, key)) return false;
     return true;
@@ -273,48 +272,29 @@ class Run {
       for (int s = begin; s < end; ++s) step(p_.steps[s], block);
     };
     if (tasks_ == 1) return task(0, local_, threads_);
-    // as for_each, but a worker has memory of its own
-    struct Loop {
-      const decltype(task) &run;
-      Shares shares;
-      std::atomic<int> workers{0};
-      float *local;
-      int64_t each;
-    } loop{task, {}, {}, local_, local_per_row_ * block_};
-    const int threads = static_cast<int>(std::min<int64_t>(threads_, tasks_));
-    loop.shares.reset(tasks_, threads);
-    run_on_threads(
-        [](void *data) {
-          Loop &l = *static_cast<Loop *>(data);
-          const DefaultFloat contract;
-          const int me = l.workers.fetch_add(1, std::memory_order_relaxed);
-          for (int64_t i; (i = l.shares.take(me)) >= 0;) l.run(i, l.local + me * l.each, 1);
-        },
-        &loop, threads);
+    for_each_by_worker(tasks_, threads_,
+                       [&](int64_t i, int worker) { task(i, local_ + worker * local_per_row_ * block_, 1); });
   }
 
   void attend(const w8a8_step &s) {
     const int64_t width = slots_[s.q].width, narrow = slots_[s.k].width, dims = width / s.heads;
     const int64_t work = rows_ * p_.length * width;
-    for_each(p_.batch * s.heads, work <= kSerialScores ? 1 : threads_, [&](int64_t task) {
+    const int threads = work <= kSerialScores ? 1 : threads_;
+    note(for_each_with(4 * attention_scratch(p_.length, dims), p_.batch * s.heads, threads, [&](int64_t task, char *memory) {
       const int64_t batch = task / s.heads;
       const Sequence &q = sequences_[batch];
-      Attention t = {};
+      w8a8_attention t = {};
       if (s.mask >= 0 && !q.unmasked) {
         t = masked(s.mask);
         t.mask = mask_row(t, batch, 0, 0);
       }
-      t.q = {slots_[s.q].base + q.first * width, 0, dims, width};
-      t.k = {slots_[s.k].base + q.first * narrow, 0, dims, narrow};
-      t.v = {slots_[s.v].base + q.first * narrow, 0, dims, narrow};
-      t.out = {slots_[s.out[0]].base + q.first * width, 0, dims, width};
-      t.queries = t.keys = q.rows, t.dims = dims, t.shared = s.shared, t.scale = s.scale, t.causal = s.causal != 0;
-      static thread_local Scratch scratch;
-      char *memory = scratch.get(4 * attention_scratch(t));
-      if (!memory) return note(W8A8_NO_MEMORY);
+      t.q = slots_[s.q].base + q.first * width, t.out = slots_[s.out[0]].base + q.first * width;
+      t.k = slots_[s.k].base + q.first * narrow, t.v = slots_[s.v].base + q.first * narrow;
+      t.q_at[1] = t.k_at[1] = t.v_at[1] = t.out_at[1] = dims;
+      t.q_at[2] = t.out_at[2] = width, t.k_at[2] = t.v_at[2] = narrow;
+      t.queries = t.keys = q.rows, t.dims = dims, t.shared = s.shared, t.scale = s.scale, t.causal = s.causal;
       isa().floats->attend(t, 0, task % s.heads, reinterpret_cast<float *>(memory));
-      scratch.shrink();
-    });
+    }));
   }
 
   // --- padding out and in

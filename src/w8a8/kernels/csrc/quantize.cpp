@@ -42,7 +42,7 @@ Grid grid_of(const RowRange &r, bool asym, int bits) {
 }  // namespace
 
 void measure_row(const Quantize &q, int64_t m) {
-  q.ranges[m] = q.isa->range(row_of(q.x, q.dtype, q.ldx, m), q.dtype, q.k, q.asym());
+  q.ranges[m] = q.isa->steps->range[q.dtype](row_of(q.x, q.dtype, q.ldx, m), q.k, q.asym());
 }
 
 Grid shared_grid(const Quantize &q) {
@@ -64,7 +64,7 @@ Grid shared_grid(const Quantize &q) {
 
 const float *norm_row_of(const Isa &isa, const w8a8_norm &norm, const float *x, int64_t m, int64_t k, float *spare) {
   float *const sum = norm.sum ? norm.sum + m * k : spare + k, *const out = norm.out ? norm.out + m * k : spare;
-  isa.floats->norm({x, norm.add ? norm.add + m * k : nullptr, sum, out, norm.weight, norm.bias, norm.eps, k});
+  isa.floats->norm({norm.add ? norm.add + m * k : nullptr, sum, out, norm.weight, norm.bias, norm.eps}, x, k);
   return out;
 }
 
@@ -78,7 +78,7 @@ void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
                                                      reinterpret_cast<float *>(memory)));
   }
   char *out = q.codes + m * q.ld_bytes;
-  const RowRange r = q.shared_dynamic() ? q.ranges[m] : q.isa->range(row, q.dtype, q.k, q.asym());
+  const RowRange r = q.shared_dynamic() ? q.ranges[m] : q.isa->steps->range[q.dtype](row, q.k, q.asym());
   if (!r.finite()) {
     // Codes that mean zero, and a scale that makes every output of this row NaN.
     const int64_t padded = round_up(q.k, kGroup);
@@ -92,7 +92,7 @@ void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
   }
   const bool per_token = q.mode == W8A8_TOKEN_SYM || q.mode == W8A8_TOKEN_ASYM;
   const Grid g = per_token ? grid_of(r, q.asym(), q.bits) : shared;
-  q.isa->codes(row, q.dtype, q.k, g, q.left, q.offset, out);
+  q.isa->steps->codes[q.dtype](row, q.k, g, q.left, q.offset, out);
   q.sx[m] = g.scale;
   q.zx[m] = g.zero_point;
 }

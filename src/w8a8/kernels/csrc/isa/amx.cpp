@@ -142,10 +142,10 @@ const Tiles kTiles = {configure, Hardware::release, Product::run};
 
 }  // namespace
 
-const Isa kAmx = {"amx", [] { return why_not() == nullptr; }, Left::kU8, 0, 0, {}, avx512_range, avx512_codes,
-                  avx512_finish, peak, &kAvx512Floats, why_not, &kTiles};
+const Isa kAmx = {"amx", [] { return why_not() == nullptr; }, Left::kU8, 0, 0, {}, &kAvx512Steps, peak,
+                  &kAvx512Floats, why_not, &kTiles};
 #else
-const Isa kAmx = {"amx", [] { return false; }, Left::kU8, 0, 0, {}, avx512_range, avx512_codes, avx512_finish,
+const Isa kAmx = {"amx", [] { return false; }, Left::kU8, 0, 0, {}, &kAvx512Steps,
                   [](int64_t) { return 0.0; }, [] { return "not compiled in: it takes Linux and GCC 11 or clang 12"; },
                   nullptr};
 #endif

@@ -55,7 +55,7 @@ RowRange range_of(const void *row, int64_t k) {
 }
 
 template <int DT>
-RowRange range_dt(const void *row, int64_t k, bool asym) {
+RowRange range(const void *row, int64_t k, bool asym) {
   return asym ? range_of<DT, true>(row, k) : range_of<DT, false>(row, k);
 }
 
@@ -88,7 +88,7 @@ inline void store16(void *out, int64_t i, Left left, __m256i q0, __m256i q1) {
 }
 
 template <int DT>
-void codes_dt(const void *row, int64_t k, const Grid &g, Left left, int offset, void *out) {
+void codes(const void *row, int64_t k, const Grid &g, Left left, int offset, void *out) {
   const Codes8 code(g, offset);
   int64_t i = 0;
   for (; i + 16 <= k; i += 16) store16(out, i, left, code(load8<DT>(row, i)), code(load8<DT>(row, i + 8)));
@@ -104,21 +104,7 @@ inline __m128i to_bf16x8(__m256 v) {
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 
-}  // namespace
-
-RowRange avx2_range(const void *row, int dtype, int64_t k, bool asym) {
-  if (dtype == W8A8_F32) return range_dt<W8A8_F32>(row, k, asym);
-  if (dtype == W8A8_BF16) return range_dt<W8A8_BF16>(row, k, asym);
-  return range_dt<W8A8_F16>(row, k, asym);
-}
-
-void avx2_codes(const void *row, int dtype, int64_t k, const Grid &g, Left left, int offset, void *out) {
-  if (dtype == W8A8_F32) codes_dt<W8A8_F32>(row, k, g, left, offset, out);
-  else if (dtype == W8A8_BF16) codes_dt<W8A8_BF16>(row, k, g, left, offset, out);
-  else codes_dt<W8A8_F16>(row, k, g, left, offset, out);
-}
-
-void avx2_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
+void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
   const w8a8_layer &w = *f.layer;
   const int whole = cols / 8 * 8;
   for (int c = 0; c < whole; c += 8) {
@@ -142,10 +128,8 @@ void avx2_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, i
       }
     }
   }
-  if (whole < cols) portable_finish(f, sums + whole, ld, m0, rows, n0 + whole, cols - whole);
+  if (whole < cols) kPortableSteps.finish(f, sums + whole, ld, m0, rows, n0 + whole, cols - whole);
 }
-
-namespace {
 
 // --- AVX2: 16-bit pairs.  A register holds four columns, two partial sums each; a pass takes 4 V columns. -------------
 
@@ -230,9 +214,12 @@ W8A8_TARGET_END
 
 }  // namespace
 
+const RowSteps kAvx2Steps = {{range<W8A8_F32>, range<W8A8_BF16>, range<W8A8_F16>},
+                             {codes<W8A8_F32>, codes<W8A8_BF16>, codes<W8A8_F16>}, finish};
+
 const Isa kAvx2 = {"avx2", usable, Left::kS16, 6, 1,
                    {nullptr, tile<1, 8>, tile<2, 4>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>},
-                   avx2_range, avx2_codes, avx2_finish, peak, &kAvx2Floats};
+                   &kAvx2Steps, peak, &kAvx2Floats};
 
 }  // namespace w8a8
 #endif

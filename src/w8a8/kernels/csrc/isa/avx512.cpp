@@ -71,19 +71,9 @@ RowRange range_of(const void *row, int64_t k) {
 }
 
 template <int DT>
-RowRange range_dt(const void *row, int64_t k, bool asym) {
+RowRange range(const void *row, int64_t k, bool asym) {
   return asym ? range_of<DT, true>(row, k) : range_of<DT, false>(row, k);
 }
-
-}  // namespace
-
-RowRange avx512_range(const void *row, int dtype, int64_t k, bool asym) {
-  if (dtype == W8A8_F32) return range_dt<W8A8_F32>(row, k, asym);
-  if (dtype == W8A8_BF16) return range_dt<W8A8_BF16>(row, k, asym);
-  return range_dt<W8A8_F16>(row, k, asym);
-}
-
-namespace {
 
 // 64 codes at once, by `Reciprocal` (internal.h).
 struct Codes64 {
@@ -130,30 +120,20 @@ struct Codes64 {
 };
 
 template <int DT>
-void codes_dt(const void *row, int64_t k, const Grid &g, int offset, uint8_t *out) {
-  const Codes64 codes(g, offset);
+void codes(const void *row, int64_t k, const Grid &g, Left, int offset, void *to) {
+  uint8_t *const out = static_cast<uint8_t *>(to);
+  const Codes64 code(g, offset);
   int64_t i = 0;
   for (; i + 64 <= k; i += 64) {
-    const __m512i q = codes(load16<DT>(row, i), load16<DT>(row, i + 16), load16<DT>(row, i + 32), load16<DT>(row, i + 48));
+    const __m512i q = code(load16<DT>(row, i), load16<DT>(row, i + 16), load16<DT>(row, i + 32), load16<DT>(row, i + 48));
     _mm512_storeu_si512(out + i, q);
   }
   if (i < k) {
-    const __m512i q = codes(load16_tail<DT>(row, i, k), load16_tail<DT>(row, i + 16, k), load16_tail<DT>(row, i + 32, k),
-                            load16_tail<DT>(row, i + 48, k));
+    const __m512i q = code(load16_tail<DT>(row, i, k), load16_tail<DT>(row, i + 16, k), load16_tail<DT>(row, i + 32, k),
+                           load16_tail<DT>(row, i + 48, k));
     _mm512_storeu_si512(out + i, q);
   }
 }
-
-}  // namespace
-
-void avx512_codes(const void *row, int dtype, int64_t k, const Grid &g, Left, int offset, void *out) {
-  uint8_t *o = static_cast<uint8_t *>(out);
-  if (dtype == W8A8_F32) codes_dt<W8A8_F32>(row, k, g, offset, o);
-  else if (dtype == W8A8_BF16) codes_dt<W8A8_BF16>(row, k, g, offset, o);
-  else codes_dt<W8A8_F16>(row, k, g, offset, o);
-}
-
-namespace {
 
 // Not vcvtneps2bf16: that one flushes subnormals whatever the mode says.
 inline __m256i to_bf16x16(__m512 v) {
@@ -164,9 +144,7 @@ inline __m256i to_bf16x16(__m512 v) {
   return _mm512_cvtepi32_epi16(r);
 }
 
-}  // namespace
-
-void avx512_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
+void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
   const w8a8_layer &w = *f.layer;
   for (int c = 0; c < cols; c += 16) {
     const int64_t n = n0 + c;
@@ -192,8 +170,6 @@ void avx512_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0,
     }
   }
 }
-
-namespace {
 
 inline __m512i broadcast4(const uint8_t *p) {
   int32_t v;
@@ -276,10 +252,13 @@ W8A8_TARGET_END
 
 }  // namespace
 
+const RowSteps kAvx512Steps = {{range<W8A8_F32>, range<W8A8_BF16>, range<W8A8_F16>},
+                               {codes<W8A8_F32>, codes<W8A8_BF16>, codes<W8A8_F16>}, finish};
+
 const Isa kAvx512Vnni = {"avx512vnni", usable, Left::kU8, 14, 14,
                          {nullptr, tile<1, 4>, tile<2, 4>, tile<3, 2>, tile<4, 1>, tile<5, 1>, tile<6, 1>, tile<7, 1>,
                           tile<8, 1>, tile<9, 1>, tile<10, 1>, tile<11, 1>, tile<12, 1>, tile<13, 1>, tile<14, 1>},
-                         avx512_range, avx512_codes, avx512_finish, peak, &kAvx512Floats};
+                         &kAvx512Steps, peak, &kAvx512Floats};
 
 }  // namespace w8a8
 #endif

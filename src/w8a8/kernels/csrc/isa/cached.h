@@ -2,7 +2,7 @@
 //
 // A file that includes this has floats.h before it, and says how sixteen-bit integers are multiplied and added here:
 // `Pairs`, two of each of kWidth keys, from codes (`pairs_of`) or all alike (`all_pairs`); `dot`, which adds their products
-// to `Sums`, kWidth integers; and `floats_of` such sums, or kWidth codes.
+// to `Sums`, kWidth integers.
 //
 // Scores are exact integers times three scales.  The values are added up by fused multiply-adds, token by token.  So what
 // is computed does not depend on the width.
@@ -31,7 +31,8 @@ static void score(const Piece &t, int first, float *scores) {
 #pragma GCC unroll 4
       for (int p = 0; p < kParts; ++p) {
         const int64_t i = place + p * kWidth;
-        store(scores + r * kPiece + i, floats_of(sum[r][p]) * t.factor[first + r] * load(t.key_scale + i));
+        const Floats_ exact = __builtin_convertvector(reinterpret_cast<Ints_>(sum[r][p]), Floats_);
+        store(scores + r * kPiece + i, exact * t.factor[first + r] * load(t.key_scale + i));
       }
   }
 }
@@ -53,8 +54,7 @@ static Part weigh_piece(const Piece &t, const float *bias, float *s) {
     top = most(v, top);
     odd += v == v ? Floats_{} : v;   // NaN as soon as one is
   }
-  Part part = {none, 0.0f};
-  for (int i = 0; i < kWidth; ++i) part.top = top[i] > part.top ? top[i] : part.top;
+  Part part = {greatest_of(top), 0.0f};
   float spoiled = 0;
   for (int i = 0; i < kWidth; ++i) spoiled += odd[i];
   if (part.top == none) std::memset(s, 0, static_cast<size_t>(t.places) * 4);
@@ -75,35 +75,11 @@ static Part weigh_piece(const Piece &t, const float *bias, float *s) {
   return part;
 }
 
-// sums[r][j] = sum over places of weight[r][place] * code[place][j], for R queries and V vectors.
-template <int R, int V>
-W8A8_INLINE void add_up(const Piece &t, const float *weight, const int8_t *codes, float *sums) {
-  Floats_ sum[R][V] = {};
-  for (int64_t place = 0; place < t.places; ++place, codes += t.value_room) {
-    Floats_ right[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) right[v] = floats_of(codes + v * kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Floats_ left = all(weight[r * kPiece + place]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(sums + r * t.value_room + v * kWidth, sum[r][v]);
-}
-
 template <int R>
 static void rows_of_piece(const Piece &t, int first, float *scores, Part *part, float *sums) {
   score<R>(t, first, scores);
   for (int r = 0; r < R; ++r) part[r] = weigh_piece(t, t.bias[first + r], scores + r * kPiece);
-  int64_t j = 0;
-  for (; j + kColumns * kWidth <= t.value_room; j += kColumns * kWidth) add_up<R, kColumns>(t, scores, t.values + j, sums + j);
-  for (; j + 2 * kWidth <= t.value_room; j += 2 * kWidth) add_up<R, 2>(t, scores, t.values + j, sums + j);
-  for (; j < t.value_room; j += kWidth) add_up<R, 1>(t, scores, t.values + j, sums + j);
+  multiply_rows<R>(scores, kPiece, t.values, t.value_room, t.places, sums, t.value_room, t.value_room, false);
 }
 
 template <int R>

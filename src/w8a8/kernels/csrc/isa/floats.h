@@ -1,9 +1,10 @@
 // What lies between products, written once for every width of vector: activations, LayerNorm, attention.
 //
 // A file that includes this is one instruction set: within its target region it defines `kWidth` (floats in a vector), how
-// one float fills a vector (`all`), `least`, `most` and `fma`, and then instantiates.  Activations and norms use no fused multiply-add, and every sum runs in sixteen lanes that
-// are added up in one fixed order, however wide the vectors are; so all instruction sets give the same bits.  The products
-// of attention are fused multiply-adds in the order of the axis that is summed over, which no width changes either.
+// one float fills a vector (`all`), `least`, `most` and `fma`, how kWidth codes become floats (`load`), and then instantiates.
+// Activations and norms use no fused multiply-add, and every sum runs in sixteen lanes that are added up in one fixed order,
+// however wide the vectors are; so all instruction sets give the same bits.  The products of attention are fused
+// multiply-adds in the order of the axis that is summed over, which no width changes either.
 //
 // Exponentials: 2**n times a polynomial, relative error below 2e-7.  The error function of GELU: an odd rational function
 // on |x| <= 5.6, beyond which it is one; its relative error is below 5e-7.  (The coefficients are a weighted least-squares
@@ -149,20 +150,19 @@ W8A8_INLINE void each(int64_t n, const Body &body) {
   if (i < n) body(i, static_cast<int>(n - i));
 }
 
-static void norm_row(const NormRow &r) {
-  const float *x = r.x;
+static void norm_row(const w8a8_norm &r, const float *x, int64_t n) {
   if (r.add) {
-    each(r.k, [&](int64_t i, int c) { store_some(r.sum + i, load_some(x + i, c) + load_some(r.add + i, c), c); });
+    each(n, [&](int64_t i, int c) { store_some(r.sum + i, load_some(x + i, c) + load_some(r.add + i, c), c); });
     x = r.sum;
   }
-  const float k = static_cast<float>(r.k);
-  const float mean = summed(r.k, [&](int64_t i, int c) { return load_some(x + i, c); }) / k;
-  const float square = summed(r.k, [&](int64_t i, int c) {
+  const float k = static_cast<float>(n);
+  const float mean = summed(n, [&](int64_t i, int c) { return load_some(x + i, c); }) / k;
+  const float square = summed(n, [&](int64_t i, int c) {
     const Floats_ d = load_some(x + i, c) - mean;
     return only(d * d, c);
   });
   const float inverse = 1.0f / __builtin_sqrtf(square / k + r.eps);
-  each(r.k, [&](int64_t i, int c) {
+  each(n, [&](int64_t i, int c) {
     Floats_ v = (load_some(x + i, c) - mean) * inverse;
     if (r.weight) v = v * load_some(r.weight + i, c);
     if (r.bias) v = v + load_some(r.bias + i, c);
@@ -172,9 +172,9 @@ static void norm_row(const NormRow &r) {
 
 // --- attention ----------------------------------------------------------------------------------------------------
 
-// c[r][j] (+)= sum_d a[r][d] b[d][j] for R rows and V vectors of columns, d ascending.
-template <int R, int V>
-W8A8_INLINE void multiply(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c, int64_t ldc,
+// c[r][j] (+)= sum_d a[r][d] b[d][j] for R rows and V vectors of columns, d ascending; b: floats, or codes.
+template <int R, int V, class T>
+W8A8_INLINE void multiply(const float *a, int64_t lda, const T *b, int64_t ldb, int64_t depth, float *c, int64_t ldc,
                           bool adds) {
   Floats_ sum[R][V] = {};
   if (adds)
@@ -201,8 +201,8 @@ W8A8_INLINE void multiply(const float *a, int64_t lda, const float *b, int64_t l
 }
 
 // Rows of `c` in whole vectors: `columns` is a multiple of the width, and b and c have that much room.
-template <int R>
-W8A8_INLINE void multiply_rows(const float *a, int64_t lda, const float *b, int64_t ldb, int64_t depth, float *c,
+template <int R, class T>
+W8A8_INLINE void multiply_rows(const float *a, int64_t lda, const T *b, int64_t ldb, int64_t depth, float *c,
                                int64_t ldc, int64_t columns, bool adds) {
   int64_t j = 0;
   for (; j + kColumns * kWidth <= columns; j += kColumns * kWidth)
@@ -296,10 +296,11 @@ W8A8_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Queries are taken some tiles at a time: what a tile reads of the keys, or of the values, is then in the first cache for
 // the tiles after it, and the scores of all of them are in the second.
-static void attend(const Attention &t, int64_t batch, int64_t head, float *scratch) {
+static void attend(const w8a8_attention &t, int64_t batch, int64_t head, float *scratch) {
   constexpr int64_t kPanelKeys = 64;
   static_assert(4 * kQueries <= kMostQueries, "room for the scores");
-  const float *q = t.q.at(batch, head), *k = t.k.at(batch, head / t.shared), *v = t.v.at(batch, head / t.shared);
+  const float *q = head_of(t.q, t.q_at, batch, head), *k = head_of(t.k, t.k_at, batch, head / t.shared);
+  const float *v = head_of(t.v, t.v_at, batch, head / t.shared);
   const int64_t keys = visible_keys(t, batch, head), room = round_up(keys, 16), dims = round_up(t.dims, 16);
   float *const bias = scratch;                     // (room)
   float *const across = bias + room;               // the keys, a column each, in panels: (room / 64, t.dims, 64)
@@ -309,14 +310,14 @@ static void attend(const Attention &t, int64_t batch, int64_t head, float *scrat
   for (int64_t first = 0; first < room; first += kPanelKeys) {
     const int64_t width = lesser(kPanelKeys, room - first), here = lesser(width, keys - first);
     float *const panel = across + first * t.dims;
-    transpose(k + first * t.k.token, t.k.token, here, t.dims, panel, width);
+    transpose(k + first * t.k_at[2], t.k_at[2], here, t.dims, panel, width);
     for (int64_t key = here; key < width; ++key)
       for (int64_t d = 0; d < t.dims; ++d) panel[d * width + key] = 0;
   }
-  int64_t ldv = t.v.token;
+  int64_t ldv = t.v_at[2];
   if (t.dims % kWidth || (t.queries > kMostQueries && ldv != t.dims)) {
     for (int64_t key = 0; key < keys; ++key) {
-      std::memcpy(values + key * dims, v + key * t.v.token, static_cast<size_t>(t.dims) * 4);
+      std::memcpy(values + key * dims, v + key * t.v_at[2], static_cast<size_t>(t.dims) * 4);
       for (int64_t d = t.dims; d < dims; ++d) values[key * dims + d] = 0;
     }
     v = values, ldv = dims;
@@ -329,7 +330,7 @@ static void attend(const Attention &t, int64_t batch, int64_t head, float *scrat
     const int64_t begin = t.queries * block / blocks, rows = t.queries * (block + 1) / blocks - begin;
     for (int64_t first = 0; first < room; first += kPanelKeys) {
       const int64_t width = lesser(kPanelKeys, room - first);
-      multiply_all(rows, q + begin * t.q.token, t.q.token, across + first * t.dims, width, t.dims, scores + first, room,
+      multiply_all(rows, q + begin * t.q_at[2], t.q_at[2], across + first * t.dims, width, t.dims, scores + first, room,
                    width, false);
     }
     float divisor[kMostQueries];
@@ -341,7 +342,7 @@ static void attend(const Attention &t, int64_t batch, int64_t head, float *scrat
       multiply_all(rows, scores + first, room, v + first * ldv, ldv, lesser(depth, keys - first), sums, dims, columns,
                    first > 0);
     for (int64_t r = 0; r < rows; ++r) {
-      float *to = t.out.at(batch, head) + (begin + r) * t.out.token;
+      float *to = t.out + batch * t.out_at[0] + head * t.out_at[1] + (begin + r) * t.out_at[2];
       const float by = divisor[r];
       each(t.dims, [&](int64_t i, int c) {
         const Floats_ o = load(sums + r * dims + i);

@@ -12,6 +12,9 @@ static inline __m256 all(float x) { return _mm256_set1_ps(x); }
 static inline __m256 least(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
 static inline __m256 most(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
 static inline __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline __m256 load(const int8_t *p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+}
 
 #include "floats.h"
 
@@ -21,10 +24,6 @@ static inline Pairs pairs_of(const int8_t *p) {
 }
 static inline Pairs all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
 static inline __m256i dot(__m256i sum, Pairs a, Pairs b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
-static inline __m256 floats_of(const int8_t *p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
-}
-static inline __m256 floats_of(__m256i sums) { return _mm256_cvtepi32_ps(sums); }
 typedef __m256i Sums;
 #include "cached.h"
 

@@ -12,6 +12,9 @@ static inline __m512 all(float x) { return _mm512_set1_ps(x); }
 static inline __m512 least(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }
 static inline __m512 most(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 static inline __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline __m512 load(const int8_t *p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
 
 #include "floats.h"
 
@@ -21,10 +24,6 @@ static inline Pairs pairs_of(const int8_t *p) {
 }
 static inline Pairs all_pairs(int32_t pair) { return _mm512_set1_epi32(pair); }
 static inline __m512i dot(__m512i sum, Pairs a, Pairs b) { return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); }
-static inline __m512 floats_of(const int8_t *p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
-}
-static inline __m512 floats_of(__m512i sums) { return _mm512_cvtepi32_ps(sums); }
 typedef __m512i Sums;
 #include "cached.h"
 

@@ -23,6 +23,9 @@ static inline Fours fma(Fours a, Fours b, Fours c) {
   return c;
 #endif
 }
+static inline Fours load(const int8_t *p) {
+  return Fours{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
 
 #include "floats.h"
 
@@ -55,8 +58,6 @@ static inline Sums dot(Sums sum, Pairs a, Pairs b) {
   return sum;
 }
 #endif
-static inline Fours floats_of(Sums s) { return __builtin_convertvector(s, Fours); }
-static inline Fours floats_of(const int8_t *p) { return floats_of(Sums{p[0], p[1], p[2], p[3]}); }
 #include "cached.h"
 
 static inline Fours widened(const uint16_t *p, bool brain) {

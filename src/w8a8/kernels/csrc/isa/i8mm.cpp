@@ -117,7 +117,7 @@ W8A8_TARGET_END
 const Isa kNeonI8mm = {"neon_i8mm", usable, Left::kS8, 8, 2,
                        {nullptr, neon_tile_one, tile<2, 16>, tile<3, 8>, tile<4, 8>, tile<5, 8>, tile<6, 8>, tile<7, 6>,
                         tile<8, 6>},
-                       neon_range, neon_codes, neon_finish, peak, &kPortableFloats};
+                       &kNeonSteps, peak, &kPortableFloats};
 
 }  // namespace w8a8
 #endif

@@ -48,7 +48,7 @@ inline float32x4_t load4_tail(const void *row, int64_t i, int64_t k) {   // zero
 }
 
 template <int DT>
-RowRange range_dt(const void *row, int64_t k) {
+RowRange range(const void *row, int64_t k, bool) {
   float32x4_t lo = vdupq_n_f32(0), hi = lo;
   uint32x4_t bits = vdupq_n_u32(0);
   const uint32x4_t magnitude = vdupq_n_u32(0x7fffffffu);
@@ -63,7 +63,8 @@ RowRange range_dt(const void *row, int64_t k) {
 }
 
 template <int DT>
-void codes_dt(const void *row, int64_t k, const Grid &g, int offset, uint8_t *out) {
+void codes(const void *row, int64_t k, const Grid &g, Left, int offset, void *to) {
+  uint8_t *const out = static_cast<uint8_t *>(to);
   const float32x4_t scale = vdupq_n_f32(g.scale);
   const int32x4_t zero = vdupq_n_s32(g.zero_point), low = vdupq_n_s32(g.qmin), high = vdupq_n_s32(g.qmax);
   const int32x4_t shift = vdupq_n_s32(offset);
@@ -83,22 +84,7 @@ void codes_dt(const void *row, int64_t k, const Grid &g, int offset, uint8_t *ou
   }
 }
 
-}  // namespace
-
-RowRange neon_range(const void *row, int dtype, int64_t k, bool) {
-  if (dtype == W8A8_F32) return range_dt<W8A8_F32>(row, k);
-  if (dtype == W8A8_BF16) return range_dt<W8A8_BF16>(row, k);
-  return range_dt<W8A8_F16>(row, k);
-}
-
-void neon_codes(const void *row, int dtype, int64_t k, const Grid &g, Left, int offset, void *out) {
-  uint8_t *o = static_cast<uint8_t *>(out);
-  if (dtype == W8A8_F32) codes_dt<W8A8_F32>(row, k, g, offset, o);
-  else if (dtype == W8A8_BF16) codes_dt<W8A8_BF16>(row, k, g, offset, o);
-  else codes_dt<W8A8_F16>(row, k, g, offset, o);
-}
-
-void neon_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
+void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
   const w8a8_layer &w = *f.layer;
   const int whole = cols / 4 * 4;
   for (int r = 0; r < rows; ++r) {
@@ -125,8 +111,10 @@ void neon_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, i
       }
     }
   }
-  if (whole < cols) portable_finish(f, sums + whole, ld, m0, rows, n0 + whole, cols - whole);
+  if (whole < cols) kPortableSteps.finish(f, sums + whole, ld, m0, rows, n0 + whole, cols - whole);
 }
+
+}  // namespace
 
 // One row: a register of weights is two columns by eight k, and its product with the same eight codes twice has two half
 // sums of each.  Nothing is rearranged, and sixteen registers of half sums are chains enough.
@@ -225,10 +213,13 @@ W8A8_TARGET_END
 
 }  // namespace
 
+const RowSteps kNeonSteps = {{range<W8A8_F32>, range<W8A8_BF16>, range<W8A8_F16>},
+                             {codes<W8A8_F32>, codes<W8A8_BF16>, codes<W8A8_F16>}, finish};
+
 // At most 3 x 8 or 6 x 4 sums beside the codes and two registers of weights: 29 and 32.
 const Isa kNeonDot = {"neon_dot", usable, Left::kS8, 6, 3,
                       {nullptr, neon_tile_one, tile<2, 8>, tile<3, 8>, tile<4, 4>, tile<5, 4>, tile<6, 4>},
-                      neon_range, neon_codes, neon_finish, peak, &kPortableFloats};
+                      &kNeonSteps, peak, &kPortableFloats};
 
 }  // namespace w8a8
 #endif

@@ -4,12 +4,14 @@
 #include "internal.h"
 
 namespace w8a8 {
+namespace {
 
-RowRange portable_range(const void *row, int dtype, int64_t k, bool) {
+template <int DT>
+RowRange range(const void *row, int64_t k, bool) {
   float lo = 0, hi = 0;
   uint32_t absbits = 0;
   for (int64_t i = 0; i < k; ++i) {
-    const float v = load_one(row, dtype, i);
+    const float v = load_one(row, DT, i);
     const uint32_t a = float_bits(v) & 0x7fffffffu;
     lo = v < lo ? v : lo;
     hi = v > hi ? v : hi;
@@ -20,15 +22,16 @@ RowRange portable_range(const void *row, int dtype, int64_t k, bool) {
 
 // Half to even without a call into libm: at this magnitude the adder's own rounding leaves an integer.  |v| < 2**22.
 static_assert(FLT_EVAL_METHOD == 0, "float arithmetic must round to float");
-static inline int32_t rint_small(float v) {
+inline int32_t rint_small(float v) {
   const float shifted = v + 0x1.8p23f;
   return static_cast<int32_t>(float_bits(shifted) - 0x4b400000u);
 }
 
-void portable_codes(const void *row, int dtype, int64_t k, const Grid &g, Left left, int offset, void *out) {
+template <int DT>
+void codes(const void *row, int64_t k, const Grid &g, Left left, int offset, void *out) {
   const int64_t padded = round_up(k, kGroup);
   for (int64_t i = 0; i < padded; ++i) {
-    float v = i < k ? load_one(row, dtype, i) / g.scale : 0.0f;
+    float v = i < k ? load_one(row, DT, i) / g.scale : 0.0f;
     v = v < -kBound ? -kBound : v > kBound ? kBound : v;
     int32_t q = rint_small(v) + g.zero_point;
     q = q < g.qmin ? g.qmin : q > g.qmax ? g.qmax : q;
@@ -39,7 +42,7 @@ void portable_codes(const void *row, int dtype, int64_t k, const Grid &g, Left l
 }
 
 // Wrapping arithmetic: the shifted sums may leave int32 on the way, the corrected one does not.
-void portable_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
+void finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m0, int rows, int64_t n0, int cols) {
   const w8a8_layer &w = *f.layer;
   for (int r = 0; r < rows; ++r) {
     const int64_t m = m0 + r;
@@ -56,8 +59,6 @@ void portable_finish(const Finish &f, const int32_t *sums, int64_t ld, int64_t m
     }
   }
 }
-
-namespace {
 
 template <int MR>
 void tile(const void *left, int64_t ld, const int8_t *panel, int64_t ksteps, int32_t *sums, const int8_t *, int) {
@@ -87,8 +88,11 @@ double peak(int64_t rounds) {
 
 }  // namespace
 
+const RowSteps kPortableSteps = {{range<W8A8_F32>, range<W8A8_BF16>, range<W8A8_F16>},
+                                 {codes<W8A8_F32>, codes<W8A8_BF16>, codes<W8A8_F16>}, finish};
+
 const Isa kPortable = {"portable", [] { return true; }, Left::kS8, 4, 4,
                        {nullptr, tile<1>, tile<2>, tile<3>, tile<4>},
-                       portable_range, portable_codes, portable_finish, peak, &kPortableFloats};
+                       &kPortableSteps, peak, &kPortableFloats};
 
 }  // namespace w8a8

@@ -34,39 +34,6 @@ static const float *floats_of_rows(const void *from, int dtype, int64_t ld, int6
   return to;
 }
 
-// sums[r][j] += sum over sixteen places of weight[r][place] * value[place][j], for R queries and V vectors.
-template <int R, int V>
-W8A8_INLINE void add_rows(const float *weight, const float *values, int64_t ld, float *sums, int64_t value_room) {
-  Floats_ sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = load(sums + r * value_room + v * kWidth);
-#pragma GCC unroll 4
-  for (int64_t place = 0; place < kCachedTile; ++place, values += ld) {
-    Floats_ right[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) right[v] = load(values + v * kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Floats_ left = all(weight[r * kPiece + place]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[r][v] = fma(left, right[v], sum[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(sums + r * value_room + v * kWidth, sum[r][v]);
-}
-
-template <int R>
-static void add_tile(int rows, const float *weight, const float *values, int64_t ld, float *sums, int64_t value_room) {
-  if (rows != R) {
-    if constexpr (R > 1) add_tile<R - 1>(rows, weight, values, ld, sums, value_room);
-    return;
-  }
-  int64_t j = 0;
-  for (; j + kColumns * kWidth <= value_room; j += kColumns * kWidth) add_rows<R, kColumns>(weight, values + j, ld, sums + j, value_room);
-  for (; j < value_room; j += kWidth) add_rows<R, 1>(weight, values + j, ld, sums + j, value_room);
-}
-
 // Scores of one query and a tile of keys.
 static void score_tile(const float *q, const float *keys, int64_t ld, int64_t room, float factor, float *scores) {
   for (int first = 0; first < kCachedTile; first += kWidth) {
@@ -102,7 +69,8 @@ static void rows(const Piece &t, const Rows &r, float *tile, float *scores, Part
     for (int row = 0; row < count; ++row) part[first + row] = weigh_piece(t, t.bias[first + row], scores + row * kPiece);
     for (int64_t place = 0; place < t.places; place += kCachedTile) {
       const float *values = tile_of(r.values, r.values_at, r.value_dims, t.value_room, place, &ld);
-      add_tile<kQueries>(count, scores + place, values, ld, sums + first * t.value_room, t.value_room);
+      multiply_any<kQueries>(count, scores + place, kPiece, values, ld, kCachedTile, sums + first * t.value_room,
+                             t.value_room, t.value_room, true);
     }
   }
 }

@@ -88,12 +88,12 @@ W8A8_TARGET_END
 const Isa kAvxVnni = {"avxvnni", usable_avxvnni, Left::kU8, 6, 2,
                       {nullptr, tile_avxvnni<1, 4, 2>, tile_avxvnni<2, 4, 1>, tile_avxvnni<3, 2, 1>, tile_avxvnni<4, 2, 1>,
                        tile_avxvnni<5, 2, 1>, tile_avxvnni<6, 2, 1>},
-                      avx2_range, avx2_codes, avx2_finish, peak_avxvnni, &kAvx2Floats};
+                      &kAvx2Steps, peak_avxvnni, &kAvx2Floats};
 
 const Isa kAvx512Vnni256 = {"avx512vnni256", usable_avx512vnni256, Left::kU8, 6, 2,
                             {nullptr, tile_avx512vnni256<1, 4, 2>, tile_avx512vnni256<2, 4, 1>, tile_avx512vnni256<3, 2, 1>,
                              tile_avx512vnni256<4, 2, 1>, tile_avx512vnni256<5, 2, 1>, tile_avx512vnni256<6, 2, 1>},
-                            avx2_range, avx2_codes, avx2_finish, peak_avx512vnni256, &kAvx2Floats};
+                            &kAvx2Steps, peak_avx512vnni256, &kAvx2Floats};
 
 }  // namespace w8a8
 #endif
