@@ -1,7 +1,5 @@
 """Keys and values in int8: the layout, the contract, and attention over them beside its plain version."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -13,25 +11,7 @@ from w8a8.kernels.cached import Asked
 
 pytestmark = [pytest.mark.kernels, needs("native")]
 
-HERE = [] if compiled.unavailable_because() else [n for n, why in compiled.instruction_sets().items() if why is None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture
-def every_isa(request):
-    """Run something in each instruction set that is here, with one thread and with three."""
-    forced = compiled.instruction_set()
-
-    def run(function):
-        found = []
-        for name, threads in itertools.product(HERE, (1, 3)):
-            compiled.use_instruction_set(name)
-            torch.set_num_threads(threads)
-            found.append(function())
-        return found
-
-    yield run
-    compiled.use_instruction_set(None if compiled.choices()[0].instruction_set == forced else forced)
 
 
 def states(batch, heads, tokens, dims, dtype=torch.float32, *, by_token=False):

@@ -1,7 +1,5 @@
 """One query of each of several sequences: over codes what each gets alone, over floats what double precision gives."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -12,28 +10,10 @@ from w8a8.kernels.each import attend_each, deal, ranges_of
 
 pytestmark = [pytest.mark.kernels, needs("native")]
 
-HERE = [] if compiled.unavailable_because() else [n for n, why in compiled.instruction_sets().items() if why is None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEEN = [(3, 0, 600), (0, 5, 6), (2, 515, 607), (4, 0, 17), (3, 1, 513)]
 PLACES, HEADS, ROOM = 5, 2, 608
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def every_isa():
-    """Run something in each instruction set that is here, with one thread and with three."""
-    forced = compiled.instruction_set()
-
-    def run(function):
-        found = []
-        for name, threads in itertools.product(HERE, (1, 3)):
-            compiled.use_instruction_set(name)
-            torch.set_num_threads(threads)
-            found.append(function())
-        return found
-
-    yield run
-    compiled.use_instruction_set(None if compiled.choices()[0].instruction_set == forced else forced)
 
 
 def kept(dims, value_dims, dtype):

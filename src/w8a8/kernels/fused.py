@@ -77,19 +77,15 @@ def linears(
         None where the kernel cannot.
     """
     functions = library()
-    if isinstance(functions, str):
-        return None
     before = None if norm is None else (add, *norm, wants_sum)
-    found: Outputs | None = functions.fused(x, before, layers)
+    found: Outputs | None = None if isinstance(functions, str) else functions.fused(x, before, layers)
     return found
 
 
 def norm(x: Tensor, norm: Norm, add: Tensor | None = None, *, wants_sum: bool = False) -> Outputs | None:
     """The sum, if it is wanted, and the LayerNorm of it; None where the kernel cannot."""
     functions = library()
-    if isinstance(functions, str):
-        return None
-    found: Outputs | None = functions.normalize(x, (add, *norm, wants_sum))
+    found: Outputs | None = None if isinstance(functions, str) else functions.normalize(x, (add, *norm, wants_sum))
     return found
 
 
@@ -126,9 +122,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         (B, T, H, D), contiguous.  A query that sees no key gives zeros.  None where the kernel cannot.
     """
     functions = library()
-    if isinstance(functions, str):
-        return None
-    found: Tensor | None = functions.attend(q, k, v, mask, scale, causal)
+    found: Tensor | None = None if isinstance(functions, str) else functions.attend(q, k, v, mask, scale, causal)
     return found
 
 

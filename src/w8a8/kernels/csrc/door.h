@@ -25,6 +25,27 @@ struct Given {
 };
 inline Given given;
 
+// A TypeError.
+inline PyObject *wrong(const char *what) {
+  PyErr_SetString(PyExc_TypeError, what);
+  return nullptr;
+}
+
+// Lets other Python threads run while a function of w8a8.h does: `result`, or an error, or None where grids differ now, as a
+// buffer was replaced.
+template <class Run>
+PyObject *given_back(Ref &result, const char *function, const Run &run) {
+  int status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = run();
+  Py_END_ALLOW_THREADS;
+  if (status == W8A8_OK) return result.release();
+  if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
+  if (status == W8A8_BAD_ARGUMENT) Py_RETURN_NONE;
+  PyErr_Format(PyExc_AssertionError, "%s: %d", function, status);
+  return nullptr;
+}
+
 // Interned.
 struct Names {
   PyObject *requires_grad, *new_empty, *current_level;
@@ -197,6 +218,34 @@ inline bool plain_floats(PyObject *tensor, int64_t count, bool optional, float *
   return true;
 }
 
+// (B, H, T, D) of a float type, with an inner stride of one; whatever the others.
+inline bool heads_of(PyObject *tensor, View *v, int64_t *at) {
+  if (!look(torch, tensor, v) || v->dtype < W8A8_F32 || v->dtype > W8A8_F16 || v->axes != 4 || v->count == 0 ||
+      negated(torch, tensor))
+    return false;
+  if (v->strides[3] != 1 && v->shape[3] != 1) return false;
+  for (int i = 0; i < 3; ++i) {
+    at[i] = v->strides[i];
+    if (at[i] < 0) return false;
+  }
+  return true;
+}
+
+// A mask that broadcasts to the four axes of `shape`: where it is, and its strides there.
+inline bool mask_of(PyObject *tensor, const int64_t *shape, const void **data, int32_t *is_float, int64_t *at) {
+  View v;
+  if (!look(torch, tensor, &v) || (v.dtype != W8A8_F32 && v.dtype != kBool) || v.axes > 4 || v.axes < 2) return false;
+  if (v.dtype == W8A8_F32 && negated(torch, tensor)) return false;
+  for (int i = 0; i < 4; ++i) {
+    const int own = i - (4 - v.axes);
+    const bool spread = own < 0 || v.shape[own] == 1;
+    if (spread ? i == 3 && shape[3] != 1 : v.shape[own] != shape[i]) return false;
+    at[i] = spread ? 0 : v.strides[own];
+  }
+  *data = v.data, *is_float = v.dtype == W8A8_F32;
+  return true;
+}
+
 inline int64_t number(PyObject *tuple, Py_ssize_t i) { return PyLong_AsLongLong(PyTuple_GetItem(tuple, i)); }
 
 constexpr int kMost = 8;   // layers of one input
@@ -204,29 +253,18 @@ constexpr int kMost = 8;   // layers of one input
 // (buffers, n, k, per_channel, mode, bits, activation): what of a layer's call never changes, and where its buffers are.
 // False with an exception.
 inline bool layer_of(PyObject *given, w8a8_layer *layer, Buffers *buffers, int32_t *activation) {
-  if (!PyTuple_Check(given) || PyTuple_Size(given) != 7 || !PyDict_Check(PyTuple_GetItem(given, 0))) {
-    PyErr_SetString(PyExc_TypeError, "a layer is (buffers, n, k, per_channel, mode, bits, activation)");
-    return false;
-  }
+  if (!PyTuple_Check(given) || PyTuple_Size(given) != 7 || !PyDict_Check(PyTuple_GetItem(given, 0)))
+    return wrong("a layer is (buffers, n, k, per_channel, mode, bits, activation)");
   layer->n = number(given, 1), layer->k = number(given, 2), layer->scale_stride = number(given, 3) != 0;
   layer->mode = static_cast<int32_t>(number(given, 4)), layer->bits = static_cast<int32_t>(number(given, 5));
   *activation = static_cast<int32_t>(number(given, 6));
   return !PyErr_Occurred() && buffers->take(PyTuple_GetItem(given, 0));
 }
 
-// python_fused.cpp
-PyObject *fused(PyObject *, PyObject *const *args, Py_ssize_t count);
-PyObject *normalize(PyObject *, PyObject *const *args, Py_ssize_t count);
-PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count);
-// python_plan.cpp
-PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count);
-
-// python_cached.cpp
-PyObject *cached_append(PyObject *, PyObject *const *args, Py_ssize_t count);
-PyObject *cached_read(PyObject *, PyObject *const *args, Py_ssize_t count);
-PyObject *cached_attend(PyObject *, PyObject *const *args, Py_ssize_t count);
-PyObject *cached_deal(PyObject *, PyObject *const *args, Py_ssize_t count);
-PyObject *cached_each(PyObject *, PyObject *const *args, Py_ssize_t count);
+using Function = PyObject *(PyObject *, PyObject *const *args, Py_ssize_t count);
+Function fused, normalize, attend;                                                   // python_fused.cpp
+Function run;                                                                        // python_plan.cpp
+Function cached_append, cached_read, cached_attend, cached_deal, cached_each;        // python_cached.cpp
 
 }  // namespace door
 }  // namespace w8a8

@@ -17,10 +17,7 @@ namespace {
 
 // linear(x, buffers, n, k, per_channel, mode, bits, direct) -> y or None; w8a8/kernels/native.py says what they are.
 PyObject *linear(PyObject *, PyObject *const *args, Py_ssize_t count) {
-  if (count != 8 || !PyDict_Check(args[1])) {
-    PyErr_SetString(PyExc_TypeError, "linear takes (x, buffers, n, k, per_channel, mode, bits, direct)");
-    return nullptr;
-  }
+  if (count != 8 || !PyDict_Check(args[1])) return wrong("linear takes (x, buffers, n, k, per_channel, mode, bits, direct)");
   PyObject *const x = args[0];
   w8a8_layer layer = {};
   layer.n = PyLong_AsLongLong(args[2]), layer.k = PyLong_AsLongLong(args[3]);
@@ -94,27 +91,22 @@ PyObject *prepare(PyObject *, PyObject *args) {
   Py_RETURN_NONE;
 }
 
+PyMethodDef fast(const char *name, Function *function, const char *about) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, about};
+}
+
 PyMethodDef methods[] = {
-    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear)), METH_FASTCALL,
-     "The layer's output, or None: take the long way."},
-    {"fused", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::fused)), METH_FASTCALL,
-     "The outputs of layers that read one input, and what stands before and behind them; or None."},
-    {"normalize", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::normalize)), METH_FASTCALL,
-     "A sum and its LayerNorm, or None."},
-    {"attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::attend)), METH_FASTCALL,
-     "Attention, (B, T, H, D), or None."},
-    {"cached_append", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_append)), METH_FASTCALL,
-     "Keys and values, quantised into their places; True, or None."},
-    {"cached_read", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_read)), METH_FASTCALL,
-     "Keys or values, dequantised; True, or None."},
-    {"cached_attend", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_attend)), METH_FASTCALL,
-     "Attention over keys and values in int8, (B, T, H, D), or None."},
-    {"cached_deal", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_deal)), METH_FASTCALL,
-     "Tokens of several sequences, quantised into their places; True, or None."},
-    {"cached_each", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::cached_each)), METH_FASTCALL,
-     "Attention of one query of each of several sequences over its own past, (B, H, D), or None."},
-    {"run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(door::run)), METH_FASTCALL,
-     "Many steps over matrices of a row per token: the outputs, or None."},
+    fast("linear", linear, "The layer's output, or None: take the long way."),
+    fast("fused", fused, "The outputs of layers that read one input, and what stands before and behind them; or None."),
+    fast("normalize", normalize, "A sum and its LayerNorm, or None."),
+    fast("attend", attend, "Attention, (B, T, H, D), or None."),
+    fast("cached_append", cached_append, "Keys and values, quantised into their places; True, or None."),
+    fast("cached_read", cached_read, "Keys or values, dequantised; True, or None."),
+    fast("cached_attend", cached_attend, "Attention over keys and values in int8, (B, T, H, D), or None."),
+    fast("cached_deal", cached_deal, "Tokens of several sequences, quantised into their places; True, or None."),
+    fast("cached_each", cached_each,
+         "Attention of one query of each of several sequences over its own past, (B, H, D), or None."),
+    fast("run", run, "Many steps over matrices of a row per token: the outputs, or None."),
     {"prepare", prepare, METH_VARARGS, "Tell the module what torch is."},
     {nullptr, nullptr, 0, nullptr},
 };

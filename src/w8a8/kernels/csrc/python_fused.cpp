@@ -41,21 +41,24 @@ struct Before {
     norm.add = found[0], norm.weight = found[1], norm.bias = found[2], norm.out = found[3], norm.sum = found[4];
     return 1;
   }
-};
 
-PyObject *given_or_none(Ref &ref) {
-  if (ref) return ref.release();
-  Py_RETURN_NONE;
-}
+  // (sum, norm, ...), each or None, with room for what comes behind them.
+  PyObject *results(int more) {
+    PyObject *const all = PyTuple_New(2 + more);
+    for (int i = 0; all && i < 2; ++i) {
+      Ref &made = i ? out : sum;
+      if (!made) Py_INCREF(Py_None);
+      PyTuple_SetItem(all, i, made ? made.release() : Py_None);
+    }
+    return all;
+  }
+};
 
 }  // namespace
 
 // fused(x, before or None, ((buffers, n, k, per_channel, mode, bits, activation), ...)) -> (sum, norm, y, ...) or None
 PyObject *fused(PyObject *, PyObject *const *args, Py_ssize_t count) {
-  if (count != 3 || !PyTuple_Check(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "fused takes (x, before, layers)");
-    return nullptr;
-  }
+  if (count != 3 || !PyTuple_Check(args[2])) return wrong("fused takes (x, before, layers)");
   PyObject *const x = args[0];
   const int layers = static_cast<int>(PyTuple_Size(args[2]));
   View v;
@@ -91,34 +94,21 @@ PyObject *fused(PyObject *, PyObject *const *args, Py_ssize_t count) {
     data[i] = to;
   }
 
-  int status;
-  Py_BEGIN_ALLOW_THREADS;
-  const int64_t k = layer[0].k, m = v.count / k;
-  for (int i = 0; i < layers; ++i)
-    if (4 * m * ld[i] >= kFreshMemory && 4 * m * ld[i] < kColdMemory) w8a8_advise_huge(data[i], 4 * m * ld[i]);
-  status = w8a8_linear_fused(before.there ? &before.norm : nullptr, all, layers, v.data, W8A8_F32, m, k, data, ld,
-                             activation, static_cast<int32_t>(threads));
-  Py_END_ALLOW_THREADS;
-  if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
-  if (status == W8A8_BAD_ARGUMENT) Py_RETURN_NONE;   // grids that differ now: a buffer was replaced
-  if (status != W8A8_OK) {
-    PyErr_Format(PyExc_AssertionError, "w8a8_linear_fused: %d", status);
-    return nullptr;
-  }
-  PyObject *result = PyTuple_New(layers + 2);
+  Ref result(before.results(layers));
   if (!result) return nullptr;
-  PyTuple_SetItem(result, 0, given_or_none(before.sum));
-  PyTuple_SetItem(result, 1, given_or_none(before.out));
-  for (int i = 0; i < layers; ++i) PyTuple_SetItem(result, i + 2, y[i].release());
-  return result;
+  for (int i = 0; i < layers; ++i) PyTuple_SetItem(result.get(), i + 2, y[i].release());
+  return given_back(result, "w8a8_linear_fused", [&] {
+    const int64_t k = layer[0].k, m = v.count / k;
+    for (int i = 0; i < layers; ++i)
+      if (4 * m * ld[i] >= kFreshMemory && 4 * m * ld[i] < kColdMemory) w8a8_advise_huge(data[i], 4 * m * ld[i]);
+    return w8a8_linear_fused(before.there ? &before.norm : nullptr, all, layers, v.data, W8A8_F32, m, k, data, ld,
+                             activation, static_cast<int32_t>(threads));
+  });
 }
 
 // normalize(x, before) -> (sum, norm) or None
 PyObject *normalize(PyObject *, PyObject *const *args, Py_ssize_t count) {
-  if (count != 2) {
-    PyErr_SetString(PyExc_TypeError, "normalize takes (x, before)");
-    return nullptr;
-  }
+  if (count != 2) return wrong("normalize takes (x, before)");
   View v;
   if (!torch.type || !plain_rows(args[0], &v)) Py_RETURN_NONE;
   const int64_t threads = integer_of(PyObject_CallNoArgs(given.threads));
@@ -127,61 +117,17 @@ PyObject *normalize(PyObject *, PyObject *const *args, Py_ssize_t count) {
   const int taken = before.take(args[1], args[0], v);
   if (taken < 0) return nullptr;
   if (taken == 0 || !before.there) Py_RETURN_NONE;
-  int status;
-  Py_BEGIN_ALLOW_THREADS;
-  const int64_t k = v.shape[v.axes - 1];
-  status = w8a8_normalize(&before.norm, static_cast<float *>(v.data), v.count / k, k, static_cast<int32_t>(threads));
-  Py_END_ALLOW_THREADS;
-  if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
-  if (status != W8A8_OK) Py_RETURN_NONE;
-  PyObject *result = PyTuple_New(2);
+  Ref result(before.results(0));
   if (!result) return nullptr;
-  PyTuple_SetItem(result, 0, given_or_none(before.sum));
-  PyTuple_SetItem(result, 1, given_or_none(before.out));
-  return result;
+  return given_back(result, "w8a8_normalize", [&] {
+    const int64_t k = v.shape[v.axes - 1];
+    return w8a8_normalize(&before.norm, static_cast<float *>(v.data), v.count / k, k, static_cast<int32_t>(threads));
+  });
 }
-
-namespace {
-
-// (B, H, T, D) float32 with an inner stride of one; whatever the others.
-bool heads_of(PyObject *tensor, View *v, int64_t *at) {
-  if (!look(torch, tensor, v) || v->dtype != W8A8_F32 || v->axes != 4 || v->count == 0 || negated(torch, tensor))
-    return false;
-  if (v->strides[3] != 1 && v->shape[3] != 1) return false;
-  for (int i = 0; i < 3; ++i) {
-    at[i] = v->strides[i];
-    if (at[i] < 0) return false;
-  }
-  return true;
-}
-
-// A mask that broadcasts to (B, H, Tq, Tk): its strides there.
-bool mask_of(PyObject *tensor, const int64_t *shape, w8a8_attention *a) {
-  View v;
-  if (!look(torch, tensor, &v) || (v.dtype != W8A8_F32 && v.dtype != kBool) || v.axes > 4 || v.axes < 2) return false;
-  if (v.dtype == W8A8_F32 && negated(torch, tensor)) return false;
-  for (int i = 0; i < 4; ++i) {
-    const int own = i - (4 - v.axes);
-    if (own < 0 || v.shape[own] == 1) {
-      a->mask_at[i] = 0;
-      if (i == 3 && shape[3] != 1) return false;
-    } else {
-      if (v.shape[own] != shape[i]) return false;
-      a->mask_at[i] = v.strides[own];
-    }
-  }
-  a->mask = v.data, a->mask_is_float = v.dtype == W8A8_F32;
-  return true;
-}
-
-}  // namespace
 
 // attend(q (B, H, Tq, D), k (B, Hk, Tk, D), v likewise, mask or None, scale, causal) -> (B, Tq, H, D) or None
 PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
-  if (count != 6) {
-    PyErr_SetString(PyExc_TypeError, "attend takes (q, k, v, mask, scale, causal)");
-    return nullptr;
-  }
+  if (count != 6) return wrong("attend takes (q, k, v, mask, scale, causal)");
   if (!torch.type) Py_RETURN_NONE;
   View q, k, v;
   w8a8_attention a = {};
@@ -190,11 +136,12 @@ PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
   if (PyErr_Occurred()) return nullptr;
   if (!heads_of(args[0], &q, a.q_at) || !heads_of(args[1], &k, a.k_at) || !heads_of(args[2], &v, a.v_at))
     Py_RETURN_NONE;
+  if (q.dtype != W8A8_F32 || k.dtype != W8A8_F32 || v.dtype != W8A8_F32) Py_RETURN_NONE;
   if (k.shape[0] != q.shape[0] || v.shape[0] != q.shape[0] || k.shape[1] != v.shape[1] || k.shape[2] != v.shape[2] ||
       k.shape[3] != q.shape[3] || v.shape[3] != q.shape[3] || q.shape[1] % k.shape[1])
     Py_RETURN_NONE;
   const int64_t full[4] = {q.shape[0], q.shape[1], q.shape[2], k.shape[2]};
-  if (args[3] != Py_None && !mask_of(args[3], full, &a)) Py_RETURN_NONE;
+  if (args[3] != Py_None && !mask_of(args[3], full, &a.mask, &a.mask_is_float, a.mask_at)) Py_RETURN_NONE;
   const int64_t threads = integer_of(PyObject_CallNoArgs(given.threads));
   if (threads < 0) return nullptr;
   a.batch = q.shape[0], a.heads = q.shape[1], a.queries = q.shape[2], a.dims = q.shape[3];
@@ -206,13 +153,7 @@ PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
   if (!plain_floats(out.get(), q.count, false, &to)) Py_RETURN_NONE;
   a.q = static_cast<float *>(q.data), a.k = static_cast<float *>(k.data), a.v = static_cast<float *>(v.data), a.out = to;
   a.out_at[0] = a.queries * a.heads * a.dims, a.out_at[1] = a.dims, a.out_at[2] = a.heads * a.dims;
-  int status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = w8a8_attend(&a, static_cast<int32_t>(threads));
-  Py_END_ALLOW_THREADS;
-  if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
-  if (status != W8A8_OK) Py_RETURN_NONE;
-  return out.release();
+  return given_back(out, "w8a8_attend", [&] { return w8a8_attend(&a, static_cast<int32_t>(threads)); });
 }
 
 }  // namespace door

@@ -27,8 +27,6 @@ struct Parsed {
   std::unique_ptr<Weights[]> weights;
 };
 
-enum class Read { kYes, kLongWay, kError };
-
 constexpr Py_ssize_t kStep = 8, kAttention = 10;   // fields
 
 int32_t index(PyObject *tuple, Py_ssize_t i) { return static_cast<int32_t>(number(tuple, i)); }
@@ -40,30 +38,28 @@ bool held(PyObject *step, Py_ssize_t at, Ref *to) {   // (dictionary, name) or N
     to->reset(Py_None);
     return true;
   }
-  if (!PyTuple_Check(place) || PyTuple_Size(place) != 2 || !PyDict_Check(PyTuple_GetItem(place, 0))) {
-    PyErr_SetString(PyExc_TypeError, "where a tensor is held is (dictionary, name)");
-    return false;
-  }
+  if (!PyTuple_Check(place) || PyTuple_Size(place) != 2 || !PyDict_Check(PyTuple_GetItem(place, 0)))
+    return wrong("where a tensor is held is (dictionary, name)");
   to->reset(buffer(PyTuple_GetItem(place, 0), PyTuple_GetItem(place, 1)));
   return static_cast<bool>(*to);
 }
 
+Fit bad(const char *what) {   // a TypeError
+  wrong(what);
+  return Fit::kError;
+}
+
 // (kind, x, add, sum, normed, norm or None, layers, out) and for attention (kind, q, k, v, heads, shared, mask, scale,
 // causal, out).
-Read step_of(PyObject *given, int i, Parsed *p, int *layer_count) {
+Fit step_of(PyObject *given, int i, Parsed *p, int *layer_count) {
   w8a8_step &s = p->steps[i];
   s = {};
-  if (!PyTuple_Check(given) || PyTuple_Size(given) < 1) {
-    PyErr_SetString(PyExc_TypeError, "a step is a tuple that begins with its kind");
-    return Read::kError;
-  }
+  if (!PyTuple_Check(given) || PyTuple_Size(given) < 1) return bad("a step is a tuple that begins with its kind");
   s.kind = index(given, 0);
-  if (PyErr_Occurred()) return Read::kError;
+  if (PyErr_Occurred()) return Fit::kError;
   if (s.kind == W8A8_STEP_ATTEND) {
-    if (PyTuple_Size(given) != kAttention) {
-      PyErr_SetString(PyExc_TypeError, "an attention is (kind, q, k, v, heads, shared, mask, scale, causal, out)");
-      return Read::kError;
-    }
+    if (PyTuple_Size(given) != kAttention)
+      return bad("an attention is (kind, q, k, v, heads, shared, mask, scale, causal, out)");
     s.q = index(given, 1), s.k = index(given, 2), s.v = index(given, 3), s.heads = index(given, 4);
     s.shared = index(given, 5), s.mask = index(given, 6);
     s.scale = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(given, 7)));
@@ -71,53 +67,43 @@ Read step_of(PyObject *given, int i, Parsed *p, int *layer_count) {
     s.x = *layer_count;   // where its output is; the address is taken when the vectors have stopped growing
     p->out.push_back(index(given, 9)), p->activation.push_back(0), p->layers.push_back({});
     *layer_count += 1;
-    return PyErr_Occurred() ? Read::kError : Read::kYes;
+    return PyErr_Occurred() ? Fit::kError : Fit::kYes;
   }
-  if (PyTuple_Size(given) != kStep) {   // as `layers_in` counts them
-    PyErr_SetString(PyExc_TypeError, "a step is (kind, x, add, sum, normed, norm, layers, out)");
-    return Read::kError;
-  }
+  if (PyTuple_Size(given) != kStep)   // as `layers_in` counts them
+    return bad("a step is (kind, x, add, sum, normed, norm, layers, out)");
   s.x = index(given, 1), s.add = index(given, 2), s.sum = index(given, 3), s.normed = index(given, 4);
-  if (PyErr_Occurred()) return Read::kError;
+  if (PyErr_Occurred()) return Fit::kError;
   PyObject *norm = PyTuple_GetItem(given, 5), *layers = PyTuple_GetItem(given, 6), *out = PyTuple_GetItem(given, 7);
   if (norm != Py_None) {
-    if (!PyTuple_Check(norm) || PyTuple_Size(norm) != 4) {
-      PyErr_SetString(PyExc_TypeError, "a norm is (weight, bias, eps, width)");
-      return Read::kError;
-    }
+    if (!PyTuple_Check(norm) || PyTuple_Size(norm) != 4) return bad("a norm is (weight, bias, eps, width)");
     s.has_norm = 1;
     s.eps = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(norm, 2)));
     const int64_t width = number(norm, 3);
-    if (s.x < 0 || s.x >= static_cast<int32_t>(p->slots.size()) || width != p->slots[s.x].width) {
-      PyErr_SetString(PyExc_TypeError, "a norm is as wide as what it normalises");
-      return Read::kError;
-    }
+    if (s.x < 0 || s.x >= static_cast<int32_t>(p->slots.size()) || width != p->slots[s.x].width)
+      return bad("a norm is as wide as what it normalises");
     Weights &w = p->weights[i];
-    if (!held(norm, 0, &w.weight) || !held(norm, 1, &w.bias)) return Read::kError;
+    if (!held(norm, 0, &w.weight) || !held(norm, 1, &w.bias)) return Fit::kError;
     float *weight, *bias;
     if (!plain_floats(w.weight.get(), width, true, &weight) || !plain_floats(w.bias.get(), width, true, &bias))
-      return Read::kLongWay;
+      return Fit::kLongWay;
     s.weight = weight, s.bias = bias;
   }
-  if (!PyTuple_Check(layers) || !PyTuple_Check(out) || PyTuple_Size(layers) != PyTuple_Size(out)) {
-    PyErr_SetString(PyExc_TypeError, "there is an output for each layer");
-    return Read::kError;
-  }
+  if (!PyTuple_Check(layers) || !PyTuple_Check(out) || PyTuple_Size(layers) != PyTuple_Size(out))
+    return bad("there is an output for each layer");
   s.count = static_cast<int32_t>(PyTuple_Size(layers));
   const int first = *layer_count;
   for (int j = 0; j < s.count; ++j) {
     w8a8_layer layer = {};
     int32_t activation = 0;
     Buffers &buffers = p->buffers[first + j];
-    if (!layer_of(PyTuple_GetItem(layers, j), &layer, &buffers, &activation)) return Read::kError;
-    if (buffers.packed.none()) return Read::kLongWay;
+    if (!layer_of(PyTuple_GetItem(layers, j), &layer, &buffers, &activation)) return Fit::kError;
+    if (buffers.packed.none()) return Fit::kLongWay;
     const Fit fit = buffers.fill(&layer, true);
-    if (fit == Fit::kError) return Read::kError;
-    if (fit != Fit::kYes) return Read::kLongWay;
+    if (fit != Fit::kYes) return fit;
     p->layers.push_back(layer), p->activation.push_back(activation), p->out.push_back(index(out, j));
   }
   *layer_count += s.count;
-  return PyErr_Occurred() ? Read::kError : Read::kYes;
+  return PyErr_Occurred() ? Fit::kError : Fit::kYes;
 }
 
 // How many layers, or outputs of attention, there are in all.
@@ -129,26 +115,6 @@ Py_ssize_t layers_in(PyObject *steps) {
     all += layers && PyTuple_Check(layers) ? PyTuple_Size(layers) : 1;
   }
   return all;
-}
-
-// A mask that broadcasts to (batch, heads, length, length), whatever the number of heads.
-bool mask_of(PyObject *tensor, int64_t batch, int64_t length, w8a8_mask *m) {
-  View v;
-  if (!look(torch, tensor, &v) || (v.dtype != W8A8_F32 && v.dtype != kBool) || v.axes > 4 || v.axes < 2) return false;
-  if (v.dtype == W8A8_F32 && negated(torch, tensor)) return false;
-  const int64_t shape[4] = {batch, 1, length, length};
-  for (int i = 0; i < 4; ++i) {
-    const int own = i - (4 - v.axes);
-    m->at[i] = 0;
-    if (own < 0 || v.shape[own] == 1) {
-      if (i == 3 && length != 1) return false;
-    } else {
-      if (v.shape[own] != shape[i]) return false;   // heads with masks of their own go the long way
-      m->at[i] = v.strides[own];
-    }
-  }
-  m->data = v.data, m->is_float = v.dtype == W8A8_F32;
-  return true;
 }
 
 PyObject *run_plan(PyObject *const *args) {
@@ -172,10 +138,8 @@ PyObject *run_plan(PyObject *const *args) {
   if (!result) return nullptr;
   for (int i = 0; i < output_count; ++i) {
     const int64_t slot = number(outputs, i);
-    if (slot < input_count || slot >= slot_count) {
-      if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "an output is a slot that a step writes");
-      return nullptr;
-    }
+    if (slot < input_count || slot >= slot_count)
+      return PyErr_Occurred() ? nullptr : wrong("an output is a slot that a step writes");
     Ref made(output_of(PyTuple_GetItem(inputs, 0), first, p.slots[slot].width));
     if (!made || PyTuple_SetItem(result.get(), i, made.release()) < 0) return nullptr;
   }
@@ -188,9 +152,9 @@ PyObject *run_plan(PyObject *const *args) {
   int layer_count = 0;
   for (int i = 0; i < step_count; ++i) {
     begins[i] = layer_count;
-    const Read read = step_of(PyTuple_GetItem(steps, i), i, &p, &layer_count);
-    if (read == Read::kError) return nullptr;
-    if (read == Read::kLongWay) Py_RETURN_NONE;
+    const Fit read = step_of(PyTuple_GetItem(steps, i), i, &p, &layer_count);
+    if (read == Fit::kError) return nullptr;
+    if (read == Fit::kLongWay) Py_RETURN_NONE;
   }
   for (int i = 0; i < step_count; ++i)
     p.steps[i].layers = p.layers.data() + begins[i], p.steps[i].out = p.out.data() + begins[i],
@@ -206,14 +170,14 @@ PyObject *run_plan(PyObject *const *args) {
     p.slots[i].given = static_cast<float *>(v.data);
   }
   p.masks.resize(mask_count);
-  for (int i = 0; i < mask_count; ++i)
-    if (!mask_of(PyTuple_GetItem(masks, i), batch, length, &p.masks[i])) Py_RETURN_NONE;
+  const int64_t seen[4] = {batch, 1, length, length};   // heads with masks of their own go the long way
+  for (int i = 0; i < mask_count; ++i) {
+    w8a8_mask &m = p.masks[i];
+    if (!mask_of(PyTuple_GetItem(masks, i), seen, &m.data, &m.is_float, m.at)) Py_RETURN_NONE;
+  }
   for (int i = 0; i < output_count; ++i) {
     w8a8_slot &slot = p.slots[number(outputs, i)];
-    if (slot.wanted) {
-      PyErr_SetString(PyExc_TypeError, "an output was asked for twice");
-      return nullptr;
-    }
+    if (slot.wanted) return wrong("an output was asked for twice");
     if (!plain_floats(PyTuple_GetItem(result.get(), i), batch * length * slot.width, false, &slot.wanted)) Py_RETURN_NONE;
   }
 
@@ -226,17 +190,7 @@ PyObject *run_plan(PyObject *const *args) {
   if (PyErr_Occurred()) return nullptr;
   const w8a8_plan plan = {batch, length, p.steps.data(), p.slots.data(), p.masks.data(), step_count, slot_count, mask_count,
                           args[5] != Py_None, read.data(), static_cast<int32_t>(read.size())};
-  int status;
-  Py_BEGIN_ALLOW_THREADS;
-  status = w8a8_run(&plan, static_cast<int32_t>(threads));
-  Py_END_ALLOW_THREADS;
-  if (status == W8A8_NO_MEMORY) return PyErr_NoMemory();
-  if (status == W8A8_BAD_ARGUMENT) Py_RETURN_NONE;   // grids that differ now: a buffer was replaced
-  if (status != W8A8_OK) {
-    PyErr_Format(PyExc_AssertionError, "w8a8_run: %d", status);
-    return nullptr;
-  }
-  return result.release();
+  return given_back(result, "w8a8_run", [&] { return w8a8_run(&plan, static_cast<int32_t>(threads)); });
 }
 
 }  // namespace
@@ -247,10 +201,7 @@ PyObject *run_plan(PyObject *const *args) {
 PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count) {
   bool fits = count == 6 && (args[5] == Py_None || PyTuple_Check(args[5]));
   for (int i = 0; fits && i < 5; ++i) fits = PyTuple_Check(args[i]);
-  if (!fits) {
-    PyErr_SetString(PyExc_TypeError, "run takes (widths, steps, inputs, masks, outputs, read)");
-    return nullptr;
-  }
+  if (!fits) return wrong("run takes (widths, steps, inputs, masks, outputs, read)");
   try {
     return run_plan(args);
   } catch (const std::bad_alloc &) {
