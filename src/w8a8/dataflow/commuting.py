@@ -16,6 +16,7 @@ Every other operation blocks the channels it meets.  A missing rule therefore lo
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,9 +33,8 @@ from w8a8.dataflow.products import (
     matrix_product,
     nothing,
     reduced,
-    tensors,
 )
-from w8a8.dataflow.tracing import Call, ParameterView, Rule, Tags
+from w8a8.dataflow.tracing import Call, ParameterView, Rule, Tags, tensors
 
 
 def _metadata(call: Call) -> list[Tags]:
@@ -86,7 +86,7 @@ def _copy_parameter(call: Call, view: ParameterView) -> None:
     elif call.name != "clone":
         return
     call.use(parameter)
-    call.trace.copied(call.out, view, axes, view.offset)
+    call.trace.record(call.out, replace(view, axes=axes))
 
 
 def _cast(call: Call) -> list[Tags]:
@@ -96,7 +96,7 @@ def _cast(call: Call) -> list[Tags]:
     view = call.view(call.args[0])
     if view is not None and view.whole:
         call.use(call.args[0])
-        call.trace.copied(call.out, view, view.axes, view.offset)
+        call.trace.record(call.out, view)
     return [call.tags(call.args[0])]
 
 
@@ -204,7 +204,7 @@ def _shift_parameter(call: Call, left: Any, right: Any) -> bool:
         if call.name != "add" or call.kwargs.get("alpha", 1) != 1:
             continue
         call.use(parameter)
-        call.trace.copied(call.out, view, view.axes, view.offset + float(number))
+        call.trace.record(call.out, replace(view, offset=view.offset + float(number)))
         return True
     return False
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from w8a8.dataflow.tracing import Made, Role, Trace
 from w8a8.layers.linear import is_linear
+from w8a8.model.selection import owners_of
 
 _MAX_REASONS = 3
 
@@ -87,6 +88,11 @@ class Group:
     def scalable(self) -> Tensor:
         """(C,) bool on the CPU: the source's channels that are read; the scale of the others has to be 1."""
         return _read_by(self.readers, self.source.channels)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of all that a fold changes."""
+        return [part.name for part in self.source.parameters] + [reader.parameter for reader in self.readers]
 
 
 @dataclass(frozen=True)
@@ -161,10 +167,7 @@ class _Conclusion:
         self.trace = trace
         self.parameters = dict(model.named_parameters())
         self.modules = dict(model.named_modules())
-        owners: dict[int, list[str]] = {}
-        for name, module in self.modules.items():
-            for parameter in module.parameters(recurse=False):
-                owners.setdefault(id(parameter), []).append(name)
+        owners = owners_of(model)
         self.owners = {name: owners[id(parameter)] for name, parameter in self.parameters.items()}
         self.contracted = {contraction.parameter for contraction in trace.contractions}
         self.missed = tuple(

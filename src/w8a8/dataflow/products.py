@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from w8a8.dataflow.tracing import Call, Contraction, ParameterView, Role, Tags
+from w8a8.dataflow.tracing import Call, Contraction, ParameterView, Role, Tags, tensors
 
 _WORDS = {
     "_log_softmax": "log-softmax",
@@ -61,11 +60,6 @@ def constant(tags: Tensor, axes: Sequence[int]) -> bool:
     for axis in axes:
         first = first.narrow(axis, 0, 1)
     return bool((tags == first).all())
-
-
-def tensors(*values: object) -> list[Tensor]:
-    """All the tensors in arguments or results."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def joined(call: Call, left: Tags, right: Tags) -> Tags:
@@ -122,13 +116,23 @@ def linear(call: Call) -> list[Tags]:
     view = call.view(weight)
     if view is None or weight.ndim != 2 or not _readable(view, -1) or call.view(x) is not None:
         return blocked(call)
-    return [_read(call, x, -1, weight, view, contracted=-1, free=-2, lands=-1, bias=bias)]
+    return [_read(call, x, -1, weight, view, -1, bias)]
 
 
 def matrix_product(call: Call) -> list[Tags]:
-    """mm and bmm, addmm and baddbmm."""
+    """mm and bmm, addmm and baddbmm: left @ right + bias, either of which may be a parameter."""
     bias, left, right = (None, *call.args[:2]) if call.name in ("mm", "bmm") else call.args[:3]
-    return [_contract(call, left, right, bias)]
+    ours, theirs = call.view(left), call.view(right)
+    if theirs is not None and ours is None and _readable(theirs, -2):
+        return [_read(call, left, -1, right, theirs, -2, bias)]
+    if ours is not None and theirs is None and _readable(ours, -1):
+        return [_read(call, right, -2, left, ours, -1, bias)]
+    why = "the matrix product with another tensor (as of queries and keys) reads it"
+    out = joined(call, _passed(call, left, -1, why), _passed(call, right, -2, why))
+    if bias is not None and (out or call.tags(bias)):
+        call.block(out | call.tags(bias), "it is added to a tensor that is not scaled with it")
+        return [{}]
+    return [out]
 
 
 def experts_product(call: Call) -> list[Tags]:
@@ -137,25 +141,7 @@ def experts_product(call: Call) -> list[Tags]:
     view = call.view(stack)
     if rows.ndim != 2 or view is None or view.axes[0] != 0 or not _readable(view, -2) or len(tensors(call.args)) > 3:
         return blocked(call)
-    return [_read(call, rows, -1, stack, view, contracted=-2, free=-1, lands=-1, bias=None)]
-
-
-def _contract(call: Call, left: Tensor, right: Tensor, bias: Tensor | None) -> Tags:
-    """left @ right + bias, either of which may be a parameter."""
-    ours, theirs = call.view(left), call.view(right)
-    if theirs is not None and ours is None and _readable(theirs, -2):
-        return _read(call, left, -1, right, theirs, contracted=-2, free=-1, lands=-1, bias=bias)
-    if ours is not None and theirs is None and _readable(ours, -1):
-        return _read(call, right, -2, left, ours, contracted=-1, free=-2, lands=-2, bias=bias)
-    out = joined(
-        call,
-        _passed(call, left, -1, "the matrix product with another tensor (as of queries and keys) reads it"),
-        _passed(call, right, -2, "the matrix product with another tensor (as of queries and keys) reads it"),
-    )
-    if bias is not None and (out or call.tags(bias)):
-        call.block(out | call.tags(bias), "it is added to a tensor that is not scaled with it")
-        return {}
-    return out
+    return [_read(call, rows, -1, stack, view, -2, None)]
 
 
 def _readable(view: ParameterView, axis: int) -> bool:
@@ -174,23 +160,13 @@ def _passed(call: Call, x: Tensor, axis: int, why: str) -> Tags:
 
 
 def _read(
-    call: Call,
-    x: Tensor,
-    x_axis: int,
-    weight: Tensor,
-    view: ParameterView,
-    *,
-    contracted: int,
-    free: int,
-    lands: int,
-    bias: Tensor | None,
+    call: Call, x: Tensor, x_axis: int, weight: Tensor, view: ParameterView, contracted: int, bias: Tensor | None
 ) -> Tags:
     """An activation times a parameter: the parameter reads it, and its rows are the channels of the result.
 
     Args:
-        x: The activation, contracted along its axis `x_axis`.
-        weight: The parameter, contracted along its axis `contracted`, seen as `view` says.
-        free: The axis of `weight` that becomes the result's axis `lands`.
+        x: The activation, contracted along its axis `x_axis`, in whose place the other axis of `weight` comes.
+        weight: The parameter, contracted along its axis `contracted` (-1 or -2), seen as `view` says.
     """
     call.use(weight)
     call.block(call.tags(bias), "it is added to a tensor that is not scaled with it (as a residual is)")
@@ -205,6 +181,7 @@ def _read(
         same = (lines == lines[0]).all(0)
         call.block({number: lines[:, ~same]}, "the tokens that are read together carry different channels")
         channels[number] = lines.amax(0).long().cpu()  # of a mixed column a blocked channel, so that it counts as read
+    free = -3 - contracted
     dim, rows = view.axes[contracted], view.axes[free]
     assert dim is not None
     call.trace.contractions.append(Contraction(call.trace.module, view.name, dim, channels))
@@ -218,14 +195,14 @@ def _read(
     number = call.trace.source("linear", view, rows, weight.shape[free])
     if bias is not None:
         shift = call.view(bias)
-        dim = None if shift is None or shift.channel_axis != -1 or lands != -1 else shift.axes[-1]
+        dim = None if shift is None or shift.channel_axis != -1 or x_axis != -1 else shift.axes[-1]
         if shift is None or dim is None or bias.shape[-1] != weight.shape[free]:
             every = torch.arange(call.trace.sources[number].channels, dtype=torch.int64, device="cpu")
             call.block({number: every}, "what is added to it is no bias")
             return out
         call.use(bias)
         call.trace.join(number, shift, dim)
-    return {**out, number: along(call.out, lands, weight.shape[free])}
+    return {**out, number: along(call.out, x_axis, weight.shape[free])}
 
 
 def attention(call: Call) -> list[Tags]:

@@ -17,9 +17,10 @@ weak reference to the storage, and die with it.
 This file has the knowledge and its book-keeping; `commuting` has the rule of each operation.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,17 +100,14 @@ class Contraction:
 
 @dataclass(frozen=True)
 class _Record:
-    """A piece of memory, bytes `start` to `end`, that holds a parameter or a copy of one in the layout of `strides`."""
+    """A piece of memory, bytes `start` to `end`, that holds what `view` says in the layout of `strides`."""
 
-    name: str
-    ndim: int
-    axes: tuple[int | None, ...]
+    view: ParameterView
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     start: int
     end: int
     dtype: torch.dtype
-    offset: float
 
 
 @dataclass
@@ -135,7 +133,8 @@ class Trace:
         self._records: weakref.WeakKeyDictionary[torch.UntypedStorage, list[_Record]] = weakref.WeakKeyDictionary()
         for name, parameter in model.named_parameters():
             if type(parameter.data) is Tensor and parameter.is_floating_point():
-                self._record(parameter, name, parameter.ndim, tuple(range(parameter.ndim)), 0.0)
+                axes = tuple(range(parameter.ndim))
+                self.record(parameter, ParameterView(name, axes, 0.0, True, parameter.ndim))
 
     def enter(self, module: str) -> None:
         """A module's forward begins."""
@@ -242,12 +241,8 @@ class Trace:
             if record.start <= start < record.end:
                 if record.dtype == tensor.dtype:
                     return _seen(record, tensor)
-                return ParameterView(record.name, (None,) * tensor.ndim, 0.0, False, record.ndim)
+                return replace(record.view, axes=(None,) * tensor.ndim, offset=0.0, whole=False)
         return None
-
-    def copied(self, tensor: Tensor, view: ParameterView, axes: tuple[int | None, ...], offset: float) -> None:
-        """`tensor` is a new copy of what `view` saw, its axes as in `axes`."""
-        self._record(tensor, view.name, view.ndim, axes, offset)
 
     def forget(self, tensor: Tensor) -> None:
         """The memory was written to: it is no copy of a parameter any more."""
@@ -255,19 +250,20 @@ class Trace:
         if storage is not None:
             self._records.pop(storage, None)
 
-    def _record(self, tensor: Tensor, name: str, ndim: int, axes: tuple[int | None, ...], offset: float) -> None:
+    def record(self, tensor: Tensor, view: ParameterView) -> None:
+        """`tensor` is what `view` says: the parameter itself, or a new copy."""
         storage = _storage(tensor)
         if storage is None or not tensor.numel():
             return
         extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start = int(tensor.storage_offset()) * tensor.itemsize
         end = start + extent * tensor.itemsize
-        entry = _Record(name, ndim, axes, tuple(tensor.shape), tensor.stride(), start, end, tensor.dtype, offset)
+        entry = _Record(view, tuple(tensor.shape), tensor.stride(), start, end, tensor.dtype)
         others = self._records.setdefault(storage, [])
         for other in others:
             if other.start < end and start < other.end:
-                self.play(other.name, Role("other", words=f"{name}, whose memory it shares"))
-                self.play(name, Role("other", words=f"{other.name}, whose memory it shares"))
+                self.play(other.view.name, Role("other", words=f"{view.name}, whose memory it shares"))
+                self.play(view.name, Role("other", words=f"{other.view.name}, whose memory it shares"))
         others.append(entry)
 
 
@@ -330,11 +326,11 @@ class Watch(TorchDispatchMode):
             return out
         out = func(*args, **kwargs)
         trace = self._trace
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = tensors(args, kwargs)
         views = [(tensor, view) for tensor in given if (view := trace.view(tensor)) is not None]
-        mutated = [leaf for leaf in tree_leaves(_written(func, args, kwargs)) if isinstance(leaf, Tensor)]
+        mutated = tensors(_written(func, args, kwargs))
         memory = [storage for storage in map(_storage, given) if storage is not None]
-        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        results = tensors(out)
         if not mutated and results and all(any(_storage(result) is one for one in memory) for result in results):
             return out  # a view: the tags lie with the memory
         if not views and not any(trace.tags(tensor) for tensor in given):
@@ -354,6 +350,11 @@ class Watch(TorchDispatchMode):
             if not any(tensor is result for result in results):
                 trace.write(tensor, {})
         return out
+
+
+def tensors(*values: object) -> list[Tensor]:
+    """All the tensors in arguments or results."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _written(func: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
@@ -383,13 +384,10 @@ def _seen(record: _Record, tensor: Tensor) -> ParameterView:
     for n, stride in zip(tensor.shape, tensor.stride(), strict=True):
         i = runs.get(stride)
         if n > 1 and i is not None and left.get(i) == n:
-            axes.append(record.axes[i])
+            axes.append(record.view.axes[i])
             del left[i]
         else:
             axes.append(None)
             rest *= n if stride else 1
-    others = 1
-    for n in left.values():
-        others *= n
-    picked = record.ndim > 2 and rest == 1 and all(record.axes[i] in (0, None) for i in left)
-    return ParameterView(record.name, tuple(axes), record.offset, picked or rest == others, record.ndim)
+    picked = record.view.ndim > 2 and rest == 1 and all(record.view.axes[i] in (0, None) for i in left)
+    return replace(record.view, axes=tuple(axes), whole=picked or rest == math.prod(left.values()))

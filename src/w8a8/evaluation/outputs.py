@@ -100,8 +100,7 @@ def compare_outputs(
 
 def _output(model: nn.Module, batch: ModelInputs) -> tuple[str, Tensor]:
     """The tensor that is compared, and its name."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with evaluating(model), seeded(device):
+    with evaluating(model), seeded(model):
         out = call(model, batch)
     logits = getattr(out, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim and logits.is_floating_point():

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import enum
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
@@ -118,9 +119,9 @@ def watched(model: nn.Module, names: Iterable[str], see: Callable[..., object], 
 
 
 @contextlib.contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """One state of torch's random generators for the length of a `with` block, for models that draw as they run."""
-    others = [device] if device.type == "cuda" else []
+def seeded(model: nn.Module) -> Iterator[None]:
+    """One state of the random generators that a model may draw from as it runs, for the length of a `with` block."""
+    others = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type == "cuda"]
     with torch.random.fork_rng(devices=others):
         torch.default_generator.manual_seed(0)
         for other in others:

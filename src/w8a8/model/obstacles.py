@@ -38,15 +38,16 @@ def obstacles(model: nn.Module, linears: Mapping[str, nn.Module], usage: Usage) 
     fixed = {id(place.module): place.name for place in places(model) if place.container is None}
     found = {}
     for name, linear in linears.items():
-        reason = _of_layer(linear)
-        if reason is None and name in usage.read:
-            reason = f"it is not only called: {usage.read[name]}"
-        if reason is None and name in kept:
-            reason = f"its model keeps it in float32 beside {kept[name]}, so what it returns must not be {kept[name]}"
-        if reason is None and id(linear) in fixed:
-            reason = f"it is held in {fixed[id(linear)]} too, where no other can be put in its place"
-        if reason is not None:
+        if reason := _of_layer(linear):
             found[name] = reason
+        elif name in usage.read:
+            found[name] = f"it is not only called: {usage.read[name]}"
+        elif name in kept:
+            found[name] = (
+                f"its model keeps it in float32 beside {kept[name]}, so what it returns must not be {kept[name]}"
+            )
+        elif id(linear) in fixed:
+            found[name] = f"it is held in {fixed[id(linear)]} too, where no other can be put in its place"
     return found
 
 

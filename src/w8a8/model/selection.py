@@ -84,13 +84,14 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
     shared, beside = _shared_weights(model, linears), beside_models(model)
     reasons: dict[str, str] = {}
     for name in linears:
-        reason = never.get(name)
-        if reason is None and name not in included:
-            reason = "not matched by include"
-        if reason is None and name in excluded:
-            reason = f"excluded by {excluded[name]!r}"
-        if reason is None and name not in include:
-            does = "quantises it"
+        if name in never:
+            reasons[name] = never[name]
+        elif name not in included:
+            reasons[name] = "not matched by include"
+        elif name in excluded:
+            reasons[name] = f"excluded by {excluded[name]!r}"
+        elif name not in include:
+            reason, does = None, "quantises it"
             other = next((other for other in shared.get(name, ()) if other not in linears), None)
             if other is not None:
                 reason, does = f"its weight is tied to {other}", "quantises a copy of it"
@@ -103,9 +104,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
             elif name in beside:
                 reason = f"it lies outside of the model in this {type(model).__name__}, and in files that alone is int8"
             if reason is not None:
-                reason += f"; {name!r} in include, by its name, {does}"
-        if reason is not None:
-            reasons[name] = reason
+                reasons[name] = f"{reason}; {name!r} in include, by its name, {does}"
     untied = _untie_from_float(shared, reasons, include)
     chosen = [name for name in linears if name not in reasons]
     if not chosen:

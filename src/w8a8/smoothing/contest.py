@@ -186,8 +186,7 @@ class Contest:
     @torch.no_grad()
     def _outputs(self, batch: ModelInputs) -> list[Tensor]:
         """The float tensors of the model's output; of a language model its logits come first."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        with evaluating(self.model), seeded(device):
+        with evaluating(self.model), seeded(self.model):
             out = call(self.model, batch)
         logits = [out.logits] if isinstance(getattr(out, "logits", None), Tensor) else tensors_in(out)
         return [t for t in logits if t.is_floating_point()]

@@ -81,12 +81,6 @@ def fold_(model: nn.Module, group: Group, scales: Tensor) -> Undo:
     return undo
 
 
-def touched(model: nn.Module, group: Group) -> list[nn.Parameter]:
-    """The parameters that a fold of the group changes."""
-    names = [part.name for part in group.source.parameters] + [reader.parameter for reader in group.readers]
-    return [model.get_parameter(name) for name in names]
-
-
 def _checked(scales: Tensor, group: Group) -> Tensor:
     """The scales in float64, of the right shape and usable."""
     source = group.source

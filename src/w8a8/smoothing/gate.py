@@ -35,6 +35,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,8 @@ _HALF_EPS = 4
 """Bound for rounded float16 and bfloat16 weights, in units of the dtype's eps."""
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What a block was given, detached copies."""
-
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
+_Given: TypeAlias = tuple[tuple[object, ...], dict[str, object]]
+"""What a block was called with, detached copies."""
 
 
 class Gate:
@@ -70,17 +67,13 @@ class Gate:
         model: In float.  Not modified; run once, and each block twice.
         groups: All the groups that may be folded.
         probe: Inputs of the model: kept small by the caller, since every comparison runs a block on them.
-        tolerance: See the module's docstring.
 
     Raises:
         ModelError: the model's output on the probe holds no float tensor, or is another one each time.
     """
 
-    def __init__(
-        self, model: nn.Module, groups: Sequence[Group], probe: ModelInputs, *, tolerance: float = TOLERANCE
-    ) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[Group], probe: ModelInputs) -> None:
         self.model = model
-        self.tolerance = tolerance
         self._blocks = {id(group): block for group, block in zip(groups, closed_blocks(groups), strict=True)}
         self._copy: tuple[str, nn.Module] | None = None
         self._seen: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
@@ -139,7 +132,7 @@ class Gate:
 
     def _bound(self, module: nn.Module) -> float:
         eps = max((torch.finfo(p.dtype).eps for p in module.parameters() if p.is_floating_point()), default=0.0)
-        return max(self.tolerance, _HALF_EPS * eps) if eps > torch.finfo(torch.float32).eps else self.tolerance
+        return max(TOLERANCE, _HALF_EPS * eps) if eps > torch.finfo(torch.float32).eps else TOLERANCE
 
     def _look(self, block: str) -> None:
         """Keep the block's outputs, or the reason why it cannot be compared.
@@ -199,14 +192,14 @@ class Gate:
         return self._copy[1]
 
 
+@dataclass(frozen=True)
 class Unrounded:
     """A block in a wider dtype, to be folded as the model is, but for the rounding to its own dtype."""
 
-    def __init__(self, block: str, module: nn.Module, given: _Call, before: list[Tensor]) -> None:
-        self._block = block
-        self._module = module
-        self._given = given
-        self._before = before
+    _block: str
+    _module: nn.Module
+    _given: _Given
+    _before: list[Tensor]
 
     def fold(self, group: Group, scales: Tensor) -> None:
         """Fold a group of the block."""
@@ -219,15 +212,11 @@ class Unrounded:
 
 def closed_blocks(groups: Sequence[Group]) -> list[str]:
     """For each group, the smallest module holding it that no group crosses, by dotted name."""
-    members = [
-        [*(p.name for p in group.source.parameters), *(reader.parameter for reader in group.readers)]
-        for group in groups
-    ]
 
     def crossing(block: str) -> str | None:
         """The block of a group that is partly inside `block`."""
-        for group, names in zip(groups, members, strict=True):
-            inside = [_is_within(name, block) for name in names]
+        for group in groups:
+            inside = [_is_within(name, block) for name in group.parameters]
             if any(inside) and not all(inside):
                 return group.block
         return None
@@ -261,13 +250,13 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return worst
 
 
-def _capture(model: nn.Module, names: set[str], probe: ModelInputs) -> dict[str, _Call]:
+def _capture(model: nn.Module, names: set[str], probe: ModelInputs) -> dict[str, _Given]:
     """The first call of each block in one forward of the probe."""
-    calls: dict[str, _Call] = {}
+    calls: dict[str, _Given] = {}
 
     def keep(name: str, *given: object) -> None:
         if name not in calls:
-            calls[name] = _Call(*copied(given, lambda t: t.detach().clone()))
+            calls[name] = copied(given, lambda t: t.detach().clone())
 
     with watched(model, sorted(names), keep, after=False), evaluating(model), torch.no_grad():
         call(model, _uncached(model, probe))
@@ -286,15 +275,15 @@ def _uncached(model: nn.Module, probe: ModelInputs) -> ModelInputs:
 
 
 @torch.no_grad()
-def _run(module: nn.Module, given: _Call) -> list[Tensor]:
+def _run(module: nn.Module, given: _Given) -> list[Tensor]:
     """The float tensors that a module returns, in evaluation mode; float arguments take the dtype of its weights."""
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype, copy=True) if dtype is not None and t.is_floating_point() else t.clone()
 
-    args, kwargs = copied((given.args, given.kwargs), cast)
-    with evaluating(module), seeded(next((p.device for p in module.parameters()), torch.device("cpu"))):
+    args, kwargs = copied(given, cast)
+    with evaluating(module), seeded(module):
         return [t for t in tensors_in(module(*args, **kwargs)) if t.is_floating_point()]
 
 

@@ -25,8 +25,8 @@ from w8a8.layers.linear import float_operands
 from w8a8.model.inputs import ModelInputs, check_inputs, copied
 from w8a8.records.smoothing import GroupReport
 from w8a8.smoothing.alpha import Choice, Product, search
-from w8a8.smoothing.fold import Undo, fold_, touched
-from w8a8.smoothing.gate import Gate, Unrounded
+from w8a8.smoothing.fold import Undo, fold_
+from w8a8.smoothing.gate import TOLERANCE, Gate, Unrounded
 from w8a8.smoothing.way import Smoothing
 
 PROBE_TOKENS = 128
@@ -255,7 +255,9 @@ class _Trial:
         """Fold one more; `NonFiniteError` where it would leave the range of the weights' dtype, and is not made."""
         if not self.folded:
             self._unrounded = self.gate.unrounded(group)
-        for parameter in touched(model, group):  # before the fold, so that no interrupt can come between
+        for parameter in map(
+            model.get_parameter, group.parameters
+        ):  # before the fold, so that no interrupt can come between
             if id(parameter) not in self._saved:
                 self._saved[id(parameter)] = (parameter, parameter.detach().clone())
             self._originals.setdefault(id(parameter), self._saved[id(parameter)])
@@ -269,7 +271,7 @@ class _Trial:
         if not self.folded:
             return
         if self._unrounded is not None:
-            self._compared(self._unrounded.change(), self.gate.tolerance, "before any rounding")
+            self._compared(self._unrounded.change(), TOLERANCE, "before any rounding")
         if self.failure is None:
             one = self.folded[0]
             self._compared(self.gate.change(one), self.gate.bound(one), "in its weights' dtype")
