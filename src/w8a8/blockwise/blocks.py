@@ -169,15 +169,14 @@ class BlockWalk:
                 {key: true if value is hidden else value for key, value in kwargs.items()},
             )
 
-        handle = block.register_forward_pre_hook(enter, with_kwargs=True)
-        stand_in, self._list[number] = self._list[number], block
-        self._given = lambda: first
-        try:
-            yield
-        finally:
-            self._given = lambda: None
-            self._list[number] = stand_in
-            handle.remove()
+        with block.register_forward_pre_hook(enter, with_kwargs=True):
+            stand_in, self._list[number] = self._list[number], block
+            self._given = lambda: first
+            try:
+                yield
+            finally:
+                self._given = lambda: None
+                self._list[number] = stand_in
 
     @torch.no_grad()
     def arguments(self, number: int, inputs: ModelInputs, first: Tensor | None) -> ModelInputs:
@@ -194,12 +193,9 @@ class BlockWalk:
             raise _Reached
 
         with self.only(number, first), evaluating(self.model):
-            handle = self.blocks[number].register_forward_pre_hook(keep, with_kwargs=True)
-            try:
-                with contextlib.suppress(_Reached):
-                    call(self.model, inputs)
-            finally:
-                handle.remove()
+            hook = self.blocks[number].register_forward_pre_hook(keep, with_kwargs=True)
+            with hook, contextlib.suppress(_Reached):
+                call(self.model, inputs)
         return seen[0]
 
     def calibration(
@@ -228,18 +224,18 @@ class BlockWalk:
         def loop(model: nn.Module) -> None:
             nonlocal current
             before = self._given
-            handle = self.blocks[number].register_forward_hook(leave) if number < len(self) else None
             self._in_loop = True
             try:
-                for current, inputs in enumerate(base.batches):
-                    self._given = (lambda: None) if read is None else partial(read, current)
-                    with contextlib.suppress(_Reached):
-                        call(model, inputs)
+                with contextlib.ExitStack() as hooks:
+                    if number < len(self):
+                        hooks.enter_context(self.blocks[number].register_forward_hook(leave))
+                    for current, inputs in enumerate(base.batches):
+                        self._given = (lambda: None) if read is None else partial(read, current)
+                        with contextlib.suppress(_Reached):
+                            call(model, inputs)
             finally:
                 self._in_loop = False
                 self._given = before
-                if handle is not None:
-                    handle.remove()
 
         return Calibration((), base.description, loop=loop)
 

@@ -22,6 +22,7 @@ it is recorded; where they are damaged the job goes back to the last that are wh
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -39,7 +40,7 @@ from w8a8.calibration.sampling import Sample
 from w8a8.checkpoint.skeleton import empty_model
 from w8a8.core.affine import QParams
 from w8a8.core.progress import Progress, tell
-from w8a8.errors import W8A8Error
+from w8a8.errors import noted
 from w8a8.model.experts import Experts
 from w8a8.model.swapping import swap, swapped
 from w8a8.records.smoothing import GroupReport, SmoothReport
@@ -50,7 +51,7 @@ from w8a8.smoothing.way import NONE
 from w8a8.streaming.job import Work
 from w8a8.streaming.journal import Journal, write_whole
 from w8a8.streaming.plan import Plan, Shard
-from w8a8.streaming.shard import write_tensors
+from w8a8.streaming.shard import growing, write_tensors
 from w8a8.streaming.team import Team
 
 
@@ -135,20 +136,15 @@ class Blocks(Work):
             swap(block, {name: Experts(stack, cast(Experts, block.get_submodule(name)).names)})
         load(block, shard.steps, prefix)
         block.requires_grad_(False)
-        recorders: dict[str, Recorder] = {}
-        try:
-            if number + 1 < len(self.walk) or self._last_is_read:
-                for chain in self.request.chains:
-                    recorders[chain] = Recorder(self._activations(number + 1, chain), self.walk.states)
+        is_read = number + 1 < len(self.walk) or self._last_is_read
+        with noted(f"while quantising {prefix.removesuffix('.')} of {self.plan.source.path}"), ExitStack() as files:
+            recorders = {
+                chain: files.enter_context(growing(Recorder(self._activations(number + 1, chain), self.walk.states)))
+                for chain in (self.request.chains if is_read else ())
+            }
             grids = self._measured(number, chosen, stacks, recorders)
             tensors, lost = quantized(block, shard.steps, prefix, grids)
             digests = {recorder.path.name: recorder.finish() for recorder in recorders.values()}
-        except BaseException as error:
-            for recorder in recorders.values():
-                recorder.abandon()
-            if isinstance(error, W8A8Error):
-                error.add_note(f"while quantising {prefix.removesuffix('.')} of {self.plan.source.path}")
-            raise
         if digests:
             self.journal.record(self._unit(number + 1), digests)
         self._keep(shard, tensors, lost)
@@ -201,9 +197,8 @@ class Blocks(Work):
 
     def _grids(self, names: Sequence[str], data: Calibration) -> dict[str, QParams]:
         """The static grids of what these layers read, by their names in the model."""
-        activations = self.request.scheme.activations
-        assert activations is not None, "a static scheme has activations"
-        return static_grids(self.walk.model, names, activations, data, self.request.observer)
+        assert self.request.scheme.measured is not None, "whoever measures has a static scheme"
+        return static_grids(self.walk.model, names, self.request.scheme.measured, data, self.request.observer)
 
     def _outside(self) -> None:
         """What lies outside of the blocks: the layers there are measured on what the last block returned."""

@@ -92,10 +92,8 @@ def _trial(plan: Plan, walk: BlockWalk, number: int, request: Request) -> float:
         seconds = 0.0
         if request.smoothing != NONE:
             seconds += _smoothing(walk, number, request, names, data, batches)
-        if request.scheme.static:
-            spec = request.scheme.activations
-            assert spec is not None, "a static scheme has activations"
-            make = checked_observer(request.observer, spec)
+        if request.scheme.measured is not None:
+            make = checked_observer(request.observer, request.scheme.measured)
             with walk.only(number, None):
                 seconds += batches * _least(lambda: collect(walk.model, data, {name: make() for name in names}))[0]
         return seconds

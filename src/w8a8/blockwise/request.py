@@ -51,9 +51,8 @@ def request_of(
         )
     way = Smoothing.asked(smooth, calibrated=True)
     way = SEARCHED if way == AUTO else way
-    if scheme.static:
-        assert scheme.activations is not None, "a static scheme has activations"
-        checked_observer(observer, scheme.activations)
+    if scheme.measured is not None:
+        checked_observer(observer, scheme.measured)
     elif way == NONE:
         raise SchemeError(
             f"the scheme {scheme.name} without smoothing does not use calibration data: leave --calib out, and it is "

@@ -152,8 +152,7 @@ def grids_of_schemes(
         observer, progress: As for `static_grids`.
     """
     grids: dict[str, QParams] = {}
-    for spec in dict.fromkeys(scheme.activations for scheme in schemes.values() if scheme.static):
-        assert spec is not None, "a static scheme has activations"
+    for spec in dict.fromkeys(measured for scheme in schemes.values() if (measured := scheme.measured) is not None):
         assert calibration is not None, "whoever takes a static scheme has asked for the data"
         names = [name for name, scheme in schemes.items() if scheme.activations == spec]
         grids |= static_grids(model, names, spec, calibration, observer, progress=progress)

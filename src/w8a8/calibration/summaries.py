@@ -70,10 +70,8 @@ class Range:
                 "linear layers"
             )
         k = x.shape[-1]
-        if not per_channel:
-            lo, hi = value_range(x, tuple(range(x.ndim)))
-        else:  # a view of two axes: an activation of one axis is one token
-            lo, hi = value_range(x if x.ndim > 1 else x[None], tuple(range(max(x.ndim, 2) - 1)))
+        view = x if x.ndim > 1 else x[None]  # an activation of one axis is one token
+        lo, hi = value_range(view, tuple(range(view.ndim - per_channel)))
         lo, hi = lo.reshape(-1), hi.reshape(-1)
         if not bool((torch.isfinite(lo) & torch.isfinite(hi)).all()):
             raise NonFiniteError(describe_non_finite(x))

@@ -114,7 +114,7 @@ def _stand_in(model: Pretrained) -> Pretrained:
 
 
 def _ones(names: Iterable[str], scheme: Scheme) -> dict[str, QParams] | None:
-    if not scheme.static or scheme.activations is None:
+    if scheme.measured is None:
         return None
-    zero = None if scheme.activations.symmetric else torch.zeros(1, dtype=torch.int32, device="cpu")
+    zero = None if scheme.measured.symmetric else torch.zeros(1, dtype=torch.int32, device="cpu")
     return dict.fromkeys(names, QParams(torch.ones(1, dtype=torch.float32, device="cpu"), zero))

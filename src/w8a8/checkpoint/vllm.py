@@ -75,11 +75,6 @@ def schemes_of(model: nn.Module) -> dict[str, Scheme | None]:
     }
 
 
-def quantized_tables(model: nn.Module) -> list[str]:
-    """The names of the tables of a model that are int8."""
-    return [name for name, module in model.named_modules() if isinstance(module, QuantEmbedding)]
-
-
 def transposed_of(model: nn.Module) -> set[str]:
     """The layers that are or were `Conv1D`."""
     return {
@@ -172,12 +167,13 @@ def foresee_as_it_is(
     tables: Collection[str] = (),
 ) -> tuple[Finding, ...]:
     """`findings` of a model, with or without values; what `schemes` or `tables` name is taken for quantised."""
+    known = (name for name, module in model.named_modules() if isinstance(module, QuantEmbedding))
     return findings(
         {**schemes_of(model), **(schemes or {})},
         heads=heads_of(model, quantized=True),
         transposed=transposed_of(model),
         renamed=renamed_stacks(model),
-        tables=dict.fromkeys([*quantized_tables(model), *tables]),
+        tables=dict.fromkeys([*known, *tables]),
         shapes=shapes_of(model),
         packed=packed,
     )

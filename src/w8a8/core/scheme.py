@@ -190,11 +190,11 @@ class Scheme:
         self.weights.check(Operand.WEIGHT)
         if self.activations is not None:
             self.activations.check(Operand.ACTIVATION)
-            if not self.activations.dynamic and not isinstance(self.activations.granularity, PerTensor):
-                raise SchemeError(
-                    f"static activations {self.activations.granularity!r} are unknown: a scale that is fixed "
-                    "beforehand is one per tensor; use PerTensor() or dynamic=True"
-                )
+        if self.measured is not None and not isinstance(self.measured.granularity, PerTensor):
+            raise SchemeError(
+                f"static activations {self.measured.granularity!r} are unknown: a scale that is fixed beforehand is "
+                "one per tensor; use PerTensor() or dynamic=True"
+            )
 
     @classmethod
     def of(cls, scheme: "Scheme | str") -> "Scheme":
@@ -242,9 +242,14 @@ class Scheme:
         return self.not_executable_because is None
 
     @property
+    def measured(self) -> QuantSpec | None:
+        """The grid of the activations where its scale is measured beforehand, which takes calibration data."""
+        return None if self.activations is None or self.activations.dynamic else self.activations
+
+    @property
     def static(self) -> bool:
-        """Whether the activations have a scale that is measured beforehand, which takes calibration data."""
-        return self.activations is not None and not self.activations.dynamic
+        """Whether there is such a grid."""
+        return self.measured is not None
 
     def check_without_data(self, way_out: str = _WAY_OUT) -> None:
         """Raise `SchemeError` where its static scales cannot be had without calibration data."""

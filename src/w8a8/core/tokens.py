@@ -45,10 +45,10 @@ def fake_quantize_tokens(x: Tensor, spec: QuantSpec, params: QParams | None = No
         (M, K) float32.
     """
     if isinstance(spec.granularity, PerChannel):
-        lo, hi = _row_range(x)
-        y = x.to(torch.float32).masked_fill(~(torch.isfinite(lo) & torch.isfinite(hi)), torch.nan)
-        good = torch.isfinite(lo).squeeze(-1) & torch.isfinite(hi).squeeze(-1)
-        y[good] = fake_quantize(y[good], spec, Operand.ACTIVATION)
+        lo, hi = value_range(x, (1,))
+        good = torch.isfinite(lo) & torch.isfinite(hi)  # (M, 1)
+        y = x.to(torch.float32).masked_fill(~good, torch.nan)
+        y[good[:, 0]] = fake_quantize(y[good[:, 0]], spec, Operand.ACTIVATION)
         return y
     grid = _token_grid(x, spec, params)
     values = round_to_codes(x, grid.scale, grid.zero_point, spec)
@@ -57,14 +57,9 @@ def fake_quantize_tokens(x: Tensor, spec: QuantSpec, params: QParams | None = No
     return values.mul_(grid.scale)
 
 
-def _row_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each token, (M, 1) float32; zero where K is 0."""
-    return value_range(x, (x.ndim - 1,))
-
-
 def _token_grid(x: Tensor, spec: QuantSpec, params: QParams | None) -> QParams:
     """The grid of each token, (M, 1); its scale is NaN where the token is not finite."""
-    lo, hi = _row_range(x)
+    lo, hi = value_range(x, (1,))
     bad = ~(torch.isfinite(lo) & torch.isfinite(hi))  # (M, 1)
     if params is None:
         if isinstance(spec.granularity, PerTensor) and x.shape[0]:

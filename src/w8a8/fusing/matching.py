@@ -255,10 +255,5 @@ def _activation(node: fx.Node) -> tuple[str, fx.Node]:
 
 def _same_grid(a: QuantLinear, b: QuantLinear) -> bool:
     """Whether two layers quantise an input alike: with a static grid, where both have the same."""
-    if (a.input_scale is None) != (b.input_scale is None):
-        return False
-    if a.input_scale is not None and b.input_scale is not None and not torch.equal(a.input_scale, b.input_scale):
-        return False
-    if a.input_zero_point is not None and b.input_zero_point is not None:
-        return torch.equal(a.input_zero_point, b.input_zero_point)
-    return True
+    pairs = (a.input_scale, b.input_scale), (a.input_zero_point, b.input_zero_point)
+    return all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs)

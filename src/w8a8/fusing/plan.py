@@ -201,8 +201,7 @@ def _takes(layer: QuantLinear) -> bool:
 def rows_are_alone(layer: QuantLinear) -> bool:
     """Whether the scale of a row is its own, or given: a row can be quantised as soon as it is there."""
     _, per_token, _ = layer._grid
-    activations = layer.scheme.activations
-    return per_token or (activations is not None and not activations.dynamic)
+    return per_token or layer.scheme.static
 
 
 def is_sum(node: fx.Node) -> bool:

@@ -46,6 +46,8 @@ class NormOf:
 class Linears:
     """Layers that read one input: (x, add) -> (sum, norm, outputs...)."""
 
+    __name__ = "linears"
+
     def __init__(
         self, layers: list[QuantLinear], activations: list[str], norm: NormOf | None = None, *, wants_sum: bool = False
     ) -> None:
@@ -63,10 +65,6 @@ class Linears:
         for number in self.numbers:
             kernels.count(number, kernels.native.NATIVE.name)
         return found
-
-    @property
-    def __name__(self) -> str:
-        return "linears"
 
 
 class NormStep:

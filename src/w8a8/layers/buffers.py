@@ -78,23 +78,20 @@ class QuantLayer(nn.Module):
         self.scheme = scheme
         self._kernel = kernel
         self._integer = integer
-        spec, activations = scheme.weights, scheme.activations
+        spec, measured = scheme.weights, scheme.measured
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
         of_scale = scale_shape(spec.granularity, out_features, in_features)
         has_codes = spec.bits <= MAX_CODE_BITS
-        static = activations is not None and not activations.dynamic
         buffers = {
             "weight": empty(torch.int8 if has_codes else torch.float32, out_features, in_features),
             "weight_scale": empty(torch.float32, *of_scale) if has_codes else None,
             "weight_zero_point": empty(torch.int32, *of_scale) if has_codes and not spec.symmetric else None,
             "bias": None if bias is None else empty(bias, out_features),
-            "input_scale": empty(torch.float32, 1) if static else None,
-            "input_zero_point": (
-                empty(torch.int32, 1) if activations is not None and static and not activations.symmetric else None
-            ),
+            "input_scale": None if measured is None else empty(torch.float32, 1),
+            "input_zero_point": None if measured is None or measured.symmetric else empty(torch.int32, 1),
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
@@ -240,7 +237,9 @@ class QuantLayer(nn.Module):
     def codes(self) -> Tensor:
         """(N, K) int8, row-major: a copy where they are packed; float32 where a simulated grid is wider than 8 bits."""
         packed = self._buffers.get("packed_weight")
-        codes = self._buffers.get("weight") if packed is None else self._unpacked(packed)
+        if packed is not None:
+            return kernels.unpack(packed, self.out_features, self.in_features)
+        codes = self._buffers.get("weight")
         assert codes is not None, "a layer has codes, or room for them"
         return codes
 
@@ -250,9 +249,6 @@ class QuantLayer(nn.Module):
         if codes.dtype is torch.float32:
             return codes.clone()
         return dequantize(QTensor(codes, self.weight_scale, self.weight_zero_point))
-
-    def _unpacked(self, packed: Tensor) -> Tensor:
-        return kernels.unpack(packed, self.out_features, self.in_features)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and not self.arriving and (device := self._device) is not None:
@@ -284,8 +280,8 @@ class QuantLayer(nn.Module):
         Raises:
             SchemeError: there is none where one is needed, or one where none is; it does not fit the scheme.
         """
-        activations = self.scheme.activations
-        if activations is None or activations.dynamic:
+        activations = self.scheme.measured
+        if activations is None:
             if params is not None:
                 raise SchemeError(f"input_params were given, but the activations are not static: {self.scheme}")
             return

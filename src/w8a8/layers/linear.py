@@ -199,16 +199,14 @@ class QuantLinear(QuantLayer):
         return kernels.that_runs(self.kernel, self._request(x))
 
     def _native_call(self) -> native.Call:
-        activations = self.scheme.activations
-        assert activations is not None, "an integer layer has integer activations"
-        bits, per_token, symmetric = _grid(activations)
+        bits, per_token, symmetric = self._grid
         return native.call_of(
             self.out_features,
             self.in_features,
             per_channel=not isinstance(self.scheme.weights.granularity, PerTensor),
             bits=bits,
             per_token=per_token,
-            static=not activations.dynamic,
+            static=self.scheme.static,
             symmetric=symmetric,
         )
 
@@ -243,8 +241,8 @@ class QuantLinear(QuantLayer):
 
     def clamps(self, x: Tensor) -> Tensor | None:
         """Where the ends of a static grid clamp the input, in its shape; None where the grid is made from it."""
-        spec = self.scheme.activations
-        if spec is None or spec.dynamic:
+        spec = self.scheme.measured
+        if spec is None:
             return None
         assert self.input_scale is not None, "a static grid has its scale"
         codes = torch.round(x.to(torch.float32) / self.input_scale)

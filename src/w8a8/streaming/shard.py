@@ -5,13 +5,14 @@ still in its cache, one writes.  All of it releases Python's lock.  Pieces are r
 The file grows under a hidden name and takes its own when it is whole and on the disk.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,6 +97,19 @@ class ShardWriter:
             raise disk_error(error, self.path) from error
 
 
+Writer = TypeVar("Writer", bound=ShardWriter)
+
+
+@contextlib.contextmanager
+def growing(writer: Writer) -> Iterator[Writer]:
+    """A file that is removed where its making fails."""
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        raise
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Make a file of tensors that are in memory, those with the widest elements first; returns its digest.
 
@@ -103,14 +117,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         CheckpointError: the disk is full; nothing of the file is left.
     """
     outputs = in_order((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
-    writer = ShardWriter(path, outputs)
-    try:
+    with growing(ShardWriter(path, outputs)) as writer:
         for name, _, _ in outputs:
             writer.put(name, tensors[name].contiguous())
         return writer.finish()
-    except BaseException:
-        writer.abandon()
-        raise
 
 
 @dataclass(frozen=True)
@@ -128,28 +138,25 @@ def write_shard(shard: Shard, directory: Path, told: Callable[[Step], None] | No
         CheckpointError: the source cannot be read, or the disk is full; nothing of the file is left.
         NonFiniteError: a weight holds a NaN or an infinity; the layer is named.
     """
-    writer = ShardWriter(directory / shard.file, shard.outputs)
     samples = {step.place: RowSample(step.rows) for step in shard.steps if step.spec is not None}
-    try:
-        with ThreadPoolExecutor(1) as reading, ThreadPoolExecutor(1) as writing:
-            waiting: list[Future[None]] = []
-            rooms: list[Room] = []  # free ones
-            for step, last, room, values in _read_ahead(shard, reading, rooms):
-                parts = [
-                    writer.place(name, part) for name, part in _made(step, values, samples.get(step.place), last=last)
-                ]
-                waiting.append(writing.submit(_put_all, writer, parts, room, rooms))
-                del values, parts
-                while len(waiting) > (1 if step.whole else _AHEAD):
-                    waiting.pop(0).result()
-                if last and told is not None:
-                    told(step)
-            for future in waiting:
-                future.result()
+    with (
+        growing(ShardWriter(directory / shard.file, shard.outputs)) as writer,
+        ThreadPoolExecutor(1) as reading,
+        ThreadPoolExecutor(1) as writing,
+    ):
+        waiting: list[Future[None]] = []
+        rooms: list[Room] = []  # free ones
+        for step, last, room, values in _read_ahead(shard, reading, rooms):
+            parts = [writer.place(name, part) for name, part in _made(step, values, samples.get(step.place), last=last)]
+            waiting.append(writing.submit(_put_all, writer, parts, room, rooms))
+            del values, parts
+            while len(waiting) > (1 if step.whole else _AHEAD):
+                waiting.pop(0).result()
+            if last and told is not None:
+                told(step)
+        for future in waiting:
+            future.result()
         return Written(writer.finish(), {place: sample.sqnr_db for place, sample in samples.items()})
-    except BaseException:
-        writer.abandon()
-        raise
 
 
 def _put_all(writer: ShardWriter, parts: list[tuple[memoryview, int]], room: Room, rooms: list[Room]) -> None:

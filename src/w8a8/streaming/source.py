@@ -56,23 +56,19 @@ class Room:
 
     def _fill(self, path: Path, flags: int, begin: int, end: int, needed: int) -> bool:
         """Whether at least the bytes that are needed are here; not where the file system knows no such flag."""
-        descriptor = None
         try:
-            descriptor = os.open(path, os.O_RDONLY | flags)
-            count = 0
-            while count < needed:
-                step = os.preadv(descriptor, [self._held[count : end - begin].numpy().data], begin + count)
-                if not step:
-                    return False
-                count += step
-            return True
+            with open(path, "rb", buffering=0, opener=lambda name, own: os.open(name, own | flags)) as file:
+                count = 0
+                while count < needed:
+                    step = os.preadv(file.fileno(), [self._held[count : end - begin].numpy().data], begin + count)
+                    if not step:
+                        return False
+                    count += step
+                return True
         except OSError as error:
             if flags and error.errno == errno.EINVAL:
                 return False
             raise
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
 
 
 def sampled_digest(path: Path, entries: Sequence[Entry]) -> str:
@@ -97,13 +93,11 @@ def _cached(path: Path, begin: int, end: int) -> bool:
     """Whether the last byte is in the page cache, and so probably the others."""
     if not _AT_ONCE or begin == end:
         return False
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # the question must not fetch what it asks for
-        return os.preadv(descriptor, [bytearray(1)], end - 1, _AT_ONCE) == 1
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # the question must not fetch what it asks for
+            return os.preadv(file.fileno(), [bytearray(1)], end - 1, _AT_ONCE) == 1
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):  # it would wait, or cannot say
             return False
         raise
-    finally:
-        os.close(descriptor)
