@@ -10,7 +10,7 @@ cosine of a peer is that of its outputs to the float model's, token by token, th
 of float32 takes longer than `--longest` is left out, which the table tells.
 
 Peers: float32; bf16, the model in bfloat16; torch.ao's dynamic layers; ONNX Runtime with dynamic int8, weights per
-channel; OpenVINO with NNCF, calibrated on the same kind of input; `ours`, `ours asym` (w8a8-asym), both fused, and
+channel; OpenVINO with NNCF, calibrated on the same kind of input; `ours`, it and w8a8-asym fused, and
 `ours compiled`, by torch.compile's inductor.  What is not installed is told and left out.  Exports are made with a
 dynamic batch and length by torch.onnx; pictures and sound have one length, so for them a cell is a batch.
 """

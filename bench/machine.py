@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
 
 def versions(*peers: str) -> dict[str, str]:
     """The versions of those packages that are installed, for a result file."""
-    installed = {distribution.name: distribution.version for distribution in distributions()}
+    installed = {re.sub(r"[-_.]+", "-", each.name).lower(): each.version for each in distributions()}
     return {name: installed[name] for name in peers if name in installed}
 
 

@@ -108,10 +108,10 @@ def _encoders(result: dict[str, Any]) -> str:
 
 def _serving(result: dict[str, Any]) -> str:
     said = (
-        "Tokens a second of all clients together, by the clock, and by the processor time of the server; "
-        f"{result['prompt']} tokens in for each. A column is so many clients by so many tokens out; an empty cell was "
-        "not measured, or took longer than four minutes. One figure is by the clock alone, with two threads, of the "
-        "version before attention of many clients was one native call; with two figures others used the machine."
+        "Tokens a second of all clients together, by the clock, and by the processor time of all threads of the server "
+        f"where that was measured; {result['prompt']} tokens in for each. A column is so many clients by so many "
+        "tokens out; an empty cell was not measured, or took longer than four minutes. llama-cpp-python's server "
+        "answers one request after another. Opt-125m was measured before attention of many clients was one native call."
     )
     return f"{said}\n\n{serve.table(result)}\n"
 

@@ -106,8 +106,13 @@ def running(command: list[str], log: Path) -> Iterator[tuple[str, psutil.Process
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://localhost:{port}"
+    hub = log.parent / "hub"
+    hub.mkdir(exist_ok=True)  # transformers' server cannot name its models where there is no cache of a hub
+    environment = os.environ | {"HF_HUB_CACHE": str(hub)}
     with open(log, "w") as told:
-        process = subprocess.Popen([*command, "--port", str(port)], stdout=told, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=told, stderr=subprocess.STDOUT, env=environment
+        )
     try:
         until = time.monotonic() + PATIENCE_S
         while not _answers(address):

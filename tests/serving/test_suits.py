@@ -1,0 +1,34 @@
+"""Which models are run packed is seen, and told where one is not."""
+
+import pytest
+import torch
+import transformers as t
+
+from tests.decoding.models import causal
+from w8a8.serving.suits import set_packed
+
+
+def llama(**options):
+    config = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    return t.LlamaForCausalLM(t.LlamaConfig(**config | {"num_hidden_layers": 2} | options)).eval()
+
+
+def test_a_deep_model_in_16_bits_is_as_far_from_itself_as_from_what_is_packed():
+    """It was refused where rounding brought more than a fixed distance: one of two like runs served together."""
+    torch.manual_seed(2)
+    model = llama(num_hidden_layers=24, initializer_range=0.3).to(torch.bfloat16)
+    assert set_packed(model) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_tokens_see_their_neighbours_is_refused_and_stays_as_it_was(dtype):
+    model = causal("llama").to(dtype)
+    model.model.layers[0].register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
+    before = model.config._attn_implementation
+    assert "from those of the model as it is" in set_packed(model)
+    assert model.config._attn_implementation == before
+
+
+def test_a_rotary_table_that_follows_the_longest_sequence_is_refused():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert "rotary table" in set_packed(llama(rope_parameters=rope))
