@@ -18,7 +18,7 @@ from transformers import (
 import w8a8
 from tests.checkpoint.test_beside import tree
 from tests.cli.test_commands import call  # noqa: F401 - a fixture
-from tests.conftest import crossed, every_third
+from tests.conftest import crossed, every_third, needs
 from tests.sentences import CONFIGS, SENTENCES, bert, embedder, ranker, tokenizer, write
 from w8a8 import W8A8Config
 from w8a8.errors import ModelError
@@ -140,6 +140,16 @@ class TestAnEmbedder:
         w8a8.quantize(model)
         loaded = opened(directory, model_kwargs={"quantization_config": W8A8Config()})
         assert np.array_equal(embedded(loaded), embedded(model))
+
+    @pytest.mark.kernels
+    @needs("native")
+    def test_it_is_fused_as_the_model_in_it_is(self, floats):
+        whole, part = opened(floats / "bert-cls"), opened(floats / "bert-cls")
+        w8a8.quantize(whole, fuse=True)
+        w8a8.quantize(part[0].model, fuse=True)
+        assert np.array_equal(embedded(whole), embedded(part))
+        told, wanted = w8a8.fusions(whole), w8a8.fusions(part[0].model)
+        assert (told.blocks, told.fused, told.refused, len(told.whole)) == (2, wanted.fused, {}, len(wanted.whole))
 
     def test_the_model_in_it_may_be_given_by_itself(self, directory):
         whole, part = opened(directory), opened(directory)

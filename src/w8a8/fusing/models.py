@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from w8a8.checkpoint.describe import transformers_models
 from w8a8.errors import ModelError
 from w8a8.fusing.blocks import Fused
 from w8a8.fusing.families import families
 from w8a8.kernels.compiled import unavailable_because
 from w8a8.layers.linear import Mode, QuantLinear, check_module
-from w8a8.model.pretrained import is_pretrained
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,22 @@ def optimize(model: nn.Module) -> Fusions:
     restore(model)
     for block, family in families(blocks):
         vars(block)["forward"] = Fused(block, family)
-    for part in _around(model, blocks):
-        vars(part)["forward"] = Fused(part, whole=True, outermost=part is model)
+    for root in _roots(model):
+        for part in _around(root, blocks):
+            vars(part)["forward"] = Fused(part, whole=True, outermost=part is root)
     return fusions(model)
 
 
 def optimize_where_possible(model: nn.Module) -> str | None:
-    """`optimize` a model, or the one of transformers in it; what cannot be fused stays as it is.
+    """`optimize` a model; what cannot be fused stays as it is.
 
     Returns:
         Why nothing is fused; None where something may be, of which `fusions` tells after a first call.
     """
-    inner = next((module for module in model.modules() if is_pretrained(module)), model)
-    if not any(_is_integer(module) for module in inner.modules()):
+    if not any(_is_integer(module) for module in model.modules()):
         return "it has no integer layers"
     try:
-        optimize(inner)
+        optimize(model)
     except ModelError as error:
         return str(error)
     return None
@@ -105,6 +105,14 @@ def fusions_in_words(model: nn.Module, why_not: str | None) -> str:
         why_not: What `optimize_where_possible` gave.
     """
     return fusions(model).line if why_not is None else f"not fused: {why_not}"
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    """The models of transformers in a module, or itself: what stands around such is no block, and calls it otherwise.
+
+    A `SentenceTransformer` is an nn.Sequential, of which the model is in the first element.
+    """
+    return list(transformers_models(model)) or [model]
 
 
 def _around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
@@ -134,9 +142,12 @@ def check_fusible(model: nn.Module, layers: Collection[str]) -> list[nn.Module]:
         raise ModelError(f"the model was to be optimised, which the native kernel does, and it is not there: {why}")
     found: list[nn.Module] = []
     taken: list[str] = []
+    inside = {id(module) for root in _roots(model) for module in root.modules() if module is not root}
     for name, block in model.named_modules():  # parents come before children
         above = model.get_submodule(name.rpartition(".")[0]) if name else None
         if not isinstance(above, nn.ModuleList | nn.Sequential) or isinstance(block, nn.ModuleList | nn.Sequential):
+            continue
+        if id(block) not in inside:
             continue
         own = vars(block).get("forward")
         if any(name.startswith(f"{outer}.") for outer in taken) or not (own is None or isinstance(own, Fused)):
