@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, BartConfig, BartForConditionalGeneration, BertConfig, BertModel
+from transformers import (
+    AutoModel,
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+)
 
 import w8a8
 from tests.conftest import llama, opt
@@ -332,3 +339,13 @@ def test_a_pattern_for_tables_and_layers_keeps_both_float_while_a_model_is_loade
     found = {name for name, _ in quant_layers(loaded)}
     assert found == {module.name for module in w8a8.quantize(bert(), "w8a8", **options).coverage.quantized}
     assert not found & {"pooler.dense", "embeddings.position_embeddings"}
+
+
+def test_which_tables_are_too_small_does_not_depend_on_when_a_tied_head_is_quantised(tmp_path):
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 6}
+    model = BertForMaskedLM(BertConfig(vocab_size=4000, hidden_size=16, **small)).eval()
+    model.save_pretrained(tmp_path)  # its positions are 1.4 thousandths, and 0.7 with a head apart
+    options = {"embeddings": "int8", "head": "int8"}
+    loaded = BertForMaskedLM.from_pretrained(tmp_path, quantization_config=W8A8Config("w8a8", **options))
+    w8a8.quantize(model, "w8a8", **options)
+    assert tables(loaded).keys() == tables(model).keys() >= {"bert.embeddings.position_embeddings"}

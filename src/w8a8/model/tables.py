@@ -3,8 +3,8 @@
 All are taken that the model only looks rows up in, whatever they are for: words, positions, kinds of token.  They are
 left float where that would change more than rounding does (`w8a8.model.obstacles`), and
 
-- where a table has less than a thousandth of the model's parameters: nothing is saved by the biases of T5's attention,
-  or the two kinds of token of BERT;
+- where a table has less than a thousandth of the model's parameters, output heads aside: nothing is saved by the biases
+  of T5's attention, or the two kinds of token of BERT;
 - in what lies outside of the model in a module that saves itself around one, whose files have no word for it.
 
 A table that is one tensor with something that stays float, as with the output head of most language models, is an
@@ -24,7 +24,7 @@ from w8a8.layers.buffers import QuantLayer, quant_layers
 from w8a8.layers.embedding import TABLE, QuantEmbedding
 from w8a8.model import ties
 from w8a8.model.obstacles import obstacles
-from w8a8.model.roles import Embeddings, adapters_of, beside_models
+from w8a8.model.roles import Embeddings, adapters_of, beside_models, heads
 from w8a8.model.selection import matching, owners_of
 from w8a8.model.swapping import swap
 from w8a8.model.usage import look
@@ -107,12 +107,17 @@ def choose_tables(
 
 
 def _numbers(model: nn.Module) -> int:
-    """How many parameters the float model has, whether or not some of it is quantised by now."""
-    quantized = (layer for _, layer in quant_layers(model))
-    biased = ((layer.out_features * layer.in_features, layer.bias) for layer in quantized)
-    return sum(p.numel() for p in model.parameters()) + sum(
-        weight + (0 if bias is None else len(bias)) for weight, bias in biased
-    )
+    """How many parameters the float model has beside output heads, whether or not some of it is quantised by now.
+
+    A head that is one tensor with a table is another once it is quantised.
+    """
+    output = {id(model.get_submodule(name)) for name in heads(model, quantized=True)}
+    parts = [module for module in model.modules() if id(module) not in output]
+    held = {id(parameter): parameter.numel() for part in parts for parameter in part.parameters(recurse=False)}
+    quantized = [part for part in parts if isinstance(part, QuantLayer)]
+    biases = (layer.bias for layer in quantized)
+    weights = sum(layer.out_features * layer.in_features for layer in quantized)
+    return sum(held.values()) + weights + sum(len(bias) for bias in biases if bias is not None)
 
 
 def build_tables(
