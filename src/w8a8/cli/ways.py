@@ -33,8 +33,7 @@ class WatchingJob(Watching):
         _show(made)
         if not self.job.dry_run and self.job.eval_text is None:
             _show_weights(made)
-            output, model = str(self.job.output), self.job.model
-            print_line(f"{sizes(output, model)}; what it lost: {_how_to_see(made)}")
+            print_line(f"{sizes(str(self.job.output), self.job.model)}; what it lost: {_how_to_see(made)}")
 
     def compared(self, made: "Made") -> None:
         """The comparison; and where it has no layers, the worst weights."""

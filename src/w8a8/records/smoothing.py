@@ -107,5 +107,4 @@ def _figure(value: float | None) -> str:
 def _short(readers: Sequence[str], source: str) -> str:
     """Readers without the path they share with the source."""
     shared = source.rpartition(".")[0]
-    names = [name[len(shared) + 1 :] if shared and name.startswith(shared + ".") else name for name in readers]
-    return few(names, 4, counted=True)
+    return few((name.removeprefix(f"{shared}.") for name in readers), 4, counted=True)

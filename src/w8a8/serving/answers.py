@@ -81,15 +81,9 @@ def add_common(routes: dict[str, Route], paths: list[Path], names: Sequence[str]
 
 
 async def _embed(asked: Embeddings, batcher: Batcher, name: str) -> Response:
-    vectors = await batcher.ask(asked.items)
-    data = [
-        {
-            "object": "embedding",
-            "index": place,
-            "embedding": _written(_cut(vector.numpy(), asked.dimensions), asked.base64),
-        }
-        for place, vector in enumerate(vectors)
-    ]
+    vectors = [_cut(vector.numpy(), asked.dimensions) for vector in await batcher.ask(asked.items)]
+    written = enumerate(_written(vector, asked.base64) for vector in vectors)
+    data = [{"object": "embedding", "index": place, "embedding": each} for place, each in written]
     return JSONResponse({"object": "list", "data": data, "model": name, "usage": _usage(asked.items)})
 
 

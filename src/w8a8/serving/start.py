@@ -6,10 +6,10 @@ Which server it is follows from the directory: one of sentence-transformers or a
 
 import asyncio
 import socket
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psutil
@@ -219,15 +219,15 @@ def _language(directory: Directory, asked: Serving, names: Sequence[str], watche
 
 def warm_up(engine: Engine) -> None:
     """Write a few tokens for two clients, and wait for them."""
-    ends = [threading.Event(), threading.Event()]
+    ended: SimpleQueue[str] = SimpleQueue()
     tickets = [
-        Ticket([1] * 3, 2, (), Sampling(), lambda _, ending, end=end: end.set() if ending else None)  # type: ignore[misc]
-        for end in ends
+        Ticket([1] * 3, 2, (), Sampling(), lambda _, ending: ended.put(ending) if ending else None) for _ in range(2)
     ]
     for ticket in tickets:
         engine.ask(ticket)
-    for end, ticket in zip(ends, tickets, strict=True):
-        end.wait()
+    for _ in tickets:
+        ended.get()
+    for ticket in tickets:
         if ticket.error is not None:
             raise ModelError(f"the model cannot write: {ticket.error}") from ticket.error
 
