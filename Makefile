@@ -93,6 +93,7 @@ bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python bench/account.py
 	$(BIN)/python bench/allocator.py
 	$(BIN)/python bench/model.py
+	OMP_NUM_THREADS=1 $(BIN)/python bench/embed.py
 	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/calibration.py
