@@ -222,6 +222,15 @@ def test_a_tied_head_has_its_codes_in_memory_once(make):
     assert torch.equal(again(input_ids=IDS, **more).logits, found)
 
 
+def test_a_table_that_is_tied_to_a_layer_that_is_no_head_is_refused_with_the_way_to_take_that():
+    model = nn.ModuleDict({"table": nn.Embedding(64, 16), "scores": nn.Linear(16, 64), "proj": nn.Linear(16, 16)})
+    model["scores"].weight = model["table"].weight
+    with pytest.raises(ModelError, match=r"is one tensor with scores, .* larger than before: 'scores' in include"):
+        w8a8.quantize(model, "w8a8", embeddings="int8")
+    w8a8.quantize(model, "w8a8", include=["*", "scores"], embeddings="int8")
+    assert isinstance(model["table"], QuantEmbedding)
+
+
 def test_a_head_with_one_scale_keeps_codes_of_its_own():
     model = opt()
     w8a8.quantize(model, "w8a8-o1", head="int8", embeddings="int8")

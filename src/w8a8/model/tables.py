@@ -91,7 +91,9 @@ def choose_tables(
     for name in chosen:
         apart = next((other for other in tied[name] if other not in chosen and other not in quantized), None)
         if apart is not None:
-            way = "head='int8' takes an output head too" if apart not in tables else reasons[apart]
+            way = reasons.get(apart, f"{apart!r} in include, by its name, takes it too")
+            if apart in heads(model):
+                way = "head='int8' takes an output head too"
             raise ModelError(
                 f"embeddings='int8' was asked for, and {name} is one tensor with {apart}, which stays float and would "
                 f"become a copy of its own, the model larger than before: {way}; or give exclude=[{name!r}]"
