@@ -7,8 +7,8 @@ window, with weights in float32 and in w8a8 (`w8a8.evaluation.compare`, interval
 docstrings, and each MODEL, a directory of a float model, on its TEXT, a file.  A window is read in one pass, in which
 attention is given what the cache holds.
 
-Where it comes from: the same with keys alone rounded, with values alone, and with keys on a grid that has a zero point,
-each token and head by itself, as floats in blocks.
+Where it comes from, as floats in blocks that were rounded, each token and head by itself: values alone; keys alone as
+they come, on a grid that has a zero point, rotated, and as `int8` has them, rotated and with the best of 16 scales.
 
 How fast: a Llama of four layers, random weights in w8a8, writes with each cache from one token on, drawn from what it
 predicts with the same random numbers: a bit that differs ends in another text.  The caches take turns of one token; a
@@ -40,13 +40,41 @@ from w8a8.decoding.models import CACHES, new_cache, set_cache
 from w8a8.demo import corpus
 from w8a8.demo.run import demo_model
 from w8a8.evaluation import Text, compare, context_length, encode
+from w8a8.kernels import cached
+from w8a8.kernels.cached import TILE, block_of, rotated
 
 KINDS = ("block", "int8")
 SYMMETRIC, ASYMMETRIC = (QuantSpec(granularity=PerToken(), symmetric=way) for way in (True, False))
-ROUNDED: dict[str, tuple[QuantSpec | None, QuantSpec | None]] = {
-    "keys alone": (SYMMETRIC, None),
-    "values alone": (None, SYMMETRIC),
-    "keys with a zero point": (ASYMMETRIC, SYMMETRIC),
+
+
+def rounded(x: Tensor, grid: QuantSpec = SYMMETRIC) -> Tensor:
+    """Each token and head, (B, H, T, D), on a grid of its own."""
+    return fake_quantize_tokens(x.reshape(-1, x.shape[-1]), grid, None).view(x.shape)
+
+
+def turned(x: Tensor) -> Tensor:
+    """Rounded after a rotation."""
+    return rotated(rounded(rotated(x))) / block_of(x.shape[-1])
+
+
+def as_int8(x: Tensor) -> Tensor:
+    """Rounded as `int8` rounds keys."""
+    codes = cached.empty(*x.shape[:2], -(-x.shape[2] // TILE) * TILE, x.shape[3], 1, x.device)
+    cached.append(codes, x, x[..., :1], 0)
+    return cached.keys_of(codes, 0, x.shape[2], x.dtype)
+
+
+def as_they_came(x: Tensor) -> Tensor:
+    """Not rounded."""
+    return x
+
+
+ROUNDED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "values alone": (as_they_came, rounded),
+    "keys as they come": (rounded, as_they_came),
+    "keys with a zero point": (lambda x: rounded(x, ASYMMETRIC), as_they_came),
+    "keys rotated": (turned, as_they_came),
+    "keys alone": (as_int8, as_they_came),
 }
 """How keys and values are rounded in floats."""
 
@@ -57,15 +85,12 @@ SHOWN = 512  # tokens in a window, at most
 class Rounded(w8a8.BlockCache):
     """Keys and values that were rounded, as floats."""
 
-    grids: tuple[QuantSpec | None, QuantSpec | None]
+    ways: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
         """As any cache; with what was rounded."""
-        states = (key_states, value_states)
-        keys, values = (
-            x if grid is None else fake_quantize_tokens(x.reshape(-1, x.shape[-1]), grid, None).view(x.shape)
-            for x, grid in zip(states, self.grids, strict=True)
-        )
+        assert not self.get_seq_length(layer_idx), "all of a window comes at once"
+        keys, values = (way(x) for way, x in zip(self.ways, (key_states, value_states), strict=True))
         return super().update(keys, values, layer_idx, *args)
 
 
@@ -77,7 +102,7 @@ def exactness(name: str, opened: OpenedModel, text: Text) -> list[dict[str, Any]
         reference = copy.deepcopy(opened.model).to(torch.float32)
         if weights != "float32":
             w8a8.quantize(reference, weights)
-        CACHES.update({way: type("Rounded", (Rounded,), {"grids": grids}) for way, grids in ROUNDED.items()})
+        CACHES.update({way: type("Rounded", (Rounded,), {"ways": ways}) for way, ways in ROUNDED.items()})
         for kind in (*KINDS, *ROUNDED):
             model = copy.deepcopy(reference)
             set_cache(model, kind)

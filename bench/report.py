@@ -173,7 +173,8 @@ def _caches(result: dict[str, Any]) -> str:
     return (
         "What a model says with keys and values in blocks or in int8, beside itself with transformers' cache; 95 % "
         "intervals, paired by windows. Both models are tiny, the second with heads of 8 elements, a scale for each. "
-        "Below each where it comes from: rounded as floats, keys alone, values alone, and keys with a zero point.\n\n"
+        "Below each where it comes from: rounded as floats, values alone, keys in three other ways, and keys alone as "
+        "`int8` has them.\n\n"
         + cache.table(result, every=True)
         + f"\n\nA Llama of four layers writes from its first token on; {clock} beside transformers' cache for the same "
         f"tokens, medians of {cache.STRETCH}. Drawn with the same random numbers: {cache.text(result)}.\n\n"

@@ -19,11 +19,12 @@ def states(batch, tokens):
     return torch.randn(batch, 2, tokens, 8), torch.randn(batch, 2, tokens, 6)
 
 
-def rounded(x):
-    """What int8 keeps of keys or values."""
-    codes = cached.empty(*x.shape[:2], 16 * x.shape[2], x.shape[3], x.shape[3], x.device)
-    cached.plain_append(codes, x, x, 0)
-    return cached.plain_values(codes, 0, x.shape[2], x.dtype)
+def rounded(keys, values):
+    """What int8 keeps of keys and values."""
+    codes = cached.empty(*keys.shape[:2], 16 * keys.shape[2], keys.shape[3], values.shape[3], keys.device)
+    cached.plain_append(codes, keys, values, 0)
+    tokens = keys.shape[2]
+    return cached.plain_keys(codes, 0, tokens, keys.dtype), cached.plain_values(codes, 0, tokens, values.dtype)
 
 
 def crop(layer, tokens):
@@ -75,7 +76,7 @@ def test_any_history_gives_the_bits_of_the_layer_of_transformers(ours, theirs, s
         assert ours.get_mask_sizes(3) == theirs.get_mask_sizes(3)
         if call == "update":
             found = ours.update(*argument)
-            wanted = theirs.update(*map(rounded, argument) if int8 else argument)
+            wanted = theirs.update(*(rounded(*argument) if int8 else argument))
             for a, b in zip(found, wanted, strict=True):
                 assert torch.equal(a, b)
         elif call == "crop":
@@ -93,12 +94,12 @@ def test_any_history_gives_the_bits_of_the_layer_of_transformers(ours, theirs, s
 @pytest.mark.parametrize("ours", [SlidingBlockLayer, SlidingInt8Layer], ids=["float", "int8"])
 def test_what_left_a_window_comes_back_while_the_past_is_recorded(ours):
     ours, theirs = ours(WINDOW), DynamicSlidingWindowLayer(sliding_window=WINDOW)
-    keep = rounded if isinstance(ours, SlidingInt8Layer) else lambda x: x
+    keep = rounded if isinstance(ours, SlidingInt8Layer) else lambda *x: x
     for layer in (ours, theirs):
         layer.activate_past_recording()
     for tokens, gone in [(5, 0), (1, 1), (20, 4), (6, 0), (3, 3), (2 * BLOCK, 5), (1, 0)]:
         new = states(1, tokens)
-        for a, b in zip(ours.update(*new), theirs.update(*map(keep, new)), strict=True):
+        for a, b in zip(ours.update(*new), theirs.update(*keep(*new)), strict=True):
             assert torch.equal(a, b)
         for layer in (ours, theirs):
             layer.crop(-gone)

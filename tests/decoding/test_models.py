@@ -247,6 +247,69 @@ def test_a_model_with_another_kind_of_cache_keeps_its_own():
     assert "generate" not in vars(model)
 
 
+@pytest.mark.parametrize("kind", ["block", "int8"])
+def test_latents_and_states_are_refused_before_anything_is_changed(kind):
+    for model, why in ((_latent(), "latents"), (_state(), "something else")):
+        model.eval()
+        own = model.config._attn_implementation
+        if _keeps_heads(model):
+            continue  # this transformers keeps keys and values of DeepSeek's heads
+        with pytest.raises(ModelError, match=why):
+            w8a8.set_cache(model, kind)
+        assert not {"generate", "_w8a8_cache"} & vars(model).keys()
+        assert model.config._attn_implementation == own
+
+
+def _keeps_heads(model):
+    """Whether a token brings keys of all heads to transformers' own cache."""
+    cache = DynamicCache(config=model.config)
+    if not hasattr(model.config, "num_key_value_heads"):
+        return False
+    with torch.inference_mode():
+        model(torch.tensor([[3]]), past_key_values=cache)
+    return cache.layers[0].keys.shape[1] == model.config.num_key_value_heads
+
+
+class Deaf(t.LlamaForCausalLM):
+    """Keeps its own state, whatever it is given."""
+
+    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        return super().forward(input_ids=input_ids, use_cache=False, **kwargs)
+
+
+class Picky(t.LlamaForCausalLM):
+    """Takes one kind of cache."""
+
+    def forward(self, input_ids=None, past_key_values=None, **kwargs):
+        if past_key_values is not None and type(past_key_values) is not DynamicCache:
+            raise TypeError("only my own")
+        return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+
+
+class Pictured(t.LlamaForCausalLM):
+    """Cannot be called with tokens alone."""
+
+    def forward(self, input_ids=None, pixels=None, **kwargs):
+        return super().forward(input_ids=input_ids + 0 * len(pixels), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("made", "why"), [(Deaf, "puts no keys and values into the cache"), (Picky, "not take it: TypeError: only my own")]
+)
+def test_a_model_that_does_not_take_the_cache_is_refused_before_anything_is_changed(made, why):
+    model = made(causal("llama").config).eval()
+    for kind in ("block", "int8"):
+        with pytest.raises(ModelError, match=why):
+            w8a8.set_cache(model, kind)
+    assert "generate" not in vars(model)
+
+
+def test_a_model_that_cannot_be_called_with_a_token_alone_is_not_judged_by_one():
+    model = Pictured(causal("llama").config).eval()
+    w8a8.set_cache(model)
+    assert type(new_cache(model)) is w8a8.Int8Cache
+
+
 def test_a_model_whose_latents_are_seen_when_they_come_keeps_its_own():
     model = _latent().eval()
     why = set_usual_cache(model)
@@ -266,12 +329,6 @@ def test_a_model_that_would_say_something_else_keeps_its_own(monkeypatch):
 
 
 def test_a_model_whose_code_wants_another_cache_keeps_its_own():
-    class Own(t.LlamaForCausalLM):
-        def forward(self, input_ids=None, past_key_values=None, **kwargs):
-            if past_key_values is not None and type(past_key_values) is not DynamicCache:
-                raise TypeError("only my own")
-            return super().forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
-
-    model = Own(causal("llama").config).eval()
+    model = Picky(causal("llama").config).eval()
     assert set_usual_cache(model) == "it does not go on from a few tokens: TypeError: only my own"
     assert new_cache(model) is None

@@ -59,10 +59,93 @@ def test_codes_are_those_of_the_contract():
     keys, values = states(1, 2, 9, 12), states(1, 2, 9, 20)
     codes = room_for(keys, values, 16)
     cached.append(codes, keys, values, 0)
-    for given, read in ((keys, cached.keys_of), (values, cached.values_of)):
-        by_contract = quantize_tokens(given.reshape(-1, given.shape[-1]), QuantSpec(granularity=PerToken()))
-        wanted = (by_contract.codes * by_contract.scale).view(given.shape)
-        assert torch.equal(read(codes, 0, 9, torch.float32), wanted)
+    by_contract = quantize_tokens(values.reshape(-1, 20), QuantSpec(granularity=PerToken()))
+    wanted = (by_contract.codes * by_contract.scale).view(values.shape)
+    assert torch.equal(cached.values_of(codes, 0, 9, torch.float32), wanted)
+    scale = codes.key_scale[:, :, :9, None]
+    wanted = cached.rotated(torch.round(cached.rotated(keys) / scale)) * (scale / 4)
+    assert torch.equal(cached.keys_of(codes, 0, 9, torch.float32), wanted)
+
+
+@pytest.mark.parametrize("dims", [1, 8, 24, 64])
+def test_the_scale_of_a_key_is_the_best_of_sixteen(dims):
+    keys = states(1, 2, 60, dims)
+    codes = room_for(keys, keys, 64)
+    cached.append(codes, keys, keys, 0)
+    turned = cached.rotated(keys).double()
+    top = turned.abs().amax(-1, keepdim=True)
+    off = [(turned - torch.round(turned / (top / n)) * (top / n)).square().sum(-1) for n in range(127, 111, -1)]
+    best = torch.stack(off).amin(0)
+    scale = codes.key_scale[:, :, :60, None].double()
+    found = (turned - torch.round(turned / scale) * scale).square().sum(-1)
+    assert (found <= best + 1e-4 * off[0] + 1e-12).all()
+    steps = (top / scale).round().squeeze(-1)
+    assert ((steps >= 112) & (steps <= 127)).all()
+    assert dims == 1 or not (steps == 127).all()
+
+
+@pytest.mark.parametrize("power", [-100, -40, 0, 40, 100])
+def test_codes_of_a_key_do_not_depend_on_its_magnitude(every_isa, power):
+    keys = states(1, 2, 30, 24)
+    wanted = room_for(keys, keys, 32)
+    cached.plain_append(wanted, keys, keys, 0)
+
+    def written():
+        codes = room_for(keys, keys, 32)
+        cached.append(codes, keys * 2.0**power, keys, 0)
+        return codes
+
+    for codes in every_isa(written):
+        assert torch.equal(codes.key_codes, wanted.key_codes)
+
+
+def test_keys_at_the_ends_of_the_range_are_the_same_everywhere(every_isa):
+    keys = torch.zeros(1, 1, 6, 8)
+    keys[0, 0, 1] = 1e-38
+    keys[0, 0, 2, 3] = 3e-37
+    keys[0, 0, 3, :2] = torch.tensor([3e-37, 1e-39])
+    keys[0, 0, 4] = 3e37 * torch.rand(8)
+    keys[0, 0, 5, 0] = 3e38
+    wanted = room_for(keys, keys, 16)
+    cached.plain_append(wanted, keys, keys, 0)
+
+    def written():
+        codes = room_for(keys, keys, 16)
+        cached.append(codes, keys, keys, 0)
+        return codes
+
+    for codes in every_isa(written):
+        assert all(map(torch.equal, codes[:2], wanted[:2]))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 8, 12, 33, 48, 64, 80, 512])
+def test_what_is_rotated_twice_is_what_it_was_and_products_stay(dims):
+    x, y = torch.randint(-127, 128, (2, 5, dims)).float()  # of whole numbers all sums are exact
+    block = cached.block_of(dims)
+    assert dims % block == 0
+    assert dims // block % 2 == 1
+    assert torch.equal(cached.rotated(cached.rotated(x)), block * x)
+    assert torch.equal((cached.rotated(x) * cached.rotated(y)).sum(-1), block * (x * y).sum(-1))
+
+
+def test_a_channel_that_towers_over_the_others_leaves_them_their_bits():
+    keys = states(1, 2, 40, 64)
+    keys[..., 5] += 60
+    codes = room_for(keys, keys, 48)
+    cached.append(codes, keys, keys, 0)
+    keys_off, values_off = (
+        (read(codes, 0, 40, torch.float32) - keys).norm() for read in (cached.keys_of, cached.values_of)
+    )
+    assert keys_off < 0.3 * values_off  # 64 / 8 of absmax, and what random numbers add
+
+
+@pytest.mark.parametrize("dims", [8, 33, 64])
+def test_a_key_is_off_by_half_of_its_scale_at_most(dims):
+    keys = states(1, 2, 40, dims) * torch.rand(40, 1).exp()
+    codes = room_for(keys, keys, 48)
+    cached.append(codes, keys, keys, 0)
+    off = (cached.keys_of(codes, 0, 40, torch.float32) - keys).abs().amax(-1)
+    assert (off <= 0.50001 * codes.key_scale[:, :, :40]).all()
 
 
 def test_a_token_that_is_not_finite_is_nan_and_no_other():

@@ -331,7 +331,9 @@ bool remembered(uint64_t seed) {
   const auto &bits = first.emplace(seed, out).first->second;
   bool ok = std::memcmp(out.data(), again.data(), out.size() * sizeof(float)) == 0 &&
             std::memcmp(out.data(), bits.data(), out.size() * sizeof(float)) == 0;
-  for (size_t i = 0; i < k.size(); ++i) ok = ok && std::fabs(k[i] - key[i]) <= 0.025f;   // half of 6 / 127
+  // what is rotated back has at most the error of a code, half of its scale
+  for (int64_t i = 0; i < b * h * s * d; ++i)
+    ok = ok && std::fabs(k[i] - key[i]) <= 0.50001f * key_scale[i / (s * d) * room + i / d % s];
   for (int64_t i = 0; i < b * h * shared * t; ++i) {
     const int64_t query = i % t, head = i / t, seen = s - t + query + 1, from = head / shared;
     std::vector<double> p(static_cast<size_t>(seen));

@@ -6,6 +6,9 @@
 `generate` makes its cache itself, of the kinds that transformers has, where it is given none.  So the model's own
 `generate` is called with one; what a call asks for itself (`past_key_values`, `cache_implementation`,
 `use_cache=False`) it gets.  Keys and values of an encoder, which are written once, stay as they came.
+
+What a model keeps is not in its config: one may have heads of keys and values in it and keep latents of which they are
+made.  So before anything is changed the model is run on one token with such a cache, and what comes there is judged.
 """
 
 import functools
@@ -21,6 +24,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from w8a8.decoding.attention import NAME
 from w8a8.decoding.caches import BlockCache, Int8Cache
+from w8a8.decoding.layers import BlockLayer
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, closest
 from w8a8.model.experts import OTHER_KIND
@@ -53,9 +57,9 @@ def set_cache(model: PreTrainedModel, kind: str = "int8") -> None:
             saved by itself; `model.save_pretrained` writes the one that it had.
 
     Raises:
-        ModelError: no such kind; the model does not generate, or its config says that it keeps nothing, or something
-            else than keys and values.  What a config does not say, that latents are kept of which heads are made, is
-            refused at the first token of `generate`.
+        ModelError: no such kind; the model does not generate, or keeps nothing, or something else than keys and values,
+            by its config or by what one token brings.  A model with an encoder is not run, and a token that it cannot
+            be called with by itself tells nothing: it is then refused at the first token of `generate`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,6 +77,8 @@ def set_cache(model: PreTrainedModel, kind: str = "int8") -> None:
             "its own beside its class's; pass past_key_values=w8a8.Int8Cache(model.config) to it"
         )
     made = CACHES[kind]
+    if made is not None:
+        _check_kept(model, made)
     if before is not None:
         _undo(model, before)
     if made is None:
@@ -98,7 +104,7 @@ def set_usual_cache(model: PreTrainedModel) -> str | None:
     """Have a causal model generate with keys and values in blocks, where that is seen to change no bit of a few tokens.
 
     Args:
-        model: In evaluation mode.  Run four times.
+        model: In evaluation mode.  Run five times.
 
     Returns:
         Why it keeps transformers' own cache; None where it is set to blocks.
@@ -112,7 +118,7 @@ def set_usual_cache(model: PreTrainedModel) -> str | None:
     except ModelError as error:
         return str(error)
     except OTHER_KIND as error:  # its code wants to be called in another way, or another cache
-        return f"it does not go on from a few tokens: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"it does not go on from a few tokens: {_told(error)}"
     if not torch.equal(own, found):
         return "its logits are others with keys and values in blocks"
     set_cache(model, "block")
@@ -162,6 +168,43 @@ def check_cache(model: type, config: Any, kind: str, *, beside: tuple[str, ...] 
             "generates; set it for one that does"
         )
     made(config)
+
+
+def _check_kept(model: Any, made: type[BlockCache]) -> None:
+    """Raise `ModelError` where a token brings something else to such a cache than keys and values, or nothing."""
+    if model.config.is_encoder_decoder:
+        return
+    cache = made(model.config)
+    why = _refused(model, cache)
+    if why is None:
+        if model.training or any(isinstance(layer, BlockLayer) and layer.end for layer in cache.layers):
+            return
+        why = "it puts no keys and values into the cache that it is given"
+    elif _refused(model, None) is not None:  # not for the cache's sake
+        return
+    raise ModelError(
+        f"{made.__name__} was to be set for {type(model).__name__}, which does not take it: {why}; leave it with "
+        "transformers' own"
+    )
+
+
+@torch.inference_mode()
+def _refused(model: Any, cache: BlockCache | None) -> str | None:
+    """What a model says to a token with a cache, or without one, where it cannot be called so."""
+    given = {} if cache is None else {cache_argument(model): cache}
+    try:
+        with usual_defaults():
+            token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+            model(input_ids=token, use_cache=cache is not None, **given)
+    except ModelError:
+        raise
+    except OTHER_KIND as error:
+        return _told(error)
+    return None
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def new_cache(model: PreTrainedModel) -> BlockCache | EncoderDecoderCache | None:

@@ -1,6 +1,15 @@
 """Keys and values in int8: how they lie, how they are written and read, and attention over them.
 
-Per token and head, symmetric, by the contract of the package: the scale is absmax / 127, in float32.
+Per token and head, symmetric, by the contract of the package: the scale of a value is absmax / 127, in float32.  A key
+is rotated before, as are the queries that look at it: H k and H q, where H is the Hadamard matrix, 1 and -1, over each
+block of 2**b elements, the largest power of two that divides D.  H H = 2**b, so that nothing else changes:
+
+    q k = (H q) (H k) / 2**b;  k = H (H k) / 2**b
+
+What one channel has more than the others, which would set the scale of all, is then spread over them (QuaRot, Ashkboos
+et al. 2024).  H is not normalised, so that the division is exact.  The scale of a key is absmax / n, n being whichever
+of 127, 126, ... 112 leaves the least sum of squared errors: half of it with heads of eight elements, little less with
+large ones.  Values stay as they are: rounding them costs next to nothing (bench/cache.py).
 
     key    codes (B, H, C / 16, P, 16, 2) int8, P = ceil(D / 2); scale (B, H, C)
     value  codes (B, H, C, V) int8, V = D rounded up to 16;      scale (B, H, C)
@@ -12,7 +21,7 @@ has to be added up across a register.  The sum over the tokens that the values t
 `attend` quantises the query by the contract too, to 16 bits: a score is an exact integer times three scales, and what
 rounding the query adds is a thousandth of what rounding the keys does.  Softmax and the sum of values are float32.
 
-    s = float32(sum(q16 k8)) * (q_scale * scale) * k_scale;  s = cap * tanh(s / cap);  s = s + mask
+    s = float32(sum(q16 k8)) * (q_scale * scale / 2**b) * k_scale;  s = cap * tanh(s / cap);  s = s + mask
 
 The plain versions beside are the oracles, and what runs without a compiled kernel.  The kernel is within 4e-6 of the
 largest magnitude of the values, plus what a score's last bits are worth: 4e-7 of the largest score, and 1e-6 of a cap.
@@ -31,6 +40,9 @@ from w8a8.kernels.compiled import DTYPES, library
 
 TILE = 16
 """Tokens whose keys lie side by side: rooms, and where codes are moved from, are multiples of it."""
+
+STEPS = 16
+"""Numbers of steps, 127 and so many below, of which a key has that which suits it best."""
 
 _GRID = QuantSpec(granularity=PerToken())
 _QUERY = QuantSpec(bits=16, granularity=PerToken())
@@ -91,7 +103,7 @@ def append(codes: Codes, keys: Tensor, values: Tensor, at: int) -> None:
 def plain_append(codes: Codes, keys: Tensor, values: Tensor, at: int) -> None:
     """The oracle of `append`."""
     tokens = keys.shape[2]
-    key_codes, key_scale = _quantized(keys)
+    key_codes, key_scale = _quantized_keys(rotated(keys))
     value_codes, value_scale = _quantized(values)
     place = torch.arange(at, at + tokens, dtype=torch.long, device=keys.device)
     if codes.key_dims % 2:
@@ -103,6 +115,56 @@ def plain_append(codes: Codes, keys: Tensor, values: Tensor, at: int) -> None:
     rows[..., : codes.value_dims] = value_codes
     rows[..., codes.value_dims :] = 0
     codes.value_scale[:, :, at : at + tokens] = value_scale
+
+
+def block_of(dims: int) -> int:
+    """Of how many elements the blocks are in which keys are rotated: the largest power of two that divides them."""
+    return dims & -dims
+
+
+def rotated(x: Tensor) -> Tensor:
+    """H x: (..., D) of any float dtype -> float32, with the additions in the kernel's order.
+
+    Within `TILE` elements a sum over them one after the other, from there on sums and differences of what lies further
+    apart.
+    """
+    block = block_of(x.shape[-1])
+    near = min(block, TILE)
+    signs = torch.ones((1, 1), dtype=torch.float32, device=x.device)
+    while len(signs) < near:
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])
+    parts = x.to(torch.float32).unflatten(-1, (x.shape[-1] // near, near))
+    found = torch.zeros_like(parts)
+    for element in range(near):
+        found = found + parts[..., element, None] * signs[element]
+    found = found.flatten(-2)
+    apart = near
+    while apart < block:
+        a, b = found.unflatten(-1, (x.shape[-1] // (2 * apart), 2, apart)).unbind(-2)
+        found = torch.stack((a + b, a - b), -2).flatten(-3)
+        apart *= 2
+    return found
+
+
+def _quantized_keys(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_quantized`, (B, H, T, D) float32, with the scales that suit best."""
+    codes, scale = _quantized(x)
+    rows, top = x.reshape(-1, x.shape[-1]), x.abs().amax(-1).view(-1, 1)
+    scaled = (top > 0) & top.isfinite()
+    steps = torch.arange(127, 127 - STEPS, -1, dtype=torch.float32, device=x.device)
+    inverse = steps / top.masked_fill(~scaled, 1.0)  # (M, STEPS)
+    errors = torch.zeros_like(inverse)
+    for element in rows.unbind(-1):  # one after the other, as the kernel adds
+        off = element[:, None] * inverse
+        off = off - torch.round(off)
+        errors = errors + off * off
+    errors = (errors * (1 / (steps * steps))).nan_to_num(torch.inf, torch.inf)
+    first = torch.where(errors == errors.amin(-1, keepdim=True), steps, 0).amax(-1, keepdim=True)
+    smallest = torch.finfo(torch.float32).smallest_normal
+    best = (top / first).clamp_min(smallest).view_as(scale)
+    scaled = scaled.view_as(scale)
+    found = torch.clamp(torch.round(x / best[..., None]), -127, 127)
+    return torch.where(scaled[..., None], found, codes).to(torch.int8), torch.where(scaled, best, scale)
 
 
 def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,10 +197,16 @@ def _read(codes: Codes, start: int, end: int, dtype: torch.dtype, *, keys: bool)
 
 def plain_keys(codes: Codes, start: int, end: int, dtype: torch.dtype) -> Tensor:
     """The oracle of `keys_of`."""
+    turned = _key_codes(codes, start, end).to(torch.float32)
+    scale = codes.key_scale[:, :, start:end, None] / block_of(codes.key_dims)
+    return (rotated(turned) * scale).to(dtype)
+
+
+def _key_codes(codes: Codes, start: int, end: int) -> Tensor:
+    """(B, H, T, D) int8."""
     first, last = start // TILE, -(-end // TILE)
     tiles = codes.key_codes[:, :, first:last].permute(0, 1, 2, 4, 3, 5)  # (B, H, tiles, 16, P, 2)
-    rows = tiles.flatten(-2).flatten(2, 3)[:, :, start - first * TILE : end - first * TILE, : codes.key_dims]
-    return (rows * codes.key_scale[:, :, start:end, None]).to(dtype)
+    return tiles.flatten(-2).flatten(2, 3)[:, :, start - first * TILE : end - first * TILE, : codes.key_dims]
 
 
 def plain_values(codes: Codes, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -207,10 +275,9 @@ def attend(q: Tensor, codes: Codes, start: int, end: int, asked: Asked) -> Tenso
 
 def plain_attend(q: Tensor, codes: Codes, start: int, end: int, asked: Asked) -> Tensor:
     """The oracle of `attend`."""
-    rows = q.reshape(-1, q.shape[-1])
-    found = _query_codes(rows)
+    found = _query_codes(rotated(q).reshape(-1, q.shape[-1]))
     scores = _integer_scores(found[0].view(q.shape), codes, start, end)
-    factor = (found[1] * asked.scale).view(*q.shape[:-1], 1)
+    factor = (found[1] * (asked.scale / block_of(q.shape[-1]))).view(*q.shape[:-1], 1)
     shared = q.shape[1] // codes.key_scale.shape[1]
     by_key = codes.key_scale[:, :, start:end].repeat_interleave(shared, 1).unsqueeze(2)
     values = plain_values(codes, start, end, torch.float32)
@@ -227,8 +294,7 @@ def _query_codes(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def _integer_scores(q: Tensor, codes: Codes, start: int, end: int) -> Tensor:
     """(B, Hq, T, S) int64, exact."""
-    ones = codes._replace(key_scale=torch.ones_like(codes.key_scale))
-    keys = plain_keys(ones, start, end, torch.float64).repeat_interleave(q.shape[1] // ones.key_scale.shape[1], 1)
+    keys = _key_codes(codes, start, end).to(torch.float64).repeat_interleave(q.shape[1] // codes.key_scale.shape[1], 1)
     return q.nan_to_num().to(torch.float64) @ keys.transpose(-1, -2)
 
 

@@ -17,9 +17,11 @@ constexpr float kHidden = -std::numeric_limits<float>::infinity();
 struct Cached {
   const w8a8_cached &c;
   int64_t pairs, value_room;
+  int64_t key_room, block;   // a key as floats; the largest power of two that divides it
 
   explicit Cached(const w8a8_cached &cached)
-      : c(cached), pairs(div_up(cached.key_dims, 2)), value_room(round_up(cached.value_dims, kCachedTile)) {}
+      : c(cached), pairs(div_up(cached.key_dims, 2)), value_room(round_up(cached.value_dims, kCachedTile)),
+        key_room(round_up(cached.key_dims, 16)), block(cached.key_dims & -cached.key_dims) {}
   bool valid() const {
     return c.batch >= 0 && c.heads >= 0 && c.room >= 0 && c.room % kCachedTile == 0 && c.key_dims > 0 && c.value_dims > 0;
   }
@@ -37,20 +39,40 @@ struct Strided {
   const void *row(int64_t b, int64_t h, int64_t t) const { return row_of(data, dtype, 1, b * at[0] + h * at[1] + t * at[2]); }
 };
 
-// The codes of one row, of which `round_up(k, 64)` are written to; its scale.
-float quantized(const void *row, int dtype, int64_t k, char *codes) {
+// A key, or a query, as floats, rotated: `to` has room for `key_room`.
+void rotated(const Cached &cached, const void *row, int dtype, float *to) {
+  const int64_t dims = cached.c.key_dims;
+  for (int64_t i = 0; i < dims; ++i) to[i] = load_one(row, dtype, i);
+  std::fill(to + dims, to + cached.key_room, 0.0f);
+  isa().floats->rotate(to, cached.key_room, cached.block);
+}
+
+// The codes of one row, of which `round_up(k, 64)` are written to; its scale, which is its own unless one is given.
+float quantized(const void *row, int dtype, int64_t k, char *codes, float given = 0.0f) {
   Quantize q = {};
   float scale;
   int32_t zero;
   q.isa = &isa(), q.x = row, q.dtype = dtype, q.mode = W8A8_TOKEN_SYM, q.bits = 8, q.m = 1, q.k = k, q.ldx = k;
   q.left = Left::kS8, q.codes = codes, q.ld_bytes = round_up(k, 64), q.sx = &scale, q.zx = &zero;
-  quantize_row(q, 0, Grid{});
+  if (given != 0.0f) q.mode = W8A8_STATIC_SYM;
+  quantize_row(q, 0, {given, 0, -127, 127});
   return scale;
 }
 
-void append_token(const Cached &to, int64_t head, int64_t place, const void *key, const void *value, int dtype, char *codes) {
+// The same of a key that is rotated, with the scale that suits it best.
+float quantized_key(const float *key, int64_t k, char *codes) {
+  const RowRange range = isa().steps->range[W8A8_F32](key, k, false);
+  float top;
+  std::memcpy(&top, &range.absbits, sizeof top);
+  if (!range.finite() || top == 0.0f) return quantized(key, W8A8_F32, k, codes);
+  return quantized(key, W8A8_F32, k, codes, std::max(top / isa().floats->best_steps(key, k, top), std::numeric_limits<float>::min()));
+}
+
+// floats: room for a key; codes: for those of the longer of a key and a value.
+void append_token(const Cached &to, int64_t head, int64_t place, const void *key, const void *value, int dtype, float *floats, char *codes) {
   const int64_t dims = to.c.key_dims, tile = place / kCachedTile, lane = place % kCachedTile;
-  to.key_scale(head)[place] = quantized(key, dtype, dims, codes);
+  rotated(to, key, dtype, floats);
+  to.key_scale(head)[place] = quantized_key(floats, dims, codes);
   if (dims % 2) codes[dims] = 0;
   int8_t *at = to.keys(head, tile) + lane * 2;
   for (int64_t pair = 0; pair < to.pairs; ++pair) std::memcpy(at + pair * 2 * kCachedTile, codes + 2 * pair, 2);
@@ -59,7 +81,8 @@ void append_token(const Cached &to, int64_t head, int64_t place, const void *key
   std::memcpy(to.values(head, place), codes, static_cast<size_t>(to.value_room));
 }
 
-void write_row(const int8_t *codes, float scale, int64_t k, int dtype, void *out) {
+template <class Code>
+void write_row(const Code *codes, float scale, int64_t k, int dtype, void *out) {
   if (dtype == W8A8_F32) {
     float *to = static_cast<float *>(out);
     for (int64_t i = 0; i < k; ++i) to[i] = static_cast<float>(codes[i]) * scale;
@@ -160,12 +183,11 @@ struct Attended {
     part = reinterpret_cast<Part *>(memory);
     sums = reinterpret_cast<float *>(memory + round_up(heads() * pieces * rows * static_cast<int64_t>(sizeof(Part)), 64));
   }
-  int64_t key_room() const { return round_up(a.cached.key_dims, 16); }
   // scores, biases, a query as floats, factors, pointers to biases, then codes, or queries as floats and a tile of them:
   // each a multiple of 64 bytes
   int64_t scratch_bytes() const {
-    const int64_t own = cached.codes() ? 4 * rows * cached.pairs : 4 * (rows * key_room() + kCachedTile * std::max(key_room(), cached.value_room));
-    return 4 * kPiece * (kMostQueries + biases()) + 4 * key_room() + round_up(4 * rows, 64) + round_up(8 * rows, 64) + own;
+    const int64_t own = cached.codes() ? 4 * rows * cached.pairs : 4 * (rows * cached.key_room + kCachedTile * std::max(cached.key_room, cached.value_room));
+    return 4 * kPiece * (kMostQueries + biases()) + 4 * cached.key_room + round_up(4 * rows, 64) + round_up(8 * rows, 64) + own;
   }
 
   void run(int64_t task, char *memory) const {
@@ -191,14 +213,18 @@ struct Attended {
     t.q = codes, t.factor = factor, t.bias = biases_of, t.softcap = a.softcap;
     const Floats &floats = *isa().floats;
     float *const queries = reinterpret_cast<float *>(codes);
-    std::fill(spare, spare + key_room(), 0.0f);
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t of_head = row / a.queries, query = row % a.queries, q_head = of_cache * a.shared + of_head;
       const Strided q{a.q, a.dtype, a.q_at};
       const void *x = q.row(of_batch, q_head, query);
-      for (int64_t i = 0; i < dims; ++i) spare[i] = load_one(x, a.dtype, i);
-      if (cached.codes()) factor[row] = floats.query(spare, dims, t.pairs, codes + row * 2 * t.pairs) * a.scale;
-      else factor[row] = a.scale, std::memcpy(queries + row * key_room(), spare, static_cast<size_t>(key_room()) * 4);
+      if (cached.codes()) {
+        rotated(cached, x, a.dtype, spare);
+        factor[row] = floats.query(spare, dims, t.pairs, codes + row * 2 * t.pairs) * (a.scale / static_cast<float>(cached.block));
+      } else {
+        float *const to = queries + row * cached.key_room;
+        for (int64_t i = 0; i < cached.key_room; ++i) to[i] = i < dims ? load_one(x, a.dtype, i) : 0.0f;
+        factor[row] = a.scale;
+      }
       float *const own = bias + kPiece * (biases() == rows ? row : query);
       if (biases() == rows || row < a.queries) write_seen(a, range, of_batch, q_head, query, begin, t.places, own);
       biases_of[row] = own;
@@ -207,7 +233,7 @@ struct Attended {
     const Strided k{a.keys, a.dtype, a.keys_at}, v{a.values, a.dtype, a.values_at};
     const Rows r = {k.row(range.of, of_cache, begin), v.row(range.of, of_cache, begin), a.keys_at[2], a.values_at[2], dims,
                     a.cached.value_dims, std::max<int64_t>(range.start - begin, 0), std::min(range.end - begin, t.places), a.dtype, queries};
-    floats.rows(t, r, queries + rows * key_room(), scores, part + task * rows, sums + task * rows * t.value_room);
+    floats.rows(t, r, queries + rows * cached.key_room, scores, part + task * rows, sums + task * rows * t.value_room);
   }
 
   void finish(int64_t index, float *out) const {   // of a head's row
@@ -233,15 +259,15 @@ template <class PlaceOf>
 int append(const Cached &cached, int64_t batch, const Strided &k, const Strided &v, int dtype, int64_t tokens, int threads,
            const PlaceOf &place_of) {
   const w8a8_cached *const to = &cached.c;
-  const int64_t dims = to->key_dims + to->value_dims, heads = batch * to->heads;
+  const int64_t dims = to->key_dims + to->value_dims, heads = batch * to->heads, codes_room = round_up(std::max(to->key_dims + 1, cached.value_room), 64);
   const int64_t step = std::max<int64_t>(1, 8192 / dims), steps = div_up(tokens, step);
   if (heads * tokens * dims <= kSerial) threads = 1;
-  const int64_t room = round_up(std::max(to->key_dims + 1, cached.value_room), 64);
-  return for_each_with(room, heads * steps, threads, [&](int64_t task, char *codes) {
+  return for_each_with(codes_room + 4 * cached.key_room, heads * steps, threads, [&](int64_t task, char *codes) {
     const int64_t head = task / steps, b = head / to->heads, h = head % to->heads;
     for (int64_t t = task % steps * step; t < std::min(tokens, (task % steps + 1) * step); ++t) {
       const std::pair<int64_t, int64_t> place = place_of(b, h, t);
-      append_token(cached, place.first, place.second, k.row(b, h, t), v.row(b, h, t), dtype, codes);
+      append_token(cached, place.first, place.second, k.row(b, h, t), v.row(b, h, t), dtype, reinterpret_cast<float *>(codes + codes_room),
+                   codes);
     }
   });
 }
@@ -276,16 +302,24 @@ extern "C" int w8a8_cached_read(const w8a8_cached *from, int32_t keys, int64_t s
   const int64_t first = start / kCachedTile, tiles = tokens ? div_up(start + tokens, kCachedTile) - first : 0;
   const int64_t step = std::max<int64_t>(1, 8192 / (kCachedTile * dims)), steps = div_up(tiles, step);
   if (heads * tokens * dims <= kSerial) threads = 1;
-  return for_each_with(4 * kCachedTile * cached.pairs, heads * steps, threads, [&](int64_t task, char *rows) {
+  const int64_t tile_bytes = 4 * kCachedTile * cached.pairs;
+  return for_each_with(tile_bytes + 4 * cached.key_room, heads * steps, threads, [&](int64_t task, char *rows) {
+    float *const spare = reinterpret_cast<float *>(rows + tile_bytes);
     const int64_t head = task / steps;
     for (int64_t tile = first + task % steps * step; tile < first + std::min(tiles, (task % steps + 1) * step); ++tile) {
       if (keys) rows_of_tile(cached.keys(head, tile), cached.pairs, reinterpret_cast<int16_t *>(rows));
       for (int64_t lane = 0; lane < kCachedTile; ++lane) {
         const int64_t place = tile * kCachedTile + lane, t = place - start;
         if (t < 0 || t >= tokens) continue;
-        const int8_t *codes = keys ? reinterpret_cast<int8_t *>(rows) + lane * 2 * cached.pairs : cached.values(head, place);
-        const float scale = (keys ? cached.key_scale(head) : cached.value_scale(head))[place];
-        write_row(codes, scale, dims, dtype, const_cast<char *>(row_of(out, dtype, dims, head * tokens + t)));
+        void *const to = const_cast<char *>(row_of(out, dtype, dims, head * tokens + t));
+        if (!keys) {
+          write_row(cached.values(head, place), cached.value_scale(head)[place], dims, dtype, to);
+          continue;
+        }
+        const int8_t *codes = reinterpret_cast<int8_t *>(rows) + lane * 2 * cached.pairs;
+        for (int64_t i = 0; i < cached.key_room; ++i) spare[i] = i < dims ? codes[i] : 0.0f;
+        isa().floats->rotate(spare, cached.key_room, cached.block);   // exact: sums of codes
+        write_row(spare, cached.key_scale(head)[place] / static_cast<float>(cached.block), dims, dtype, to);
       }
     }
   });

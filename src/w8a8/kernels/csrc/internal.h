@@ -169,6 +169,25 @@ inline int64_t attention_scratch(int64_t keys, int64_t dims) {
   return room * (1 + dims + kMostQueries) + whole * kMostQueries + keys * whole;
 }
 
+// By rows: Hadamard matrices of 2, 4, 8 and 16 rows and columns as often as they fit into sixteen along the diagonal.
+struct Hadamard {
+  float at[5][16][16];
+};
+constexpr Hadamard hadamard() {
+  Hadamard found{};
+  for (int size = 0; size < 5; ++size)
+    for (int row = 0; row < 16; ++row)
+      for (int column = 0; column < 16; ++column) {
+        bool odd = false;
+        for (int both = row & column & ((1 << size) - 1); both; both &= both - 1) odd = !odd;
+        if (row >> size == column >> size) found.at[size][row][column] = odd ? -1.0f : 1.0f;
+      }
+  return found;
+}
+
+// What `best_steps` chooses from.
+constexpr int kMostSteps = 127, kSteps = 16;
+
 // A piece of the past in int8, and the queries that look at it.
 constexpr int kCachedTile = 16;          // keys that lie side by side
 constexpr int kPiece = 512;              // places in a piece: what is added up in which order follows from it
@@ -203,6 +222,11 @@ struct Floats {
   // What `w8a8_norm` says of one row of k: a sum is written where there is something to add, and the norm.
   void (*norm)(const w8a8_norm &row, const float *x, int64_t k);
   void (*attend)(const w8a8_attention &t, int64_t batch, int64_t head, float *scratch);
+  // Each `block` of the elements of x, a power of two, times the Hadamard matrix of that size, which is not normalised.  x has
+  // `room`, a multiple of 16, with zeros behind its last block.
+  void (*rotate)(float *x, int64_t room, int64_t block);
+  // By which of 127, 126, .. 112 the largest magnitude of x is divided for the scale that leaves the least of squared errors.
+  float (*best_steps)(const float *x, int64_t k, float top);
   // 2 * pairs codes of k floats, of which the vectors read `round_up(k, 16)`; returns the scale, NaN for a row that is not finite.
   float (*query)(const float *x, int64_t k, int64_t pairs, int16_t *codes);
   // scores: (rows, kPiece) of scratch; sums: (rows, value_room)

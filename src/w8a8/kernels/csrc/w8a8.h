@@ -110,8 +110,9 @@ typedef struct w8a8_attention {
 } w8a8_attention;
 W8A8_API int w8a8_attend(const w8a8_attention *a, int32_t threads);
 
-/* Keys and values of the past of one layer, in int8: each with a scale per token and head, symmetric.  `room` tokens, a
- * multiple of 16.  In the keys, sixteen tokens lie side by side, two elements of each together. */
+/* Keys and values of the past of one layer, in int8: each with a scale per token and head, symmetric; keys rotated, which
+ * w8a8/kernels/cached.py describes.  `room` tokens, a multiple of 16.  In the keys, sixteen tokens lie side by side, two
+ * elements of each together. */
 typedef struct w8a8_cached {
   int8_t *keys;          /* [batch][heads][room / 16][ceil(key_dims / 2)][16][2] */
   float *key_scale;      /* [batch][heads][room] */

@@ -4,8 +4,54 @@
 // `Pairs`, two of each of kWidth keys, from codes (`pairs_of`) or all alike (`all_pairs`); `dot`, which adds their products
 // to `Sums`, kWidth integers.
 //
-// Scores are exact integers times three scales.  The values are added up by fused multiply-adds, token by token.  So what
-// is computed does not depend on the width.
+// Scores are exact integers times three scales.  The values are added up by fused multiply-adds, token by token, and what
+// is rotated by sums and differences in an order of its own.  So what is computed does not depend on the width.
+
+// Within sixteen elements a sum over them in their order, and from there on sums and differences of what lies further apart:
+// nothing is moved across a register.
+static void rotate(float *x, int64_t room, int64_t block) {
+  static constexpr Hadamard kSigns = hadamard();
+  const float *const signs = kSigns.at[__builtin_ctzll(static_cast<uint64_t>(block < 16 ? block : 16))][0];
+  for (float *at = x; at < x + room; at += 16) {
+    Floats_ sum[kParts] = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j)
+#pragma GCC unroll 4
+      for (int p = 0; p < kParts; ++p) sum[p] += all(at[j]) * load(signs + 16 * j + p * kWidth);
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) store(at + p * kWidth, sum[p]);
+  }
+  for (int64_t apart = 16; apart < block; apart *= 2)
+    for (float *at = x; at < x + room; at += 2 * apart)
+      for (int64_t i = 0; i < apart; i += kWidth) {
+        const Floats_ a = load(at + i), b = load(at + apart + i);
+        store(at + i, a + b), store(at + apart + i, a - b);
+      }
+}
+
+// A lane for each number of steps, and the sums in the order of the elements.  In units of a step, so that nothing overflows.
+static float best_steps(const float *x, int64_t k, float top) {
+  float each[kSteps], errors[kSteps];
+  for (int i = 0; i < kSteps; ++i) each[i] = static_cast<float>(kMostSteps - i);
+  Floats_ inverse[kParts], sum[kParts] = {};
+  for (int p = 0; p < kParts; ++p) inverse[p] = load(each + p * kWidth) / top;
+  for (int64_t j = 0; j < k; ++j) {
+    const Floats_ left = all(x[j]);
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const Floats_ scaled = left * inverse[p], shifted = scaled + 0x1.8p23f;   // rounded by the adder, half to even
+      const Floats_ off = scaled - (shifted - 0x1.8p23f);
+      sum[p] += off * off;
+    }
+  }
+  for (int p = 0; p < kParts; ++p) store(errors + p * kWidth, sum[p]);
+  float least = __builtin_inff(), found = each[0];
+  for (int i = 0; i < kSteps; ++i) {
+    const float error = errors[i] * (1.0f / (each[i] * each[i]));   // NaN where `top` is so small that its inverse is none
+    if (error < least) least = error, found = each[i];
+  }
+  return found;
+}
 
 // Scores of R queries, (R, kPiece).
 template <int R>

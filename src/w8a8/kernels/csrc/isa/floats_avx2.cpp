@@ -47,7 +47,7 @@ W8A8_TARGET_END
 
 }  // namespace
 
-const Floats kAvx2Floats = {activate, norm_row, attend, query, piece, rows, merge};
+const Floats kAvx2Floats = {activate, norm_row, attend, rotate, best_steps, query, piece, rows, merge};
 
 }  // namespace w8a8
 #endif

@@ -78,6 +78,6 @@ static inline Fours totals(const Lanes *sum) {
 
 }  // namespace
 
-const Floats kPortableFloats = {activate, norm_row, attend, query, piece, rows, merge};
+const Floats kPortableFloats = {activate, norm_row, attend, rotate, best_steps, query, piece, rows, merge};
 
 }  // namespace w8a8
