@@ -119,6 +119,17 @@ def test_an_embedder_whose_config_names_a_head_that_its_files_do_not_have_is_qua
         assert np.array_equal(embedded(opened(tmp_path / "out")), embedded(model))
 
 
+@pytest.mark.slow
+def test_an_embedder_whose_files_have_a_head_is_quantised_with_it(floats, tmp_path):
+    shutil.copytree(floats / "bert-cls", tmp_path / "float")
+    write(tmp_path / "float", AutoModelForMaskedLM, bert())
+    w8a8.quantize_directory(tmp_path / "float", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+    exact = embedded(opened(tmp_path / "float"))
+    with w8a8.enabled():
+        assert (cosines(embedded(opened(tmp_path / "out")), exact) > 0.99).all()
+
+
 class TestAnEmbedder:
     def test_it_is_quantised_saved_by_either_and_read_again(self, directory, tmp_path):
         model = opened(directory)

@@ -132,7 +132,7 @@ class Directory(Tensors):
     def architecture(self) -> tuple[type[Pretrained], Config]:
         """The model class that config.json names, and the config as transformers reads it, the caller's own.
 
-        Of a float embedder the class is the one without a head.
+        Of a float embedder whose files have no head the class is the one without.
         """
         kind, config = self._architecture
         return kind, copy.deepcopy(config)  # making a model writes into it
@@ -140,8 +140,12 @@ class Directory(Tensors):
     @cached_property
     def _architecture(self) -> tuple[type[Pretrained], Config]:
         kind, config = architecture(self.path, self.config, trust_remote_code=self.trust_remote_code)
-        embeds = self.quantization is None and class_around(self.path) == "SentenceTransformer"
-        return (without_head(kind, config) if embeds else kind), config
+        if self.quantization is not None or class_around(self.path) != "SentenceTransformer":
+            return kind, config
+        bare, prefix = without_head(kind, config), f"{kind.base_model_prefix}."
+        # what was written with a head has the model's tensors under its name
+        alone = bare is not kind and not any(name.startswith(prefix) for name in self.entries)
+        return (bare if alone else kind), config
 
 
 def _found(source: str | os.PathLike[str], *, trust_remote_code: bool) -> Path:
