@@ -85,7 +85,7 @@ INSIDE = {
         "writer",
         "rehearsal",
     ],
-    "decoding": ["handed", "attention", "stores", "layers", "caches", "models"],
+    "decoding": ["likeness", "handed", "attention", "stores", "layers", "caches", "models"],
     "evaluation": [
         "intervals",
         "text",

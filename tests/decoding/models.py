@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import transformers as t
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 VOCAB = 96
 SIZES = {
@@ -67,3 +69,18 @@ CAUSAL: dict[str, Callable[[], Any]] = {
 
 def causal(name: str) -> Any:
     return CAUSAL[name]().eval()
+
+
+def with_own_attention(name: str, monkeypatch: Any) -> Any:
+    """A model with attention from outside, as transformers lets it be registered, whose scores are nearly the same."""
+
+    def flat(module: Any, query: Any, key: Any, value: Any, mask: Any, **how: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, mask, **how | {"scaling": 0.01})
+
+    monkeypatch.setitem(t.AttentionInterface._global_mapping, "flat", flat)
+    monkeypatch.setitem(t.AttentionMaskInterface._global_mapping, "flat", sdpa_mask)
+    config = causal(name).config
+    config.initializer_range = 0.3
+    model = type(causal(name))(config).eval()
+    model.set_attn_implementation("flat")
+    return model

@@ -146,6 +146,19 @@ def test_a_soft_cap_and_sinks_over_floats_are_plain_pytorch(masked):
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_spoils_who_sees_it_and_nobody_else(odd):
+    """With a soft cap or sinks it was taken for zero as soon as any token saw any other not."""
+    q, (keys, values) = queries(6), states(6)
+    values[:, :, 3] = odd
+    found, _ = attention(MODULE, q, keys, values, None, softcap=2.0)
+    assert found.isfinite().all(-1).all(-1).all(0).tolist() == [True] * 3 + [False] * 3
+    assert found[:, :3].isfinite().all()
+    layer = filled(Int8Layer(), 6)
+    given = layer.update(keys[:, :, 3:4], values[:, :, 3:4])
+    assert attention(MODULE, q[:, :, :1], *given, None)[0].isnan().all()  # the kernel too
+
+
 def test_a_model_that_changes_what_it_is_given_is_given_floats():
     layer = Int8Layer()
     for tokens in (9, 1, 1):

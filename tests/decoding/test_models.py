@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import w8a8
 from tests.conftest import needs
-from tests.decoding.models import CAUSAL, SIZES, causal, whisper
+from tests.decoding.models import CAUSAL, SIZES, causal, whisper, with_own_attention
 from tests.decoding.test_caches import prompt
 from w8a8.decoding import attention
 from w8a8.decoding.models import new_cache, set_usual_cache
@@ -180,6 +180,24 @@ def test_attention_that_cannot_be_exchanged_is_told_and_the_cache_serves_it(answ
     assert 0 < apart(written(model, new=1), wanted) < 0.03
     written(model)
     assert not answered
+
+
+def test_a_model_with_another_attention_than_transformers_keeps_it(monkeypatch):
+    """Ours computes what PyTorch's does, and took its place unseen."""
+    model = with_own_attention("llama", monkeypatch)
+    with pytest.warns(UserWarning, match="keeps its own attention .logits by the other are"):
+        w8a8.set_cache(model, "int8")
+    assert model.config._attn_implementation == "flat"
+
+
+def test_a_deep_model_in_16_bits_has_attention_over_codes():
+    """It kept its own where rounding brought more than a fixed distance."""
+    torch.manual_seed(2)
+    config = causal("gpt_oss").config
+    config.num_hidden_layers, config.initializer_range, config.layer_types = 24, 0.3, config.layer_types * 12
+    model = t.GptOssForCausalLM(config).eval().to(torch.bfloat16)
+    w8a8.set_cache(model, "int8")
+    assert model.config._attn_implementation == "w8a8"
 
 
 @pytest.mark.parametrize("kind", ["block", "int8"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as t
 
-from tests.decoding.models import causal
+from tests.decoding.models import causal, with_own_attention
 from w8a8.serving.suits import set_packed
 
 
@@ -27,6 +27,24 @@ def test_a_model_whose_tokens_see_their_neighbours_is_refused_and_stays_as_it_wa
     before = model.config._attn_implementation
     assert "from those of the model as it is" in set_packed(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_a_family_with_one_way_of_attention_is_as_far_from_itself_in_16_bits(name):
+    """It was refused: what lies between two ways of transformers' was the measure, and that is nothing with one."""
+    torch.manual_seed(2)
+    config = causal(name).config
+    config.num_hidden_layers, config.initializer_range = 12, 0.3
+    config.layer_types = (config.layer_types * 12)[:12]
+    model = type(causal(name))(config).eval().to(torch.bfloat16)
+    assert set_packed(model) is None
+
+
+def test_a_model_with_another_attention_than_transformers_is_refused(monkeypatch):
+    """What lies between that and the eager one was taken for rounding, and the model was served by the latter."""
+    model = with_own_attention("llama", monkeypatch)
+    assert "from those of the model as it is" in set_packed(model)
+    assert model.config._attn_implementation == "flat"
 
 
 def test_a_rotary_table_that_follows_the_longest_sequence_is_refused():

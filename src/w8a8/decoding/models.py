@@ -25,15 +25,13 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from w8a8.decoding.attention import NAME
 from w8a8.decoding.caches import BlockCache, Int8Cache
 from w8a8.decoding.layers import BlockLayer
+from w8a8.decoding.likeness import apart, most_apart, read, texts_for
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError, closest
 from w8a8.model.experts import OTHER_KIND
 
 CACHES: dict[str, type[BlockCache] | None] = {"dynamic": None, "block": BlockCache, "int8": Int8Cache}
 """By the name that they are asked for: transformers' own, as the model has it; in blocks; in int8."""
-
-_APART, _APART_16 = 1e-2, 8e-2
-"""How far logits may be from those by the model's own attention: sums in another order move codes of integer layers."""
 
 
 @dataclass(frozen=True)
@@ -249,27 +247,24 @@ def _attend_to_codes(model: PreTrainedModel) -> str | None:
     """Give a model attention that reads codes; why that is not what it computes, where it is not."""
     if not model._can_set_attn_implementation():
         return "transformers cannot exchange it"
-    sure = model._supports_sdpa  # then what PyTorch's attention is told is all, and ours is told it too
-    if not sure and model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder and not model._supports_sdpa:
         return "what it is told beside queries, keys and values is not known"
-    wanted = None if sure else _probed(model)
-    model.set_attn_implementation(NAME)
-    if wanted is None:
+    if model.config.is_encoder_decoder or model.training:  # what PyTorch's attention is told is all, and ours is too
+        model.set_attn_implementation(NAME)
         return None
-    found = _probed(model)
-    apart = float((found - wanted).norm() / wanted.norm())
-    most = _APART if model.dtype == torch.float32 else _APART_16
-    return None if apart <= most else f"logits by the other are {apart:.1g} apart"  # NaN too
-
-
-@torch.inference_mode()
-def _probed(model: PreTrainedModel) -> torch.Tensor:
-    words = int(model.config.get_text_config(decoder=True).vocab_size)
-    ids = [(7 * i * i + 3 * i + 1) % words for i in range(13)]
-    with usual_defaults():
-        given = torch.tensor([ids], dtype=torch.long, device=model.device)
-        found: torch.Tensor = model(input_ids=given, use_cache=False).logits
-    return found.to(torch.float64)
+    texts = texts_for(model)
+    with usual_defaults(), torch.inference_mode():
+        try:
+            wanted = [read(model, ids) for ids in texts]
+        except OTHER_KIND:  # it wants more than tokens
+            model.set_attn_implementation(NAME)
+            return None
+        most = most_apart(model, texts, wanted)
+        model.set_attn_implementation(NAME)
+        found = max(apart(read(model, ids), logits) for ids, logits in zip(texts, wanted, strict=True))
+    if found <= most:
+        return None
+    return f"logits by the other are {found:.1g} apart, where {most:.1g} is allowed"  # NaN too
 
 
 @functools.wraps(GenerationMixin.generate)

@@ -329,5 +329,10 @@ def weighed(scores: Tensor, values: Tensor, asked: Asked) -> Tensor:
     if asked.sinks is not None:
         whole = whole + torch.exp(sinks - top)
     shared = values.repeat_interleave(heads // values.shape[1], 1)
-    shared = shared.nan_to_num(0.0, 0.0, 0.0) if bool(weights.eq(0).any()) else shared
-    return ((weights @ shared) / whole.masked_fill(whole == 0, 1.0)).transpose(1, 2).contiguous()
+    spoiled = ~shared.isfinite()
+    if bool(spoiled.any()):  # what has no weight may be anything
+        met = (weights > 0).to(torch.float32) @ spoiled.to(torch.float32) > 0
+        found = (weights @ shared.masked_fill(spoiled, 0.0)).masked_fill(met, torch.nan)
+    else:
+        found = weights @ shared
+    return (found / whole.masked_fill(whole == 0, 1.0)).transpose(1, 2).contiguous()
