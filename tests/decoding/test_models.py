@@ -190,6 +190,16 @@ def test_a_model_with_another_attention_than_transformers_keeps_it(monkeypatch):
     assert model.config._attn_implementation == "flat"
 
 
+def test_attention_of_a_part_that_is_none_is_left_alone():
+    """MPT has a config for its attention, which names none until one is set: that could not be set again."""
+    model = t.MptForCausalLM(t.MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4)).eval()
+    with pytest.warns(UserWarning, match="keeps its own attention"):
+        w8a8.set_cache(model, "int8")
+    model.set_attn_implementation("eager")
+    w8a8.set_cache(model, "dynamic")
+    assert model.config._attn_implementation == "eager"
+
+
 def test_a_deep_model_in_16_bits_has_attention_over_codes():
     """It kept its own where rounding brought more than a fixed distance."""
     torch.manual_seed(2)

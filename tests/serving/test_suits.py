@@ -47,6 +47,23 @@ def test_a_model_with_another_attention_than_transformers_is_refused(monkeypatch
     assert model.config._attn_implementation == "flat"
 
 
+def test_a_window_that_only_a_mask_knows_is_refused():
+    """Llama 4 sees chunks of the past, of which its attention is not told: beyond the first it saw all of it."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "head_dim": 8}
+    config = t.Llama4TextConfig(
+        **sizes,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        intermediate_size_mlp=40,
+        moe_layers=[],
+        attention_chunk_size=16,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    assert "which its attention is not told" in set_packed(t.Llama4ForCausalLM(config).eval())
+    assert set_packed(causal("mistral")) is None
+
+
 def test_a_rotary_table_that_follows_the_longest_sequence_is_refused():
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "rotary table" in set_packed(llama(rope_parameters=rope))

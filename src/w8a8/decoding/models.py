@@ -238,7 +238,7 @@ def _attention(model: PreTrainedModel) -> str | dict[str, str]:
     own = {"": model.config._attn_implementation}
     for key in model.config.sub_configs:
         config = getattr(model.config, key, None)
-        if config is not None:
+        if config is not None and config._attn_implementation is not None:  # which cannot be set
             own[key] = config._attn_implementation
     return own if len(own) > 1 else own[""]
 

@@ -56,12 +56,14 @@ class Step:
     where: (T, 2) int32, place and position of each new token.
     singles: The first sequences, which have one new token each.
     pieces: The others.
+    windows: What each layer's attention was told of how far a token sees.
     """
 
     store: Places
     where: Tensor
     singles: Sequence[Piece]
     pieces: Sequence[Piece]
+    windows: dict[int, int | None] = field(default_factory=dict)
     _made: dict[object, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -132,6 +134,7 @@ def attend(
         raise ModelError("its attention takes more than queries, keys, values and a window")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.detach().to(torch.float32).contiguous()
+    w8a8_step.windows[module.layer_idx] = sliding_window
     kept = w8a8_step.store.written(module.layer_idx, key, value, w8a8_step.where)
     pieces, found = list(w8a8_step.pieces), []
     if w8a8_step.singles:

@@ -6,6 +6,7 @@ What cannot be seen on few tokens is asked of the modules: a rotary table that f
 """
 
 import torch
+from transformers import DynamicCache
 
 from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.decoding.likeness import apart, most_apart, read, texts_for
@@ -62,9 +63,13 @@ def _differs(model: Pretrained) -> str | None:
     model.set_attn_implementation(NAME)
     store = Places(3, 16)
     pieces = [Piece(0, 0, 7, 0), Piece(2, 7, 6, 0)]
-    forward(model, first[:7] + second[:6], Step.of(store, pieces, model.device), [])
+    read_first = Step.of(store, pieces, model.device)
+    forward(model, first[:7] + second[:6], read_first, [])
     if not store.layers():
         return "its attention cannot be exchanged"
+    why = _hidden_window(model, read_first.windows)
+    if why is not None:
+        return why
     rest = [Piece(0, 0, 1, 7), Piece(2, 1, 6, 6)]
     step = Step.of(store, rest, model.device)
     together = forward(model, first[7:] + second[6:12], step, [0, 6])
@@ -73,4 +78,15 @@ def _differs(model: Pretrained) -> str | None:
     found = max(apart(ours, theirs[-1]) for ours, theirs in zip(ends, alone, strict=True))
     if not found <= most:  # NaN too
         return f"its logits are {found:.2g} from those of the model as it is, where {most:.2g} is allowed"
+    return None
+
+
+def _hidden_window(model: Pretrained, told: dict[int, int | None]) -> str | None:
+    """Which layer sees only some of the past, and does not tell its attention so; None where none does.
+
+    Of such a window, or of chunks, only a mask knows, and on few tokens it hides nothing.
+    """
+    for place, layer in enumerate(DynamicCache(config=model.config).layers):
+        if getattr(layer, "is_sliding", False) and place in told and told[place] is None:
+            return f"layer {place} sees no more than a window of the past, which its attention is not told"
     return None
