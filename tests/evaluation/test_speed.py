@@ -102,8 +102,8 @@ def test_writing_after_a_context_goes_on_from_it_in_every_round():
         kept = kwargs.get("past_key_values")
         calls.append((kwargs["input_ids"].shape[1], 0 if kept is None else kept.get_seq_length()))
 
+    w8a8.set_cache(model, "block")  # which runs a token
     model.register_forward_pre_hook(see, with_kwargs=True)
-    w8a8.set_cache(model, "block")
     measure_speed({"m": model}, prompt=4, context=20, new=2, seconds=0.0)
     first = [(4, 0), (1, 4), (1, 5)]  # before there is a context, a round that is thrown away
     assert calls == [*first, (20, 0), *[(4, 0), (1, 20), (1, 21)] * 3]

@@ -108,11 +108,12 @@ def fusions_in_words(model: nn.Module, why_not: str | None) -> str:
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:
-    """The models of transformers in a module, or itself: what stands around such is no block, and calls it otherwise.
+    """What is called from outside: the model; of one of sentence-transformers those of transformers in it.
 
-    A `SentenceTransformer` is an nn.Sequential, of which the model is in the first element.
+    Its modules go by the mask, as any module around a model need not: what calls a model and reads padding is given it.
     """
-    return list(transformers_models(model)) or [model]
+    theirs = any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__)
+    return list(transformers_models(model)) if theirs else [model]
 
 
 def _around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
