@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import CNN, Pooling
 from torch import nn
 from transformers import (
     AutoModelForMaskedLM,
@@ -18,7 +19,7 @@ from transformers import (
 import w8a8
 from tests.checkpoint.test_beside import tree
 from tests.cli.test_commands import call  # noqa: F401 - a fixture
-from tests.conftest import crossed, every_third, needs
+from tests.conftest import crossed, every_third, needs, relative_error
 from tests.sentences import CONFIGS, SENTENCES, bert, embedder, ranker, tokenizer, write
 from w8a8 import W8A8Config
 from w8a8.errors import ModelError
@@ -161,6 +162,21 @@ class TestAnEmbedder:
         assert np.array_equal(embedded(whole), embedded(part))
         told, wanted = w8a8.fusions(whole), w8a8.fusions(part[0].model)
         assert (told.blocks, told.fused, told.refused, len(told.whole)) == (2, wanted.fused, {}, len(wanted.whole))
+
+    @pytest.mark.kernels
+    @needs("native")
+    def test_what_reads_padding_behind_the_model_gets_it(self, floats):
+        """A convolution over tokens: it saw zeros."""
+        body = opened(floats / "bert-cls")
+        width = body[0].get_embedding_dimension()
+        model = SentenceTransformer(
+            modules=[body[0], CNN(width, width, [3]), Pooling(width, pooling_mode="mean")], device="cpu"
+        )
+        w8a8.quantize(model)
+        plain = model.encode(SENTENCES)
+        w8a8.optimize(model)
+        assert relative_error(torch.from_numpy(model.encode(SENTENCES)), torch.from_numpy(plain)) < 2e-2
+        assert "padding is left out, and its outputs are zero" not in w8a8.fusions(model).fused
 
     def test_the_model_in_it_may_be_given_by_itself(self, directory):
         whole, part = opened(directory), opened(directory)

@@ -4,14 +4,18 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.describe import transformers_models
 from w8a8.errors import ModelError
 from w8a8.fusing.blocks import Fused
 from w8a8.fusing.families import families
 from w8a8.kernels.compiled import unavailable_because
 from w8a8.layers.linear import Mode, QuantLinear, check_module
+from w8a8.model.kinds import input_config
+from w8a8.model.pretrained import is_pretrained
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,11 @@ def optimize(model: nn.Module) -> Fusions:
     restore(model)
     for block, family in families(blocks):
         vars(block)["forward"] = Fused(block, family)
-    for root in _roots(model):
+    roots = _roots(model)
+    drops = _goes_by_the_mask(model, roots)
+    for root in roots:
         for part in _around(root, blocks):
-            vars(part)["forward"] = Fused(part, whole=True, outermost=part is root)
+            vars(part)["forward"] = Fused(part, whole=True, outermost=drops and part is root)
     return fusions(model)
 
 
@@ -108,12 +114,35 @@ def fusions_in_words(model: nn.Module, why_not: str | None) -> str:
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:
-    """What is called from outside: the model; of one of sentence-transformers those of transformers in it.
-
-    Its modules go by the mask, as any module around a model need not: what calls a model and reads padding is given it.
-    """
+    """What holds the blocks: the model; of one of sentence-transformers those of transformers in it."""
     theirs = any(kind.__module__.startswith("sentence_transformers.") for kind in type(model).__mro__)
     return list(transformers_models(model)) if theirs else [model]
+
+
+def _goes_by_the_mask(model: nn.Module, roots: list[nn.Module]) -> bool:
+    """Whether nothing around the roots reads padding, as seen on random states: a convolution over tokens does."""
+    if roots == [model]:
+        return True
+    if not isinstance(model, nn.Sequential) or len(roots) != 1 or not is_pretrained(roots[0]):
+        return False
+    inner = roots[0]
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2], dtype=torch.long, device="cpu")
+    if getattr(getattr(model, "tokenizer", None), "padding_side", "right") == "left":
+        mask = mask.flip(1)
+    shape, draw = (*mask.shape, int(input_config(inner.config).hidden_size)), torch.Generator("cpu").manual_seed(0)
+    states = torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu").to(inner.device, inner.dtype)
+    mask = mask.to(inner.device)
+    found = []
+    try:
+        with torch.no_grad():
+            for tokens in (states, states * mask[..., None]):  # zeros as padding are what a fused model returns
+                given = {"token_embeddings": tokens.clone(), "attention_mask": mask, "input_ids": mask}
+                for module in list(model)[1:]:
+                    given = module(given)
+                found.append(given.get("sentence_embedding", mask))
+    except OTHERS_ERRORS:  # of a module that wants something else
+        return False
+    return torch.equal(found[0], found[1])
 
 
 def _around(model: nn.Module, blocks: list[nn.Module]) -> list[nn.Module]:
