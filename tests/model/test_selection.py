@@ -102,6 +102,20 @@ def test_the_name_of_a_container_is_answered_with_a_glob():
         select(llama(), exclude=["model.layers.0"])
 
 
+@pytest.mark.parametrize("asked", [{"include": [3]}, {"exclude": [None]}, {"exclude": 3}, {"scheme": {3: "w8a8"}}])
+def test_what_is_no_pattern_is_told_and_the_model_is_not_changed(asked):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with pytest.raises(PatternError, match=r"a pattern is a string|give a list of patterns"):
+        w8a8.quantize(model, **asked)
+    assert type(model[0]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("scheme", [["w8a8"], 3])
+def test_what_names_no_scheme_is_told(scheme):
+    with pytest.raises(SchemeError, match="unknown scheme"):
+        w8a8.quantize(torch.nn.Sequential(torch.nn.Linear(8, 8)), scheme)
+
+
 def test_a_string_is_not_a_list_of_patterns():
     with pytest.raises(PatternError, match=r"give a list of patterns: \['lm_head'\]"):
         select(llama(), include="lm_head")

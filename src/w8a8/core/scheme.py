@@ -205,7 +205,7 @@ class Scheme:
         """
         if isinstance(scheme, Scheme):
             return scheme
-        if scheme not in PRESETS:
+        if not isinstance(scheme, str) or scheme not in PRESETS:
             raise SchemeError(
                 f"unknown scheme {scheme!r} ({closest(str(scheme), PRESETS)}); presets: {', '.join(PRESETS)}; "
                 "anything else is written as Scheme(weights=QuantSpec(...), activations=QuantSpec(...))"

@@ -18,7 +18,7 @@ Layers that are tied to one another, and to nothing else, are taken together, ea
 And some are never taken, however they are named: `w8a8.model.obstacles`.  All these are reported with the reason.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeAlias
@@ -154,7 +154,7 @@ def assign(selection: Selection, schemes: Schemes) -> tuple[Selection, dict[str,
     if not isinstance(schemes, Mapping):
         return selection, dict.fromkeys(selection.chosen, Scheme.of(schemes))
     decides: dict[str, str] = {}  # the pattern that decides over a layer
-    for pattern in schemes:
+    for pattern in _all_strings(schemes, "schemes"):
         matched = matching(pattern, selection.chosen)
         decides = dict.fromkeys(matched, pattern) | decides
         if not matched:
@@ -214,7 +214,17 @@ def matching(pattern: str, names: Collection[str]) -> set[str]:
 def _as_list(patterns: Sequence[str], argument: str) -> list[str]:
     if isinstance(patterns, str):
         raise PatternError(f"{argument}={patterns!r} is a string; give a list of patterns: [{patterns!r}]")
-    return list(patterns)
+    if not isinstance(patterns, Iterable):
+        raise PatternError(f"{argument}={patterns!r} is no list; give a list of patterns, or leave it out")
+    return _all_strings(patterns, argument)
+
+
+def _all_strings(patterns: Iterable[str], argument: str) -> list[str]:
+    found = list(patterns)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise PatternError(f"{argument}: a pattern is a string such as '*.fc2', found {pattern!r}; write it as one")
+    return found
 
 
 def _check_patterns(model: nn.Module, linears: dict[str, nn.Module], include: list[str], exclude: list[str]) -> None:
