@@ -87,6 +87,13 @@ class ServingError(W8A8Error, OSError):
     """A server that cannot be started: its place is taken, or memory does not do."""
 
 
+OTHERS_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(MemoryError, OSError, RuntimeError, TypeError, ValueError),
+)
+"""What code of others raises over what it was not made for: whatever it stumbles on."""
+
+
 @contextlib.contextmanager
 def noted(place: str, kind: type[W8A8Error] = W8A8Error) -> Iterator[None]:
     """A user's mistake that is found in a `with` block says where."""

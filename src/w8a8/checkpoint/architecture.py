@@ -17,14 +17,11 @@ from transformers.models.auto import modeling_auto
 
 from w8a8.checkpoint.files import CONFIG
 from w8a8.core.plain import Json
-from w8a8.errors import CheckpointError
+from w8a8.errors import OTHERS_ERRORS, CheckpointError
 from w8a8.model.pretrained import Config, Pretrained
 
-OTHERS_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError),
-    *(OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError),
-)
-"""What transformers raises over a config that makes no sense: whatever its code stumbles on."""
+LOADING_ERRORS = (*OTHERS_ERRORS, SafetensorError, StrictDataclassError)
+"""What transformers raises over a config or files that make no sense."""
 
 
 def architecture(directory: Path, stated: Json, *, trust_remote_code: bool = False) -> tuple[type[Pretrained], Config]:
@@ -47,7 +44,7 @@ def architecture(directory: Path, stated: Json, *, trust_remote_code: bool = Fal
         )
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except OTHERS_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{directory / CONFIG}: transformers cannot read it: {error}") from error
     names = config.architectures or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

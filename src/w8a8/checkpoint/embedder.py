@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.checkpoint.architecture import OTHERS_ERRORS
+from w8a8.checkpoint.architecture import LOADING_ERRORS
 from w8a8.checkpoint.beside import class_around, folders_of
 from w8a8.defaults import usual_defaults
 from w8a8.errors import CheckpointError, ModelError
@@ -43,7 +43,7 @@ class Behind(nn.Module):
             with usual_defaults():
                 for part in self.parts:
                     features = part(features)
-        except OTHERS_ERRORS as error:
+        except LOADING_ERRORS as error:
             raise ModelError(
                 f"{self.directory}: {type(part).__name__} was to make a vector of last states of width "
                 f"{states.shape[-1]}, and cannot ({type(error).__name__}: {error}); `w8a8 eval --data` asks the "
@@ -111,7 +111,7 @@ def open_behind(directory: Path) -> Behind | None:
             with usual_defaults():
                 module_class: Any = import_from_string(kind)
                 module = module_class.load(str(directory), subfolder=str(folder), local_files_only=True)
-        except OTHERS_ERRORS as error:
+        except LOADING_ERRORS as error:
             raise CheckpointError(
                 f"{directory / folder}: sentence-transformers cannot open its {kind.rpartition('.')[2]} "
                 f"({type(error).__name__}: {error}); copy the directory again"

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from w8a8 import kernels
-from w8a8.checkpoint.architecture import OTHERS_ERRORS
+from w8a8.checkpoint.architecture import LOADING_ERRORS
 from w8a8.checkpoint.describe import inscribe, inscription
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import CONFIG, GENERATION_CONFIG, mapped, opened
@@ -109,7 +109,7 @@ def load(
     if generation.exists():
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory.path)
-        except OTHERS_ERRORS as error:
+        except LOADING_ERRORS as error:
             raise CheckpointError(f"{generation}: transformers cannot read it: {error}") from error
     model.eval()
     return model
@@ -137,7 +137,7 @@ def load_float(directory: Directory, *, dtype: torch.dtype | str = "auto") -> Pr
                 ignore_mismatched_sizes=True,  # told of below, shorter
                 trust_remote_code=directory.trust_remote_code,
             )
-    except OTHERS_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise ModelError(f"{directory.path}: transformers cannot open it: {error}") from error
     model: Pretrained
     model, told = loaded

@@ -18,7 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from w8a8.checkpoint.architecture import OTHERS_ERRORS
+from w8a8.checkpoint.architecture import LOADING_ERRORS
 from w8a8.checkpoint.writer import save
 from w8a8.core.affine import QParams
 from w8a8.core.scheme import Scheme
@@ -75,7 +75,7 @@ def _quantised_stand_in(model: Pretrained, scheme: Scheme, place: Path) -> Pretr
         choice = Choice.of(small, scheme)
         with choice.unstacked():
             layers = build(small, choice.schemes, input_params=_ones(choice.schemes, scheme))
-    except OTHERS_ERRORS as error:
+    except LOADING_ERRORS as error:
         said = " ".join(str(error).split())[:200]
         return f"no {type(model).__name__} of one block can be made ({type(error).__name__}: {said})"
     choice.enact(layers)

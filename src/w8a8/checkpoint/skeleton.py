@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from w8a8.checkpoint.architecture import OTHERS_ERRORS
+from w8a8.checkpoint.architecture import LOADING_ERRORS
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.files import CONFIG
 from w8a8.checkpoint.headers import Entry
@@ -68,7 +68,7 @@ def empty_layers(
             _fill_what_no_file_holds(model)
             _widen(model)
         model.tie_weights()
-    except OTHERS_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(f"{directory.config_file}: {kind.__name__} cannot be made of it: {error}") from error
     if directory.quantization is None:
         return model, set()
@@ -173,7 +173,7 @@ def check_size(directory: Directory) -> None:
     try:
         with usual_defaults(), torch.device("meta"):
             model = kind._from_config(config)
-    except OTHERS_ERRORS as error:
+    except LOADING_ERRORS as error:
         if "meta tensor" in str(error):  # a class that looks at values while it is made is compared later
             return
         raise CheckpointError(f"{directory.config_file}: {kind.__name__} cannot be made of it: {error}") from error

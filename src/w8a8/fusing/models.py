@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.checkpoint.describe import transformers_models
-from w8a8.errors import ModelError
+from w8a8.errors import OTHERS_ERRORS, ModelError
 from w8a8.fusing.blocks import Fused
 from w8a8.fusing.families import families
 from w8a8.kernels.compiled import unavailable_because

@@ -8,9 +8,9 @@ What cannot be seen on few tokens is asked of the modules: a rotary table that f
 import torch
 from transformers import DynamicCache
 
-from w8a8.checkpoint.architecture import OTHERS_ERRORS
 from w8a8.decoding.likeness import apart, most_apart, read, texts_for
 from w8a8.defaults import usual_defaults
+from w8a8.errors import OTHERS_ERRORS
 from w8a8.model.pretrained import Pretrained
 from w8a8.serving.engine import forward
 from w8a8.serving.packed import NAME, Piece, Step
