@@ -73,6 +73,10 @@ def test_what_cannot_be_done_is_told_before_anything_is_loaded():
         W8A8Config("w8a9")
     with pytest.raises(ModelError, match="head='int4'"):
         W8A8Config(head="int4")
+    with pytest.raises(PatternError, match=r"include='\*fc2' is a string; give a list of patterns"):
+        W8A8Config(include="*fc2")
+    with pytest.raises(PatternError, match=r"exclude: a pattern is a string such as .*, found 3"):
+        W8A8Config(exclude=[3])
     with pytest.raises(TypeError, match="shceme"):
         W8A8Config(shceme="w8a8")
     with pytest.raises(PatternError, match="'fc9' matches none"):

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,18 @@ def test_a_reranker_on_pairs_and_a_classifier_on_labels(models, data):
     told = judged(models, "classifier", data / "texts.txt").alike
     assert told is not None
     assert told.rows == 6
+
+
+def test_a_text_longer_than_a_classifier_has_places_for_is_cut(models, tmp_path):
+    for name in ("classifier", "classifier-int8"):
+        shutil.copytree(models / name, tmp_path / name)
+        limitless = tokenizer()
+        limitless.model_max_length = int(1e30)  # what transformers says where nobody does
+        limitless.save_pretrained(tmp_path / name)
+    rows = [{"text": " ".join(SENTENCES) * 40, "label": 0}, {"text": SENTENCES[0], "label": 1}]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    accuracy, _ = judged(tmp_path, "classifier", tmp_path / "labels.jsonl").measures
+    assert accuracy.model.mean in (0, 0.5, 1)
 
 
 def test_what_is_judged_is_measured_in_integers(models, data, monkeypatch):

@@ -8,9 +8,9 @@ from torch import Tensor
 from w8a8.checkpoint.directory import Directory
 from w8a8.checkpoint.opening import open_model
 from w8a8.errors import ModelError
-from w8a8.model.kinds import Asked, Kind, input_config
+from w8a8.model.kinds import Asked, Kind, input_config, window_of
 from w8a8.serving.batching import Content, Item
-from w8a8.serving.encoders import TRIED, Encoder, window_of
+from w8a8.serving.encoders import TRIED, Encoder
 
 ASKED = Asked("vectors of texts", frozenset({Kind.TEXT, Kind.MASKED}))
 

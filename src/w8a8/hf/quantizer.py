@@ -39,6 +39,7 @@ from w8a8.model.choice import Choice
 from w8a8.model.experts import holds_experts, mark_arriving
 from w8a8.model.pretrained import Conversion, Pretrained, stacks_experts
 from w8a8.model.roles import Embeddings, Head
+from w8a8.model.selection import pattern_list
 from w8a8.model.swapping import build, empty_layer, swap
 from w8a8.model.tables import quantize_tables
 
@@ -60,6 +61,7 @@ class W8A8Config(QuantizationConfigMixin):
 
     Raises:
         SchemeError: the scheme is unknown, needs calibration, or cannot be executed.
+        PatternError: `include` or `exclude` is no list of strings.
         ModelError: `head` or `embeddings` is neither "float" nor "int8".
         KernelError: no kernel has this name.
     """
@@ -79,8 +81,8 @@ class W8A8Config(QuantizationConfigMixin):
         self.quant_method: Any = METHOD
         self.checkpoint: dict[str, object] | None = None  # what a file says; then nothing else counts
         self.scheme = scheme if scheme == AUTO else Scheme.of(scheme)
-        self.include, self.exclude, self.head = list(include), list(exclude), Head.of(head)
-        self.embeddings = Embeddings.of(embeddings)
+        self.include, self.exclude = pattern_list(include, "include"), pattern_list(exclude, "exclude")
+        self.head, self.embeddings = Head.of(head), Embeddings.of(embeddings)
         self.kernel, self.strict = kernel, strict
         if isinstance(self.scheme, Scheme):
             way_out = "load the float model and call w8a8.quantize(model, scheme, calibration=...)"

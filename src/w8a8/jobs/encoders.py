@@ -24,6 +24,7 @@ from w8a8.evaluation.judged import Judged, Labelled, Retrieval, ScoredPairs, Tex
 from w8a8.fusing.models import fusions_in_words, optimize_where_possible
 from w8a8.hf.enabling import enabled
 from w8a8.jobs.watching import Watcher
+from w8a8.model.kinds import window_of
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class _Ranker(_Encoder):
 class _Classifier(_Encoder):
     def __init__(self, name: str, model: Any, batch_size: int, tokenizer: Any) -> None:
         super().__init__(name, model, batch_size)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.window = tokenizer, window_of(tokenizer, model)
         known = model.config.id2label
         self.numbers = {str(number): int(number) for number in known} | {str(v): int(k) for k, v in known.items()}
 
@@ -139,7 +140,7 @@ class _Classifier(_Encoder):
         found = []
         for start in range(0, len(texts), self.batch_size):
             batch = list(texts[start : start + self.batch_size])
-            inputs = self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+            inputs = self.tokenizer(batch, padding=True, truncation=True, max_length=self.window, return_tensors="pt")
             found.append(self.model(**inputs).logits.float())
         return _array(torch.cat(found))
 

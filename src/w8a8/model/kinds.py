@@ -17,7 +17,7 @@ from torch import nn
 
 from w8a8.core.scheme import Scheme
 from w8a8.errors import ModelError
-from w8a8.model.pretrained import Config, Pretrained, is_pretrained
+from w8a8.model.pretrained import Config, Pretrained, Tokenizer, is_pretrained
 
 
 class Kind(enum.Enum):
@@ -161,6 +161,13 @@ def context_length(model: nn.Module) -> int | None:
             if isinstance(value, int) and value > 0:  # XLNet's is -1: no limit
                 return value - _skipped(model, value)
     return None
+
+
+def window_of(tokenizer: Tokenizer, model: nn.Module) -> int | None:
+    """The most tokens of a text that a model reads; None where neither it nor its tokenizer has a limit."""
+    told = [tokenizer.model_max_length, context_length(model)]
+    found = [value for value in told if value is not None and value < 1 << 30]  # the tokenizer's way to say: no limit
+    return min(found) if found else None
 
 
 def _skipped(model: nn.Module, positions: int) -> int:

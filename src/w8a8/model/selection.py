@@ -67,7 +67,7 @@ def select(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[
         ModelError: `model` is not a module, or has parameters without a shape.
     """
     check_module(model)
-    include, exclude = _as_list(include, "include"), _as_list(exclude, "exclude")
+    include, exclude = pattern_list(include, "include"), pattern_list(exclude, "exclude")
     if is_linear(model):
         raise SchemeError(
             "the model is itself one linear layer, which has no place to be swapped in: use QuantLinear.from_float"
@@ -197,7 +197,7 @@ def with_head(model: nn.Module, include: Sequence[str], head: Head | str) -> lis
     Raises:
         ModelError: `head` is neither "float" nor "int8", or the model has no head to quantise.
     """
-    patterns = _as_list(include, "include")
+    patterns = pattern_list(include, "include")
     if Head.of(head) is Head.FLOAT:
         return patterns
     names = heads(model)
@@ -211,7 +211,12 @@ def matching(pattern: str, names: Collection[str]) -> set[str]:
     return {pattern} if pattern in names else {name for name in names if fnmatchcase(name, pattern)}
 
 
-def _as_list(patterns: Sequence[str], argument: str) -> list[str]:
+def pattern_list(patterns: Sequence[str], argument: str) -> list[str]:
+    """Patterns as they were given for `argument`, checked.
+
+    Raises:
+        PatternError: they are no list, or not all of them are strings.
+    """
     if isinstance(patterns, str):
         raise PatternError(f"{argument}={patterns!r} is a string; give a list of patterns: [{patterns!r}]")
     if not isinstance(patterns, Iterable):

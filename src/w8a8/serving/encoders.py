@@ -21,8 +21,7 @@ from w8a8.checkpoint.opening import open_model
 from w8a8.defaults import usual_defaults
 from w8a8.errors import ModelError
 from w8a8.jobs.encoders import open_sentences
-from w8a8.model.kinds import context_length
-from w8a8.model.pretrained import Tokenizer
+from w8a8.model.kinds import window_of
 from w8a8.serving.batching import Content, Item
 
 TRIED = ("a", "a few words to be warm with", "as many words as a longer text may have " * 4)
@@ -202,10 +201,3 @@ def open_encoder(directory: Directory) -> Encoder:
 
 def _classifies(directory: Directory) -> bool:
     return bool(directory.architecture[0].__name__.endswith("ForSequenceClassification"))
-
-
-def window_of(tokenizer: Tokenizer, model: nn.Module) -> int | None:
-    """The most tokens that a classifier reads."""
-    told = [tokenizer.model_max_length, context_length(model)]
-    found = [value for value in told if value is not None and value < 1 << 30]  # the tokenizer's way to say: no limit
-    return min(found) if found else None
