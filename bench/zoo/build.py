@@ -45,8 +45,8 @@ MOST_PARAMETERS = 12_000_000
 
 
 @functools.cache
-def types() -> dict[str, type[nn.Module]]:
-    """The class of each model type that has one; parts of other models have none of their own."""
+def types() -> dict[str, str]:
+    """The name of the class of each model type that has one; parts of other models have none of their own."""
     found: dict[str, Any] = {}
     mappings = {}
     for kind in _KINDS:

@@ -54,6 +54,7 @@ CAUSAL: dict[str, Callable[[], Any]] = {
     "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**SIZES, intermediate_size=40)),
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**_GROUPED)),
     "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**_GROUPED, num_local_experts=4)),
+    "stablelm": lambda: t.StableLmForCausalLM(t.StableLmConfig(**_GROUPED)),
     "gpt_oss": lambda: t.GptOssForCausalLM(
         t.GptOssConfig(
             **_GROUPED,
@@ -64,7 +65,8 @@ CAUSAL: dict[str, Callable[[], Any]] = {
         )
     ),
 }
-"""Full attention, windows, both in turn, soft caps, sinks, with and without groups, by the type of the model."""
+"""Full attention, windows, both in turn, soft caps, sinks, with and without groups, and attention that is handed no
+options of a call, by the type of the model."""
 
 
 def causal(name: str) -> Any:

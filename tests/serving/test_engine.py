@@ -16,7 +16,8 @@ from w8a8.serving.engine import Engine, Ticket
 from w8a8.serving.sampling import Sampling
 from w8a8.serving.suits import bytes_per_token, set_packed
 
-FAST = ("mistral", "gemma2", "gpt_oss", "opt")  # a window; soft caps, and windows in turn; sinks; learnt positions
+# a window; soft caps, and windows in turn; sinks; learnt positions; attention that is handed no options
+FAST = ("mistral", "gemma2", "gpt_oss", "opt", "stablelm")
 FAMILIES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CAUSAL]
 WORDS = 90
 WRITTEN = pytest.mark.not_under("meta", reason="transformers' `generate` makes its own tensors on the default device")

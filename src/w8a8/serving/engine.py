@@ -22,7 +22,7 @@ from torch import Tensor
 
 from w8a8.errors import ModelError
 from w8a8.model.pretrained import Pretrained
-from w8a8.serving.packed import Piece, Step
+from w8a8.serving.packed import Piece, Step, taken
 from w8a8.serving.places import Places
 from w8a8.serving.sampling import Chooser, Sampling, chosen
 
@@ -260,11 +260,11 @@ def forward(model: Pretrained, ids: Sequence[int], step: Step, rows: Sequence[in
     device = model.device
     kept = torch.tensor(list(rows) or [0], dtype=torch.long, device=device)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    found: Tensor = model(
-        input_ids=torch.tensor([ids], dtype=torch.long, device=device),
-        position_ids=step.where[:, 1].long()[None],
-        use_cache=False,
-        w8a8_step=step,
-        **({"logits_to_keep": kept} if keeps else {}),
-    ).logits[0]
+    with taken(step):
+        found: Tensor = model(
+            input_ids=torch.tensor([ids], dtype=torch.long, device=device),
+            position_ids=step.where[:, 1].long()[None],
+            use_cache=False,
+            **({"logits_to_keep": kept} if keeps else {}),
+        ).logits[0]
     return (found if keeps else found[kept])[: len(rows)]

@@ -5,15 +5,18 @@ read.  Every layer but attention treats tokens alike, so that the integer produc
 where batching gains; attention is handed its `Step` and works sequence by sequence, over the keys and values in
 `Places`: those that have one new token in one call of the native kernel (`kernels.each`), pieces by PyTorch's.
 
-transformers lets a model be called with an attention of others by name (`AttentionInterface`), and hands it whatever
-else the model was called with.  That is all that is used here: no cache of transformers takes part.
+transformers lets a model be called with an attention of others by name (`AttentionInterface`).  That is all that is
+used here: no cache of transformers takes part.  Some models do not hand on to their attention what else they are called
+with, so it finds the step that is `taken`.
 
 transformers' own continuous batching, by its source in 5.23, multiplies the queries of all with the keys of all where
 it runs on a CPU and masks the products, 64 times what is needed with 64 clients; its sampling is that of the first
 request.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -95,6 +98,19 @@ class Step:
         return self._made[key]
 
 
+_TAKEN: ContextVar[Step] = ContextVar("w8a8_step")
+
+
+@contextlib.contextmanager
+def taken(step: Step) -> Iterator[None]:
+    """While a model is called with the rows of this step."""
+    token = _TAKEN.set(step)
+    try:
+        yield
+    finally:
+        _TAKEN.reset(token)
+
+
 def _first(end: int, window: int | None) -> int:
     """The first position that the token before `end` sees."""
     return 0 if window is None else max(end - window, 0)
@@ -111,10 +127,9 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    w8a8_step: Step | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The attention of a layer over the sequences of a step; as transformers calls it.
+    """The attention of a layer over the sequences of the step that is taken; as transformers calls it.
 
     Args:
         module: The layer, whose `layer_idx` says which.
@@ -125,23 +140,25 @@ def attend(
         sliding_window: How far back a token sees, itself included.
         softcap: What the scores are bent to stay below.
         s_aux: (heads,) scores of a key without a value, the sinks.
-        w8a8_step: The step.
 
     Raises:
-        ModelError: the model asks for more than is known here.
+        ModelError: the model asks for more than is known here, or no step is taken.
     """
-    if w8a8_step is None or attention_mask is not None:
+    step = _TAKEN.get(None)
+    if step is None:
+        raise ModelError("this attention is the server's: it is there while several sequences are written together")
+    if attention_mask is not None:
         raise ModelError("its attention takes more than queries, keys, values and a window")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.detach().to(torch.float32).contiguous()
-    w8a8_step.windows[module.layer_idx] = sliding_window
-    kept = w8a8_step.store.written(module.layer_idx, key, value, w8a8_step.where)
-    pieces, found = list(w8a8_step.pieces), []
-    if w8a8_step.singles:
-        rows = query[0, :, : len(w8a8_step.singles)].transpose(0, 1).unsqueeze(2)  # (sequences, heads, 1, width)
-        out = attend_each(rows, kept.held, w8a8_step.ranges(sliding_window), scale, softcap, sinks)
+    step.windows[module.layer_idx] = sliding_window
+    kept = step.store.written(module.layer_idx, key, value, step.where)
+    pieces, found = list(step.pieces), []
+    if step.singles:
+        rows = query[0, :, : len(step.singles)].transpose(0, 1).unsqueeze(2)  # (sequences, heads, 1, width)
+        out = attend_each(rows, kept.held, step.ranges(sliding_window), scale, softcap, sinks)
         if out is None:
-            pieces = [*w8a8_step.singles, *pieces]
+            pieces = [*step.singles, *pieces]
         else:
             found.append(out)
     for piece in pieces:
@@ -149,7 +166,7 @@ def attend(
         start = _first(piece.before + 1, sliding_window)
         k, v = kept.read(piece.place, start, piece.end)
         causal = piece.before == start and (sliding_window is None or piece.count <= sliding_window)
-        mask = None if causal or piece.count == 1 else w8a8_step.mask(piece, start, sliding_window, query.dtype)
+        mask = None if causal or piece.count == 1 else step.mask(piece, start, sliding_window, query.dtype)
         if softcap is None and sinks is None:
             out = scaled_dot_product_attention(
                 rows, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=rows.shape[1] != k.shape[1]
