@@ -8,7 +8,7 @@ variants are in memory together and take turns of eight tokens; medians, in toke
 facebook/opt-125m and TinyLlama-1.1B.
 
 Eager variants use the model's own growing cache.  `ours` keeps the output head float, as the files have it; `ours, int8
-head` is head="int8".  torch.ao is `quantize_dynamic` over every linear layer, the head too, with activations per
+head` is head="int8", and with `int8 cache` also `w8a8.set_cache(model, "int8")`.  torch.ao is `quantize_dynamic` over every linear layer, the head too, with activations per
 tensor.  torchao is Int8DynamicActivationInt8Weight, the head too.
 
 Compiled variants are `torch.compile(model.forward, fullgraph=True)` with freezing and max-autotune, and decode with
@@ -37,6 +37,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig,
 import gguf_peer
 import w8a8
 from machine import describe_machine, keep, versions
+from w8a8.decoding.attention import NAME as ATTENTION
 
 PROMPT, WINDOW, PREFILL = 256, 64, 512
 TURN = 8  # tokens that a variant writes before the next one: the others' weights and code have left the caches by then
@@ -153,6 +154,20 @@ class Eager:
         self.cache = None
 
 
+class Cached(Eager):
+    """The model with keys and values in int8, and attention that reads them so."""
+
+    def _empty_cache(self, room: int) -> Any:
+        return w8a8.Int8Cache(config=self.model.config)
+
+    def tokens(self, count: int) -> list[float]:
+        before = self.model.config._attn_implementation  # the weights are shared with a variant that has another
+        self.model.set_attn_implementation(ATTENTION)
+        seconds = super().tokens(count)
+        self.model.set_attn_implementation(before)
+        return seconds
+
+
 class Compiled(Eager):
     """The model's forward through torch.compile, and a cache of fixed size."""
 
@@ -189,21 +204,25 @@ VARIANTS: dict[str, Callable[[Any], Any]] = {
     "ours": lambda model: w8a8.quantize(copy.deepcopy(model)).model,
     "ours, int8 head": lambda model: w8a8.quantize(copy.deepcopy(model), head="int8").model,
 }
-COMPILED = {"torchao compiled": "torchao", "ours, int8 head, compiled": "ours, int8 head"}  # and what is compiled
+# and of which model others are made
+CACHED = {"ours, int8 head, int8 cache": "ours, int8 head"}
+COMPILED = {"torchao compiled": "torchao", "ours, int8 head, compiled": "ours, int8 head"}
 LLAMA_CPP = "llama.cpp Q8_0"
-ALL = (*VARIANTS, *COMPILED, LLAMA_CPP)
+ALL = (*VARIANTS, *CACHED, *COMPILED, LLAMA_CPP)
 
 
 def variants_of(model: Any, chosen: list[str], stack: ExitStack) -> dict[str, Variant]:
-    """The chosen variants of a float32 model; those that are compiled share the weights of the eager ones."""
-    needed = [name for name in VARIANTS if name in chosen or name in [COMPILED.get(c) for c in chosen]]
+    """The chosen variants of a float32 model; those that are cached otherwise or compiled share the weights of others."""
+    made_of = CACHED | COMPILED
+    needed = [name for name in VARIANTS if name in chosen or name in [made_of.get(c) for c in chosen]]
     models = {name: VARIANTS[name](model) for name in needed}
     made: dict[str, Variant] = {}
     for name in chosen:
         if name == LLAMA_CPP:
             made[name] = stack.enter_context(gguf_peer.llama_cpp(model.config, torch.get_num_threads()))
         else:
-            made[name] = Compiled(models[COMPILED[name]]) if name in COMPILED else Eager(models[name])
+            kind = Cached if name in CACHED else Compiled if name in COMPILED else Eager
+            made[name] = kind(models[made_of.get(name, name)])
     return made
 
 
