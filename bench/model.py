@@ -8,8 +8,8 @@ variants are in memory together and take turns of eight tokens; medians, in toke
 facebook/opt-125m and TinyLlama-1.1B.
 
 Eager variants use the model's own growing cache.  `ours` keeps the output head float, as the files have it; `ours, int8
-head` is head="int8", and with `int8 cache` also `w8a8.set_cache(model, "int8")`.  torch.ao is `quantize_dynamic` over every linear layer, the head too, with activations per
-tensor.  torchao is Int8DynamicActivationInt8Weight, the head too.
+head` is head="int8", and with `int8 cache` also `w8a8.set_cache(model, "int8")`.  torch.ao is `quantize_dynamic` over
+every linear layer, the head too, with activations per tensor.  torchao is Int8DynamicActivationInt8Weight, with the head.
 
 Compiled variants are `torch.compile(model.forward, fullgraph=True)` with freezing and max-autotune, and decode with
 transformers' StaticCache of 320 tokens, which a graph of fixed shapes needs: they attend to all of it, masked.  Their
@@ -212,7 +212,7 @@ ALL = (*VARIANTS, *CACHED, *COMPILED, LLAMA_CPP)
 
 
 def variants_of(model: Any, chosen: list[str], stack: ExitStack) -> dict[str, Variant]:
-    """The chosen variants of a float32 model; those that are cached otherwise or compiled share the weights of others."""
+    """The chosen variants of a float32 model; those with another cache or compiled share the weights of others."""
     made_of = CACHED | COMPILED
     needed = [name for name in VARIANTS if name in chosen or name in [made_of.get(c) for c in chosen]]
     models = {name: VARIANTS[name](model) for name in needed}

@@ -160,6 +160,19 @@ def test_the_largest_sums_do_not_overflow_or_saturate(kernel, symmetric):
     torch.testing.assert_close(y, torch.tensor([[k, -k]] * 3, dtype=torch.float32), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym", "w8a8-tensor"])
+@pytest.mark.parametrize("large", [0.0, 0.02, 0.1, 1.0])
+def test_neighbours_that_are_large_are_exact_however_many_there_are(large, scheme, kernel):
+    """Where pairs of products are added in 16 bits, such pairs of codes are multiplied in another way."""
+    x = 0.2 * torch.randn(9, 300)
+    x[:, : int(300 * large)] = torch.sign(x[:, : int(300 * large)])
+    x[1], x[2] = 1.0, -1.0  # rows of nothing else
+    for rows in (x, x[3:], x[:1]):
+        q = layer(scheme, 300, 40, kernel=kernel, strict=True)
+        assert torch.equal(q(rows), oracle(q, rows))
+
+
 @pytest.mark.parametrize("kernel", [kernel for kernel in HERE if kernel.values != ("native",)])
 @pytest.mark.parametrize(
     ("activations", "lowest", "limit"),
@@ -387,6 +400,32 @@ def test_a_product_that_saturates_makes_torch_cpu_unavailable(monkeypatch):
         assert "saturates" in torch_cpu._unavailable_because()
     finally:
         torch_cpu._left_dtype.cache_clear()
+
+
+@needs("torch_cpu")
+def test_a_product_that_is_a_plain_loop_makes_torch_cpu_unavailable(monkeypatch):
+    """What PyTorch runs where oneDNN has nothing: some ten times the time of the reference, with AVX2 alone."""
+    monkeypatch.setattr(torch_cpu, "_times_float", lambda: 9.6)
+    assert torch_cpu._unavailable_because() == (
+        "torch._int_mm is a plain loop here, without VNNI: it takes 10 times as long as a float product"
+    )
+    codes = torch.ones((2, 2), dtype=torch.int8)
+    assert torch_cpu.int8_product(codes, codes) is None
+
+
+def test_whichever_of_two_products_takes_longer_is_seen(monkeypatch):
+    """By a clock that only the products move."""
+    now = [0.0]
+
+    def taking(seconds, result):
+        now[0] += seconds
+        return result
+
+    monkeypatch.setattr(torch_cpu.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch_cpu, "_left_dtype", lambda: torch.int8)
+    monkeypatch.setattr(torch_cpu, "_product", lambda a, b: taking(12.0, a))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: taking(4.0, a))
+    assert torch_cpu._times_float.__wrapped__() == 3.0
 
 
 @needs("torch_cpu")

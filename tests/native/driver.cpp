@@ -22,6 +22,7 @@
 using namespace w8a8;
 
 bool planned(uint64_t seed);   // plan.cpp
+bool paired();                  // pairs.cpp
 
 namespace {
 
@@ -362,6 +363,7 @@ int main(int argc, char **argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
   const uint64_t seed0 = argc > 2 ? static_cast<uint64_t>(std::atoll(argv[2])) : 0;
   if (!every_f16_and_bf16()) return std::puts("FAILED float16 conversions"), 1;
+  if (!paired()) return 1;
   std::printf("chosen: %s\n", w8a8_isa_name());
   for (int i = 0; i < w8a8_isa_count(); ++i) {
     int usable = 0;

@@ -10,15 +10,22 @@ fits.
 Exactness is probed, not assumed: without VNNI (or its kin on other machines) oneDNN multiplies pairs with
 a saturating 16-bit add, and large codes come out wrong.  Where the probe fails, the kernel is unavailable.
 What is probed is what is passed: one row, one column, one k, and slices of K.
+
+So is speed: where oneDNN has no product for the processor PyTorch runs a plain loop, which is exact and takes some ten
+times as long as the float products of `reference`.
 """
 
 import itertools
+import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from w8a8.kernels.request import Kernel, LinearRequest
+
+_MOST_TIMES = 4.0
 
 
 @cache
@@ -72,18 +79,41 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.t())
 
 
+@cache
+def _times_float() -> float:
+    """How many times as long as a float product an integer product takes: 1 and less, or 10 and more."""
+    dtype = _left_dtype()
+    assert dtype is not None, "a product that is not exact has no speed"
+    left, right = _mixed(16, 256, dtype), _mixed(256, 256, torch.int8)
+    floats = left.to(torch.float32), right.to(torch.float32).t()
+    return _least_seconds(lambda: _product(left, right)) / _least_seconds(lambda: floats[0] @ floats[1])
+
+
+def _least_seconds(call: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(7):  # whatever else runs here
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
+
+
 def _unavailable_because() -> str | None:
     if _left_dtype() is None:
         return "torch._int_mm is not exact here: without VNNI, oneDNN's int8 product saturates pairs of codes"
+    if (times := _times_float()) > _MOST_TIMES:
+        return (
+            f"torch._int_mm is a plain loop here, without VNNI: it takes {times:.0f} times as long as a float product"
+        )
     return None
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor | None:
     """sum_k a[m, k] * b[n, k] of codes, exactly: (M, K) and (N, K) int8 -> (M, N) int32; K below 2**31 / 128**2.
 
-    None where `torch._int_mm` is not exact or does not take them.
+    None where `torch._int_mm` is not exact, a plain loop, or does not take them.
     """
-    if a.device.type != "cpu" or b.device.type != "cpu" or not a.numel() or not b.numel() or _left_dtype() is None:
+    if a.device.type != "cpu" or b.device.type != "cpu" or not a.numel() or not b.numel() or _unavailable_because():
         return None
     if _left_dtype() is torch.int8:
         return _product(a, b)

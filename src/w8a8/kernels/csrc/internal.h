@@ -251,6 +251,17 @@ struct RowSteps {
 };
 extern const RowSteps kPortableSteps, kAvx2Steps, kAvx512Steps, kNeonSteps;   // those of this architecture
 
+// A product that is exact for rows of bytes of which nearly all pairs of codes are small, and faster than that of the rows
+// widened to 16 bits.
+struct Pairs {
+  TileFn tile[kMaxRows + 1];   // instead of the instruction set's
+  int stream_rows;
+  // From `steps` groups of codes to what `tile` reads, in place: rows that it takes that many steps more for.  -1: not worth it.
+  // A row has room for twice its codes.
+  int64_t (*pair)(void *row, int64_t steps);
+  void (*widen)(void *row, int64_t steps);   // from that to codes of 16 bits, in place
+};
+
 struct Isa {
   const char *name;
   bool (*usable)();
@@ -263,6 +274,7 @@ struct Isa {
   const Floats *floats;
   const char *(*why_not)() = nullptr;   // where there is more to say than that this CPU has not got it
   const Tiles *tiles = nullptr;         // instead of `tile`
+  const Pairs *pairs = nullptr;         // tried before `tile`, for which `left` is kS16
 };
 
 const Isa &isa();   // the one that is forced, or the best
@@ -272,6 +284,7 @@ const Isa &isa_for(int64_t m, int64_t k);
 extern const Isa kPortable;
 #ifdef W8A8_X86
 extern const Isa kAvx2, kAvxVnni, kAvx512Vnni256, kAvx512Vnni, kAmx;
+extern const Pairs kAvx2Pairs;
 #endif
 #if defined(W8A8_TILE_MODEL) && defined(W8A8_X86)
 extern const Isa kAmxModel;   // tests/native/tile_model.cpp

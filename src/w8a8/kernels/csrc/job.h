@@ -15,7 +15,7 @@ constexpr int kMaxLayers = 8;
 
 struct Workspace {
   Scratch memory;
-  Shares measure, quantize, product;
+  Shares measure, quantize, widen, product;
 };
 
 struct Job {
@@ -28,6 +28,7 @@ struct Job {
   Quantize q;
   Workspace *space;
   std::atomic<int> workers{0};
+  std::atomic<int64_t> rests{0};         // q.rests
 
   int64_t panel_bytes;
   int64_t panel_begin[kMaxLayers + 1];   // of each layer, in the common numbering
@@ -43,6 +44,9 @@ struct Job {
   int64_t sums_per_worker = 0;           // int32
 
   int64_t tasks() const { return groups * blocks; }
+  // Whether the rows, once they are quantised, are multiplied as pairs of bytes: a step of one row alone takes twice as long
+  // as its share of a tile's, and 16 bits a quarter longer than 8.
+  bool paired() const { return q.pairs && rests.load(std::memory_order_relaxed) * 8 <= q.m * div_up(q.k, kGroup); }
 
   struct Panel {
     const int8_t *data;

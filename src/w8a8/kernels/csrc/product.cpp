@@ -68,7 +68,9 @@ void product_task(const Job &job, int64_t task) {
   const int64_t group = task / job.blocks, block = task % job.blocks;
   const int64_t p0 = group * job.group, p1 = std::min(job.panels, p0 + job.group);
   const int64_t t0 = block * job.tiles_per_block, t1 = std::min(job.tiles, t0 + job.tiles_per_block);
-  const bool single = job.tiles == 1 && job.q.m <= job.isa->stream_rows;
+  const bool paired = job.paired();
+  const TileFn *const tile = paired ? job.q.pairs->tile : job.isa->tile;
+  const bool single = job.tiles == 1 && job.q.m <= (paired ? job.q.pairs->stream_rows : job.isa->stream_rows);
   const Stream &distance = stream();
   const int64_t stream_ahead = job.q.m <= distance.near_rows ? distance.near : distance.far;
   const int64_t ksteps = div_up(job.q.k, kGroup);   // groups that hold any of K: a panel may have more, all zeros
@@ -91,7 +93,7 @@ void product_task(const Job &job, int64_t task) {
             __builtin_prefetch(y + r * panel.finish.ldy * item + line, 1);
       }
       const int8_t *fetch = single ? panel.data + stream_ahead : ahead + (t - t0) * slice;
-      job.isa->tile[rows](job.q.codes + m0 * job.q.ld_bytes, job.q.ld_bytes, panel.data, ksteps, sums, fetch, lines);
+      tile[rows](job.q.codes + m0 * job.q.ld_bytes, job.q.ld_bytes, panel.data, ksteps, sums, fetch, lines);
       job.finish(panel, sums, m0, rows);
     }
   }

@@ -1,5 +1,5 @@
-// AVX2 alone: vpmaddubsw takes u8 x s8, but saturates the sum of two products at 32767 (255 * 127 * 2 = 64770).  So both
-// sides are widened to 16 bits and vpmaddwd adds pairs into int32, exactly, at half the speed.
+// AVX2 alone: vpmaddubsw takes u8 x s8, but saturates the sum of two products at 32767 (255 * 127 * 2 = 64770).  So where
+// that might happen (isa/avx2_pairs.cpp) both sides are widened to 16 bits, and vpmaddwd adds pairs into int32, exactly.
 #include "internal.h"
 
 #ifdef W8A8_X86
@@ -196,18 +196,19 @@ void tile(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, in
 }
 
 double peak(int64_t rounds) {
-  __m256i acc[12], a = _mm256_set1_epi16(3), b = _mm256_set1_epi16(5);
+  __m256i acc[12], a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(5);
+  const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 12
   for (int i = 0; i < 12; ++i) acc[i] = _mm256_setzero_si256();
   for (int64_t n = 0; n < rounds; ++n) {
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) {
       __asm__ volatile("" : "+x"(a));
-      acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(a, b));
+      acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), ones));
       __asm__ volatile("" : "+x"(acc[i]));
     }
   }
-  return static_cast<double>(rounds) * 12 * 16 * 2;
+  return static_cast<double>(rounds) * 12 * 32 * 2;
 }
 
 W8A8_TARGET_END
@@ -219,7 +220,7 @@ const RowSteps kAvx2Steps = {{range<W8A8_F32>, range<W8A8_BF16>, range<W8A8_F16>
 
 const Isa kAvx2 = {"avx2", usable, Left::kS16, 6, 1,
                    {nullptr, tile<1, 8>, tile<2, 4>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>},
-                   &kAvx2Steps, peak, &kAvx2Floats};
+                   &kAvx2Steps, peak, &kAvx2Floats, nullptr, nullptr, &kAvx2Pairs};
 
 }  // namespace w8a8
 #endif

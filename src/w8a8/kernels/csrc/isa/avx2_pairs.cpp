@@ -1,0 +1,198 @@
+// AVX2 without VNNI, at the full rate of vpmaddubsw, and exactly.
+//
+// vpmaddubsw multiplies unsigned by signed bytes and adds two products in 16 bits, where they saturate.  Here the unsigned
+// ones are weights + 128 and the signed ones codes.  A pair of codes is safe whatever the weights are if its positive ones
+// sum up to 128 at most, and its negative ones: 128 * 255 = 32640, and what has the other sign only helps.  Of most rows
+// nearly all pairs are: the largest code of a row is 127, and two like it have to be neighbours.  The others are halved
+// where they stand, and the other half goes into a list behind the codes, with the group that it belongs to: a step more
+// for that row alone.  128 times the sum of a row's codes is what the weights' offset brought; the sums begin below zero by
+// as much.  A row that is not worth it (`pair` says so) is widened to 16 bits, as are all rows beside it: isa/avx2.cpp.
+#include "internal.h"
+
+#ifdef W8A8_X86
+namespace w8a8 {
+namespace {
+
+// A step of one row alone.
+struct Rest {
+  int32_t group;
+  int8_t codes[kGroup];
+};
+// Behind the codes of a row.
+struct Behind {
+  int32_t begin;   // of its sums
+  int32_t count;   // of rests
+  Rest rest[1];
+};
+
+inline int64_t room_of(int64_t steps) { return round_up(steps * kGroup, 64); }
+inline Behind *behind(void *row, int64_t steps) {
+  return reinterpret_cast<Behind *>(static_cast<char *>(row) + room_of(steps));
+}
+inline const Behind *behind(const void *row, int64_t steps) {
+  return reinterpret_cast<const Behind *>(static_cast<const char *>(row) + room_of(steps));
+}
+
+alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+alignas(32) constexpr uint32_t kSigns[8] = {0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u,
+                                            0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u};
+
+bool safe(int a, int b) {
+  const int above = (a > 0 ? a : 0) + (b > 0 ? b : 0), below = (a < 0 ? a : 0) + (b < 0 ? b : 0);
+  return above <= 128 && below >= -128;
+}
+
+// Halves what is not safe of a group, and returns whether there was any.
+bool halve(int8_t *group, int8_t *rest) {
+  bool any = false;
+  for (int i = 0; i < kGroup; i += 2) {
+    const bool fits = safe(group[i], group[i + 1]);
+    for (int j = i; j < i + 2; ++j) {
+      rest[j] = static_cast<int8_t>(fits ? 0 : group[j] / 2);
+      group[j] = static_cast<int8_t>(group[j] - rest[j]);
+    }
+    any = any || !fits;
+  }
+  return any;
+}
+
+W8A8_TARGET_BEGIN("avx2,fma,f16c")
+
+// Of 32 codes: a bit for each byte of a group with a pair that is not safe; their sums are added, four to a lane.
+inline uint32_t unsafe(__m256i codes, __m256i &sums) {
+  const __m256i zero = _mm256_setzero_si256(), bytes = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
+  const __m256i above = _mm256_maddubs_epi16(_mm256_max_epi8(codes, zero), bytes);
+  const __m256i below = _mm256_maddubs_epi16(_mm256_abs_epi8(_mm256_min_epi8(codes, zero)), bytes);
+  const __m256i pairs = _mm256_or_si256(_mm256_cmpgt_epi16(above, most), _mm256_cmpgt_epi16(below, most));
+  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, codes), _mm256_set1_epi16(1)));
+  return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi32(pairs, zero)));
+}
+
+int64_t pair(void *row, int64_t steps) {
+  int8_t *codes = static_cast<int8_t *>(row);
+  const int64_t bytes = steps * kGroup, room = room_of(steps);
+  std::memset(codes + bytes, 0, static_cast<size_t>(room - bytes));
+  __m256i sums = _mm256_setzero_si256(), again = sums;
+  int64_t count = 0;
+  for (int64_t i = 0; i < room; i += 32)
+    count += __builtin_popcount(unsafe(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + i)), sums)) / kGroup;
+  Behind *const after = behind(row, steps);
+  after->count = 0;
+  if (count > (room - 8) / static_cast<int64_t>(sizeof(Rest))) return -1;
+  alignas(32) int32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i *>(lanes), sums);
+  int32_t sum = 0;
+  for (const int32_t lane : lanes) sum += lane;
+  after->begin = -128 * sum;
+  if (count == 0) return 0;
+  for (int64_t i = 0; i < room; i += 32) {
+    if (!unsafe(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + i)), again)) continue;
+    for (int64_t g = i; g < i + 32; g += kGroup) {
+      Rest &next = after->rest[after->count];
+      if (!halve(codes + g, next.codes)) continue;
+      next.group = static_cast<int32_t>(g / kGroup);
+      ++after->count;
+    }
+  }
+  return count;
+}
+
+void widen(void *row, int64_t steps) {
+  int8_t *codes = static_cast<int8_t *>(row);
+  const Behind *const after = behind(static_cast<const void *>(row), steps);
+  for (int32_t i = 0; i < after->count; ++i)
+    for (int j = 0; j < kGroup; ++j) {
+      int8_t &code = codes[after->rest[i].group * kGroup + j];
+      code = static_cast<int8_t>(code + after->rest[i].codes[j]);
+    }
+  int16_t *wide = static_cast<int16_t *>(row);
+  for (int64_t i = room_of(steps) - 16; i >= 0; i -= 16) {   // from behind: what is read next lies before what is written
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(wide + i), _mm256_cvtepi8_epi16(narrow));
+  }
+}
+
+// A register holds eight columns; a pass takes V of them.
+template <int MR, int V>
+void tile(const void *left_, int64_t ld, const int8_t *panel, int64_t ksteps, int32_t *sums, const int8_t *ahead,
+          int ahead_lines) {
+  constexpr int kPasses = kPanel / (8 * V);
+  const char *left = static_cast<const char *>(left_);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int8_t *b = panel + 32 * V * pass;
+    __m256i acc[MR][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const __m256i begin = _mm256_set1_epi32(behind(left + r * ld, ksteps)->begin);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = begin;
+    }
+    // Constants come from memory: their registers are needed for sums.
+    auto weights = [&](const int8_t *at) {
+      __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(at));
+      __asm__("vpxor %1, %0, %0" : "+x"(w) : "m"(kSigns));
+      return w;
+    };
+    auto add = [&](int r, int v, __m256i codes_r, __m256i weights_v) {
+      __m256i products = _mm256_maddubs_epi16(weights_v, codes_r);
+      __asm__("vpmaddwd %1, %0, %0" : "+x"(products) : "m"(kOnes));
+      acc[r][v] = _mm256_add_epi32(acc[r][v], products);
+      __asm__ volatile("" : "+x"(acc[r][v]));   // holds the order: see isa/avx2.cpp
+    };
+    auto four = [&](const void *at) {
+      int32_t codes;
+      std::memcpy(&codes, at, 4);
+      return _mm256_set1_epi32(codes);
+    };
+    const char *a = left;
+    Ahead fetch(ahead, ahead_lines, ksteps, kPasses, pass);
+    for (int64_t s = 0; s < ksteps; ++s, a += kGroup) {
+      fetch.step(s);
+      const int8_t *at = b + s * kPanelStep;
+      if constexpr (MR == 1) {
+        const __m256i codes = four(a);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) add(0, v, codes, weights(at + 32 * v));
+      } else if constexpr (MR == 2) {
+        const __m256i codes = four(a), below = four(a + ld);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          const __m256i w = weights(at + 32 * v);
+          add(0, v, codes, w), add(1, v, below, w);
+        }
+      } else {
+        __m256i w[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) w[v] = weights(at + 32 * v);
+#pragma GCC unroll 8
+        for (int r = 0; r < MR; ++r) {
+          const __m256i codes = four(a + r * ld);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) add(r, v, codes, w[v]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+      const Behind *after = behind(left + r * ld, ksteps);
+      for (int32_t i = 0; i < after->count; ++i) {
+        const __m256i codes = four(after->rest[i].codes);
+        const int8_t *at = b + after->rest[i].group * kPanelStep;
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) add(r, v, codes, weights(at + 32 * v));
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(sums + r * kPanel + 8 * (V * pass + v)), acc[r][v]);
+    }
+  }
+}
+
+W8A8_TARGET_END
+
+}  // namespace
+
+const Pairs kAvx2Pairs = {{nullptr, tile<1, 4>, tile<2, 4>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>}, 2, pair, widen};
+
+}  // namespace w8a8
+#endif
