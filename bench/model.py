@@ -9,7 +9,7 @@ facebook/opt-125m and TinyLlama-1.1B.
 
 Eager variants use the model's own growing cache.  `ours` keeps the output head float, as the files have it; `ours, int8
 head` is head="int8", and with `int8 cache` also `w8a8.set_cache(model, "int8")`.  torch.ao is `quantize_dynamic` over
-every linear layer, the head too, with activations per tensor.  torchao is Int8DynamicActivationInt8Weight, with the head.
+every linear layer, the head too, with activations per tensor; torchao is Int8DynamicActivationInt8Weight, likewise.
 
 Compiled variants are `torch.compile(model.forward, fullgraph=True)` with freezing and max-autotune, and decode with
 transformers' StaticCache of 320 tokens, which a graph of fixed shapes needs: they attend to all of it, masked.  Their
