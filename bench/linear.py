@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from machine import describe_machine, keep, versions
-from w8a8.kernels import compiled
+from w8a8.kernels import available, compiled
 from w8a8.layers.linear import QuantLinear
 
 SHAPES = (
@@ -142,10 +142,11 @@ def _forced(isa: str, linear: nn.Linear) -> Layer:
     return run
 
 
+HAS_TORCH_CPU = available()["torch_cpu"] is None
 PEERS: dict[str, Callable[[nn.Linear], Layer]] = {
     "ours": QuantLinear.from_float,
     **{f"native {isa}": partial(_forced, isa) for isa, reason in compiled.instruction_sets().items() if reason is None},
-    "torch_cpu": lambda linear: QuantLinear.from_float(linear, kernel="torch_cpu", strict=True),
+    **({"torch_cpu": partial(QuantLinear.from_float, kernel="torch_cpu", strict=True)} if HAS_TORCH_CPU else {}),
     "float32": lambda linear: linear,
     "bf16": _bf16,
     "torch.ao x86": lambda linear: _torch_ao(linear, "x86"),
