@@ -1,6 +1,7 @@
 // Products of pairs of bytes are exact for every pair of codes and the weights that bring them furthest, and a row that is
 // not multiplied so is widened to what it was.
 #include <algorithm>
+#include <cstdlib>
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -12,13 +13,17 @@ namespace w8a8 {
 namespace {
 
 struct Row {
-  std::vector<int8_t> codes;
+  std::vector<int> codes;   // less the zero point
   int64_t steps;
+  int zero_point;
   alignas(64) char memory[4096] = {};
 
-  explicit Row(std::vector<int8_t> given) : codes(std::move(given)), steps(div_up(static_cast<int64_t>(codes.size()), kGroup)) {
-    std::copy(codes.begin(), codes.end(), reinterpret_cast<int8_t *>(memory));
+  Row(const std::vector<int8_t> &given, int zero)
+      : steps(div_up(static_cast<int64_t>(given.size()), kGroup)), zero_point(zero) {
+    std::copy(given.begin(), given.end(), reinterpret_cast<int8_t *>(memory));
+    for (const int8_t code : given) codes.push_back(code - zero);
   }
+  int64_t pair(const Pairs &pairs) { return pairs.pair(memory, steps, zero_point); }
   bool widens(const Pairs &pairs) {
     pairs.widen(memory, steps);
     for (size_t i = 0; i < codes.size(); ++i)
@@ -63,25 +68,30 @@ bool paired() {
     panel[i] = static_cast<int8_t>(column < 16 ? ends[place % 2 ? column / 4 : column % 4] : static_cast<int>(random() % 256) - 128);
   }
   bool ok = true;
-  for (int a = -128; a < 128; ++a)
-    for (int b = -128; b < 128; b += 6) {
-      std::vector<Row> rows;
-      for (int other = b; other < b + 6; ++other) {
-        const int8_t first = static_cast<int8_t>(a), second = static_cast<int8_t>(std::min(other, 127));
-        rows.emplace_back(std::vector<int8_t>{first, second, 0, 1, 2, -3, second, first});
-        const bool safe = std::max(a, 0) + std::max<int>(second, 0) <= 128 && std::min(a, 0) + std::min<int>(second, 0) >= -128;
-        ok = ok && pairs.pair(rows.back().memory, rows.back().steps) == (safe ? 0 : 2);
+  for (const int zero : {0, -128, 127, 5})
+    for (int a = -128; a < 128; ++a)
+      for (int b = -128; b < 128; b += 6) {
+        std::vector<Row> rows;
+        for (int other = b; other < b + 6; ++other) {
+          const int8_t first = static_cast<int8_t>(a), second = static_cast<int8_t>(std::min(other, 127));
+          const int8_t none = static_cast<int8_t>(zero);
+          rows.emplace_back(std::vector<int8_t>{first, second, none, none, none, none, second, first}, zero);
+          const int x = first - zero, y = second - zero;
+          const bool safe = std::max(x, 0) + std::max(y, 0) <= 127 && std::min(x, 0) + std::min(y, 0) >= -128;
+          const int most = safe ? 0 : (std::max(std::abs(x), std::abs(y)) - 1) / 64;   // of each group
+          const int64_t found = rows.back().pair(pairs);
+          ok = ok && found % 2 == 0 && found <= 2 * most && (found > 0) == (most > 0);
+        }
+        ok = ok && exact(pairs, rows, panel);
+        for (Row &row : rows) ok = ok && row.widens(pairs);
       }
-      ok = ok && exact(pairs, rows, panel);
-      for (Row &row : rows) ok = ok && row.widens(pairs);
-    }
   // as many groups as a row has room for, and one more
-  for (int64_t many : {7, 8}) {
+  for (int64_t many : {6, 7}) {
     std::vector<int8_t> codes(64);
     for (size_t i = 0; i < static_cast<size_t>(4 * many); ++i) codes[i] = 127;
-    Row row(codes);
-    ok = ok && pairs.pair(row.memory, row.steps) == (many == 7 ? 7 : -1);
-    ok = ok && (many == 8 || exact(pairs, {row}, panel)) && row.widens(pairs);
+    Row row(codes, 0);
+    ok = ok && row.pair(pairs) == (many == 6 ? 6 : -1);
+    ok = ok && (many == 7 || exact(pairs, {row}, panel)) && row.widens(pairs);
   }
   if (!ok) std::puts("FAILED pairs");
   return ok;

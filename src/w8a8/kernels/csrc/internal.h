@@ -256,10 +256,10 @@ extern const RowSteps kPortableSteps, kAvx2Steps, kAvx512Steps, kNeonSteps;   //
 struct Pairs {
   TileFn tile[kMaxRows + 1];   // instead of the instruction set's
   int stream_rows;
-  // From `steps` groups of codes to what `tile` reads, in place: rows that it takes that many steps more for.  -1: not worth it.
-  // A row has room for twice its codes.
-  int64_t (*pair)(void *row, int64_t steps);
-  void (*widen)(void *row, int64_t steps);   // from that to codes of 16 bits, in place
+  // From `steps` groups of codes to what `tile` reads, in place, which has no zero point any more: how many steps more this
+  // row takes, or -1 where it is not worth it.  A row has room for twice its codes.
+  int64_t (*pair)(void *row, int64_t steps, int32_t zero_point);
+  void (*widen)(void *row, int64_t steps);   // after `pair`, whatever it said: to 16 bits, less the zero point, in place
 };
 
 struct Isa {

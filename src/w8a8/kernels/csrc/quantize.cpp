@@ -39,8 +39,9 @@ Grid grid_of(const RowRange &r, bool asym, int bits) {
   return asym ? asymmetric(r.lo, r.hi, bits) : symmetric(bits_float(r.absbits), bits);
 }
 
-void pair_row(const Quantize &q, char *codes) {
-  const int64_t rests = q.pairs->pair(codes, div_up(q.k, kGroup));
+void pair_row(const Quantize &q, int64_t m) {
+  const int64_t rests = q.pairs->pair(q.codes + m * q.ld_bytes, div_up(q.k, kGroup), q.zx[m]);
+  q.zx[m] = 0;
   if (rests) q.rests->fetch_add(rests < 0 ? kTooMany : rests, std::memory_order_relaxed);
 }
 
@@ -93,15 +94,15 @@ void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
       std::memset(out, q.offset, static_cast<size_t>(padded));
     q.sx[m] = std::numeric_limits<float>::quiet_NaN();
     q.zx[m] = 0;
-    if (q.pairs) pair_row(q, out);
+    if (q.pairs) pair_row(q, m);
     return;
   }
   const bool per_token = q.mode == W8A8_TOKEN_SYM || q.mode == W8A8_TOKEN_ASYM;
   const Grid g = per_token ? grid_of(r, q.asym(), q.bits) : shared;
   q.isa->steps->codes[q.dtype](row, q.k, g, q.left, q.offset, out);
-  if (q.pairs) pair_row(q, out);
   q.sx[m] = g.scale;
   q.zx[m] = g.zero_point;
+  if (q.pairs) pair_row(q, m);
 }
 
 int reach_of(int mode, int bits) {

@@ -1,12 +1,15 @@
 // AVX2 without VNNI, at the full rate of vpmaddubsw, and exactly.
 //
 // vpmaddubsw multiplies unsigned by signed bytes and adds two products in 16 bits, where they saturate.  Here the unsigned
-// ones are weights + 128 and the signed ones codes.  A pair of codes is safe whatever the weights are if its positive ones
-// sum up to 128 at most, and its negative ones: 128 * 255 = 32640, and what has the other sign only helps.  Of most rows
-// nearly all pairs are: the largest code of a row is 127, and two like it have to be neighbours.  The others are halved
-// where they stand, and the other half goes into a list behind the codes, with the group that it belongs to: a step more
-// for that row alone.  128 times the sum of a row's codes is what the weights' offset brought; the sums begin below zero by
-// as much.  A row that is not worth it (`pair` says so) is widened to 16 bits, as are all rows beside it: isa/avx2.cpp.
+// ones are weights + 128 and the signed ones codes less their zero point.  A pair of codes is safe whatever the weights are
+// if its positive ones sum up to 128 at most, and its negative ones: 128 * 255 = 32640, and what has the other sign only
+// helps.  Of most rows nearly all pairs are: the largest code of a row is 127, and two like it have to be neighbours.  Of the
+// others as much as is safe stays where it stands, and what is left goes into a list behind the codes, with the group that it
+// belongs to: steps more for that row alone.  128 times the sum of a row's codes is what the weights' offset brought; the sums
+// begin below zero by as much.  A row that is not worth it (`pair` says so) is widened to 16 bits, as are all rows beside it:
+// isa/avx2.cpp.
+#include <algorithm>
+
 #include "internal.h"
 
 #ifdef W8A8_X86
@@ -20,10 +23,13 @@ struct Rest {
 };
 // Behind the codes of a row.
 struct Behind {
-  int32_t begin;   // of its sums
-  int32_t count;   // of rests
+  int32_t begin;        // of its sums
+  int32_t count;        // of rests; -1 where the codes are as they came
+  int32_t zero_point;   // which they are less
+  int32_t unused;
   Rest rest[1];
 };
+constexpr int64_t kHead = 16;
 
 inline int64_t room_of(int64_t steps) { return round_up(steps * kGroup, 64); }
 inline Behind *behind(void *row, int64_t steps) {
@@ -37,79 +43,97 @@ alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1
 alignas(32) constexpr uint32_t kSigns[8] = {0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u,
                                             0x80808080u, 0x80808080u, 0x80808080u, 0x80808080u};
 
-bool safe(int a, int b) {
-  const int above = (a > 0 ? a : 0) + (b > 0 ? b : 0), below = (a < 0 ? a : 0) + (b < 0 ? b : 0);
-  return above <= 128 && below >= -128;
-}
-
-// Halves what is not safe of a group, and returns whether there was any.
-bool halve(int8_t *group, int8_t *rest) {
-  bool any = false;
+// Takes from a group what one step may take, and returns whether there is more.
+bool take(int *left, int8_t *step) {
+  bool more = false;
   for (int i = 0; i < kGroup; i += 2) {
-    const bool fits = safe(group[i], group[i + 1]);
+    const int a = left[i], b = left[i + 1];
+    const bool safe = std::max(a, 0) + std::max(b, 0) <= 127 && std::min(a, 0) + std::min(b, 0) >= -128;
     for (int j = i; j < i + 2; ++j) {
-      rest[j] = static_cast<int8_t>(fits ? 0 : group[j] / 2);
-      group[j] = static_cast<int8_t>(group[j] - rest[j]);
+      step[j] = static_cast<int8_t>(safe ? left[j] : std::clamp(left[j], -64, 64));
+      left[j] -= step[j];
+      more = more || left[j];
     }
-    any = any || !fits;
   }
-  return any;
+  return more;
 }
 
 W8A8_TARGET_BEGIN("avx2,fma,f16c")
 
-// Of 32 codes: a bit for each byte of a group with a pair that is not safe; their sums are added, four to a lane.
-inline uint32_t unsafe(__m256i codes, __m256i &sums) {
-  const __m256i zero = _mm256_setzero_si256(), bytes = _mm256_set1_epi8(1), most = _mm256_set1_epi16(128);
-  const __m256i above = _mm256_maddubs_epi16(_mm256_max_epi8(codes, zero), bytes);
-  const __m256i below = _mm256_maddubs_epi16(_mm256_abs_epi8(_mm256_min_epi8(codes, zero)), bytes);
-  const __m256i pairs = _mm256_or_si256(_mm256_cmpgt_epi16(above, most), _mm256_cmpgt_epi16(below, most));
-  sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, codes), _mm256_set1_epi16(1)));
-  return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi32(pairs, zero)));
+inline __m256i wide16(const int8_t *codes, __m256i zero_point) {
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes));
+  return _mm256_sub_epi16(_mm256_cvtepi8_epi16(narrow), zero_point);
 }
 
-int64_t pair(void *row, int64_t steps) {
+// Of 16 codes: a bit for each group with a pair that is not safe.
+inline int unsafe(__m256i codes) {
+  const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi16(1);
+  const __m256i above = _mm256_madd_epi16(_mm256_max_epi16(codes, zero), ones);
+  const __m256i below = _mm256_madd_epi16(_mm256_min_epi16(codes, zero), ones);
+  const __m256i pairs = _mm256_or_si256(_mm256_cmpgt_epi32(above, _mm256_set1_epi32(127)),
+                                        _mm256_cmpgt_epi32(_mm256_set1_epi32(-128), below));
+  return ~_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(pairs, zero))) & 15;
+}
+
+int64_t pair(void *row, int64_t steps, int32_t zero_point) {
   int8_t *codes = static_cast<int8_t *>(row);
   const int64_t bytes = steps * kGroup, room = room_of(steps);
-  std::memset(codes + bytes, 0, static_cast<size_t>(room - bytes));
-  __m256i sums = _mm256_setzero_si256(), again = sums;
-  int64_t count = 0;
-  for (int64_t i = 0; i < room; i += 32)
-    count += __builtin_popcount(unsafe(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + i)), sums)) / kGroup;
-  Behind *const after = behind(row, steps);
-  after->count = 0;
-  if (count > (room - 8) / static_cast<int64_t>(sizeof(Rest))) return -1;
+  std::memset(codes + bytes, zero_point, static_cast<size_t>(room - bytes));
+  const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(zero_point));
+  __m256i sums = _mm256_setzero_si256();
+  int64_t groups = 0;
+  for (int64_t i = 0; i < room; i += 16) {
+    const __m256i wide = wide16(codes + i, less);
+    groups += __builtin_popcount(static_cast<unsigned>(unsafe(wide)));
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(wide, _mm256_set1_epi16(1)));
+  }
   alignas(32) int32_t lanes[8];
   _mm256_store_si256(reinterpret_cast<__m256i *>(lanes), sums);
   int32_t sum = 0;
   for (const int32_t lane : lanes) sum += lane;
-  after->begin = -128 * sum;
-  if (count == 0) return 0;
-  for (int64_t i = 0; i < room; i += 32) {
-    if (!unsafe(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(codes + i)), again)) continue;
-    for (int64_t g = i; g < i + 32; g += kGroup) {
-      Rest &next = after->rest[after->count];
-      if (!halve(codes + g, next.codes)) continue;
-      next.group = static_cast<int32_t>(g / kGroup);
-      ++after->count;
+  Behind *const after = behind(row, steps);
+  *after = {-128 * sum, -1, zero_point, 0, {}};
+  const int64_t most = zero_point ? 3 : 1;   // 255 + 255 are four steps of 64 + 64, and what has no zero point is two
+  if (groups * most * static_cast<int64_t>(sizeof(Rest)) + kHead > room) return -1;
+  after->count = 0;
+  if (groups == 0 && zero_point == 0) return 0;
+  for (int64_t i = 0; i < room; i += 16) {
+    const __m256i wide = wide16(codes + i, less);
+    const int which = unsafe(wide);
+    if (which == 0) {
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(wide, wide), 0xd8);
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm256_castsi256_si128(packed));
+      continue;
+    }
+    for (int64_t at = i; at < i + 16; at += kGroup) {
+      int left[kGroup];
+      for (int j = 0; j < kGroup; ++j) left[j] = codes[at + j] - zero_point;
+      for (bool more = take(left, codes + at); more; ++after->count) {
+        Rest &rest = after->rest[after->count];
+        rest.group = static_cast<int32_t>(at / kGroup);
+        more = take(left, rest.codes);
+      }
     }
   }
-  return count;
+  return after->count;
 }
 
 void widen(void *row, int64_t steps) {
   int8_t *codes = static_cast<int8_t *>(row);
   const Behind *const after = behind(static_cast<const void *>(row), steps);
-  for (int32_t i = 0; i < after->count; ++i)
-    for (int j = 0; j < kGroup; ++j) {
-      int8_t &code = codes[after->rest[i].group * kGroup + j];
-      code = static_cast<int8_t>(code + after->rest[i].codes[j]);
-    }
-  int16_t *wide = static_cast<int16_t *>(row);
-  for (int64_t i = room_of(steps) - 16; i >= 0; i -= 16) {   // from behind: what is read next lies before what is written
-    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + i));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(wide + i), _mm256_cvtepi8_epi16(narrow));
+  const int32_t zero_point = after->zero_point;
+  if (after->count >= 0) {   // as they came: bytes wrap around on the way
+    for (int64_t i = 0; i < room_of(steps); ++i) codes[i] = static_cast<int8_t>(codes[i] + zero_point);
+    for (int32_t i = 0; i < after->count; ++i)
+      for (int j = 0; j < kGroup; ++j) {
+        int8_t &code = codes[after->rest[i].group * kGroup + j];
+        code = static_cast<int8_t>(code + after->rest[i].codes[j]);
+      }
   }
+  const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(zero_point));
+  int16_t *wide = static_cast<int16_t *>(row);
+  for (int64_t i = room_of(steps) - 16; i >= 0; i -= 16)   // from behind: what is read next lies before what is written
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(wide + i), wide16(codes + i, less));
 }
 
 // A register holds eight columns; a pass takes V of them.
