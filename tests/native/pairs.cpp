@@ -1,7 +1,6 @@
 // Products of pairs of bytes are exact for every pair of codes and the weights that bring them furthest, and a row that is
 // not multiplied so is widened to what it was.
 #include <algorithm>
-#include <cstdlib>
 #include <cstdio>
 #include <random>
 #include <vector>
@@ -23,11 +22,12 @@ struct Row {
     std::copy(given.begin(), given.end(), reinterpret_cast<int8_t *>(memory));
     for (const int8_t code : given) codes.push_back(code - zero);
   }
-  int64_t pair(const Pairs &pairs) { return pairs.pair(memory, steps, zero_point); }
-  bool widens(const Pairs &pairs) {
-    pairs.widen(memory, steps);
+  int64_t count(const Pairs &pairs) { return pairs.count(memory, steps, zero_point); }
+  bool widens(const Pairs &pairs) const {
+    Row wide = *this;
+    pairs.widen(wide.memory, steps);
     for (size_t i = 0; i < codes.size(); ++i)
-      if (reinterpret_cast<const int16_t *>(memory)[i] != codes[i]) return false;
+      if (reinterpret_cast<const int16_t *>(wide.memory)[i] != codes[i]) return false;
     return true;
   }
 };
@@ -69,29 +69,34 @@ bool paired() {
   }
   bool ok = true;
   for (const int zero : {0, -128, 127, 5})
-    for (int a = -128; a < 128; ++a)
+    for (int a = -128; a < 128; a += 3)
       for (int b = -128; b < 128; b += 6) {
         std::vector<Row> rows;
         for (int other = b; other < b + 6; ++other) {
           const int8_t first = static_cast<int8_t>(a), second = static_cast<int8_t>(std::min(other, 127));
-          const int8_t none = static_cast<int8_t>(zero);
-          rows.emplace_back(std::vector<int8_t>{first, second, none, none, none, none, second, first}, zero);
+          std::vector<int8_t> codes(64, static_cast<int8_t>(zero));   // a row with room for six rests
+          codes[20] = codes[63] = first, codes[21] = codes[62] = second;
+          rows.emplace_back(codes, zero);
           const int x = first - zero, y = second - zero;
           const bool safe = std::max(x, 0) + std::max(y, 0) <= 127 && std::min(x, 0) + std::min(y, 0) >= -128;
-          const int most = safe ? 0 : (std::max(std::abs(x), std::abs(y)) - 1) / 64;   // of each group
-          const int64_t found = rows.back().pair(pairs);
-          ok = ok && found % 2 == 0 && found <= 2 * most && (found > 0) == (most > 0);
+          const bool beyond = std::max(x, y) > 127 || std::min(x, y) < -128;
+          ok = ok && rows.back().count(pairs) == (safe ? 0 : beyond ? 6 : 2);
+        }
+        for (Row &row : rows) {
+          ok = ok && row.widens(pairs);
+          pairs.split(row.memory, row.steps);
         }
         ok = ok && exact(pairs, rows, panel);
-        for (Row &row : rows) ok = ok && row.widens(pairs);
       }
-  // as many groups as a row has room for, and one more
+  // as many groups as there is room for, and one more
   for (int64_t many : {6, 7}) {
     std::vector<int8_t> codes(64);
     for (size_t i = 0; i < static_cast<size_t>(4 * many); ++i) codes[i] = 127;
     Row row(codes, 0);
-    ok = ok && row.pair(pairs) == (many == 6 ? 6 : -1);
-    ok = ok && (many == 7 || exact(pairs, {row}, panel)) && row.widens(pairs);
+    ok = ok && row.count(pairs) == (many == 6 ? 6 : -1) && row.widens(pairs);
+    if (many == 7) continue;
+    pairs.split(row.memory, row.steps);
+    ok = ok && exact(pairs, {row}, panel);
   }
   if (!ok) std::puts("FAILED pairs");
   return ok;

@@ -256,10 +256,12 @@ extern const RowSteps kPortableSteps, kAvx2Steps, kAvx512Steps, kNeonSteps;   //
 struct Pairs {
   TileFn tile[kMaxRows + 1];   // instead of the instruction set's
   int stream_rows;
-  // From `steps` groups of codes to what `tile` reads, in place, which has no zero point any more: how many steps more this
-  // row takes, or -1 where it is not worth it.  A row has room for twice its codes.
-  int64_t (*pair)(void *row, int64_t steps, int32_t zero_point);
-  void (*widen)(void *row, int64_t steps);   // after `pair`, whatever it said: to 16 bits, less the zero point, in place
+  // A row has room for twice its codes, `steps` groups of bytes.  First of all rows: the most steps that this one takes more
+  // than others, or -1 where there is no room for them.  Then, of all or none, to what `tile` reads, or to 16 bits, in place;
+  // either has no zero point any more.
+  int64_t (*count)(void *row, int64_t steps, int32_t zero_point);
+  void (*split)(void *row, int64_t steps);
+  void (*widen)(void *row, int64_t steps);
 };
 
 struct Isa {

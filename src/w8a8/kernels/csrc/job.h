@@ -15,7 +15,7 @@ constexpr int kMaxLayers = 8;
 
 struct Workspace {
   Scratch memory;
-  Shares measure, quantize, widen, product;
+  Shares measure, quantize, settle, product;
 };
 
 struct Job {

@@ -23,7 +23,11 @@ void all_rows(const Job &job, Shares &tasks, int worker, const Row &row) {
   tasks.wait();
 }
 
-void widen_row(const Quantize &q, int64_t m) { q.pairs->widen(q.codes + m * q.ld_bytes, div_up(q.k, kGroup)); }
+// Codes to what the product reads, when those of all rows are known.
+void settle_row(const Job &job, int64_t m) {
+  const Quantize &q = job.q;
+  (job.paired() ? q.pairs->split : q.pairs->widen)(q.codes + m * q.ld_bytes, div_up(q.k, kGroup));
+}
 
 void work(void *data) {
   Job &job = *static_cast<Job *>(data);
@@ -33,9 +37,7 @@ void work(void *data) {
   all_rows(job, s.measure, me, [&](int64_t m) { measure_row(job.q, m); });
   const Grid shared = s.quantize.total() ? shared_grid(job.q) : Grid{};   // cheap beside the rows, alike for every worker
   all_rows(job, s.quantize, me, [&](int64_t m) { quantize_row(job.q, m, shared); });
-  all_rows(job, s.widen, me, [&](int64_t m) {
-    if (!job.paired()) widen_row(job.q, m);
-  });
+  all_rows(job, s.settle, me, [&](int64_t m) { settle_row(job, m); });
   if (!job.isa->tiles) {
     for (int64_t t; (t = s.product.take(me)) >= 0;) product_task(job, t);
     return;
@@ -128,13 +130,13 @@ extern "C" int w8a8_linear_fused(const w8a8_norm *before, const w8a8_layer *cons
   if (serial && !job.quantizes_itself) {
     const Grid shared = shared_grid(q);
     for (int64_t r = 0; r < m; ++r) quantize_row(q, r, shared);
-    if (q.pairs && !job.paired())
-      for (int64_t r = 0; r < m; ++r) widen_row(q, r);
+    if (q.pairs)
+      for (int64_t r = 0; r < m; ++r) settle_row(job, r);
   }
   if (serial) row_tasks = 0;
   space.measure.reset(q.shared_dynamic() ? row_tasks : 0, threads);
   space.quantize.reset(job.quantizes_itself ? 0 : row_tasks, threads);
-  space.widen.reset(q.pairs ? row_tasks : 0, threads);
+  space.settle.reset(q.pairs ? row_tasks : 0, threads);
   space.product.reset(job.tasks(), threads);
   run_on_threads(work, &job, threads);
   space.memory.shrink();

@@ -39,8 +39,8 @@ Grid grid_of(const RowRange &r, bool asym, int bits) {
   return asym ? asymmetric(r.lo, r.hi, bits) : symmetric(bits_float(r.absbits), bits);
 }
 
-void pair_row(const Quantize &q, int64_t m) {
-  const int64_t rests = q.pairs->pair(q.codes + m * q.ld_bytes, div_up(q.k, kGroup), q.zx[m]);
+void count_rests(const Quantize &q, int64_t m) {
+  const int64_t rests = q.pairs->count(q.codes + m * q.ld_bytes, div_up(q.k, kGroup), q.zx[m]);
   q.zx[m] = 0;
   if (rests) q.rests->fetch_add(rests < 0 ? kTooMany : rests, std::memory_order_relaxed);
 }
@@ -94,7 +94,7 @@ void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
       std::memset(out, q.offset, static_cast<size_t>(padded));
     q.sx[m] = std::numeric_limits<float>::quiet_NaN();
     q.zx[m] = 0;
-    if (q.pairs) pair_row(q, m);
+    if (q.pairs) count_rests(q, m);
     return;
   }
   const bool per_token = q.mode == W8A8_TOKEN_SYM || q.mode == W8A8_TOKEN_ASYM;
@@ -102,7 +102,7 @@ void quantize_row(const Quantize &q, int64_t m, const Grid &shared) {
   q.isa->steps->codes[q.dtype](row, q.k, g, q.left, q.offset, out);
   q.sx[m] = g.scale;
   q.zx[m] = g.zero_point;
-  if (q.pairs) pair_row(q, m);
+  if (q.pairs) count_rests(q, m);
 }
 
 int reach_of(int mode, int bits) {

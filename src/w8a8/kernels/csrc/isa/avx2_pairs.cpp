@@ -6,8 +6,7 @@
 // helps.  Of most rows nearly all pairs are: the largest code of a row is 127, and two like it have to be neighbours.  Of the
 // others as much as is safe stays where it stands, and what is left goes into a list behind the codes, with the group that it
 // belongs to: steps more for that row alone.  128 times the sum of a row's codes is what the weights' offset brought; the sums
-// begin below zero by as much.  A row that is not worth it (`pair` says so) is widened to 16 bits, as are all rows beside it:
-// isa/avx2.cpp.
+// begin below zero by as much.  Where there are many, all rows are widened to 16 bits: isa/avx2.cpp.
 #include <algorithm>
 
 #include "internal.h"
@@ -24,9 +23,9 @@ struct Rest {
 // Behind the codes of a row.
 struct Behind {
   int32_t begin;        // of its sums
-  int32_t count;        // of rests; -1 where the codes are as they came
-  int32_t zero_point;   // which they are less
-  int32_t unused;
+  int32_t count;        // of rests
+  int32_t zero_point;   // what the codes are to be less
+  int32_t most;         // rests that there may be
   Rest rest[1];
 };
 constexpr int64_t kHead = 16;
@@ -65,72 +64,75 @@ inline __m256i wide16(const int8_t *codes, __m256i zero_point) {
   return _mm256_sub_epi16(_mm256_cvtepi8_epi16(narrow), zero_point);
 }
 
-// Of 16 codes: a bit for each group with a pair that is not safe.
-inline int unsafe(__m256i codes) {
+// Of 16 codes: a bit for each group in which any bit is set.
+inline unsigned groups_of(__m256i bits) {
+  const __m256i none = _mm256_cmpeq_epi64(bits, _mm256_setzero_si256());
+  return ~static_cast<unsigned>(_mm256_movemask_pd(_mm256_castsi256_pd(none))) & 15;
+}
+
+// Likewise for each group with a pair that is not safe.
+inline unsigned unsafe(__m256i codes) {
   const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi16(1);
   const __m256i above = _mm256_madd_epi16(_mm256_max_epi16(codes, zero), ones);
   const __m256i below = _mm256_madd_epi16(_mm256_min_epi16(codes, zero), ones);
-  const __m256i pairs = _mm256_or_si256(_mm256_cmpgt_epi32(above, _mm256_set1_epi32(127)),
-                                        _mm256_cmpgt_epi32(_mm256_set1_epi32(-128), below));
-  return ~_mm256_movemask_pd(_mm256_castsi256_pd(_mm256_cmpeq_epi64(pairs, zero))) & 15;
+  return groups_of(_mm256_or_si256(_mm256_cmpgt_epi32(above, _mm256_set1_epi32(127)),
+                                   _mm256_cmpgt_epi32(_mm256_set1_epi32(-128), below)));
 }
 
-int64_t pair(void *row, int64_t steps, int32_t zero_point) {
+// And for each with a code beyond a byte.
+inline unsigned beyond(__m256i codes) {
+  return groups_of(_mm256_or_si256(_mm256_cmpgt_epi16(codes, _mm256_set1_epi16(127)),
+                                   _mm256_cmpgt_epi16(_mm256_set1_epi16(-128), codes)));
+}
+
+int64_t count(void *row, int64_t steps, int32_t zero_point) {
   int8_t *codes = static_cast<int8_t *>(row);
   const int64_t bytes = steps * kGroup, room = room_of(steps);
   std::memset(codes + bytes, zero_point, static_cast<size_t>(room - bytes));
   const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(zero_point));
   __m256i sums = _mm256_setzero_si256();
-  int64_t groups = 0;
+  int32_t most = 0;
   for (int64_t i = 0; i < room; i += 16) {
     const __m256i wide = wide16(codes + i, less);
-    groups += __builtin_popcount(static_cast<unsigned>(unsafe(wide)));
+    // 64 of a code stay, what is left of a byte is one rest, and of 255 three
+    most += __builtin_popcount(unsafe(wide)) + 2 * __builtin_popcount(beyond(wide));
     sums = _mm256_add_epi32(sums, _mm256_madd_epi16(wide, _mm256_set1_epi16(1)));
   }
   alignas(32) int32_t lanes[8];
   _mm256_store_si256(reinterpret_cast<__m256i *>(lanes), sums);
   int32_t sum = 0;
   for (const int32_t lane : lanes) sum += lane;
+  *behind(row, steps) = {-128 * sum, 0, zero_point, most, {}};
+  return most * static_cast<int64_t>(sizeof(Rest)) + kHead > room ? -1 : most;
+}
+
+void split(void *row, int64_t steps) {
+  int8_t *codes = static_cast<int8_t *>(row);
   Behind *const after = behind(row, steps);
-  *after = {-128 * sum, -1, zero_point, 0, {}};
-  const int64_t most = zero_point ? 3 : 1;   // 255 + 255 are four steps of 64 + 64, and what has no zero point is two
-  if (groups * most * static_cast<int64_t>(sizeof(Rest)) + kHead > room) return -1;
-  after->count = 0;
-  if (groups == 0 && zero_point == 0) return 0;
-  for (int64_t i = 0; i < room; i += 16) {
+  if (after->most == 0 && after->zero_point == 0) return;
+  const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(after->zero_point));
+  for (int64_t i = 0; i < room_of(steps); i += 16) {
     const __m256i wide = wide16(codes + i, less);
-    const int which = unsafe(wide);
-    if (which == 0) {
-      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(wide, wide), 0xd8);
-      _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm256_castsi256_si128(packed));
-      continue;
-    }
-    for (int64_t at = i; at < i + 16; at += kGroup) {
-      int left[kGroup];
-      for (int j = 0; j < kGroup; ++j) left[j] = codes[at + j] - zero_point;
-      for (bool more = take(left, codes + at); more; ++after->count) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(wide, wide), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(codes + i), _mm256_castsi256_si128(packed));
+    unsigned which = unsafe(wide);
+    alignas(32) int16_t whole[16];
+    if (which) _mm256_store_si256(reinterpret_cast<__m256i *>(whole), wide);
+    for (; which; which &= which - 1) {
+      const int at = __builtin_ctz(which) * kGroup;
+      int left[kGroup] = {whole[at], whole[at + 1], whole[at + 2], whole[at + 3]};
+      for (bool more = take(left, codes + i + at); more; ++after->count) {
         Rest &rest = after->rest[after->count];
-        rest.group = static_cast<int32_t>(at / kGroup);
+        rest.group = static_cast<int32_t>((i + at) / kGroup);
         more = take(left, rest.codes);
       }
     }
   }
-  return after->count;
 }
 
 void widen(void *row, int64_t steps) {
-  int8_t *codes = static_cast<int8_t *>(row);
-  const Behind *const after = behind(static_cast<const void *>(row), steps);
-  const int32_t zero_point = after->zero_point;
-  if (after->count >= 0) {   // as they came: bytes wrap around on the way
-    for (int64_t i = 0; i < room_of(steps); ++i) codes[i] = static_cast<int8_t>(codes[i] + zero_point);
-    for (int32_t i = 0; i < after->count; ++i)
-      for (int j = 0; j < kGroup; ++j) {
-        int8_t &code = codes[after->rest[i].group * kGroup + j];
-        code = static_cast<int8_t>(code + after->rest[i].codes[j]);
-      }
-  }
-  const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(zero_point));
+  const int8_t *codes = static_cast<const int8_t *>(row);
+  const __m256i less = _mm256_set1_epi16(static_cast<int16_t>(behind(row, steps)->zero_point));
   int16_t *wide = static_cast<int16_t *>(row);
   for (int64_t i = room_of(steps) - 16; i >= 0; i -= 16)   // from behind: what is read next lies before what is written
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(wide + i), wide16(codes + i, less));
@@ -216,7 +218,7 @@ W8A8_TARGET_END
 
 }  // namespace
 
-const Pairs kAvx2Pairs = {{nullptr, tile<1, 4>, tile<2, 4>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>}, 2, pair, widen};
+const Pairs kAvx2Pairs = {{nullptr, tile<1, 4>, tile<2, 4>, tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>}, 2, count, split, widen};
 
 }  // namespace w8a8
 #endif
