@@ -173,6 +173,17 @@ def test_neighbours_that_are_large_are_exact_however_many_there_are(large, schem
         assert torch.equal(q(rows), oracle(q, rows))
 
 
+@needs("native")
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-asym"])
+def test_a_million_rows_of_nothing_but_large_neighbours_are_what_few_are(scheme):
+    """What was counted of them overflowed on AVX2, and rows were written into one another."""
+    row = torch.arange(1 << 20) % 7
+    few = (1 + torch.arange(7.0))[:, None].expand(-1, 64)
+    q = layer(scheme, 64, 1, kernel="native", strict=True)
+    with torch.inference_mode():
+        assert torch.equal(q(few[row]), oracle(q, few)[row])
+
+
 @pytest.mark.parametrize("kernel", [kernel for kernel in HERE if kernel.values != ("native",)])
 @pytest.mark.parametrize(
     ("activations", "lowest", "limit"),

@@ -11,6 +11,7 @@ from tests.conftest import needs
 from tests.decoding.models import CAUSAL, causal
 from tests.serving.conftest import TIMEOUT_S
 from w8a8.decoding.models import set_cache
+from w8a8.errors import ModelError
 from w8a8.serving import packed, places
 from w8a8.serving.engine import Engine, Ticket
 from w8a8.serving.sampling import Sampling
@@ -84,6 +85,25 @@ def test_each_of_several_clients_gets_what_the_model_writes_alone(name, kind):
     assert set_packed(model) is None
     with running(model, places=3, tokens=40, kind=kind, step_tokens=7) as engine:
         assert answered(engine, [Asked(ids, most) for ids, most in asked]) == wanted
+
+
+@WRITTEN
+def test_a_model_that_another_calls_within_its_step_has_no_part_in_it():
+    """It wrote its keys over those of the model that called it."""
+    model, other, seen = causal("llama"), causal("stablelm"), []
+    wanted = alone(model, prompt(9), 6)
+    assert set_packed(model) is None
+    assert set_packed(other) is None
+
+    def calls_another(*_):
+        with pytest.raises(ModelError, match="this attention is the server's"):
+            other(torch.tensor([[1] * 9]))
+        seen.append(1)
+
+    model.model.layers[1].register_forward_pre_hook(calls_another)
+    with running(model, places=1, tokens=40) as engine:
+        assert answered(engine, [Asked(prompt(9), 6)]) == [wanted]
+    assert seen
 
 
 @WRITTEN

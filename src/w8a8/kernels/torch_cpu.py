@@ -81,17 +81,26 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def _times_float() -> float:
-    """How many times as long as a float product an integer product takes: 1 and less, or 10 and more."""
+    """How many times as long as a float product an integer product takes: 1 and less, or 10 and more.
+
+    With one thread: several wait for one another, on a busy machine longer than either product takes.
+    """
     dtype = _left_dtype()
     assert dtype is not None, "a product that is not exact has no speed"
     left, right = _mixed(16, 256, dtype), _mixed(256, 256, torch.int8)
     floats = left.to(torch.float32), right.to(torch.float32).t()
-    return _least_seconds(lambda: _product(left, right)) / _least_seconds(lambda: floats[0] @ floats[1])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            return _least_seconds(lambda: _product(left, right)) / _least_seconds(lambda: floats[0] @ floats[1])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _least_seconds(call: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(7):  # whatever else runs here
+    for _ in range(15):  # whatever else runs here
         begin = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - begin)

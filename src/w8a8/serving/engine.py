@@ -260,7 +260,7 @@ def forward(model: Pretrained, ids: Sequence[int], step: Step, rows: Sequence[in
     device = model.device
     kept = torch.tensor(list(rows) or [0], dtype=torch.long, device=device)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    with taken(step):
+    with taken(step, model):
         found: Tensor = model(
             input_ids=torch.tensor([ids], dtype=torch.long, device=device),
             position_ids=step.where[:, 1].long()[None],

@@ -22,7 +22,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
@@ -98,13 +98,13 @@ class Step:
         return self._made[key]
 
 
-_TAKEN: ContextVar[Step] = ContextVar("w8a8_step")
+_TAKEN: ContextVar[tuple[Step, frozenset[int]]] = ContextVar("w8a8_step")
 
 
 @contextlib.contextmanager
-def taken(step: Step) -> Iterator[None]:
-    """While a model is called with the rows of this step."""
-    token = _TAKEN.set(step)
+def taken(step: Step, model: nn.Module) -> Iterator[None]:
+    """While this model, and no other that it may call, is called with the rows of this step."""
+    token = _TAKEN.set((step, frozenset(map(id, model.modules()))))
     try:
         yield
     finally:
@@ -144,8 +144,8 @@ def attend(
     Raises:
         ModelError: the model asks for more than is known here, or no step is taken.
     """
-    step = _TAKEN.get(None)
-    if step is None:
+    step, modules = _TAKEN.get((None, frozenset()))
+    if step is None or id(module) not in modules:
         raise ModelError("this attention is the server's: it is there while several sequences are written together")
     if attention_mask is not None:
         raise ModelError("its attention takes more than queries, keys, values and a window")

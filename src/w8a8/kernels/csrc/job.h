@@ -28,7 +28,7 @@ struct Job {
   Quantize q;
   Workspace *space;
   std::atomic<int> workers{0};
-  std::atomic<int64_t> rests{0};         // q.rests
+  Rests rests;                           // q.rests
 
   int64_t panel_bytes;
   int64_t panel_begin[kMaxLayers + 1];   // of each layer, in the common numbering
@@ -46,7 +46,10 @@ struct Job {
   int64_t tasks() const { return groups * blocks; }
   // Whether the rows, once they are quantised, are multiplied as pairs of bytes: a step of one row alone takes twice as long
   // as its share of a tile's, and 16 bits a quarter longer than 8.
-  bool paired() const { return q.pairs && rests.load(std::memory_order_relaxed) * 8 <= q.m * div_up(q.k, kGroup); }
+  bool paired() const {
+    if (!q.pairs || rests.no_room.load(std::memory_order_relaxed)) return false;
+    return rests.steps.load(std::memory_order_relaxed) <= q.m * div_up(q.k, kGroup) / 8;
+  }
 
   struct Panel {
     const int8_t *data;

@@ -40,9 +40,10 @@ Grid grid_of(const RowRange &r, bool asym, int bits) {
 }
 
 void count_rests(const Quantize &q, int64_t m) {
-  const int64_t rests = q.pairs->count(q.codes + m * q.ld_bytes, div_up(q.k, kGroup), q.zx[m]);
+  const int64_t steps = q.pairs->count(q.codes + m * q.ld_bytes, div_up(q.k, kGroup), q.zx[m]);
+  if (steps < 0) q.rests->no_room.store(true, std::memory_order_relaxed);
+  else if (steps) q.rests->steps.fetch_add(steps, std::memory_order_relaxed);
   q.zx[m] = 0;
-  if (rests) q.rests->fetch_add(rests < 0 ? kTooMany : rests, std::memory_order_relaxed);
 }
 
 }  // namespace

@@ -8,6 +8,12 @@
 
 namespace w8a8 {
 
+// Of all rows: the steps that single ones take more than others, and whether one has no room for its own.
+struct Rests {
+  std::atomic<int64_t> steps{0};
+  std::atomic<bool> no_room{false};
+};
+
 struct Quantize {
   const Isa *isa;
   const void *x;
@@ -23,7 +29,7 @@ struct Quantize {
   int32_t *zx;           // (M,)
   RowRange *ranges;      // (M,), only read and written where the whole tensor shares a dynamic scale
   const Pairs *pairs = nullptr;          // what the codes, then kS8, are to be made ready for
-  std::atomic<int64_t> *rests = nullptr; // the steps more that all rows take
+  Rests *rests = nullptr;                // what that takes
   const w8a8_norm *before = nullptr;   // what is done to a row of float32 first; then no dynamic scale is shared
 
   bool asym() const { return mode & 1; }
@@ -41,9 +47,6 @@ const float *norm_row_of(const Isa &isa, const w8a8_norm &norm, const float *x, 
 
 // Codes, scale and zero point of row m.  Rows are independent.
 void quantize_row(const Quantize &q, int64_t m, const Grid &shared);
-
-// What `rests` counts for a row that has no room for its own.
-constexpr int64_t kTooMany = int64_t{1} << 40;
 
 // The largest |code - zero point| that can occur.
 int reach_of(int mode, int bits);
