@@ -109,7 +109,8 @@ def every_layer(linear, grids, x):
         params = None
         if scheme.static:
             params = grids[scheme.activations.symmetric]
-        names = [*kernels.KERNELS, "simulated"] if scheme.integer_executable else ["simulated"]
+        here = [name for name, reason in kernels.available().items() if reason is None]
+        names = [*here, "simulated"] if scheme.integer_executable else ["simulated"]
         for name in names:
             options = {"simulated": True} if name == "simulated" else {"kernel": name}
             q = QuantLinear.from_float(linear, scheme, input_params=params, **options)

@@ -6,7 +6,7 @@ from torch import nn
 
 import w8a8
 from tests import families
-from tests.conftest import gpt2, llama, mixtral, opt, relative_error
+from tests.conftest import gpt2, llama, mixtral, needs, opt, relative_error
 from w8a8 import kernels
 from w8a8.core.scheme import Scheme
 from w8a8.dataflow.observing import observe
@@ -350,7 +350,7 @@ def test_a_layer_whose_tensors_are_of_a_subclass_stays_float_and_says_of_which(p
     assert torch.equal(model[0](x), before)
 
 
-@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=needs(name)) for name in kernels.KERNELS])
 def test_a_buffer_of_a_subclass_goes_through_the_op(kernel):
     q, x = QuantLinear.from_float(nn.Linear(8, 8), kernel=kernel), torch.randn(3, 8)
     expected = q(x)
