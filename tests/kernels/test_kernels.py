@@ -415,7 +415,7 @@ def test_a_product_that_saturates_makes_torch_cpu_unavailable(monkeypatch):
 
 @needs("torch_cpu")
 def test_a_product_that_is_a_plain_loop_makes_torch_cpu_unavailable(monkeypatch):
-    """What PyTorch runs where oneDNN has nothing: some ten times the time of the reference, with AVX2 alone."""
+    """What PyTorch runs where oneDNN has nothing: far slower than the reference, with AVX2 alone."""
     monkeypatch.setattr(torch_cpu, "_times_float", lambda: 9.6)
     assert torch_cpu._unavailable_because() == (
         "torch._int_mm is a plain loop here, without VNNI: it takes 10 times as long as a float product"
